@@ -1,0 +1,324 @@
+"""Where things are in a causal language model, and the few computations that depend on the architecture.
+
+This is the only module that knows Llama from Gemma from GPT-2. A ``Blueprint`` is what one architecture
+looks like (paths of its parts, kind of norm); an ``Anatomy`` is the blueprint laid over a loaded model. It
+works alike on a plain transformers model and on a ``TransformerBridge``, because a bridge keeps the module
+paths of the transformers model that it wraps.
+
+A decoder layer, with ``x`` the residual stream (``d_model``) and ``z`` the heads' outputs before the output
+projection (``n_heads * d_head``):
+
+    attention write   a = post_norm(z @ W_O + b_O)          post_norm only in Gemma 2 and 3
+    sequential        m = x + a,  x' = m + mlp_write(m)      mlp_write = post_norm(mlp(norm(m)))
+    parallel          x' = x + a + mlp_write(x)              GPT-NeoX
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from interp.errors import UserError
+
+Part = Literal["block", "attention", "output_projection", "mlp"]
+NormKind = Literal["layer", "rms", "rms_plus_one"]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What one architecture looks like. Paths are transformers module paths; block parts are relative to a block.
+
+    Attributes:
+        norm: ``layer`` centres and has a bias; ``rms`` scales by ``weight``; ``rms_plus_one`` by ``1 + weight``.
+        attention_post_norm: Norm of the attention output before it joins the residual stream, if there is one.
+        mlp_post_norm: The same for the MLP output.
+    """
+
+    blocks: str
+    attention: str
+    output_projection: str
+    mlp_norm: str
+    mlp: str
+    final_norm: str
+    unembedding: str
+    norm: NormKind
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+
+
+_LLAMA = Blueprint(
+    blocks="model.layers",
+    attention="self_attn",
+    output_projection="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp",
+    final_norm="model.norm",
+    unembedding="lm_head",
+    norm="rms",
+)
+_GEMMA = Blueprint(
+    blocks="model.layers",
+    attention="self_attn",
+    output_projection="self_attn.o_proj",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp="mlp",
+    final_norm="model.norm",
+    unembedding="lm_head",
+    norm="rms_plus_one",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+
+BLUEPRINTS: dict[str, Blueprint] = {
+    "GPT2LMHeadModel": Blueprint(
+        blocks="transformer.h",
+        attention="attn",
+        output_projection="attn.c_proj",
+        mlp_norm="ln_2",
+        mlp="mlp",
+        final_norm="transformer.ln_f",
+        unembedding="lm_head",
+        norm="layer",
+    ),
+    "GPTNeoXForCausalLM": Blueprint(
+        blocks="gpt_neox.layers",
+        attention="attention",
+        output_projection="attention.dense",
+        mlp_norm="post_attention_layernorm",
+        mlp="mlp",
+        final_norm="gpt_neox.final_layer_norm",
+        unembedding="lm_head",
+        norm="layer",
+    ),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+}
+
+_SITES: dict[Part, str] = {
+    "block": "hook_out",
+    "attention": "attn.hook_out",
+    "output_projection": "attn.o.hook_in",
+    "mlp": "mlp.hook_out",
+}
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a ``TransformerBridge``, or ``model`` itself if it is one already."""
+    return getattr(model, "original_model", model)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The transformers module inside a bridge component, or ``module`` itself."""
+    while (inner := getattr(module, "original_component", None)) is not None:
+        module = inner
+    return module
+
+
+class Anatomy:
+    """The parts of one loaded model.
+
+    Args:
+        model: A transformers causal language model, or a ``TransformerBridge`` around one.
+
+    Attributes:
+        architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
+        n_layers, n_heads, n_kv_heads, d_head, d_model: Shapes.
+        parallel: Whether attention and MLP read the same residual stream (GPT-NeoX).
+        logit_softcap: Cap of the final ``cap * tanh(logits / cap)`` (Gemma 2), or ``None``.
+
+    Raises:
+        UserError: If the architecture is not in ``BLUEPRINTS``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = transformers_model(model)
+        self.architecture = type(self.model).__name__
+        if self.architecture not in BLUEPRINTS:
+            raise UserError(
+                f"The architecture {self.architecture} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
+                "Add a Blueprint for it to interp/anatomy.py."
+            )
+        self.blueprint = BLUEPRINTS[self.architecture]
+        config: Any = self.model.config
+        self.n_layers: int = config.num_hidden_layers
+        self.n_heads: int = config.num_attention_heads
+        self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
+        self.d_model: int = config.hidden_size
+        self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
+        self.parallel: bool = self.architecture == "GPTNeoXForCausalLM" and config.use_parallel_residual
+        self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the unembedding, and so the last steps of the model, live."""
+        return self._matrix(self.blueprint.unembedding).device
+
+    def path(self, part: Part, layer: int) -> str:
+        """The transformers module path of ``part``, for example ``model.layers.3.self_attn.o_proj``."""
+        block = f"{self.blueprint.blocks}.{self.checked_layer(layer)}"
+        return block if part == "block" else f"{block}.{getattr(self.blueprint, part)}"
+
+    def site(self, part: Part, layer: int) -> str:
+        """The transformer_lens site of ``part``: its output, for the output projection its input ``z``."""
+        return f"blocks.{self.checked_layer(layer)}.{_SITES[part]}"
+
+    def module(self, part: Part, layer: int) -> nn.Module:
+        """The module at ``path(part, layer)``; on a bridge this is the bridge component, so hooks on it fire."""
+        return self.model.get_submodule(self.path(part, layer))
+
+    def checked_layer(self, layer: int) -> int:
+        """``layer`` if the model has it.
+
+        Raises:
+            UserError: If it does not.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise UserError(f"Layer {layer} does not exist: {self.architecture} here has layers 0 to {self.n_layers - 1}.")
+        return layer
+
+    def checked_head(self, layer: int, head: int) -> tuple[int, int]:
+        """``(layer, head)`` if the model has it.
+
+        Raises:
+            UserError: If it does not.
+        """
+        self.checked_layer(layer)
+        if not 0 <= head < self.n_heads:
+            raise UserError(
+                f"Head {layer}.{head} does not exist: {self.architecture} here has heads 0 to {self.n_heads - 1} "
+                f"in each of its layers 0 to {self.n_layers - 1}."
+            )
+        return layer, head
+
+    def output_matrix(self, layer: int) -> Tensor:
+        """W_O of all heads, ``(n_heads, d_head, d_model)``: head h writes ``z_h @ W_O[h]``."""
+        projection = _unwrapped(self.module("output_projection", layer))
+        weight: Any = projection.weight
+        if isinstance(projection, nn.Linear):
+            weight = weight.T
+        return weight.reshape(self.n_heads, self.d_head, self.d_model)
+
+    def output_bias(self, layer: int) -> Tensor | None:
+        """b_O, ``(d_model,)``, or ``None`` where the output projection has none."""
+        bias: Any = getattr(_unwrapped(self.module("output_projection", layer)), "bias", None)
+        return bias
+
+    def attention_write(self, layer: int, z: Tensor) -> Tensor:
+        """What attention adds to the residual stream: z ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
+        return self.post_attention_norm(layer, self._projected(layer, z))
+
+    def head_outputs(self, layer: int, z: Tensor) -> Tensor:
+        """Each head's ``z_h @ W_O[h]``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., n_heads, d_model)``."""
+        return torch.einsum("...hd,hdm->...hm", z, self.output_matrix(layer))
+
+    def head_writes(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What each head, and the bias, adds to the residual stream.
+
+        A post norm is applied with the scale of the whole attention output, so that the parts sum to
+        ``attention_write`` exactly.
+
+        Args:
+            layer: The layer.
+            z: ``(..., n_heads, d_head)``.
+
+        Returns:
+            The heads' writes ``(..., n_heads, d_model)`` and the bias' write ``(..., d_model)``.
+        """
+        heads = self.head_outputs(layer, z)
+        bias = self.output_bias(layer)
+        bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
+        if self.blueprint.attention_post_norm is None:
+            return heads, bias_write
+        gain = self._norm_gain(self._block_part(layer, self.blueprint.attention_post_norm), heads.sum(-2) + bias_write)
+        return heads * gain.unsqueeze(-2), bias_write * gain
+
+    def post_attention_norm(self, layer: int, attention_output: Tensor) -> Tensor:
+        """The architecture's norm of the attention output ``(..., d_model)``, where it has one."""
+        path = self.blueprint.attention_post_norm
+        return attention_output if path is None else self._block_part(layer, path)(attention_output)
+
+    def mlp_write(self, layer: int, mlp_input: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream when it reads ``mlp_input`` ``(..., d_model)`` from it."""
+        blueprint = self.blueprint
+        output = self._block_part(layer, blueprint.mlp)(self._block_part(layer, blueprint.mlp_norm)(mlp_input))
+        return output if blueprint.mlp_post_norm is None else self._block_part(layer, blueprint.mlp_post_norm)(output)
+
+    def step(self, layer: int, residual: Tensor, attention_write: Tensor) -> Tensor:
+        """The layer's output residual ``(..., d_model)`` from its input residual and what attention wrote."""
+        after_attention = residual + attention_write
+        return after_attention + self.mlp_write(layer, residual if self.parallel else after_attention)
+
+    def logits(self, residual: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Next-token logits of the final residual stream.
+
+        Args:
+            residual: ``(..., d_model)``, after the last block, before the final norm.
+            token_ids: ``(..., n)``, leading dimensions broadcastable to those of ``residual``: only these
+                columns of the unembedding are used. ``None`` means the whole vocabulary.
+
+        Returns:
+            ``(..., n)`` or ``(..., d_vocab)``, soft-capped where the architecture does so.
+        """
+        normed = self.model.get_submodule(self.blueprint.final_norm)(residual)
+        weight, bias = self._matrix(self.blueprint.unembedding), self.unembedding_bias()
+        if token_ids is None:
+            logits = nn.functional.linear(normed, weight, bias)
+        else:
+            logits = torch.einsum("...d,...nd->...n", normed, weight[token_ids])
+            logits = logits if bias is None else logits + bias[token_ids]
+        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def unembedding_bias(self) -> Tensor | None:
+        """The unembedding's bias ``(d_vocab,)``, or ``None``."""
+        bias: Any = getattr(_unwrapped(self.model.get_submodule(self.blueprint.unembedding)), "bias", None)
+        return bias
+
+    def answer_direction(self, token_ids: Tensor) -> Tensor:
+        """``u_context - u_memory`` ``(n, d_model)`` of token ids ``(n, 2)`` in the order (context, memory)."""
+        columns = self._matrix(self.blueprint.unembedding)[token_ids]
+        return columns[:, 0] - columns[:, 1]
+
+    def frozen_final_norm(self, residual: Tensor) -> tuple[Tensor, bool, Tensor | None]:
+        """The final norm as a linear map, with the scale that ``residual`` ``(n, d_model)`` gives it.
+
+        ``norm(residual) = gain * centred(residual) + bias``, where centring subtracts the mean over ``d_model``.
+
+        Returns:
+            The gain ``(n, d_model)``, whether to centre, and the bias ``(d_model,)`` or ``None``.
+        """
+        norm = _unwrapped(self.model.get_submodule(self.blueprint.final_norm))
+        bias: Any = getattr(norm, "bias", None)
+        return self._norm_gain(norm, residual), self.blueprint.norm == "layer", bias
+
+    def _norm_gain(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """What ``norm`` multiplies (the centred) ``x`` with, elementwise."""
+        norm = _unwrapped(norm)
+        epsilon: Any = next(
+            value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None
+        )
+        weight: Any = norm.weight
+        values = x.float()
+        if self.blueprint.norm == "layer":
+            values = values - values.mean(-1, keepdim=True)
+        if self.blueprint.norm == "rms_plus_one":
+            weight = 1 + weight.float()
+        return (weight * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+    def _projected(self, layer: int, z: Tensor) -> Tensor:
+        output = z.flatten(-2) @ self.output_matrix(layer).flatten(0, 1)
+        bias = self.output_bias(layer)
+        return output if bias is None else output + bias
+
+    def _block_part(self, layer: int, path: str) -> nn.Module:
+        return self.model.get_submodule(f"{self.blueprint.blocks}.{layer}.{path}")
+
+    def _matrix(self, path: str) -> Tensor:
+        weight: Any = _unwrapped(self.model.get_submodule(path)).weight
+        return weight
