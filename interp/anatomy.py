@@ -129,7 +129,7 @@ class Anatomy:
 
     Attributes:
         architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
-        n_layers, n_heads, n_kv_heads, d_head, d_model: Shapes.
+        n_layers, n_heads, n_kv_heads, d_head, d_model, d_mlp: Shapes.
         parallel: Whether attention and MLP read the same residual stream (GPT-NeoX).
         logit_softcap: Cap of the final ``cap * tanh(logits / cap)`` (Gemma 2), or ``None``.
 
@@ -152,6 +152,7 @@ class Anatomy:
         self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
         self.d_model: int = config.hidden_size
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
+        self.d_mlp: int = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
         self.parallel: bool = self.architecture == "GPTNeoXForCausalLM" and config.use_parallel_residual
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
@@ -159,6 +160,21 @@ class Anatomy:
     def device(self) -> torch.device:
         """Where the unembedding, and so the last steps of the model, live."""
         return self._matrix(self.blueprint.unembedding).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self._matrix(self.blueprint.unembedding).dtype
+
+    @property
+    def d_vocab(self) -> int:
+        """Rows of the unembedding."""
+        return len(self._matrix(self.blueprint.unembedding))
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the unembedding."""
+        return self.model.get_submodule(self.blueprint.final_norm)
 
     def path(self, part: Part, layer: int) -> str:
         """The transformers module path of ``part``, for example ``model.layers.3.self_attn.o_proj``."""
@@ -212,7 +228,13 @@ class Anatomy:
 
     def attention_write(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream: z ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
-        return self.post_attention_norm(layer, self._projected(layer, z))
+        return self.post_attention_norm(layer, self.attention_output(layer, z))
+
+    def attention_output(self, layer: int, z: Tensor) -> Tensor:
+        """``z @ W_O + b_O``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
+        output = z.flatten(-2) @ self.output_matrix(layer).flatten(0, 1)
+        bias = self.output_bias(layer)
+        return output if bias is None else output + bias
 
     def head_outputs(self, layer: int, z: Tensor) -> Tensor:
         """Each head's ``z_h @ W_O[h]``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., n_heads, d_model)``."""
@@ -266,8 +288,8 @@ class Anatomy:
         Returns:
             ``(..., n)`` or ``(..., d_vocab)``, soft-capped where the architecture does so.
         """
-        normed = self.model.get_submodule(self.blueprint.final_norm)(residual)
-        weight, bias = self._matrix(self.blueprint.unembedding), self.unembedding_bias()
+        normed = self.final_norm(residual)
+        weight, bias = self._matrix(self.blueprint.unembedding), self._unembedding_bias()
         if token_ids is None:
             logits = nn.functional.linear(normed, weight, bias)
         else:
@@ -275,27 +297,35 @@ class Anatomy:
             logits = logits if bias is None else logits + bias[token_ids]
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def unembedding_bias(self) -> Tensor | None:
-        """The unembedding's bias ``(d_vocab,)``, or ``None``."""
-        bias: Any = getattr(_unwrapped(self.model.get_submodule(self.blueprint.unembedding)), "bias", None)
-        return bias
+    def logit_difference_direction(self, residual: Tensor, token_ids: Tensor) -> Tensor:
+        """The direction whose dot product with a part of the residual stream is that part's logit difference.
 
-    def answer_direction(self, token_ids: Tensor) -> Tensor:
-        """``u_context - u_memory`` ``(n, d_model)`` of token ids ``(n, 2)`` in the order (context, memory)."""
-        columns = self._matrix(self.blueprint.unembedding)[token_ids]
-        return columns[:, 0] - columns[:, 1]
+        The final norm is held at the scale that ``residual`` gives it, which makes it linear; soft-capping is left out.
 
-    def frozen_final_norm(self, residual: Tensor) -> tuple[Tensor, bool, Tensor | None]:
-        """The final norm as a linear map, with the scale that ``residual`` ``(n, d_model)`` gives it.
-
-        ``norm(residual) = gain * centred(residual) + bias``, where centring subtracts the mean over ``d_model``.
+        Args:
+            residual: The final residual stream, ``(n, d_model)``.
+            token_ids: ``(n, 2)``; the difference is first minus second.
 
         Returns:
-            The gain ``(n, d_model)``, whether to centre, and the bias ``(d_model,)`` or ``None``.
+            ``(n, d_model)``.
         """
-        norm = _unwrapped(self.model.get_submodule(self.blueprint.final_norm))
-        bias: Any = getattr(norm, "bias", None)
-        return self._norm_gain(norm, residual), self.blueprint.norm == "layer", bias
+        columns = self._matrix(self.blueprint.unembedding)[token_ids]
+        direction = self._norm_gain(self.final_norm, residual) * (columns[:, 0] - columns[:, 1])
+        if self.blueprint.norm == "layer":
+            direction = direction - direction.mean(-1, keepdim=True)
+        return direction
+
+    def logit_difference_offset(self, token_ids: Tensor) -> Tensor:
+        """The part ``(n,)`` of the logit difference that no residual stream changes: final norm and unembedding biases."""
+        columns = self._matrix(self.blueprint.unembedding)[token_ids]
+        norm_bias: Any = getattr(_unwrapped(self.final_norm), "bias", None)
+        logit_bias = self._unembedding_bias()
+        offset = torch.zeros_like(columns[:, 0, 0])
+        if norm_bias is not None:
+            offset = offset + (columns[:, 0] - columns[:, 1]) @ norm_bias
+        if logit_bias is not None:
+            offset = offset + logit_bias[token_ids[:, 0]] - logit_bias[token_ids[:, 1]]
+        return offset
 
     def _norm_gain(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What ``norm`` multiplies (the centred) ``x`` with, elementwise."""
@@ -311,13 +341,12 @@ class Anatomy:
             weight = 1 + weight.float()
         return (weight * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
-    def _projected(self, layer: int, z: Tensor) -> Tensor:
-        output = z.flatten(-2) @ self.output_matrix(layer).flatten(0, 1)
-        bias = self.output_bias(layer)
-        return output if bias is None else output + bias
-
     def _block_part(self, layer: int, path: str) -> nn.Module:
         return self.model.get_submodule(f"{self.blueprint.blocks}.{layer}.{path}")
+
+    def _unembedding_bias(self) -> Tensor | None:
+        bias: Any = getattr(_unwrapped(self.model.get_submodule(self.blueprint.unembedding)), "bias", None)
+        return bias
 
     def _matrix(self, path: str) -> Tensor:
         weight: Any = _unwrapped(self.model.get_submodule(path)).weight

@@ -6,20 +6,37 @@ go with it, so that a prompt's answer does not depend on its batch (up to float 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
+from interp.answers import first_sentence, is_complete
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 BATCH_SIZE = 32
+MAX_NEW_TOKENS = 12
+
+_T = TypeVar("_T")
+
+
+class Continuations(NamedTuple):
+    """What the model said.
+
+    Attributes:
+        answers: The first sentence of each greedy continuation.
+        first_logits: ``(n_prompts, n_watched)`` float32 on the CPU: logits of the watched tokens at the first step.
+    """
+
+    answers: list[str]
+    first_logits: Tensor
 
 
 def encode(model: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -29,12 +46,12 @@ def encode(model: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor
         ``input_ids``, ``attention_mask`` and ``position_ids``, each ``(n_prompts, n_tokens)``.
     """
     tokens = model.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    mask = tokens["attention_mask"]
     device = next(transformers_model(model).parameters()).device
+    mask = tokens["attention_mask"].to(device)
     return {
         "input_ids": tokens["input_ids"].to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0).to(device),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
     }
 
 
@@ -45,62 +62,75 @@ def length_batches(model: TransformerBridge, prompts: Sequence[str], batch_size:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-class _AnswerEnded(StoppingCriteria):
-    """Stops a row once its answer is over: a line break or a full stop after some text."""
+def tracked(items: Iterable[_T], label: str | None, *, total: int | None = None) -> Iterator[_T]:
+    """``items``, with a progress bar on standard error if there is a label for it."""
+    if label is None:
+        return iter(items)
+    return iter(track(items, description=label, total=total, console=Console(stderr=True), transient=True))
+
+
+class _AllAnswered(StoppingCriteria):
+    """Ends a row once its first sentence is complete."""
 
     def __init__(self, tokenizer: Any, prompt_length: int) -> None:
         self.tokenizer = tokenizer
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002 (transformers' signature)
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([first_line(text) != text.strip() for text in texts], device=input_ids.device)
+        return torch.tensor([is_complete(text) for text in texts], device=input_ids.device)
 
 
-def first_line(text: str) -> str:
-    """The answer in a continuation: its first non-empty line."""
-    return text.strip().split("\n", 1)[0].strip()
-
-
-def greedy_answers(
+def continue_greedily(
     model: TransformerBridge,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 12,
+    watch: Tensor | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
-) -> list[str]:
-    """The model's greedy continuation of each prompt, up to the first line break.
+) -> Continuations:
+    """Continue each prompt greedily, with a KV cache, until its first sentence is complete.
 
     Args:
         model: The bridge.
         prompts: Full prompts.
+        watch: Token ids ``(n_prompts, n_watched)`` whose first-step logits are wanted; ``None`` watches nothing.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
-
-    Returns:
-        One answer per prompt, in the order of ``prompts``.
     """
     answers = [""] * len(prompts)
+    watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
+    first_logits = torch.zeros(watched.shape)
     network: Any = transformers_model(model)
-    for batch in _tracked(length_batches(model, prompts, batch_size), progress):
+    for batch in tracked(length_batches(model, prompts, batch_size), progress):
         inputs = encode(model, [prompts[i] for i in batch])
         prompt_length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
+            # transformers derives position ids from the mask itself here
             output = network.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=model.tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([_AnswerEnded(model.tokenizer, prompt_length)]),
+                stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        texts = model.tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
+        texts = model.tokenizer.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)
+        first_logits[batch] = output.logits[0].float().cpu().gather(1, watched[batch])
         for index, text in zip(batch, texts, strict=True):
-            answers[index] = first_line(text)
-    return answers
+            answers[index] = first_sentence(text)
+    return Continuations(answers, first_logits)
 
 
-def _tracked(batches: list[list[int]], label: str | None) -> Iterator[list[int]]:
-    return iter(track(batches, description=label)) if label else iter(batches)
+def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:
+    """The id of the first token with which ``answer`` continues ``prompt``."""
+    bare = model.tokenizer(prompt)["input_ids"]
+    full = model.tokenizer(f"{prompt} {answer}")["input_ids"]
+    if full[: len(bare)] == bare and len(full) > len(bare):
+        return full[len(bare)]
+    # The tokenizer merges across the border; what it makes of the answer alone is the next best.
+    return model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0]

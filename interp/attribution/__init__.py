@@ -1,0 +1,1 @@
+"""Which heads decide: path patching, direct logit attribution, attribution patching; all give HeadScores."""

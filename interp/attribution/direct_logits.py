@@ -1,0 +1,94 @@
+"""Direct logit attribution: what each component writes straight into the answer's logits.
+
+score(l, h) = (z_lh W_O^lh) . (u_context - u_memory), with the final norm's scale of that example applied (Yu,
+Merullo & Pavlick 2023, arXiv 2310.15910). Heads, MLPs, embedding and biases together give the whole logit
+difference. Where logits are soft-capped (Gemma 2) it is the difference before the cap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interp.anatomy import Anatomy
+from interp.attribution.path_patching import scorable
+from interp.attribution.scores import HeadScores
+from interp.attribution.states import LastTokenStates, last_token_states
+from interp.conflicts import ConflictSet
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class DirectLogits:
+    """The logit difference, context minus memory, taken apart. Tensors are float32 on the CPU.
+
+    Attributes:
+        heads: The heads' parts.
+        mlps: The MLPs' parts, ``(n, n_layers)``.
+        embedding: The embedding's part, ``(n,)``.
+        biases: The part of output projection, final norm and unembedding biases, ``(n,)``.
+    """
+
+    heads: HeadScores
+    mlps: Tensor
+    embedding: Tensor
+    biases: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all parts, ``(n,)``: the logit difference."""
+        return self.heads.values.sum((1, 2)) + self.mlps.sum(1) + self.embedding + self.biases
+
+
+def direct_logit_attribution(
+    model: TransformerBridge, conflicts: ConflictSet, *, name: str, progress: str | None = None
+) -> DirectLogits:
+    """Take the logit difference of every example apart.
+
+    Args:
+        model: The bridge.
+        conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
+        name: Name of the model, for the record.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If no example can be scored.
+    """
+    examples, token_ids = scorable(model, conflicts)
+    states = last_token_states(model, [example.prompt for example in examples], progress=progress)
+    heads, mlps, embedding, biases = _parts(Anatomy(model), states, token_ids)
+    scores = HeadScores(
+        heads.float().cpu(),
+        tuple(e.id for e in examples),
+        tuple(e.subject for e in examples),
+        method="direct_logit_attribution",
+        metric="logit_diff",
+        model=name,
+        data=conflicts.digest,
+        settings={
+            "unit": "part of (logit context - logit memory)",
+            "left_out_same_first_token": len(conflicts) - len(examples),
+        },
+    )
+    return DirectLogits(scores, mlps.float().cpu(), embedding.float().cpu(), biases.float().cpu())
+
+
+@torch.inference_mode()
+def _parts(anatomy: Anatomy, states: LastTokenStates, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    direction = anatomy.logit_difference_direction(states.final, token_ids)
+    residual = states.embedding
+    heads, mlps, biases = [], [], anatomy.logit_difference_offset(token_ids)
+    for layer in range(anatomy.n_layers):
+        head_writes, bias_write = anatomy.head_writes(layer, states.z[:, layer])
+        attention_write = head_writes.sum(1) + bias_write
+        mlp_write = anatomy.mlp_write(layer, residual if anatomy.parallel else residual + attention_write)
+        heads.append(torch.einsum("nhd,nd->nh", head_writes, direction))
+        mlps.append((mlp_write * direction).sum(-1))
+        biases = biases + (bias_write * direction).sum(-1)
+        residual = residual + attention_write + mlp_write
+    return torch.stack(heads, 1), torch.stack(mlps, 1), (states.embedding * direction).sum(-1), biases

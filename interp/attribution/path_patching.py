@@ -1,0 +1,284 @@
+"""Exact head -> logits path patching, all heads of the model in one sweep.
+
+The effect of a head on the answer when only this head's output at the last prompt position (END) takes another
+value, all other heads frozen to the clean run, MLPs and norms recomputed (PH3: Jin et al. 2024, arXiv
+2402.18154; path patching: Wang et al. 2022, arXiv 2211.00593, Goldowsky-Dill et al. 2023, arXiv 2304.05969).
+
+With every head's z frozen, positions no longer mix, so only END's residual stream can change:
+
+1. Record one forward pass per prompt and keep, at END, z of every layer and the residual stream's two ends.
+2. Sweep once over the layers with a batch of residual streams. The first stream is the clean one. In each
+   layer every head starts one new stream: the clean residual stream, with this head's z replaced in what
+   attention writes. Older streams receive the clean attention write. All go through the MLP as one batch.
+3. Apply the final norm and only those columns of the unembedding that the metric needs.
+
+The clean stream must arrive at the recorded final residual stream; that is checked in every sweep, so an
+architecture that the anatomy describes wrongly is an error, not a wrong number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from interp.anatomy import Anatomy
+from interp.answers import contains_answer
+from interp.attribution.scores import HeadScores
+from interp.attribution.states import LastTokenStates, last_token_states
+from interp.conflicts import ConflictExample, ConflictSet
+from interp.errors import UserError
+from interp.evaluation import answer_token_ids
+from interp.generation import tracked
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Baseline = Literal["corrupted", "zero", "mean"]
+Mlps = Literal["recompute", "frozen"]
+Metric = Literal["logit_diff", "memory_probability", "context_probability"]
+
+_UNITS: dict[Metric, str] = {
+    "logit_diff": "change of (logit context - logit memory)",
+    "memory_probability": "relative change of P(memory answer)",
+    "context_probability": "relative change of P(context answer)",
+}
+_CLEAN_STREAM_TOLERANCE = {torch.float32: 1e-3}
+
+
+def path_patching(
+    model: TransformerBridge,
+    conflicts: ConflictSet,
+    *,
+    name: str,
+    baseline: Baseline = "corrupted",
+    mlps: Mlps = "recompute",
+    metric: Metric = "logit_diff",
+    memory_budget: int = 2**29,
+    seed: int = 0,
+    progress: str | None = None,
+) -> HeadScores:
+    """Score every head by exact path patching on every example.
+
+    Args:
+        model: The bridge.
+        conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
+        name: Name of the model, for the record.
+        baseline: What a head's z is replaced by: ``corrupted``, its value on the same template with another subject
+            and another context answer (a prompt of ``conflicts``); ``zero``; or ``mean`` over ``conflicts``.
+        mlps: ``recompute`` them on the patched stream, or keep them ``frozen`` (direct path only).
+        metric: What is attributed. ``logit_diff``: logits. The two probabilities are the relative changes by which
+            PH3 ranks memory heads and context heads, each by their own answer.
+        memory_budget: Bytes that the sweep may take on top of the model.
+        seed: Decides the corrupted prompts.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Returns:
+        Scores with the sign of ``HeadScores``: a head whose replacement lowers the context answer pushed towards it.
+
+    Raises:
+        UserError: If an option is not known or no example can be scored.
+    """
+    _check_choice("baseline", baseline, get_args(Baseline))
+    _check_choice("mlps", mlps, get_args(Mlps))
+    _check_choice("metric", metric, get_args(Metric))
+    examples, token_ids = scorable(model, conflicts)
+    states = last_token_states(model, [example.prompt for example in examples])
+    replacement = _replacement_z(states, examples, baseline, seed)
+    values = patching_scores(
+        Anatomy(model), states, replacement, token_ids, mlps=mlps, metric=metric, memory_budget=memory_budget, progress=progress
+    )
+    return HeadScores(
+        values,
+        tuple(e.id for e in examples),
+        tuple(e.subject for e in examples),
+        method="path_patching",
+        metric=metric,
+        model=name,
+        data=conflicts.digest,
+        settings={
+            "unit": _UNITS[metric],
+            "baseline": baseline,
+            "mlps": mlps,
+            "seed": seed,
+            "left_out_same_first_token": len(conflicts) - len(examples),
+        },
+    )
+
+
+def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
+    """The examples whose two answers start with different tokens, and these tokens ``(n, 2)``: (context, memory).
+
+    Raises:
+        UserError: If there is none.
+    """
+    pairs = [(example, ids) for example in conflicts if (ids := answer_token_ids(model, example)) is not None]
+    if not pairs:
+        raise UserError("No example can be attributed: give conflict prompts whose two answers start with different tokens.")
+    return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
+
+
+def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
+    """For each example the index of another with the same template and relation, but other subject and answers.
+
+    Raises:
+        UserError: If an example has no such partner.
+    """
+    rng = random.Random(seed)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault((example.relation, example.template), []).append(index)
+
+    def differs(one: ConflictExample, other: ConflictExample) -> bool:
+        return (
+            one.subject != other.subject
+            and not contains_answer(other.memory_answers[0], one.memory_answers)
+            and not contains_answer(other.context_answers[0], one.context_answers)
+        )
+
+    partners = []
+    for example in examples:
+        candidates = [j for j in groups[example.relation, example.template] if differs(example, examples[j])]
+        if not candidates:
+            raise UserError(
+                f"The example {example.id} has no other with the same phrasing and different answers to be corrupted with; "
+                "give more examples or use the zero or mean baseline."
+            )
+        partners.append(rng.choice(candidates))
+    return partners
+
+
+def _replacement_z(states: LastTokenStates, examples: Sequence[ConflictExample], baseline: Baseline, seed: int) -> Tensor:
+    if baseline == "zero":
+        return torch.zeros_like(states.z)
+    if baseline == "mean":
+        return states.z.mean(0, keepdim=True).expand_as(states.z)
+    return states.z[corrupted_partners(examples, seed)]
+
+
+@torch.inference_mode()
+def patching_scores(
+    anatomy: Anatomy,
+    clean: LastTokenStates,
+    replacement: Tensor,
+    token_ids: Tensor,
+    *,
+    mlps: Mlps = "recompute",
+    metric: Metric = "logit_diff",
+    memory_budget: int = 2**29,
+    progress: str | None = None,
+) -> Tensor:
+    """Path patching on recorded states.
+
+    Args:
+        anatomy: The model's anatomy.
+        clean: States of the clean prompts.
+        replacement: What each head's z is replaced by, ``(n, n_layers, n_heads, d_head)``.
+        token_ids: First tokens of the (context, memory) answers, ``(n, 2)``.
+        mlps: As in ``path_patching``.
+        metric: As in ``path_patching``.
+        memory_budget: Bytes that the streams and one step of them may take.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Returns:
+        ``(n, n_layers, n_heads)`` float32 on the CPU.
+    """
+    n = len(clean.z)
+    bytes_per_value = clean.z.element_size()
+    n_streams = 1 + anatomy.n_layers * anatomy.n_heads
+    # A step holds the streams, their writes and the result of both.
+    examples_at_once = max(1, memory_budget // (2 * 4 * n_streams * anatomy.d_model * bytes_per_value))
+    width = anatomy.d_vocab if metric != "logit_diff" else 3 * anatomy.d_mlp + 4 * anatomy.d_model
+    rows_at_once = max(64, memory_budget // (2 * width * bytes_per_value))
+    scores = []
+    starts = range(0, n, examples_at_once)
+    for start in tracked(starts, progress, total=len(starts)):
+        rows = slice(start, start + examples_at_once)
+        streams = patched_streams(anatomy, clean[rows], replacement[rows], mlps=mlps, rows_at_once=rows_at_once)
+        scores.append(_score(anatomy, streams, token_ids[rows], metric, rows_at_once).cpu())
+    return torch.cat(scores).unflatten(1, (anatomy.n_layers, anatomy.n_heads))
+
+
+def patched_streams(
+    anatomy: Anatomy, clean: LastTokenStates, replacement: Tensor, *, mlps: Mlps, rows_at_once: int
+) -> Tensor:
+    """The final residual stream of the clean run and of every single-head patch.
+
+    Args:
+        anatomy: The model's anatomy.
+        clean: States of ``n`` clean prompts.
+        replacement: ``(n, n_layers, n_heads, d_head)``.
+        mlps: As in ``path_patching``.
+        rows_at_once: How many streams go through an MLP together.
+
+    Returns:
+        ``(n, 1 + n_layers * n_heads, d_model)``: the clean stream first, then the patches, layer by layer.
+
+    Raises:
+        RuntimeError: If the clean stream does not arrive at the recorded final residual stream.
+    """
+    streams = clean.embedding.unsqueeze(1)
+    direct: list[Tensor] = []
+    for layer in range(anatomy.n_layers):
+        clean_write, patched_writes = _attention_writes(anatomy, layer, clean.z[:, layer], replacement[:, layer])
+        if mlps == "frozen":
+            direct.append(patched_writes - clean_write)
+            patched_writes = patched_writes[:, :0]
+        started = streams[:, :1].expand(-1, patched_writes.shape[1], -1)
+        streams = _step(
+            anatomy,
+            layer,
+            torch.cat([streams, started], 1),
+            torch.cat([clean_write.expand(-1, streams.shape[1], -1), patched_writes], 1),
+            rows_at_once,
+        )
+    if mlps == "frozen":
+        streams = torch.cat([streams, streams + torch.cat(direct, 1)], 1)
+    _check_clean_stream(anatomy, streams[:, 0], clean.final)
+    return streams
+
+
+def _attention_writes(anatomy: Anatomy, layer: int, z: Tensor, replacement: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean attention write ``(n, 1, d_model)`` and those with one head replaced ``(n, n_heads, d_model)``."""
+    output = anatomy.attention_output(layer, z).unsqueeze(1)
+    patched = output + anatomy.head_outputs(layer, replacement - z)
+    return anatomy.post_attention_norm(layer, output), anatomy.post_attention_norm(layer, patched)
+
+
+def _step(anatomy: Anatomy, layer: int, residual: Tensor, write: Tensor, rows_at_once: int) -> Tensor:
+    n = len(residual)
+    chunks = zip(residual.flatten(0, 1).split(rows_at_once), write.flatten(0, 1).split(rows_at_once), strict=True)
+    return torch.cat([anatomy.step(layer, r, w) for r, w in chunks]).unflatten(0, (n, -1))
+
+
+def _check_clean_stream(anatomy: Anatomy, arrived: Tensor, recorded: Tensor) -> None:
+    error = ((arrived - recorded).float().norm() / recorded.float().norm()).item()
+    if not error < _CLEAN_STREAM_TOLERANCE.get(recorded.dtype, 5e-2):
+        raise RuntimeError(
+            f"The anatomy of {anatomy.architecture} does not reproduce its forward pass (relative error {error:.1e}): "
+            "correct its Blueprint in interp/anatomy.py, and apply interventions that only scale heads."
+        )
+
+
+def _score(anatomy: Anatomy, streams: Tensor, token_ids: Tensor, metric: Metric, rows_at_once: int) -> Tensor:
+    """``(n, n_patches)``: how far each patch moved the metric, with the sign of HeadScores."""
+    if metric == "logit_diff":
+        logits = anatomy.logits(streams, token_ids.unsqueeze(1)).float()
+        difference = logits[..., 0] - logits[..., 1]
+        return difference[:, :1] - difference[:, 1:]
+    column = token_ids[:, 0 if metric == "context_probability" else 1]
+    targets = column.unsqueeze(1).expand(streams.shape[:2]).flatten()
+    chunks = zip(streams.flatten(0, 1).split(rows_at_once), targets.split(rows_at_once), strict=True)
+    log_probability = torch.cat(
+        [anatomy.logits(rows).float().log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1) for rows, ids in chunks]
+    ).unflatten(0, streams.shape[:2])
+    change = torch.expm1(log_probability[:, 1:] - log_probability[:, :1])
+    return -change if metric == "context_probability" else change
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} must be one of {', '.join(choices)}, not {value!r}.")

@@ -1,0 +1,152 @@
+"""HeadScores: what every attribution method returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from interp.errors import UserError
+from interp.files import read_json, write_json, write_parquet
+from interp.statistics import bootstrap_means
+
+Direction = Literal["context", "memory"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+class RankedHead(NamedTuple):
+    """One head with its mean score and 95 % interval over examples."""
+
+    layer: int
+    head: int
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """How far each head pushes towards one of the two sources, example by example.
+
+    Sign: **positive pushes towards the context answer, negative towards the memory answer.**
+
+    Attributes:
+        values: ``(n_examples, n_layers, n_heads)`` float32 on the CPU.
+        example_ids: The examples' ids.
+        subjects: The examples' subjects, the clusters of the intervals.
+        method: The attribution method.
+        metric: What is attributed; with its unit in ``settings["unit"]``.
+        model: Name of the model.
+        data: Digest of the examples.
+        settings: Every other choice that decides the values.
+    """
+
+    values: Tensor
+    example_ids: tuple[str, ...]
+    subjects: tuple[str, ...]
+    method: str
+    metric: str
+    model: str
+    data: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self) -> Tensor:
+        """Mean over examples, ``(n_layers, n_heads)``."""
+        return self.values.mean(0)
+
+    @cached_property
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """95 % interval of the mean, resampled by subject: low and high, each ``(n_layers, n_heads)``."""
+        means = bootstrap_means(self.values.double().numpy(), self.subjects)
+        low, high = np.quantile(means, [0.025, 0.975], axis=0)
+        return torch.from_numpy(low).float(), torch.from_numpy(high).float()
+
+    def ranked(self, pushing_towards: Direction) -> list[RankedHead]:
+        """All heads, those that push hardest towards ``pushing_towards`` first."""
+        mean, (low, high) = self.mean(), self.interval
+        order = mean.flatten().argsort(descending=pushing_towards == "context", stable=True).tolist()
+        n_heads = mean.shape[1]
+
+        def head(index: int) -> RankedHead:
+            at = divmod(index, n_heads)
+            return RankedHead(*at, mean[at].item(), low[at].item(), high[at].item())
+
+        return [head(index) for index in order]
+
+    def rank_correlation(self, other: HeadScores) -> float:
+        """Spearman's correlation of the two mean maps.
+
+        Raises:
+            UserError: If the maps have different shapes.
+        """
+        if self.mean().shape != other.mean().shape:
+            raise UserError(
+                f"Head scores of shape {tuple(self.mean().shape)} and {tuple(other.mean().shape)} cannot be compared; "
+                "take both from the same model."
+            )
+        ranks = [pl.Series(scores.mean().flatten().numpy()).rank().to_numpy() for scores in (self, other)]
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    def to_frame(self) -> pl.DataFrame:
+        """One row per example and head: ``example_id, subject, layer, head, score``."""
+        n, n_layers, n_heads = self.values.shape
+        return pl.DataFrame(
+            {
+                "example_id": np.repeat(np.array(self.example_ids, dtype=object), n_layers * n_heads),
+                "subject": np.repeat(np.array(self.subjects, dtype=object), n_layers * n_heads),
+                "layer": np.tile(np.repeat(np.arange(n_layers, dtype=np.int32), n_heads), n),
+                "head": np.tile(np.arange(n_heads, dtype=np.int32), n * n_layers),
+                "score": self.values.flatten().numpy(),
+            },
+            schema_overrides={"example_id": pl.String, "subject": pl.String},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` (Parquet, one row per example and head) and next to it a JSON file that says how it was made."""
+        path = Path(path)
+        write_parquet(path, self.to_frame())
+        record = {
+            "method": self.method,
+            "metric": self.metric,
+            "model": self.model,
+            "data": self.data,
+            "shape": list(self.values.shape),
+            "sign": "positive pushes towards the context answer, negative towards the memory answer",
+            "settings": self.settings,
+        }
+        write_json(path.with_suffix(".json"), record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: If a file is missing or the two do not belong together.
+        """
+        path = Path(path)
+        record = read_json(path.with_suffix(".json"))
+        try:
+            frame = pl.read_parquet(path)
+            n, n_layers, n_heads = record["shape"]
+            values = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(n, n_layers, n_heads)
+            first = frame.gather_every(n_layers * n_heads)
+            return cls(
+                values,
+                tuple(first["example_id"]),
+                tuple(first["subject"]),
+                **{name: record[name] for name in ("method", "metric", "model", "data", "settings")},
+            )
+        except (OSError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} and its JSON file are not head scores ({error}); run the attribution again.") from error
+
+
+def top_heads(ranked: Sequence[RankedHead], k: int) -> list[tuple[int, int]]:
+    """``(layer, head)`` of the first ``k`` heads."""
+    return [(head.layer, head.head) for head in ranked[:k]]

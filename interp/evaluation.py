@@ -1,0 +1,253 @@
+"""What did the model answer: usage of memory and context, match scores, and the damage an edit does.
+
+``memory_rate`` and ``context_rate`` are shares of all prompts; ``memorisation_ratio`` is
+memory / (memory + context), as in MemoTrap and CAD papers (see Longpre et al. 2021, arXiv 2109.05052).
+Intervals are bootstrapped by subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
+from interp.anatomy import transformers_model
+from interp.conflicts import ConflictExample, ConflictSet, ContextKind
+from interp.errors import UserError
+from interp.facts import assets_directory
+from interp.files import write_parquet
+from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, continue_greedily, encode, first_token_id, length_batches, tracked
+from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """One row per prompt: what was asked, what was answered, and which source it used.
+
+    Attributes:
+        frame: Columns ``id, subject, relation, template, kind, split, prompt, answer, usage`` (text),
+            ``logit_difference`` (first answer tokens, context minus memory, null where one is missing), and
+            for each source ``{memory,context}_{exact_match,span_match,f1}``.
+    """
+
+    frame: pl.DataFrame
+
+    def select(self, **conditions: Any) -> UsageReport:
+        """The rows whose columns have the given values, for example ``select(kind="conflict")``."""
+        return UsageReport(self.frame.filter(**conditions))
+
+    def rate(self, usage: Usage, *, seed: int = 0) -> Estimate:
+        """Share of all prompts whose answer used ``usage``.
+
+        Raises:
+            UserError: If the report is empty.
+        """
+        return self._mean(self.frame["usage"] == usage, seed)
+
+    def accuracy(self, *, seed: int = 0) -> Estimate:
+        """Share of prompts whose answer contains the memory answer (the truth, for kinds other than conflict)."""
+        return self._mean(self.frame["memory_span_match"], seed)
+
+    def mean(self, column: str, *, seed: int = 0) -> Estimate:
+        """Mean of a numeric column over the rows where it is not null."""
+        present = UsageReport(self.frame.drop_nulls(column))
+        return present._mean(present.frame[column], seed)
+
+    def memorisation_ratio(self, *, seed: int = 0) -> Estimate:
+        """memory / (memory + context) over all prompts; 0 where neither source is ever used."""
+        self._check()
+        memory, context = (np.asarray(self.frame["usage"] == u, dtype=float) for u in ("memory", "context"))
+        means = bootstrap_means(np.stack([memory, context], axis=1), self.frame["subject"].to_list(), seed=seed)
+
+        def ratio(pair: np.ndarray) -> np.ndarray:
+            return pair[..., 0] / np.maximum(pair.sum(-1), 1e-12)
+
+        low, high = np.quantile(ratio(means), [0.025, 0.975])
+        value = ratio(np.array([memory.mean(), context.mean()]))
+        return Estimate(float(value), float(low), float(high), len(memory))
+
+    def summary(self, by: Sequence[str] = ()) -> pl.DataFrame:
+        """Usage rates, accuracy and memorisation ratio with intervals, for each combination of the columns ``by``.
+
+        Returns:
+            Columns ``by``, ``measure``, ``value``, ``low``, ``high``, ``n``.
+        """
+        groups: Iterable[tuple[tuple[object, ...], pl.DataFrame]] = (
+            self.frame.group_by(list(by), maintain_order=True) if by else [((), self.frame)]
+        )
+        rows: list[dict[str, Any]] = []
+        for key, frame in groups:
+            part = UsageReport(frame)
+            measures = {f"{usage}_rate": part.rate(usage) for usage in USAGES}
+            measures["accuracy"] = part.accuracy()
+            measures["memorisation_ratio"] = part.memorisation_ratio()
+            label = dict(zip(by, key, strict=True))
+            rows += [{**label, "measure": name, **estimate.to_record()} for name, estimate in measures.items()]
+        return pl.DataFrame(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows as Parquet, atomically."""
+        write_parquet(path, self.frame)
+
+    def _mean(self, values: pl.Series, seed: int) -> Estimate:
+        self._check()
+        return bootstrap_mean(values.cast(pl.Float64).to_numpy(), self.frame["subject"].to_list(), seed=seed)
+
+    def _check(self) -> None:
+        if self.frame.is_empty():
+            raise UserError("There is no prompt to measure; choose a split, kind or template that has examples.")
+
+
+def answer_token_ids(model: TransformerBridge, example: ConflictExample) -> tuple[int, int] | None:
+    """First-token ids of the (context, memory) answer, or ``None`` where one is missing or they are the same."""
+    if not (example.context_answers and example.memory_answers):
+        return None
+    context, memory = (
+        first_token_id(model, example.prompt, answers[0]) for answers in (example.context_answers, example.memory_answers)
+    )
+    return None if context == memory else (context, memory)
+
+
+def measure_usage(
+    model: TransformerBridge,
+    conflicts: ConflictSet,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> UsageReport:
+    """Answer every prompt greedily and say which source each answer used.
+
+    Apply interventions around the call: ``with applied(model, pruning): measure_usage(model, conflicts)``.
+
+    Args:
+        model: The bridge.
+        conflicts: What to ask.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts per batch.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If there is nothing to ask.
+    """
+    if not len(conflicts):
+        raise UserError("There is no prompt to measure; choose a split, kind or template that has examples.")
+    tokens = [answer_token_ids(model, example) for example in conflicts]
+    continuations = continue_greedily(
+        model,
+        [example.prompt for example in conflicts],
+        watch=torch.tensor([pair or (0, 0) for pair in tokens]),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    differences = (continuations.first_logits[:, 0] - continuations.first_logits[:, 1]).tolist()
+    rows = [
+        {
+            "id": example.id,
+            "subject": example.subject,
+            "relation": example.relation,
+            "template": example.template,
+            "kind": example.kind,
+            "split": example.split,
+            "prompt": example.prompt,
+            "answer": answer,
+            "usage": usage_of(answer, example.memory_answers, example.context_answers),
+            "logit_difference": difference if pair else None,
+            **_match_scores("memory", answer, example.memory_answers),
+            **_match_scores("context", answer, example.context_answers),
+        }
+        for example, answer, pair, difference in zip(conflicts, continuations.answers, tokens, differences, strict=True)
+    ]
+    return UsageReport(pl.DataFrame(rows, schema_overrides={"logit_difference": pl.Float64}))
+
+
+def _match_scores(source: str, answer: str, expected: Sequence[str]) -> dict[str, float]:
+    return {
+        f"{source}_exact_match": float(exact_match(answer, expected)),
+        f"{source}_span_match": float(contains_answer(answer, expected)),
+        f"{source}_f1": token_f1(answer, expected),
+    }
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What an edit costs on prompts that it should leave alone.
+
+    Attributes:
+        closed_book_accuracy: Share of right answers without a context.
+        aligned_accuracy: Share of right answers with a context that agrees.
+        irrelevant_accuracy: Share of right answers with a context about something else.
+        neutral_kl: Mean KL divergence (nats) of next-token distributions on neutral text, unedited to edited.
+    """
+
+    closed_book_accuracy: Estimate
+    aligned_accuracy: Estimate
+    irrelevant_accuracy: Estimate
+    neutral_kl: Estimate
+
+    @classmethod
+    def of(cls, report: UsageReport, neutral_kl: Estimate) -> Damage:
+        """The guards of a report that holds prompts of kinds none, aligned and irrelevant."""
+
+        def accuracy(kind: ContextKind) -> Estimate:
+            return report.select(kind=kind).accuracy()
+
+        return cls(accuracy("none"), accuracy("aligned"), accuracy("irrelevant"), neutral_kl)
+
+    def to_record(self) -> dict[str, dict[str, float]]:
+        """As plain dictionaries for JSON."""
+        return {name: estimate.to_record() for name, estimate in vars(self).items()}
+
+
+def neutral_texts() -> list[str]:
+    """Ordinary text about nothing that the fact tables ask: the guard against general damage."""
+    lines = (assets_directory() / "neutral.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def neutral_kl(
+    model: TransformerBridge,
+    edit: Callable[[], AbstractContextManager[Any]],
+    *,
+    texts: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> Estimate:
+    """Mean KL(unedited || edited) in nats of the next-token distributions at every position of neutral texts.
+
+    Both distributions are computed batch by batch, so memory does not grow with the number of texts.
+
+    Args:
+        model: The bridge, unedited.
+        edit: Makes a context manager that edits the model while it is entered.
+        texts: The texts; ``None`` takes ``neutral_texts()``.
+        batch_size: Texts per batch.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Returns:
+        The mean over texts, each text being the mean over its positions.
+    """
+    chosen = neutral_texts() if texts is None else list(texts)
+    network: Any = transformers_model(model)
+    values = torch.zeros(len(chosen))
+    for batch in tracked(length_batches(model, chosen, batch_size), progress):
+        inputs = encode(model, [chosen[i] for i in batch])
+        with torch.inference_mode():
+            clean = network(**inputs).logits.float().log_softmax(-1)
+            with edit():
+                edited = network(**inputs).logits.float().log_softmax(-1)
+            divergence = (clean.exp() * (clean - edited)).sum(-1)
+        mask = inputs["attention_mask"].to(divergence.dtype)
+        values[batch] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
+    return bootstrap_mean(values.numpy(), range(len(chosen)))

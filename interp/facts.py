@@ -1,0 +1,317 @@
+"""ConflictSets from the fact tables in ``assets/facts``.
+
+A fact is a subject and its answers; a relation says how the fact is worded. From the facts that a model
+answers right closed-book, ``build_conflicts`` makes one prompt for every phrasing family and context kind:
+
+    conflict     the context gives another subject's answer
+    aligned      the context gives the right answer
+    irrelevant   the context tells a fact of another relation about another subject
+    none         no context
+
+A context answer does not give itself away: within a relation and split the conflict answers are a permutation
+of the right answers over the subjects, so each answer is stated as often wrongly as rightly.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from interp.answers import contains_answer
+from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictExample, ConflictSet, ContextKind, split_of
+from interp.errors import UserError
+from interp.files import read_json
+from interp.generation import continue_greedily
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+SOURCE = "conflictscope-facts"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A subject and what is true of it: the canonical answer first, then aliases."""
+
+    subject: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How facts of one relation are worded. ``{subject}`` and ``{answer}`` are filled in.
+
+    Attributes:
+        name: The relation, which is also the name of its table.
+        stem: A sentence that the answer completes.
+        inverse: A clause that starts with the answer.
+        question: The question.
+        document: A sentence or two of a document that mentions the answer.
+        authority: Whom to quote.
+    """
+
+    name: str
+    stem: str
+    inverse: str
+    question: str
+    document: str
+    authority: str
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """A family of prompts: how the context is worded, and how the question is asked after it.
+
+    Both are functions of the relation; their texts still contain ``{subject}`` and, in the context, ``{answer}``.
+    ``bare`` asks without a context.
+    """
+
+    name: str
+    context: Callable[[Relation], str]
+    ask: Callable[[Relation], str]
+    bare: Callable[[Relation], str]
+
+
+def _question(relation: Relation) -> str:
+    return f"Question: {relation.question}\nAnswer: {relation.stem}"
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+PHRASINGS: dict[str, Phrasing] = {
+    phrasing.name: phrasing
+    for phrasing in (
+        Phrasing(
+            "statement",
+            context=lambda r: f"{r.stem} {{answer}}. ",
+            ask=lambda r: r.stem,
+            bare=lambda r: r.stem,
+        ),
+        Phrasing(
+            "question",
+            context=lambda r: f"{r.stem} {{answer}}. ",
+            ask=lambda r: f"Q: {r.question}\nA: {r.stem}",
+            bare=lambda r: f"Q: {r.question}\nA: {r.stem}",
+        ),
+        Phrasing(
+            "document",
+            context=lambda r: f"Document: {r.inverse}. {r.document}\n\n",
+            ask=lambda r: f"Question: Based on the document, {_lower(r.question)}\nAnswer: {r.stem}",
+            bare=_question,
+        ),
+        Phrasing(
+            "according_to",
+            context=lambda r: f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. ",
+            ask=_question,
+            bare=_question,
+        ),
+    )
+}
+HELD_OUT_PHRASING = "according_to"
+SEEN_PHRASINGS = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASING)
+
+
+def _lower_clause(clause: str) -> str:
+    """Lower the first letter, unless the clause starts with the answer itself."""
+    return clause if clause.startswith("{") else _lower(clause)
+
+
+def assets_directory() -> Path:
+    """Where the package's data lies: inside an installed wheel, or at the root of a checkout."""
+    packaged = Path(__file__).parent / "_assets"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "assets"
+
+
+@cache
+def relations() -> Mapping[str, Relation]:
+    """All relations that the package ships, by name."""
+    wording = read_json(assets_directory() / "facts" / "relations.json")
+    return {name: Relation(name=name, **fields) for name, fields in wording.items()}
+
+
+def relation_named(name: str) -> Relation:
+    """The relation ``name``.
+
+    Raises:
+        UserError: If there is none; the message lists those there are.
+    """
+    if name not in relations():
+        raise UserError(f"The relation {name!r} is not known; known are {', '.join(sorted(relations()))}.")
+    return relations()[name]
+
+
+@cache
+def load_facts(relation: str) -> tuple[Fact, ...]:
+    """The fact table of ``relation``, in its own order.
+
+    Raises:
+        UserError: If the relation is not known.
+    """
+    path = assets_directory() / "facts" / f"{relation_named(relation).name}.csv"
+    with path.open(encoding="utf-8", newline="") as stream:
+        return tuple(Fact(row["subject"], tuple(row["answers"].split("|"))) for row in csv.DictReader(stream))
+
+
+def closed_book_prompt(relation: Relation, subject: str, phrasing: str) -> str:
+    """The prompt of one phrasing family without any context."""
+    return _sentence_case(PHRASINGS[phrasing].bare(relation).format(subject=subject, answer=""))
+
+
+def known_facts(
+    model: TransformerBridge, relation: str, *, progress: str | None = None
+) -> tuple[Fact, ...]:
+    """The facts that the model answers right closed-book in most phrasing families (at least half of them).
+
+    Facts whose answer shows in the subject (Singapore, Mexico City) are left out: their answer needs no memory.
+
+    Args:
+        model: The bridge.
+        relation: Name of the relation.
+        progress: Label of a progress bar; ``None`` shows none.
+    """
+    wording = relation_named(relation)
+    candidates = [fact for fact in load_facts(relation) if not _leaks(fact)]
+    prompts = {
+        (fact.subject, phrasing): closed_book_prompt(wording, fact.subject, phrasing)
+        for fact in candidates
+        for phrasing in PHRASINGS
+    }
+    distinct = sorted(set(prompts.values()))
+    answers = dict(zip(distinct, continue_greedily(model, distinct, progress=progress).answers, strict=True))
+
+    def right(fact: Fact) -> int:
+        return sum(contains_answer(answers[prompts[fact.subject, phrasing]], fact.answers) for phrasing in PHRASINGS)
+
+    return tuple(fact for fact in candidates if 2 * right(fact) >= len(PHRASINGS))
+
+
+def build_conflicts(
+    facts: Mapping[str, Sequence[Fact]], *, seed: int = 0, kinds: Sequence[ContextKind] = CONTEXT_KINDS
+) -> ConflictSet:
+    """Prompts for every fact, phrasing family and context kind.
+
+    Args:
+        facts: Facts by relation, for example from ``known_facts``.
+        seed: Decides the splits and which answer conflicts with which.
+        kinds: The context kinds to build.
+
+    Returns:
+        The set, ordered by relation, subject, phrasing and kind.
+
+    Raises:
+        UserError: If a split of a relation has too few facts to make conflicts from.
+    """
+    examples: list[ConflictExample] = []
+    for name, known in facts.items():
+        relation = relation_named(name)
+        conflicting = _conflicting_answers(relation, known, seed)
+        distractors = _distractors(relation, known, seed)
+        for fact in known:
+            for phrasing in PHRASINGS.values():
+                for kind in kinds:
+                    context, context_answers = {
+                        "conflict": (_context(phrasing, relation, fact.subject, conflicting[fact.subject][0]), conflicting[fact.subject]),
+                        "aligned": (_context(phrasing, relation, fact.subject, fact.answers[0]), fact.answers),
+                        "irrelevant": (_context(phrasing, *distractors[fact.subject]), ()),
+                        "none": ("", ()),
+                    }[kind]
+                    ask = (phrasing.ask if context else phrasing.bare)(relation).format(subject=fact.subject, answer="")
+                    examples.append(
+                        ConflictExample(
+                            id=f"{name}/{fact.subject}/{phrasing.name}/{kind}",
+                            subject=fact.subject,
+                            relation=name,
+                            question=relation.question.format(subject=fact.subject),
+                            context=context.strip(),
+                            memory_answers=fact.answers,
+                            context_answers=context_answers,
+                            kind=kind,
+                            template=phrasing.name,
+                            source=SOURCE,
+                            prompt=_sentence_case(context) + _sentence_case(ask),
+                            split=split_of(fact.subject, seed),
+                        )
+                    )
+    return ConflictSet("+".join(facts), tuple(examples))
+
+
+def _context(phrasing: Phrasing, relation: Relation, subject: str, answer: str) -> str:
+    return phrasing.context(relation).format(subject=subject, answer=answer)
+
+
+def _sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _leaks(fact: Fact) -> bool:
+    return contains_answer(fact.subject, fact.answers) or any(contains_answer(a, [fact.subject]) for a in fact.answers)
+
+
+def _conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[str, ...]]:
+    """For each subject another subject's answers: a permutation within each split, never an alias of the truth."""
+    result: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        members = [fact for fact in known if split_of(fact.subject, seed) == split]
+        if not members:
+            continue
+        order = _derangement(members, random.Random(f"{seed}/{relation.name}/{split}"))
+        if order is None:
+            raise UserError(
+                f"The {split} split of {relation.name} has {len(members)} known facts, too few different answers to make "
+                "conflicts from; choose another relation, another seed or a model that knows more."
+            )
+        result |= {fact.subject: members[j].answers for fact, j in zip(members, order, strict=True)}
+    return result
+
+
+def _compatible(fact: Fact, other: Fact) -> bool:
+    """Whether ``other``'s answers contradict ``fact`` and can be told apart from its answers and its subject."""
+    return not (
+        any(contains_answer(a, fact.answers) for a in other.answers)
+        or any(contains_answer(a, other.answers) for a in fact.answers)
+        or contains_answer(fact.subject, other.answers)
+    )
+
+
+def _derangement(facts: Sequence[Fact], rng: random.Random) -> list[int] | None:
+    """A random permutation that gives every fact a compatible one, by augmenting paths; ``None`` if there is none."""
+    n = len(facts)
+    taken_by: dict[int, int] = {}
+    candidates = [[j for j in range(n) if _compatible(facts[i], facts[j])] for i in range(n)]
+    for choices in candidates:
+        rng.shuffle(choices)
+
+    def assign(i: int, visited: set[int]) -> bool:
+        for j in candidates[i]:
+            if j not in visited:
+                visited.add(j)
+                if j not in taken_by or assign(taken_by[j], visited):
+                    taken_by[j] = i
+                    return True
+        return False
+
+    if not all(assign(i, set()) for i in rng.sample(range(n), n)):
+        return None
+    order = {i: j for j, i in taken_by.items()}
+    return [order[i] for i in range(n)]
+
+
+def _distractors(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[Relation, str, str]]:
+    """For each subject a fact of another relation about another subject, that names neither subject nor answer."""
+    rng = random.Random(f"{seed}/{relation.name}/irrelevant")
+    pool = [(other, fact) for name, other in relations().items() if name != relation.name for fact in load_facts(name)]
+    result: dict[str, tuple[Relation, str, str]] = {}
+    for fact in known:
+        avoid = (fact.subject, *fact.answers)
+        other, distractor = rng.choice(pool)
+        while contains_answer(f"{distractor.subject} {distractor.answers[0]}", avoid):
+            other, distractor = rng.choice(pool)
+        result[fact.subject] = (other, distractor.subject, distractor.answers[0])
+    return result

