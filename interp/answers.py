@@ -22,8 +22,9 @@ _SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\bSt)[.!?](?=\s|$)|\n")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles, with single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without punctuation and articles, with single spaces; a text that is only an article stays."""
+    plain = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
 
 
 def first_sentence(continuation: str) -> str:

@@ -149,7 +149,7 @@ class ConflictSet:
             UserError: If the file is missing, empty, or a line is not an example (the line number is named).
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"Could not read {path}: {error}; give a file written by `conflictscope data`.") from error
         examples = tuple(_parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip())

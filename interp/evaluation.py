@@ -172,6 +172,33 @@ def measure_usage(
     return UsageReport(pl.DataFrame(rows, schema_overrides={"logit_difference": pl.Float64}))
 
 
+def answer_starts(
+    model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+) -> UsageReport:
+    """Which source each answer starts to use, by its first token alone: one forward pass, for comparing candidates.
+
+    Returns:
+        A report with the columns ``id, subject, template, usage``; ``other`` where the two answers start alike.
+    """
+    tokens = [answer_token_ids(model, example) for example in conflicts]
+    prompts = [example.prompt for example in conflicts]
+    first = continue_greedily(model, prompts, max_new_tokens=1, batch_size=batch_size, progress=progress).first_tokens
+    usages = [
+        "other" if pair is None or token not in pair else "context" if token == pair[0] else "memory"
+        for token, pair in zip(first.tolist(), tokens, strict=True)
+    ]
+    return UsageReport(
+        pl.DataFrame(
+            {
+                "id": [e.id for e in conflicts],
+                "subject": [e.subject for e in conflicts],
+                "template": [e.template for e in conflicts],
+                "usage": usages,
+            }
+        )
+    )
+
+
 def _match_scores(source: str, answer: str, expected: Sequence[str]) -> dict[str, float]:
     return {
         f"{source}_exact_match": float(exact_match(answer, expected)),

@@ -1,12 +1,9 @@
 """Other people's data sets, read in their native formats into ConflictSets.
 
-A format is a name, the fields that its rows need, and a reader: a function from one row to drafts of examples,
-registered next to its definition. ``load_dataset`` takes the rows from a JSON, JSON lines, CSV, TSV or Parquet
-file, hands each to the reader, and names file, line and field where a row cannot be read.
-
-Which examples a row gives depends on what it has: ``conflict`` where a context contradicts memory, ``aligned``
-where a context agrees with it, ``none`` for the question alone. Question formats are asked as
-``context``, blank line, ``Question: ...``, ``Answer:``; completion formats keep their text as it is.
+A format is a name, the fields that its rows need, and a reader: a function from one row to its items, registered
+where it is defined. An item is a question with its contexts; it becomes one example for each context
+(``conflict`` or ``aligned``) and one without (``none``). ``load_dataset`` takes the rows from a JSON, JSON lines,
+CSV, TSV or Parquet file, and names file, place and field where a row cannot be read.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,23 +34,38 @@ class Loaded(NamedTuple):
     skipped: list[str]
 
 
-class Draft(NamedTuple):
-    """An example before it gets its id, source and split.
-
-    Empty ``subject``, ``relation`` and ``key`` stand for the question, the format's name and the row number.
-    ``template`` is the part of the template's name that follows the format's name.
-    """
+class Context(NamedTuple):
+    """A context and the answers that it gives; ``template`` is what its family adds to the format's name."""
 
     kind: ContextKind
-    prompt: str
+    text: str
+    answers: tuple[str, ...]
+    template: str = ""
+
+
+class Item(NamedTuple):
+    """A question, what memory answers, and its contexts.
+
+    Attributes:
+        question: A question, or the stem of a sentence.
+        memory_answers: The canonical answer first.
+        contexts: The contexts; with ``completion``, whole prompts that end with the stem and are used as they are.
+        subject: What is asked about; the question where empty.
+        relation: What is asked about it; the format's name where empty.
+        template: What the family adds to the format's name, for contexts that do not say.
+        key: Tells the row from others in ids; the row number where empty.
+        completion: Whether the model completes a sentence; else the prompt is the context, an empty line, and the
+            lines ``Question: {question}`` and ``Answer:``.
+    """
+
     question: str
-    context: str
     memory_answers: tuple[str, ...]
-    context_answers: tuple[str, ...]
+    contexts: tuple[Context, ...]
     subject: str = ""
     relation: str = ""
     template: str = ""
     key: str = ""
+    completion: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,14 @@ class Format:
         title: What its authors call it.
         fields: The fields that every row must have.
         source: Who published it.
-        read: The reader of one row.
+        read: The items of a row.
     """
 
     name: str
     title: str
     fields: tuple[str, ...]
     source: str
-    read: Callable[[Row], list[Draft]]
+    read: Callable[[Row], list[Item]]
 
 
 FORMATS: dict[str, Format] = {}
@@ -83,23 +95,10 @@ def format_names() -> list[str]:
     return sorted(FORMATS)
 
 
-def format_named(name: str) -> Format:
-    """The format ``name``.
-
-    Raises:
-        UserError: If there is none; the message lists those there are.
-    """
-    if name not in FORMATS:
-        raise UserError(f"The format {name!r} is not known; known are {', '.join(format_names())}.")
-    return FORMATS[name]
-
-
-def load_dataset(
-    path: str | Path, format: str, *, on_error: Literal["stop", "skip"] = "stop", seed: int = 0
-) -> Loaded:
+def load_dataset(path: str | Path, format: str, *, on_error: Literal["stop", "skip"] = "stop", seed: int = 0) -> Loaded:
     """Read a data set from a local file.
 
-    An id is template, row number (CounterFact: ``case_id``) and kind, and stays the same when other rows are skipped.
+    An id is template, row number (CounterFact: ``case_id``) and kind; it does not change when other rows are skipped.
 
     Args:
         path: A ``.json`` (an array, or one object a line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file.
@@ -110,67 +109,73 @@ def load_dataset(
     Raises:
         UserError: If the format is not known, the file cannot be read, no row is good, or a row is bad.
     """
-    chosen = format_named(format)
+    if format not in FORMATS:
+        raise UserError(f"The format {format!r} is not known; known are {', '.join(format_names())}.")
     examples: list[ConflictExample] = []
     skipped: list[str] = []
-    for number, (place, fields) in enumerate(_records(Path(path)), 1):
+    for number, (place, record) in enumerate(_records(Path(path)), 1):
         try:
-            drafts = chosen.read(Row(fields))
+            items = FORMATS[format].read(_row(record))
         except _BadRow as problem:
             message = f"{path}, {place}: {problem}"
             if on_error == "stop":
                 raise UserError(f"{message}; mend or remove it, or skip such rows with on_error='skip'.") from problem
             skipped.append(message)
         else:
-            examples += [_example(chosen.name, number, draft, seed) for draft in drafts]
+            examples += (example for item in items for example in _examples(format, number, item, seed))
     if not examples:
         reason = f"the first problem is: {skipped[0]}" if skipped else "it has no rows"
-        raise UserError(f"{path} gave no {chosen.title} example; {reason}.")
-    return Loaded(ConflictSet(chosen.name, tuple(examples)), skipped)
+        raise UserError(f"{path} gave no {FORMATS[format].title} example; {reason}.")
+    return Loaded(ConflictSet(format, tuple(examples)), skipped)
 
 
-def _example(name: str, number: int, draft: Draft, seed: int) -> ConflictExample:
-    template = f"{name}-{draft.template}" if draft.template else name
-    subject = draft.subject or draft.question
-    return ConflictExample(
-        id=f"{template}-{draft.key or number}-{draft.kind}",
-        subject=subject,
-        relation=draft.relation or name,
-        question=draft.question,
-        context=draft.context,
-        memory_answers=draft.memory_answers,
-        context_answers=draft.context_answers,
-        kind=draft.kind,
-        template=template,
-        source=name,
-        prompt=draft.prompt,
-        split=split_of(subject, seed),
-    )
+def _examples(name: str, number: int, item: Item, seed: int) -> Iterator[ConflictExample]:
+    subject = item.subject or item.question
+    ask = item.question if item.completion else f"Question: {item.question}\nAnswer:"
+    for context in (*item.contexts, Context("none", "", ())):
+        template = "-".join(filter(None, (name, context.template or item.template)))
+        whole = context.text if item.completion else f"{context.text}\n\n{ask}"
+        yield ConflictExample(
+            id=f"{template}-{item.key or number}-{context.kind}",
+            subject=subject,
+            relation=item.relation or name,
+            question=item.question,
+            context=whole.removesuffix(ask).strip(),
+            memory_answers=item.memory_answers,
+            context_answers=context.answers,
+            kind=context.kind,
+            template=template,
+            source=name,
+            prompt=whole if context.text else ask,
+            split=split_of(subject, seed),
+        )
 
 
 class _BadRow(Exception):
     """A row that cannot be read; the message says which field, what was expected and what came."""
 
 
+@dataclass(frozen=True)
 class Row:
-    """The fields of one row. Each method checks the type of what it returns, and strips white space."""
+    """The fields of one row. Each method checks the type of what it returns, and strips white space.
 
-    def __init__(self, fields: object) -> None:
-        if isinstance(fields, _BadRow):
-            raise fields
-        if not isinstance(fields, Mapping):
-            raise _BadRow(f"expected an object with fields, got {_shown(fields)}")
-        self._fields = fields
+    Attributes:
+        fields: As the file has them; methods take a dotted name for a field of a nested object.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return self._fields.get(name) not in (None, "")
+    fields: Mapping[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a field, and something in it."""
+        return self.fields.get(name) not in (None, "", [])
 
     def value(self, name: str) -> Any:
-        """The field as it is; a dot in the name enters a nested object."""
-        value: Any = self._fields
+        """The field as it is."""
+        value: Any = self.fields
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise _BadRow(f"expected the field {name!r}, got a row with the fields {', '.join(map(str, self._fields))}")
+                there = ", ".join(map(str, self.fields))
+                raise _BadRow(f"expected the field {name!r}, got a row with the fields {there}")
             value = value[part]
         return value
 
@@ -182,42 +187,54 @@ class Row:
         return value.strip()
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts, at least one of them not empty, or the JSON or Python text of such a list."""
-        items = self._parsed(name)
+        """A list of texts, or the JSON or Python text of one, in its own order."""
+        items = self.value(name)
+        if isinstance(items, str):
+            items = _literal(items)
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise self.unexpected(name, "a list of texts")
-        if not (kept := _answers(*items)):
+        return tuple(item.strip() for item in items)
+
+    def answers(self, name: str) -> tuple[str, ...]:
+        """The distinct texts of a list that has at least one which is not empty."""
+        if not (answers := _distinct(*self.texts(name))):
             raise self.unexpected(name, "a list with at least one text that is not empty")
-        return kept
+        return answers
 
     def aliases(self, name: str) -> tuple[str, ...]:
-        """Like ``texts``, but the field may be missing or empty."""
-        return self.texts(name) if name in self and self._parsed(name) != [] else ()
+        """Like ``answers``, but the field may be missing or empty."""
+        return _distinct(*self.texts(name)) if self.has(name) else ()
 
-    def choice(self, name: str, options: tuple[str, ...]) -> int:
-        """The index of an option, which the field gives as its text, its letter or its index from 0."""
+    def choice(self, name: str, options: tuple[str, ...]) -> str:
+        """One of the options, which the field gives as its text, its letter or its index from 0."""
         value = str(self.value(name)).strip()
         if value in options:
-            return options.index(value)
+            return value
         index = int(value) if value.isdecimal() else "ABCDEFGH".find(value) if len(value) == 1 else -1
-        if not 0 <= index < len(options):
-            raise self.unexpected(name, f"one of {len(options)} options as text, letter or index from 0")
-        return index
+        if not 0 <= index < len(options) or not options[index]:
+            raise self.unexpected(name, f"the text, letter or index of one of {len(options)} options")
+        return options[index]
 
     def unexpected(self, name: str, wanted: str) -> _BadRow:
         """The error for a field that is not what was wanted."""
         return _BadRow(f"the field {name!r} should be {wanted}, got {_shown(self.value(name))}")
 
-    def _parsed(self, name: str) -> Any:
-        value = self.value(name)
-        if not isinstance(value, str):
-            return value
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return parse(value.strip())
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                continue
-        raise self.unexpected(name, "a list of texts, in JSON or Python")
+
+def _row(record: object) -> Row:
+    if isinstance(record, _BadRow):
+        raise record
+    if not isinstance(record, Mapping):
+        raise _BadRow(f"expected an object with fields, got {_shown(record)}")
+    return Row(record)
+
+
+def _literal(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 def _shown(value: object) -> str:
@@ -225,50 +242,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _answers(*texts: str) -> tuple[str, ...]:
+def _distinct(*texts: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
 
 
-class _Context(NamedTuple):
-    kind: ContextKind
-    text: str
-    answers: tuple[str, ...]
-    template: str = ""
+_Reader = Callable[[Row], list[Item]]
 
 
-def _asked(
-    question: str, memory: tuple[str, ...], *contexts: _Context, subject: str = "", relation: str = ""
-) -> list[Draft]:
-    """The question after each context, and alone."""
-    ask = f"Question: {question}\nAnswer:"
-    drafts = [
-        Draft(c.kind, f"{c.text}\n\n{ask}", question, c.text, memory, c.answers, subject, relation, c.template)
-        for c in contexts
-    ]
-    return [*drafts, Draft("none", ask, question, "", memory, (), subject, relation)]
-
-
-def _continued(
-    stem: str,
-    memory: tuple[str, ...],
-    *prompts: _Context,
-    subject: str = "",
-    relation: str = "",
-    template: str = "",
-    key: str = "",
-) -> list[Draft]:
-    """Each prompt as it is, and its stem alone; what a prompt says before its stem is the context."""
-    drafts = [
-        Draft(p.kind, p.text, stem, p.text.removesuffix(stem).strip(), memory, p.answers, subject, relation,
-              p.template or template, key)
-        for p in prompts
-    ]  # fmt: skip
-    return [*drafts, Draft("none", stem, stem, "", memory, (), subject, relation, template, key)]
-
-
-def _format(name: str, *, title: str, fields: tuple[str, ...], source: str) -> Callable[..., Callable[..., Any]]:
-    def register(read: Callable[[Row], list[Draft]]) -> Callable[[Row], list[Draft]]:
-        FORMATS[name] = Format(name, title, fields, source, read)
+def _format(name: str, title: str, fields: str, source: str) -> Callable[[_Reader], _Reader]:
+    def register(read: _Reader) -> _Reader:
+        FORMATS[name] = Format(name, title, tuple(fields.split(", ")), source, read)
         return read
 
     return register
@@ -276,227 +259,197 @@ def _format(name: str, *, title: str, fields: tuple[str, ...], source: str) -> C
 
 @_format(
     "nq-swap",
-    title="NQ-Swap, MacNoise",
-    fields=("question", "org_context", "sub_context", "org_answer", "sub_answer"),
-    source="Longpre et al. 2021, arXiv 2109.05052; Hong et al. 2024, arXiv 2305.01579",
+    "NQ-Swap, MacNoise",
+    "question, org_context, sub_context, org_answer, sub_answer",
+    "Longpre et al. 2021, arXiv 2109.05052; Hong et al. 2024, arXiv 2305.01579",
 )
-def _nq_swap(row: Row) -> list[Draft]:
-    memory = row.texts("org_answer")
-    return _asked(
-        row.text("question"),
-        memory,
-        _Context("conflict", row.text("sub_context"), row.texts("sub_answer")),
-        _Context("aligned", row.text("org_context"), memory),
-    )
+def _nq_swap(row: Row) -> list[Item]:
+    memory = row.answers("org_answer")
+    conflict = Context("conflict", row.text("sub_context"), row.answers("sub_answer"))
+    return [Item(row.text("question"), memory, (conflict, Context("aligned", row.text("org_context"), memory)))]
 
 
-@_format(
-    "counterfact",
-    title="CounterFact",
-    fields=("case_id", "requested_rewrite"),
-    source="Meng et al. 2022, arXiv 2202.05262",
-)
-def _counterfact(row: Row) -> list[Draft]:
-    """The edit as a statement, then the prompt or a paraphrase of it; neighbourhood prompts have other subjects."""
-    true, new = (_answers(row.text(f"requested_rewrite.target_{which}.str")) for which in ("true", "new"))
+@_format("counterfact", "CounterFact", "case_id, requested_rewrite", "Meng et al. 2022, arXiv 2202.05262")
+def _counterfact(row: Row) -> list[Item]:
+    """The prompt with an answer, as a statement, before the prompt or a paraphrase of it.
+
+    Neighbourhood prompts are left out: they have other subjects, which the data does not name.
+    """
+    true, new = (_distinct(row.text(f"requested_rewrite.target_{which}.str")) for which in ("true", "new"))
     subject, relation = row.text("requested_rewrite.subject"), row.text("requested_rewrite.relation_id")
     if "{}" not in row.text("requested_rewrite.prompt"):
         raise row.unexpected("requested_rewrite.prompt", "a text with {} in the place of the subject")
     prompt = row.text("requested_rewrite.prompt").replace("{}", subject)
     case = str(row.value("case_id"))
+    stems = [(prompt, "prompt", case)]
+    stems += [(text, "paraphrase", f"{case}.{i}") for i, text in enumerate(row.aliases("paraphrase_prompts"), 1)]
 
-    def drafts(stem: str, template: str, key: str) -> list[Draft]:
-        return _continued(
-            stem,
-            true,
-            _Context("conflict", f"{prompt} {new[0]}. {stem}", new),
-            _Context("aligned", f"{prompt} {true[0]}. {stem}", true),
-            subject=subject,
-            relation=relation,
-            template=template,
-            key=key,
+    def contexts(stem: str) -> tuple[Context, Context]:
+        return (
+            Context("conflict", f"{prompt} {new[0]}. {stem}", new),
+            Context("aligned", f"{prompt} {true[0]}. {stem}", true),
         )
 
-    result = drafts(prompt, "prompt", case)
-    for number, paraphrase in enumerate(row.aliases("paraphrase_prompts"), 1):
-        result += drafts(paraphrase, "paraphrase", f"{case}.{number}")
-    return result
+    return [
+        Item(stem, true, contexts(stem), subject, relation, template, key, completion=True)
+        for stem, template, key in stems
+    ]
 
 
 @_format(
     "counterfact-competition",
-    title="CounterFact in the format of Competition of Mechanisms",
-    fields=("base_prompt", "target_true", "target_new", "prompt", "subject"),
-    source="Ortu et al. 2024, arXiv 2402.11655",
+    "CounterFact, in the format of Competition of Mechanisms",
+    "base_prompt, target_true, target_new, prompt, subject",
+    "Ortu et al. 2024, arXiv 2402.11655",
 )
-def _counterfact_competition(row: Row) -> list[Draft]:
+def _counterfact_competition(row: Row) -> list[Item]:
     stem, prompt = row.text("base_prompt"), row.text("prompt")
-    true, new = _answers(row.text("target_true")), _answers(row.text("target_new"))
-    before, found, after = prompt.removesuffix(stem).rpartition(new[0])
+    true, new = row.text("target_true"), row.text("target_new")
+    before, found, after = prompt.removesuffix(stem).rpartition(new)
     if not prompt.endswith(stem) or not found:
-        raise row.unexpected("prompt", f"a text that states {new[0]!r} and ends with the base prompt {stem!r}")
-    return _continued(
-        stem,
-        true,
-        _Context("conflict", prompt, new),
-        _Context("aligned", f"{before}{true[0]}{after}{stem}", true),
-        subject=row.text("subject"),
-    )
+        raise row.unexpected("prompt", f"a text that says {new!r} and ends with the base prompt {stem!r}")
+    conflict = Context("conflict", prompt, (new,))
+    aligned = Context("aligned", f"{before}{true}{after}{stem}", (true,))
+    return [Item(stem, (true,), (conflict, aligned), row.text("subject"), completion=True)]
 
 
 @_format(
     "paraconflict",
-    title="ParaConflict",
-    fields=("Category", "Subject", "Answer", "Distracted Token", "Clean Prompt", "Substitution Conflict",
-            "Coherent Conflict"),
-    source="Li et al. 2025, arXiv 2503.10996",
-)  # fmt: skip
-def _paraconflict(row: Row) -> list[Draft]:
-    distracted = _answers(row.text("Distracted Token"))
-    return _continued(
-        row.text("Clean Prompt"),
-        row.texts("Answer"),
-        _Context("conflict", row.text("Substitution Conflict"), distracted, "substitution"),
-        _Context("conflict", row.text("Coherent Conflict"), distracted, "coherent"),
-        subject=row.text("Subject"),
-        relation=row.text("Category"),
+    "ParaConflict",
+    "Category, Subject, Answer, Distracted Token, Clean Prompt, Substitution Conflict, Coherent Conflict",
+    "Li et al. 2025, arXiv 2503.10996",
+)
+def _paraconflict(row: Row) -> list[Item]:
+    distracted = (row.text("Distracted Token"),)
+    contexts = (
+        Context("conflict", row.text("Substitution Conflict"), distracted, "substitution"),
+        Context("conflict", row.text("Coherent Conflict"), distracted, "coherent"),
     )
+    stem, answers = row.text("Clean Prompt"), row.answers("Answer")
+    return [Item(stem, answers, contexts, row.text("Subject"), row.text("Category"), completion=True)]
 
 
 @_format(
     "conflictbank",
-    title="ConflictBank",
-    fields=("subject", "relation", "question", "options", "correct_option", "replace_option", "default_evidence",
-            "misinformation_conflict_evidence", "temporal_conflict_evidence", "semantic_conflict_evidence"),
-    source="Su et al. 2024, arXiv 2408.12076",
-)  # fmt: skip
-def _conflictbank(row: Row) -> list[Draft]:
+    "ConflictBank",
+    "subject, relation, question, options, correct_option, replace_option, default_evidence, "
+    "misinformation_conflict_evidence, temporal_conflict_evidence, semantic_conflict_evidence",
+    "Su et al. 2024, arXiv 2408.12076",
+)
+def _conflictbank(row: Row) -> list[Item]:
     options = row.texts("options")
-    memory, replaced = ((options[row.choice(f"{which}_option", options)],) for which in ("correct", "replace"))
-    # The public release spells this one column with the word twice.
+    memory = (row.choice("correct_option", options),)
+    replaced = (row.choice("replace_option", options),)
+    # The published table has this one column with the last word twice.
     twice = "misinformation_conflict_evidence_evidence"
-    misinformation = twice if twice in row else "misinformation_conflict_evidence"
-    return _asked(
-        row.text("question"),
-        memory,
-        _Context("conflict", row.text(misinformation), replaced, "misinformation"),
-        _Context("conflict", row.text("temporal_conflict_evidence"), replaced, "temporal"),
-        _Context("conflict", row.text("semantic_conflict_evidence"), replaced, "semantic"),
-        _Context("aligned", row.text("default_evidence"), memory),
-        subject=row.text("subject"),
-        relation=row.text("relation"),
-    )
+    evidence = {
+        "misinformation": row.text(twice if row.has(twice) else "misinformation_conflict_evidence"),
+        "temporal": row.text("temporal_conflict_evidence"),
+        "semantic": row.text("semantic_conflict_evidence"),
+    }
+    conflicts = (Context("conflict", text, replaced, template) for template, text in evidence.items())
+    aligned = Context("aligned", row.text("default_evidence"), memory)
+    return [Item(row.text("question"), memory, (*conflicts, aligned), row.text("subject"), row.text("relation"))]
 
 
 @_format(
     "dynamicqa",
-    title="DynamicQA",
-    fields=("subj", "obj", "question", "context", "replace_name"),
-    source="Marjanović et al. 2024, arXiv 2407.17023",
+    "DynamicQA",
+    "subj, obj, question, context, replace_name",
+    "Marjanović et al. 2024, arXiv 2407.17023",
 )
-def _dynamicqa(row: Row) -> list[Draft]:
-    """The disputable partition has no placeholder: its contexts state ``obj`` itself."""
+def _dynamicqa(row: Row) -> list[Item]:
+    """The disputable part has no placeholder: its contexts say ``obj`` themselves."""
     obj, replacement, context = row.text("obj"), row.text("replace_name"), row.text("context")
-    place = re.escape("[ENTITY]") if "[ENTITY]" in context else rf"(?<!\w){re.escape(obj)}(?!\w)"
+    place = r"\[ENTITY\]" if "[ENTITY]" in context else rf"(?<!\w){re.escape(obj)}(?!\w)"
     if not re.search(place, context):
         raise row.unexpected("context", f"a text with [ENTITY] or {obj!r} in it")
-    memory = _answers(obj, *row.aliases("possible_answers"))
-    return _asked(
-        row.text("question"),
-        memory,
-        _Context("conflict", re.sub(place, lambda _: replacement, context), (replacement,)),
-        _Context("aligned", re.sub(place, lambda _: obj, context), memory),
-        subject=row.text("subj"),
-        relation=row.text("prop") if "prop" in row else "",
+    memory = _distinct(obj, *row.aliases("possible_answers"))
+    contexts = (
+        Context("conflict", re.sub(place, lambda _: replacement, context), (replacement,)),
+        Context("aligned", re.sub(place, lambda _: obj, context), memory),
     )
+    return [Item(row.text("question"), memory, contexts, row.text("subj"), row.text("prop") if row.has("prop") else "")]
 
 
 @_format(
     "confiqa",
-    title="ConFiQA",
-    fields=("question", "orig_context", "cf_context", "orig_answer", "cf_answer"),
-    source="Bi et al. 2024, arXiv 2412.15280",
+    "ConFiQA",
+    "question, orig_context, cf_context, orig_answer, cf_answer",
+    "Bi et al. 2024, arXiv 2412.15280",
 )
-def _confiqa(row: Row) -> list[Draft]:
-    memory = _answers(row.text("orig_answer"), *row.aliases("orig_alias"))
-    counterfactual = _answers(row.text("cf_answer"), *row.aliases("cf_alias"))
-    return _asked(
-        row.text("question"),
-        memory,
-        _Context("conflict", row.text("cf_context"), counterfactual),
-        _Context("aligned", row.text("orig_context"), memory),
+def _confiqa(row: Row) -> list[Item]:
+    memory = _distinct(row.text("orig_answer"), *row.aliases("orig_alias"))
+    counterfactual = _distinct(row.text("cf_answer"), *row.aliases("cf_alias"))
+    contexts = (
+        Context("conflict", row.text("cf_context"), counterfactual),
+        Context("aligned", row.text("orig_context"), memory),
     )
+    return [Item(row.text("question"), memory, contexts)]
 
 
 @_format(
     "coconflictqa",
-    title="CoConflictQA",
-    fields=("question", "answers", "context", "parametric_answer"),
-    source="Huang et al. 2025, arXiv 2502.15543",
+    "CoConflictQA",
+    "question, answers, context, parametric_answer",
+    "Huang et al. 2025, arXiv 2502.15543",
 )
-def _coconflictqa(row: Row) -> list[Draft]:
-    """The context is true; memory is what the authors' model answered without it."""
-    return _asked(
-        row.text("question"),
-        _answers(row.text("parametric_answer")),
-        _Context("conflict", row.text("context"), row.texts("answers")),
-    )
+def _coconflictqa(row: Row) -> list[Item]:
+    """The context is right; memory is what the authors' model answered without it."""
+    conflict = Context("conflict", row.text("context"), row.answers("answers"))
+    return [Item(row.text("question"), (row.text("parametric_answer"),), (conflict,))]
 
 
-_ENDING = re.compile(r'(Write .*?"[^"]*"): (.+)', re.DOTALL)
-_OPTION = re.compile(r"^([A-Z])\. (.+)$", re.MULTILINE)
+# Where the stem begins: after an order to write or to translate something, or at the first option.
+_MEMOTRAP_STEM = re.compile(r'Write .*?"[^"]*"[^":]*: |Translate .*?\nto:\n|.*?\n(?=A\. )', re.DOTALL)
+_MEMOTRAP_OPTION = re.compile(r"^([A-Z])\. (.+)$", re.MULTILINE)
 
 
-@_format(
-    "memotrap",
-    title="MemoTrap",
-    fields=("prompt", "classes", "answer_index"),
-    source="Liu and Liu 2023, github.com/liujch1998/memo-trap",
-)
-def _memotrap(row: Row) -> list[Draft]:
-    """The instruction is the context; the class it does not ask for is the memorised ending.
+@_format("memotrap", "MemoTrap", "prompt, classes, answer_index", "Liu and Liu 2023, github.com/liujch1998/memo-trap")
+def _memotrap(row: Row) -> list[Item]:
+    """The instruction is the context; the class that it does not ask for is the memorised one.
 
-    The multiple-choice part words each of its events in eight ways, and only the options stay the same: they are
-    the subject, lest one event be in two splits. The text of an option is an alias of its letter.
+    The multiple-choice part tells each event in eight ways that share only their options: these are the subject, so
+    that no event is in two splits. The text of an option is an alias of its letter.
     """
     prompt, classes = row.text("prompt"), row.texts("classes")
-    demanded = classes[row.choice("answer_index", classes)]
-    options = dict(_OPTION.findall(prompt))
-    (context, memory) = (
-        _answers(*(text for c in group for text in (c, options.get(c, ""))))
-        for group in ([demanded], [c for c in classes if c != demanded])
-    )
-    conflict = _Context("conflict", prompt, context)
-    if set(classes) <= set(options):
-        stem = prompt[_OPTION.search(prompt).start() :]  # pyright: ignore[reportOptionalMemberAccess]
-        return _continued(stem, memory, conflict, subject=" / ".join(sorted(options.values())), template="choice")
-    if match := _ENDING.fullmatch(prompt):
-        return _continued(match[2], memory, conflict, template="ending")
-    return [Draft("conflict", prompt, prompt, prompt, memory, context)]
+    demanded = row.choice("answer_index", classes)
+    if not (instruction := _MEMOTRAP_STEM.match(prompt)):
+        raise row.unexpected("prompt", "an order to write or translate, or a question with options")
+    stem = prompt[instruction.end() :]
+    options = dict(_MEMOTRAP_OPTION.findall(stem))
+
+    def named(choices: Iterable[str]) -> tuple[str, ...]:
+        return tuple(text for choice in choices for text in (choice, options.get(choice)) if text)
+
+    conflict = Context("conflict", prompt, named([demanded]))
+    if not (memory := named(choice for choice in classes if choice != demanded)):
+        raise row.unexpected("classes", "a list of different texts")
+    return [Item(stem, memory, (conflict,), " / ".join(sorted(options.values())), completion=True)]
 
 
 @_format(
     "conflicts",
-    title="CONFLICTS",
-    fields=("question", "conflict_type", "correct_answer", "search_results"),
-    source="Cattan et al. 2025, arXiv 2506.08500",
+    "CONFLICTS",
+    "question, conflict_type, correct_answer, search_results",
+    "Cattan et al. 2025, arXiv 2506.08500",
 )
-def _conflicts(row: Row) -> list[Draft]:
-    """The sources of a row conflict with each other, or do not; the row does not tell what a model remembers.
+def _conflicts(row: Row) -> list[Item]:
+    """The search results of a row contradict each other, or not; what a model remembers is not part of the data.
 
-    Where they conflict (opinions, outdated information, misinformation), the kind is ``conflict``, the correct
-    answer is the context answer, and memory answers are unknown, hence empty. Where they do not (none,
-    complementary), the correct answer is that of the context and of memory, kind ``aligned``. Most rows about
+    Where they do (opinions, outdated information, misinformation) the kind is ``conflict``, the correct answer is the
+    context answer, and memory answers are unknown, hence empty. Where they do not (no conflict, complementary
+    information) the kind is ``aligned``, and the correct answer is that of the context and of memory. Most rows about
     opinions and complementary information have no correct answer: their answers are empty.
     """
-    conflict_type = row.text("conflict_type")
-    if not re.match("conflict|no conflict|complementary", conflict_type, re.IGNORECASE):
+    conflict_type = row.text("conflict_type").lower()
+    if not conflict_type.startswith(("conflict", "no conflict", "complementary")):
         raise row.unexpected("conflict_type", "a text that starts with Conflict, No conflict or Complementary")
-    kind: ContextKind = "conflict" if conflict_type.lower().startswith("conflict") else "aligned"
     row.value("correct_answer")
-    correct = _answers(row.text("correct_answer")) if "correct_answer" in row else ()
-    context = _Context(kind, _search_results(row), correct, "-".join(conflict_type.lower().split()))
-    return _asked(row.text("question"), () if kind == "conflict" else correct, context)
+    correct = (row.text("correct_answer"),) if row.has("correct_answer") else ()
+    kind, memory = ("conflict", ()) if conflict_type.startswith("conflict") else ("aligned", correct)
+    context = Context(kind, _search_results(row), correct, "-".join(conflict_type.split()))
+    return [Item(row.text("question"), memory, (context,))]
 
 
 def _search_results(row: Row) -> str:
@@ -510,20 +463,18 @@ def _search_results(row: Row) -> str:
     return "\n\n".join(f"{head}\n{text}".strip() for head, text in zip(heads, texts, strict=True) if text)
 
 
-@_format(
-    "popqa",
-    title="PopQA",
-    fields=("subj", "prop", "obj", "question", "possible_answers"),
-    source="Mallen et al. 2023, arXiv 2212.10511",
-)
-def _popqa(row: Row) -> list[Draft]:
-    memory = _answers(row.text("obj"), *row.texts("possible_answers"))
-    return _asked(row.text("question"), memory, subject=row.text("subj"), relation=row.text("prop"))
+@_format("popqa", "PopQA", "subj, prop, obj, question, possible_answers", "Mallen et al. 2023, arXiv 2212.10511")
+def _popqa(row: Row) -> list[Item]:
+    memory = _distinct(row.text("obj"), *row.answers("possible_answers"))
+    return [Item(row.text("question"), memory, (), row.text("subj"), row.text("prop"))]
 
 
-def _records(path: Path) -> Iterator[tuple[str, object]]:
+_Records = Iterator[tuple[str, object]]
+
+
+def _records(path: Path) -> _Records:
     """The rows of a file with their places; a row that is not one is a ``_BadRow``."""
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
+    readers: dict[str, Callable[[Path], _Records]] = {
         ".json": _json_records,
         ".jsonl": _json_lines,
         ".csv": lambda path: _table_records(path, ","),
@@ -544,7 +495,7 @@ def _text_of(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}); convert it or give another file.") from error
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, object]]:
+def _json_records(path: Path) -> _Records:
     text = _text_of(path)
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
@@ -556,7 +507,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, object]]:
     yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+def _json_lines(path: Path) -> _Records:
     # Not splitlines(): JSON texts may contain other line separators of Unicode.
     for number, line in enumerate(_text_of(path).split("\n"), 1):
         if line.strip():
@@ -566,7 +517,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"line {number}", _BadRow(f"expected one JSON object a line, got invalid JSON ({error})")
 
 
-def _table_records(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
+def _table_records(path: Path, delimiter: str) -> _Records:
     text = _text_of(path)
     # The limit belongs to the process: it is raised for this file only, and for no longer than it takes to parse it.
     limit = csv.field_size_limit(2**31 - 1)
@@ -597,11 +548,11 @@ def _table_lines(reader: Any) -> Iterator[tuple[int, list[str] | _BadRow]]:
             yield first, values
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
+def _parquet_records(path: Path) -> _Records:
     import polars as pl
 
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Could not read {path} as Parquet: {reason}; check the path and the file.") from error

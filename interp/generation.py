@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 BATCH_SIZE = 32
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 8
 
 _T = TypeVar("_T")
 
@@ -32,10 +32,12 @@ class Continuations(NamedTuple):
 
     Attributes:
         answers: The first sentence of each greedy continuation.
-        first_logits: ``(n_prompts, n_watched)`` float32 on the CPU: logits of the watched tokens at the first step.
+        first_tokens: ``(n_prompts,)``: the token that each answer starts with.
+        first_logits: ``(n_prompts, n_watched)`` float32: logits of the watched tokens at the first step.
     """
 
     answers: list[str]
+    first_tokens: Tensor
     first_logits: Tensor
 
 
@@ -102,6 +104,7 @@ def continue_greedily(
     """
     answers = [""] * len(prompts)
     watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
+    first_tokens = torch.zeros(len(prompts), dtype=torch.long)
     first_logits = torch.zeros(watched.shape)
     network: Any = transformers_model(model)
     for batch in tracked(length_batches(model, prompts, batch_size), progress):
@@ -120,10 +123,11 @@ def continue_greedily(
                 output_logits=True,
             )
         texts = model.tokenizer.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)
+        first_tokens[batch] = output.sequences[:, prompt_length].cpu()
         first_logits[batch] = output.logits[0].float().cpu().gather(1, watched[batch])
         for index, text in zip(batch, texts, strict=True):
             answers[index] = first_sentence(text)
-    return Continuations(answers, first_logits)
+    return Continuations(answers, first_tokens, first_logits)
 
 
 def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:

@@ -1,0 +1,119 @@
+"""Scale attention heads: pruning (PH3: Jin et al. 2024, arXiv 2402.18154), value scaling (Yu et al. 2023,
+arXiv 2310.15910) and mean ablation are one operation on a head's output z, before the output projection:
+
+    z' = mean + scale * (z - mean)
+
+with mean 0 unless it is given. Scale 0 prunes (or ablates to the mean), 1 changes nothing, a negative scale
+turns the head around. Attention is linear in its values, so scaling z scales the head's value vectors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy
+from interp.errors import UserError
+from interventions.base import Handle
+
+
+@dataclass(frozen=True)
+class ScaledHead:
+    """One head and what happens to it.
+
+    Attributes:
+        layer: Layer of the head.
+        head: Index of the head in its layer.
+        scale: Factor on (the deviation from the mean of) its output.
+        mean: ``d_head`` numbers to scale around; ``None`` is zero.
+    """
+
+    layer: int
+    head: int
+    scale: float
+    mean: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """Scales heads at every position, of prompt and answer alike. Immutable; attach it as often as you like.
+
+    Attributes:
+        heads: The heads; each at most once.
+
+    Raises:
+        UserError: If a head occurs twice.
+    """
+
+    heads: tuple[ScaledHead, ...]
+
+    def __post_init__(self) -> None:
+        places = [(h.layer, h.head) for h in self.heads]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise UserError(f"Head {twice[0]}.{twice[1]} is listed twice; give each head once.")
+
+    @classmethod
+    def of(cls, heads: Iterable[tuple[int, int]], scale: float) -> HeadScaling:
+        """Scale the given ``(layer, head)`` by one factor; 0 prunes them."""
+        return cls(tuple(ScaledHead(layer, head, scale) for layer, head in heads))
+
+    @classmethod
+    def mean_ablation(cls, heads: Iterable[tuple[int, int]], means: Tensor) -> HeadScaling:
+        """Replace the given heads' outputs by their means.
+
+        Args:
+            heads: ``(layer, head)`` pairs.
+            means: Mean z of every head, ``(n_layers, n_heads, d_head)``, for example
+                ``last_token_states(model, prompts).z.mean(0)``.
+        """
+        return cls(tuple(ScaledHead(layer, head, 0.0, tuple(means[layer, head].tolist())) for layer, head in heads))
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: If the model does not have one of the heads, or a mean has the wrong length.
+        """
+        anatomy = Anatomy(model)
+        by_layer: dict[int, list[ScaledHead]] = defaultdict(list)
+        for head in self.heads:
+            anatomy.checked_head(head.layer, head.head)
+            if head.mean is not None and len(head.mean) != anatomy.d_head:
+                raise UserError(
+                    f"The mean of head {head.layer}.{head.head} has {len(head.mean)} numbers, but this model's heads have "
+                    f"{anatomy.d_head}; compute it on this model."
+                )
+            by_layer[head.layer].append(head)
+        return Handle(
+            [
+                anatomy.module("output_projection", layer).register_forward_pre_hook(_scaling_hook(anatomy, layer, heads))
+                for layer, heads in sorted(by_layer.items())
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+
+def _scaling_hook(anatomy: Anatomy, layer: int, heads: list[ScaledHead]) -> Any:
+    """A forward pre-hook of the output projection, whose input is z of all heads, ``(..., n_heads * d_head)``."""
+    matrix = anatomy.output_matrix(layer)
+    scale = torch.ones(anatomy.n_heads, anatomy.d_head)
+    offset = torch.zeros(anatomy.n_heads, anatomy.d_head)
+    for head in heads:
+        scale[head.head] = head.scale
+        if head.mean is not None:
+            offset[head.head] = torch.tensor(head.mean) * (1 - head.scale)
+    factor = scale.flatten().to(matrix.device, matrix.dtype)
+    shift = offset.flatten().to(matrix.device, matrix.dtype) if offset.any() else None
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = inputs[0] * factor
+        return (z if shift is None else z + shift, *inputs[1:])
+
+    return hook
