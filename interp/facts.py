@@ -90,9 +90,9 @@ PHRASINGS: dict[str, Phrasing] = {
     for phrasing in (
         Phrasing(
             "statement",
-            context=lambda r: f"{r.stem} {{answer}}. ",
-            ask=lambda r: r.stem,
-            bare=lambda r: r.stem,
+            context=lambda r: f"Fact: {r.stem} {{answer}}.\n",
+            ask=lambda r: f"Fact: {r.stem}",
+            bare=lambda r: f"Fact: {r.stem}",
         ),
         Phrasing(
             "question",
@@ -167,7 +167,7 @@ def closed_book_prompt(relation: Relation, subject: str, phrasing: str) -> str:
 def known_facts(
     model: TransformerBridge, relation: str, *, progress: str | None = None
 ) -> tuple[Fact, ...]:
-    """The facts that the model answers right closed-book in most phrasing families (at least half of them).
+    """The facts that the model answers right closed-book in most phrasing families (more than half of them).
 
     Facts whose answer shows in the subject (Singapore, Mexico City) are left out: their answer needs no memory.
 
@@ -189,7 +189,7 @@ def known_facts(
     def right(fact: Fact) -> int:
         return sum(contains_answer(answers[prompts[fact.subject, phrasing]], fact.answers) for phrasing in PHRASINGS)
 
-    return tuple(fact for fact in candidates if 2 * right(fact) >= len(PHRASINGS))
+    return tuple(fact for fact in candidates if 2 * right(fact) > len(PHRASINGS))
 
 
 def build_conflicts(
