@@ -164,12 +164,22 @@ def closed_book_prompt(relation: Relation, subject: str, phrasing: str) -> str:
     return _sentence_case(PHRASINGS[phrasing].bare(relation).format(subject=subject, answer=""))
 
 
-def known_facts(
-    model: TransformerBridge, relation: str, *, progress: str | None = None
-) -> tuple[Fact, ...]:
-    """The facts that the model answers right closed-book in most phrasing families (more than half of them).
+def usable_facts(relation: str) -> tuple[Fact, ...]:
+    """The facts of ``relation`` whose answer does not show in the subject (as in Singapore or Mexico City).
 
-    Facts whose answer shows in the subject (Singapore, Mexico City) are left out: their answer needs no memory.
+    Raises:
+        UserError: If the relation is not known.
+    """
+    return tuple(
+        fact
+        for fact in load_facts(relation)
+        if not contains_answer(fact.subject, fact.answers)
+        and not any(contains_answer(answer, [fact.subject]) for answer in fact.answers)
+    )
+
+
+def known_facts(model: TransformerBridge, relation: str, *, progress: str | None = None) -> tuple[Fact, ...]:
+    """The usable facts that the model answers right closed-book in more than half of the phrasing families.
 
     Args:
         model: The bridge.
@@ -177,7 +187,7 @@ def known_facts(
         progress: Label of a progress bar; ``None`` shows none.
     """
     wording = relation_named(relation)
-    candidates = [fact for fact in load_facts(relation) if not _leaks(fact)]
+    candidates = usable_facts(relation)
     prompts = {
         (fact.subject, phrasing): closed_book_prompt(wording, fact.subject, phrasing)
         for fact in candidates
@@ -248,10 +258,6 @@ def _context(phrasing: Phrasing, relation: Relation, subject: str, answer: str) 
 
 def _sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _leaks(fact: Fact) -> bool:
-    return contains_answer(fact.subject, fact.answers) or any(contains_answer(a, [fact.subject]) for a in fact.answers)
 
 
 def _conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[str, ...]]:

@@ -19,7 +19,7 @@ architecture that the anatomy describes wrongly is an error, not a wrong number.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -56,11 +56,11 @@ def path_patching(
     name: str,
     baseline: Baseline = "corrupted",
     mlps: Mlps = "recompute",
-    metric: Metric = "logit_diff",
+    metrics: Sequence[Metric] = ("logit_diff",),
     memory_budget: int = 2**29,
     seed: int = 0,
     progress: str | None = None,
-) -> HeadScores:
+) -> dict[Metric, HeadScores]:
     """Score every head by exact path patching on every example.
 
     Args:
@@ -70,43 +70,48 @@ def path_patching(
         baseline: What a head's z is replaced by: ``corrupted``, its value on the same template with another subject
             and another context answer (a prompt of ``conflicts``); ``zero``; or ``mean`` over ``conflicts``.
         mlps: ``recompute`` them on the patched stream, or keep them ``frozen`` (direct path only).
-        metric: What is attributed. ``logit_diff``: logits. The two probabilities are the relative changes by which
-            PH3 ranks memory heads and context heads, each by their own answer.
+        metrics: What is attributed, all from one sweep. ``logit_diff``: logits. The two probabilities are the
+            relative changes by which PH3 ranks memory heads and context heads; they need the whole unembedding.
         memory_budget: Bytes that the sweep may take on top of the model.
         seed: Decides the corrupted prompts.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
-        Scores with the sign of ``HeadScores``: a head whose replacement lowers the context answer pushed towards it.
+        For each metric its scores, with the sign of ``HeadScores``: a head whose replacement lowers the context
+        answer pushed towards it.
 
     Raises:
         UserError: If an option is not known or no example can be scored.
     """
     _check_choice("baseline", baseline, get_args(Baseline))
     _check_choice("mlps", mlps, get_args(Mlps))
-    _check_choice("metric", metric, get_args(Metric))
+    for metric in metrics:
+        _check_choice("metric", metric, get_args(Metric))
     examples, token_ids = scorable(model, conflicts)
     states = last_token_states(model, [example.prompt for example in examples])
     replacement = _replacement_z(states, examples, baseline, seed)
     values = patching_scores(
-        Anatomy(model), states, replacement, token_ids, mlps=mlps, metric=metric, memory_budget=memory_budget, progress=progress
+        Anatomy(model), states, replacement, token_ids, mlps=mlps, metrics=metrics, memory_budget=memory_budget, progress=progress
     )
-    return HeadScores(
-        values,
-        tuple(e.id for e in examples),
-        tuple(e.subject for e in examples),
-        method="path_patching",
-        metric=metric,
-        model=name,
-        data=conflicts.digest,
-        settings={
-            "unit": _UNITS[metric],
-            "baseline": baseline,
-            "mlps": mlps,
-            "seed": seed,
-            "left_out_same_first_token": len(conflicts) - len(examples),
-        },
-    )
+    return {
+        metric: HeadScores(
+            values[metric],
+            tuple(e.id for e in examples),
+            tuple(e.subject for e in examples),
+            method="path_patching",
+            metric=metric,
+            model=name,
+            data=conflicts.digest,
+            settings={
+                "unit": _UNITS[metric],
+                "baseline": baseline,
+                "mlps": mlps,
+                "seed": seed,
+                "left_out_same_first_token": len(conflicts) - len(examples),
+            },
+        )
+        for metric in metrics
+    }
 
 
 def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
@@ -167,10 +172,10 @@ def patching_scores(
     token_ids: Tensor,
     *,
     mlps: Mlps = "recompute",
-    metric: Metric = "logit_diff",
+    metrics: Sequence[Metric] = ("logit_diff",),
     memory_budget: int = 2**29,
     progress: str | None = None,
-) -> Tensor:
+) -> Mapping[Metric, Tensor]:
     """Path patching on recorded states.
 
     Args:
@@ -179,27 +184,28 @@ def patching_scores(
         replacement: What each head's z is replaced by, ``(n, n_layers, n_heads, d_head)``.
         token_ids: First tokens of the (context, memory) answers, ``(n, 2)``.
         mlps: As in ``path_patching``.
-        metric: As in ``path_patching``.
+        metrics: As in ``path_patching``.
         memory_budget: Bytes that the streams and one step of them may take.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
-        ``(n, n_layers, n_heads)`` float32 on the CPU.
+        For each metric ``(n, n_layers, n_heads)`` float32 on the CPU.
     """
-    n = len(clean.z)
-    bytes_per_value = clean.z.element_size()
     n_streams = 1 + anatomy.n_layers * anatomy.n_heads
+    half_budget = memory_budget // (2 * clean.z.element_size())
     # A step holds the streams, their writes and the result of both.
-    examples_at_once = max(1, memory_budget // (2 * 4 * n_streams * anatomy.d_model * bytes_per_value))
-    width = anatomy.d_vocab if metric != "logit_diff" else 3 * anatomy.d_mlp + 4 * anatomy.d_model
-    rows_at_once = max(64, memory_budget // (2 * width * bytes_per_value))
-    scores = []
-    starts = range(0, n, examples_at_once)
+    examples_at_once = max(1, half_budget // (4 * n_streams * anatomy.d_model))
+    widest = max(3 * anatomy.d_mlp + 4 * anatomy.d_model, 0 if metrics == ("logit_diff",) else 2 * anatomy.d_vocab)
+    rows_at_once = max(64, half_budget // widest)
+    starts = range(0, len(clean.z), examples_at_once)
+    scores: dict[Metric, list[Tensor]] = {metric: [] for metric in metrics}
     for start in tracked(starts, progress, total=len(starts)):
         rows = slice(start, start + examples_at_once)
         streams = patched_streams(anatomy, clean[rows], replacement[rows], mlps=mlps, rows_at_once=rows_at_once)
-        scores.append(_score(anatomy, streams, token_ids[rows], metric, rows_at_once).cpu())
-    return torch.cat(scores).unflatten(1, (anatomy.n_layers, anatomy.n_heads))
+        for metric, values in _scores(anatomy, streams, token_ids[rows], metrics, rows_at_once).items():
+            scores[metric].append(values.cpu())
+    shape = (anatomy.n_layers, anatomy.n_heads)
+    return {metric: torch.cat(values).unflatten(1, shape) for metric, values in scores.items()}
 
 
 def patched_streams(
@@ -263,20 +269,31 @@ def _check_clean_stream(anatomy: Anatomy, arrived: Tensor, recorded: Tensor) -> 
         )
 
 
-def _score(anatomy: Anatomy, streams: Tensor, token_ids: Tensor, metric: Metric, rows_at_once: int) -> Tensor:
-    """``(n, n_patches)``: how far each patch moved the metric, with the sign of HeadScores."""
-    if metric == "logit_diff":
+def _scores(
+    anatomy: Anatomy, streams: Tensor, token_ids: Tensor, metrics: Sequence[Metric], rows_at_once: int
+) -> dict[Metric, Tensor]:
+    """For each metric ``(n, n_patches)``: how far each patch moved it, with the sign of HeadScores."""
+    scores: dict[Metric, Tensor] = {}
+    if "logit_diff" in metrics:
         logits = anatomy.logits(streams, token_ids.unsqueeze(1)).float()
         difference = logits[..., 0] - logits[..., 1]
-        return difference[:, :1] - difference[:, 1:]
-    column = token_ids[:, 0 if metric == "context_probability" else 1]
-    targets = column.unsqueeze(1).expand(streams.shape[:2]).flatten()
+        scores["logit_diff"] = difference[:, :1] - difference[:, 1:]
+    if set(metrics) - {"logit_diff"}:
+        log_p = _log_probabilities(anatomy, streams, token_ids, rows_at_once)
+        context, memory = torch.expm1(log_p[:, 1:] - log_p[:, :1]).unbind(-1)
+        scores |= {"context_probability": -context, "memory_probability": memory}
+    return {metric: scores[metric] for metric in metrics}
+
+
+def _log_probabilities(anatomy: Anatomy, streams: Tensor, token_ids: Tensor, rows_at_once: int) -> Tensor:
+    """Log probabilities of the (context, memory) answers in every stream, ``(n, n_streams, 2)`` float32."""
+    targets = token_ids.unsqueeze(1).expand(-1, streams.shape[1], -1).flatten(0, 1)
     chunks = zip(streams.flatten(0, 1).split(rows_at_once), targets.split(rows_at_once), strict=True)
-    log_probability = torch.cat(
-        [anatomy.logits(rows).float().log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1) for rows, ids in chunks]
-    ).unflatten(0, streams.shape[:2])
-    change = torch.expm1(log_probability[:, 1:] - log_probability[:, :1])
-    return -change if metric == "context_probability" else change
+    parts = []
+    for rows, ids in chunks:
+        logits = anatomy.logits(rows).float()
+        parts.append(logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(parts).unflatten(0, streams.shape[:2])
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

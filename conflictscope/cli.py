@@ -1,0 +1,288 @@
+"""The command line. Every command is a few lines over the library; results go to files, talk to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from interp.errors import UserError
+
+app = typer.Typer(
+    name="conflictscope",
+    help="Measure, locate, change and verify how a language model chooses between its memory and its context.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Build, inspect and convert conflict data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
+]
+RelationOption = Annotated[list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of splits, conflicts and random controls.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_RELATION = "capital"
+_console = Console(stderr=True)
+
+
+@app.command()
+def demo(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path("out/demo"),
+    seed: SeedOption = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few facts: checks that all runs; measures little.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Do the whole job on one model: measure, locate, intervene, verify; then look at OUT/report.html."""
+    from conflictscope.study import headline, run_study
+
+    summary = run_study(
+        model, relations=relation or [DEFAULT_RELATION], out=out, seed=seed, quick=quick, device=device, dtype=dtype
+    )
+    for line in headline(summary):
+        _say(line)
+    _say(f"Look at {out / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", help="Intervention file to apply; repeatable, applied in order.")
+    ] = None,
+    split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = None,
+    by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
+    out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path("out/usage.parquet"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer every prompt and say how often memory and context were used."""
+    from interp.evaluation import measure_usage
+    from interventions.base import applied
+    from interventions.config import InterventionFile
+
+    columns = [column.strip() for column in by.split(",") if column.strip()]
+    _check_columns(columns)
+    edits = [InterventionFile.load(path) for path in config or []]
+    bridge, conflicts = _model_and_data(model, relation, data, seed, device, dtype)
+    with applied(bridge, *edits):
+        report = measure_usage(
+            bridge, conflicts.select(split=split), max_new_tokens=max_new_tokens, progress="Answering"
+        )
+    report.save(out)
+    _print_frame(report.summary(by=columns))
+    _say(f"Answers are in {out}")
+
+
+@app.command()
+def attribute(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    method: Annotated[
+        Literal["path-patching", "direct-logits", "attribution-patching"], typer.Option(help="How heads are scored.")
+    ] = "path-patching",
+    metric: Annotated[
+        Literal["logit_diff", "memory_probability", "context_probability"],
+        typer.Option(help="What path patching attributes."),
+    ] = "logit_diff",
+    baseline: Annotated[
+        Literal["corrupted", "zero", "mean"], typer.Option(help="What path patching puts in a head's place.")
+    ] = "corrupted",
+    mlps: Annotated[
+        Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
+    ] = "recompute",
+    split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = "train",
+    top: Annotated[int, typer.Option(min=1, help="How many heads to list for each direction.")] = 8,
+    out: Annotated[Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")] = Path(
+        "out/heads.parquet"
+    ),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Score every head: which push the answer to the context, which to memory."""
+    from interp.attribution.attribution_patching import attribution_patching
+    from interp.attribution.direct_logits import direct_logit_attribution
+    from interp.attribution.path_patching import path_patching
+    from interp.plots import head_map, save_figure
+
+    if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
+        raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")
+    bridge, conflicts = _model_and_data(model, relation, data, seed, device, dtype)
+    chosen = conflicts.select(kind="conflict", split=split)
+    if method == "path-patching":
+        scores = path_patching(
+            bridge,
+            chosen,
+            name=model,
+            baseline=baseline,
+            mlps=mlps,
+            metrics=(metric,),
+            seed=seed,
+            progress="Path patching",
+        )[metric]
+    elif method == "direct-logits":
+        scores = direct_logit_attribution(bridge, chosen, name=model, progress="Direct logits").heads
+    else:
+        scores = attribution_patching(bridge, chosen, name=model, seed=seed, progress="Attribution patching")
+    scores.save(out)
+    save_figure(head_map(scores), out.with_suffix(".html"))
+    table = Table("towards", "head", "score", "95 % interval", title=f"{scores.settings['unit']}, {len(scores.values)} prompts")
+    for towards in ("context", "memory"):
+        for head in scores.ranked(towards)[:top]:
+            table.add_row(towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}")
+    Console().print(table)
+    _say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+
+
+@app.command()
+def models() -> None:
+    """List the registered models and whether they are cached."""
+    from interp.models import REGISTERED, cached_path, is_cached
+
+    table = Table("name", "cached", "what it is")
+    for name, entry in REGISTERED.items():
+        table.add_row(name, str(cached_path(name)) if is_cached(name) else "no", entry.description)
+    Console().print(table)
+    Console().print("Any local directory or hub id of a causal language model works too, if its architecture is known:")
+    from interp.anatomy import BLUEPRINTS
+
+    Console().print(", ".join(sorted(BLUEPRINTS)))
+
+
+@data_app.command("build")
+def data_build(
+    out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    all_facts: Annotated[
+        bool, typer.Option("--all-facts", help="Keep facts that no model was asked about; needs no model.")
+    ] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Build conflict data from the fact tables, of the facts that the model knows closed-book."""
+    from interp.facts import build_conflicts, usable_facts
+
+    if all_facts:
+        conflicts = build_conflicts({name: usable_facts(name) for name in relation or [DEFAULT_RELATION]}, seed=seed)
+    else:
+        _, conflicts = _model_and_data(model, relation, None, seed, device, dtype)
+    conflicts.save(out)
+    _say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[Path, typer.Argument(help="JSON lines from `conflictscope data`.")],
+    show: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 2,
+) -> None:
+    """Say what is in a file of conflict data."""
+    from interp.conflicts import ConflictSet
+
+    conflicts = ConflictSet.load(file)
+    output = Console()
+    output.print_json(json.dumps(conflicts.counts()))
+    for example in conflicts.examples[:show]:
+        output.rule(f"{example.id}  ({example.kind}, {example.split})")
+        output.print(example.prompt, markup=False)
+        output.print(f"memory: {', '.join(example.memory_answers)}   context: {', '.join(example.context_answers)}", markup=False)
+
+
+@data_app.command("convert")
+def data_convert(
+    file: Annotated[Path, typer.Argument(help="A data set in its native format: JSON, JSONL, CSV, TSV or Parquet.")],
+    format: Annotated[str, typer.Option("--format", help="Its format; a wrong name lists the known ones.")],
+    out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="What to do with a malformed row: stop, or skip and count it.")
+    ] = "stop",
+    seed: SeedOption = 0,
+) -> None:
+    """Convert a public data set to conflict data."""
+    from interp.formats import load_dataset
+
+    loaded = load_dataset(file, format, on_error=on_error, seed=seed)
+    loaded.conflicts.save(out)
+    for message in loaded.skipped[:20]:
+        _say(f"Skipped: {message}")
+    _say(f"Wrote {len(loaded.conflicts)} examples to {out}; skipped {len(loaded.skipped)} rows")
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one sentence and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
+    except KeyboardInterrupt:
+        _fail("Interrupted; run the same command again to go on where it stopped.", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    _console.print(f"Error: {message}", markup=False, style="red", soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    _console.print(message, markup=False, soft_wrap=True, highlight=False)
+
+
+def _model_and_data(
+    model: str, relation: list[str] | None, data: Path | None, seed: int, device: str, dtype: str
+) -> tuple[Any, Any]:
+    """The model, and conflict data from a file or built from what the model knows."""
+    from interp.conflicts import ConflictSet
+    from interp.facts import build_conflicts, known_facts, relation_named
+    from interp.models import load_model
+
+    if data is not None and relation:
+        raise UserError("Give --data or --relation, not both.")
+    conflicts = None if data is None else ConflictSet.load(data)
+    names = [relation_named(name).name for name in relation or [DEFAULT_RELATION]]
+    bridge = load_model(model, device=device, dtype=dtype)
+    if conflicts is None:
+        facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
+        conflicts = build_conflicts(facts, seed=seed)
+    return bridge, conflicts
+
+
+def _check_columns(columns: list[str]) -> None:
+    allowed = ("kind", "template", "relation", "split", "subject")
+    if unknown := [column for column in columns if column not in allowed]:
+        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(allowed)}.")
+
+
+def _print_frame(frame: Any) -> None:
+    table = Table(*frame.columns)
+    for row in frame.iter_rows():
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A run's folder: finished steps are kept, so that a run that is repeated or was killed reuses them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import polars as pl
+
+from conflictscope import __version__
+from interp.attribution.scores import HeadScores
+from interp.errors import UserError
+from interp.evaluation import UsageReport
+from interp.files import read_json, write_json
+
+_T = TypeVar("_T")
+
+
+class Records:
+    """Results of finished steps in a folder, each under a key made of everything that decides it.
+
+    Args:
+        folder: Where the results lie.
+        **basis: What every step depends on: the model's fingerprint, for example. The package's version is added.
+    """
+
+    def __init__(self, folder: Path, **basis: Any) -> None:
+        self.folder = folder
+        self._basis = {**basis, "version": __version__}
+
+    def json(self, step: str, depends_on: Any, compute: Callable[[], Any]) -> Any:
+        """The JSON result of ``step``: read if it is there, else computed and kept."""
+        return self._kept(step, depends_on, ".json", read_json, lambda path, result: write_json(path, result), compute)
+
+    def usage(self, step: str, depends_on: Any, compute: Callable[[], UsageReport]) -> UsageReport:
+        """The same for a usage report."""
+        return self._kept(
+            step,
+            depends_on,
+            ".parquet",
+            lambda path: UsageReport(pl.read_parquet(path)),
+            lambda path, report: report.save(path),
+            compute,
+        )
+
+    def head_scores(
+        self, step: str, depends_on: Any, compute: Callable[[], dict[Any, HeadScores]]
+    ) -> dict[str, HeadScores]:
+        """The same for head scores by metric; they are kept together in one folder."""
+
+        def read(folder: Path) -> dict[str, HeadScores]:
+            return {name: HeadScores.load(folder / f"{name}.parquet") for name in read_json(folder / "metrics.json")}
+
+        def write(folder: Path, scores: dict[Any, HeadScores]) -> None:
+            for name, values in scores.items():
+                values.save(folder / f"{name}.parquet")
+            # Written last: a folder without it is a step that did not finish.
+            write_json(folder / "metrics.json", list(scores))
+
+        return self._kept(step, depends_on, "", read, write, compute)
+
+    def _kept(
+        self,
+        step: str,
+        depends_on: Any,
+        suffix: str,
+        read: Callable[[Path], _T],
+        write: Callable[[Path, _T], None],
+        compute: Callable[[], _T],
+    ) -> _T:
+        key = json.dumps([self._basis, step, depends_on], sort_keys=True, default=str)
+        path = self.folder / f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:12]}{suffix}"
+        if path.exists():
+            try:
+                return read(path)
+            except (UserError, OSError, pl.exceptions.PolarsError):
+                # Damaged since it was written: compute it again.
+                pass
+        result = compute()
+        write(path, result)
+        return result

@@ -1,0 +1,372 @@
+"""The main job, from a model to verified interventions: measure, locate, intervene, verify.
+
+1. Ask the model closed-book and keep the facts it knows; build conflict prompts from them, split by subject.
+2. Measure on test what it uses, unedited.
+3. Score every head by path patching on the train split's conflict prompts.
+4. For both directions and three methods, let candidates compete on dev; take the mildest that is as good as the
+   best within one standard error (Breiman et al. 1984).
+5. Measure the winners, and random heads with the same scales, on test: held-out subjects, all phrasing families,
+   one of which no earlier step has seen; and what they damage.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from conflictscope import __version__
+from conflictscope.records import Records
+from conflictscope.report import write_report
+from interp.anatomy import Anatomy
+from interp.attribution.path_patching import path_patching
+from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, top_heads
+from interp.conflicts import ConflictSet, Split
+from interp.errors import UserError
+from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl
+from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, Fact, build_conflicts, known_facts, relation_named
+from interp.files import write_json
+from interp.models import fingerprint, load_model
+from interp.statistics import Estimate
+from interventions.base import applied
+from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.heads import HeadScaling, ScaledHead
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Method = Literal["pruning", "value_scaling", "prune_and_amplify"]
+METHODS: tuple[Method, ...] = ("pruning", "value_scaling", "prune_and_amplify")
+
+_OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
+_PRUNED_HEADS = (1, 2, 4, 8, 12)
+_GUARD_PHRASINGS = ("question", HELD_OUT_PHRASING)
+_QUICK_FACTS = 24
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edit that competes on dev: its method and the ``(layer, head, scale)`` that make it up."""
+
+    method: Method
+    heads: tuple[tuple[int, int, float], ...]
+
+    def scaling(self) -> HeadScaling:
+        """The intervention."""
+        return HeadScaling(tuple(ScaledHead(*head) for head in self.heads))
+
+
+def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> list[Candidate]:
+    """The candidates of one method, mildest first.
+
+    ``pruning`` removes the heads that push to the other source (PH3), ranked by the logit difference or by how much
+    the wanted answer's probability gains without them. ``value_scaling`` scales one head (Yu et al. 2023): the
+    strongest for the wanted source up, or the strongest against it down and below zero. ``prune_and_amplify``
+    removes some of the ones and doubles as many of the others.
+    """
+    difference, gain = scores["logit_diff"], scores[f"{towards}_probability"]
+    against, in_favour = difference.ranked(_OPPOSITE[towards]), difference.ranked(towards)
+    if method == "value_scaling":
+        opponent, supporter = top_heads(against, 1)[0], top_heads(in_favour, 1)[0]
+        scaled = [(opponent, 0.0), (supporter, 2.0), (opponent, -1.0), (supporter, 4.0), (opponent, -2.0), (supporter, 8.0)]
+        return [Candidate(method, ((*head, scale),)) for head, scale in scaled]
+    rankings = (against, gain.ranked(_OPPOSITE[towards]))
+    if method == "pruning":
+        edits = [[(*head, 0.0) for head in top_heads(r, k)] for k in _PRUNED_HEADS for r in rankings]
+    else:
+        edits = [
+            [(*head, 0.0) for head in top_heads(r, k)] + [(*head, 2.0) for head in top_heads(in_favour, k)]
+            for k in (2, 4, 6)
+            for r in rankings
+        ]
+    distinct = dict.fromkeys(tuple(sorted(edit)) for edit in edits if len({place[:2] for place in edit}) == len(edit))
+    return [Candidate(method, edit) for edit in distinct]
+
+
+def mildest_of_the_best(competitors: Sequence[Candidate], rates: Sequence[Estimate]) -> int:
+    """Index of the first candidate whose rate is within one standard error of the best rate."""
+    best = max(rates, key=lambda rate: rate.value)
+    # A 95 % interval is about four standard errors wide.
+    bar = best.value - (best.high - best.low) / 4
+    return next(i for i in range(len(competitors)) if rates[i].value >= bar)
+
+
+class Study:
+    """One study of one model: every step is computed once and kept in ``out/records``.
+
+    Args:
+        model: The bridge.
+        name: What the model was loaded by.
+        relations: Relations to build conflicts from.
+        out: The run's folder.
+        seed: Decides splits, conflicts, corrupted prompts and the random control.
+        quick: Use few facts: a check that everything runs, not a measurement.
+        console: Where progress is told.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        name: str,
+        *,
+        relations: Sequence[str],
+        out: Path,
+        seed: int = 0,
+        quick: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.relations = [relation_named(relation).name for relation in relations]
+        self.out = out
+        self.seed = seed
+        self.quick = quick
+        self.console = console or Console(stderr=True)
+        self.records = Records(out / "records", model=fingerprint(model))
+        self.conflicts = self._build_conflicts()
+
+    def run(self) -> dict[str, Any]:
+        """Do the whole study and write its files.
+
+        Returns:
+            The summary, as it is written to ``summary.json``.
+        """
+        scores = self.head_scores()
+        baseline = self._measured("Unedited model", None)
+        chosen = {method: {towards: self._chosen(scores, towards, method) for towards in DIRECTIONS} for method in METHODS}
+        methods = {
+            method: {
+                f"towards_{towards}": self._verified(f"{method} towards {towards}", candidate)
+                for towards, (candidate, _) in by_direction.items()
+            }
+            for method, by_direction in chosen.items()
+        }
+        winners = {
+            towards: METHODS[
+                mildest_of_the_best(*zip(*(chosen[method][towards] for method in METHODS), strict=True))
+            ]
+            for towards in DIRECTIONS
+        }
+        summary = {
+            "model": {
+                "name": self.name,
+                **ModelShape.of(self.model, self.name).model_dump(exclude={"name"}),
+                "fingerprint": fingerprint(self.model),
+            },
+            "data": {
+                "relations": self.relations,
+                "counts": self.conflicts.counts(),
+                "splits": self.conflicts.counts()["subjects_by_split"],
+                "phrasings": {"seen": list(SEEN_PHRASINGS), "held_out": HELD_OUT_PHRASING},
+                "digest": self.conflicts.digest,
+            },
+            "settings": {"seed": self.seed, "quick": self.quick, "versions": versions()},
+            "baseline": {"test": baseline},
+            **{
+                f"towards_{towards}": {"method": winners[towards], **methods[winners[towards]][f"towards_{towards}"]}
+                for towards in DIRECTIONS
+            },
+            "random_heads": self._random_control([chosen[winners[towards]][towards][0] for towards in DIRECTIONS]),
+            "methods": methods,
+        }
+        self._write(summary, scores["logit_diff"])
+        return summary
+
+    def head_scores(self) -> dict[str, HeadScores]:
+        """Path patching on the train split's conflict prompts in the seen phrasings, by metric."""
+        train = self._selected("train", ["conflict"], SEEN_PHRASINGS)
+        return self.records.head_scores(
+            "head_scores",
+            [train.digest, self.seed],
+            lambda: dict(
+                path_patching(
+                    self.model,
+                    train,
+                    name=self.name,
+                    metrics=("logit_diff", "memory_probability", "context_probability"),
+                    seed=self.seed,
+                    progress="Path patching, all heads",
+                )
+            ),
+        )
+
+    def _build_conflicts(self) -> ConflictSet:
+        facts: dict[str, list[Fact]] = {}
+        for relation in self.relations:
+            known = self.records.json(
+                f"known-{relation}",
+                None,
+                lambda relation=relation: [
+                    [fact.subject, list(fact.answers)]
+                    for fact in known_facts(self.model, relation, progress=f"Closed-book: {relation}")
+                ],
+            )
+            facts[relation] = [Fact(subject, tuple(answers)) for subject, answers in known]
+            if self.quick:
+                facts[relation] = facts[relation][:_QUICK_FACTS]
+            self.console.print(f"{self.name} knows {len(known)} facts of {relation} closed-book.")
+        conflicts = build_conflicts(facts, seed=self.seed)
+        for split in ("train", "dev", "test"):
+            if not len(conflicts.select(split=split)):
+                raise UserError(
+                    f"{self.name} knows too few facts of {', '.join(self.relations)} for a {split} split; choose another "
+                    "relation, another seed or a model that knows more."
+                )
+        return conflicts
+
+    def _selected(self, split: Split, kinds: Sequence[str], templates: Sequence[str]) -> ConflictSet:
+        part = self.conflicts.select(split=split, templates=templates)
+        return ConflictSet(self.conflicts.name, tuple(e for e in part if e.kind in kinds))
+
+    def _chosen(self, scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> tuple[Candidate, Estimate]:
+        """The method's winner on dev, and its rate there."""
+        dev = self._selected("dev", ["conflict"], SEEN_PHRASINGS)
+        competitors = candidates(scores, towards, method)
+
+        def rate(candidate: Candidate) -> Estimate:
+            return self._edited_report(
+                "dev", f"dev: {method} towards {towards}", dev, candidate, answer_starts
+            ).rate(towards)
+
+        rates = [rate(candidate) for candidate in competitors]
+        index = mildest_of_the_best(competitors, rates)
+        return competitors[index], rates[index]
+
+    def _edited_report(
+        self, step: str, label: str, conflicts: ConflictSet, candidate: Candidate | None, measure: Any
+    ) -> UsageReport:
+        edits = [] if candidate is None else [candidate.scaling()]
+
+        def compute() -> UsageReport:
+            with applied(self.model, *edits):
+                return measure(self.model, conflicts, progress=label)
+
+        return self.records.usage(step, [conflicts.digest, candidate and candidate.heads], compute)
+
+    def _measured(self, label: str, candidate: Candidate | None) -> dict[str, Any]:
+        """Usage and damage on test."""
+        asked = ConflictSet(
+            self.conflicts.name,
+            (
+                *self._selected("test", ["conflict"], [*SEEN_PHRASINGS, HELD_OUT_PHRASING]),
+                *self._selected("test", ["aligned", "irrelevant", "none"], _GUARD_PHRASINGS),
+            ),
+        )
+        report = self._edited_report("test", label, asked, candidate, measure_usage)
+        kl = self.records.json(
+            "neutral_kl",
+            candidate and candidate.heads,
+            lambda: neutral_kl(
+                self.model,
+                lambda: applied(self.model, *([] if candidate is None else [candidate.scaling()])),
+                progress=f"{label}: neutral text",
+            ).to_record(),
+        )
+        return condition_record(report, Estimate(**kl))
+
+    def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
+        return {
+            "heads": [list(head) for head in candidate.heads],
+            "chosen_on": "dev",
+            "test": self._measured(label, candidate),
+        }
+
+    def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
+        """Random heads, none of them a winner's, with the larger winner's number of heads and scales."""
+        anatomy = Anatomy(self.model)
+        taken = {head[:2] for winner in winners for head in winner.heads}
+        free = [
+            (layer, head)
+            for layer in range(anatomy.n_layers)
+            for head in range(anatomy.n_heads)
+            if (layer, head) not in taken
+        ]
+        scales = max((winner.heads for winner in winners), key=len)
+        places = random.Random(self.seed).sample(free, len(scales))
+        drawn = Candidate("pruning", tuple((*place, scale) for place, (*_, scale) in zip(places, scales, strict=True)))
+        return {**self._verified("Random heads", drawn), "chosen_on": "random"}
+
+    def _write(self, summary: dict[str, Any], scores: HeadScores) -> None:
+        for towards in DIRECTIONS:
+            result = summary[f"towards_{towards}"]
+            InterventionFile(
+                name=f"{self.name} towards {towards}",
+                towards=towards,
+                model=ModelShape.of(self.model, self.name),
+                interventions=[
+                    HeadScalingEntry.of(HeadScaling(tuple(ScaledHead(*head) for head in result["heads"])))
+                ],
+                provenance={
+                    "method": result["method"],
+                    "chosen_on": "dev",
+                    "data": summary["data"]["digest"],
+                    "relations": self.relations,
+                    **summary["settings"],
+                },
+                measured={"test": result["test"], "unedited": summary["baseline"]["test"]},
+            ).save(self.out / "interventions" / f"towards_{towards}.json")
+        scores.save(self.out / "heads.parquet")
+        self.conflicts.save(self.out / "conflicts.jsonl")
+        write_report(self.out / "report.html", summary, scores)
+        # The summary comes last: where there is one, the run is complete.
+        write_json(self.out / "summary.json", summary)
+
+
+def condition_record(report: UsageReport, kl: Estimate) -> dict[str, Any]:
+    """What the summary says about one measured condition."""
+    conflict = report.select(kind="conflict")
+
+    def rates(part: UsageReport) -> dict[str, dict[str, float]]:
+        usages = ("memory", "context", "both", "other")
+        return {f"{usage}_rate": part.rate(usage).to_record() for usage in usages}
+
+    return {
+        **rates(conflict),
+        "memorisation_ratio": conflict.memorisation_ratio().to_record(),
+        **Damage.of(report, kl).to_record(),
+        "by_template": {
+            template: rates(conflict.select(template=template))
+            for template in conflict.frame["template"].unique(maintain_order=True)
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("torch", "transformers", "transformer-lens")
+    return {"conflictscope": __version__, **{package: importlib.metadata.version(package) for package in packages}}
+
+
+def run_study(
+    model: str, *, relations: Sequence[str], out: Path, seed: int, quick: bool, device: str, dtype: str
+) -> dict[str, Any]:
+    """Load ``model`` and study it; see ``Study``.
+
+    Raises:
+        UserError: If an input cannot be used.
+    """
+    for relation in relations:
+        relation_named(relation)
+    bridge = load_model(model, device=device, dtype=dtype)
+    return Study(bridge, model, relations=relations, out=out, seed=seed, quick=quick).run()
+
+
+def headline(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The result in a few lines, for the terminal."""
+    conditions = {
+        "unedited": summary["baseline"],
+        "towards context": summary["towards_context"],
+        "towards memory": summary["towards_memory"],
+        "random heads": summary["random_heads"],
+    }
+    for name, condition in conditions.items():
+        test = condition["test"]
+        edited = f"{len(condition['heads'])} heads" if "heads" in condition else ""
+        measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "neutral_kl")
+        values = "  ".join(f"{measure} {Estimate(**test[measure])}" for measure in measures)
+        yield f"{name:<16} {edited:<9} {values}"
