@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-def encode_left_padded(bridge: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor]:
+def encode_left_padded(bridge: TransformerBridge, prompts: Sequence[str]) -> dict[str, Any]:
     """Token ids, mask and position ids, padded on the left."""
     tokens = bridge.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     mask = tokens["attention_mask"]
@@ -24,7 +24,7 @@ def encode_left_padded(bridge: TransformerBridge, prompts: Sequence[str]) -> dic
 
 @torch.inference_mode()
 def z_of(bridge: TransformerBridge, prompts: Sequence[str]) -> list[Tensor]:
-    """z of every layer at all positions, ``(n, tokens, n_heads * d_head)`` each, by ``run_with_cache``."""
+    """Z of every layer at all positions, ``(n, tokens, n_heads * d_head)`` each, by ``run_with_cache``."""
     sites = [f"blocks.{layer}.attn.o.hook_in" for layer in range(bridge.cfg.n_layers)]
     _, cache = bridge.run_with_cache(**encode_left_padded(bridge, prompts), names_filter=sites)
     return [cache[site].flatten(2) for site in sites]

@@ -26,9 +26,12 @@ app.add_typer(data_app, name="data")
 ModelOption = Annotated[
     str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
 ]
-RelationOption = Annotated[list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable.")]
+RelationOption = Annotated[
+    list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable.")
+]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations.")
+    Path | None,
+    typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of splits, conflicts and random controls.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
@@ -43,7 +46,9 @@ _console = Console(stderr=True)
 def demo(
     model: ModelOption = DEFAULT_MODEL,
     relation: RelationOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
+        "out/demo"
+    ),
     seed: SeedOption = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few facts: checks that all runs; measures little.")] = False,
     device: DeviceOption = "auto",
@@ -70,7 +75,9 @@ def evaluate(
     ] = None,
     split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = None,
     by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
-    out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path("out/usage.parquet"),
+    out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
+        "out/usage.parquet"
+    ),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -114,9 +121,9 @@ def attribute(
     ] = "recompute",
     split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = "train",
     top: Annotated[int, typer.Option(min=1, help="How many heads to list for each direction.")] = 8,
-    out: Annotated[Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")] = Path(
-        "out/heads.parquet"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
+    ] = Path("out/heads.parquet"),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -148,10 +155,14 @@ def attribute(
         scores = attribution_patching(bridge, chosen, name=model, seed=seed, progress="Attribution patching")
     scores.save(out)
     save_figure(head_map(scores), out.with_suffix(".html"))
-    table = Table("towards", "head", "score", "95 % interval", title=f"{scores.settings['unit']}, {len(scores.values)} prompts")
+    table = Table(
+        "towards", "head", "score", "95 % interval", title=f"{scores.settings['unit']}, {len(scores.values)} prompts"
+    )
     for towards in ("context", "memory"):
         for head in scores.ranked(towards)[:top]:
-            table.add_row(towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}")
+            table.add_row(
+                towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}"
+            )
     Console().print(table)
     _say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
 
@@ -208,7 +219,9 @@ def data_inspect(
     for example in conflicts.examples[:show]:
         output.rule(f"{example.id}  ({example.kind}, {example.split})")
         output.print(example.prompt, markup=False)
-        output.print(f"memory: {', '.join(example.memory_answers)}   context: {', '.join(example.context_answers)}", markup=False)
+        output.print(
+            f"memory: {', '.join(example.memory_answers)}   context: {', '.join(example.context_answers)}", markup=False
+        )
 
 
 @data_app.command("convert")

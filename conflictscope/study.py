@@ -3,7 +3,7 @@
 1. Ask the model closed-book and keep the facts it knows; build conflict prompts from them, split by subject.
 2. Measure on test what it uses, unedited.
 3. Score every head by path patching on the train split's conflict prompts.
-4. For both directions and three methods, let candidates compete on dev; take the mildest that is as good as the
+4. For both directions and both methods, let candidates compete on dev; take the mildest that is as good as the
    best within one standard error (Breiman et al. 1984).
 5. Measure the winners, and random heads with the same scales, on test: held-out subjects, all phrasing families,
    one of which no earlier step has seen; and what they damage.
@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.console import Console
 
@@ -40,12 +40,15 @@ from interventions.heads import HeadScaling, ScaledHead
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Method = Literal["pruning", "value_scaling", "prune_and_amplify"]
-METHODS: tuple[Method, ...] = ("pruning", "value_scaling", "prune_and_amplify")
+Method = Literal["pruning", "value_scaling"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
 _PRUNED_HEADS = (1, 2, 4, 8, 12)
-_GUARD_PHRASINGS = ("question", HELD_OUT_PHRASING)
+_SCALES = ((0.0, 2.0), (-1.0, 4.0), (-2.0, 8.0))
+# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
+_CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
+_CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
 _QUICK_FACTS = 24
 
 
@@ -64,28 +67,23 @@ class Candidate:
 def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> list[Candidate]:
     """The candidates of one method, mildest first.
 
-    ``pruning`` removes the heads that push to the other source (PH3), ranked by the logit difference or by how much
-    the wanted answer's probability gains without them. ``value_scaling`` scales one head (Yu et al. 2023): the
-    strongest for the wanted source up, or the strongest against it down and below zero. ``prune_and_amplify``
-    removes some of the ones and doubles as many of the others.
+    ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
+    logit difference, and by how much the wanted answer's probability gains without them. ``value_scaling`` scales
+    one head (Yu et al. 2023): the strongest opponent down and below zero, or the strongest supporter up.
     """
-    difference, gain = scores["logit_diff"], scores[f"{towards}_probability"]
-    against, in_favour = difference.ranked(_OPPOSITE[towards]), difference.ranked(towards)
+    opposite = _OPPOSITE[towards]
+    opponents = scores["logit_diff"].ranked(opposite)
     if method == "value_scaling":
-        opponent, supporter = top_heads(against, 1)[0], top_heads(in_favour, 1)[0]
-        scaled = [(opponent, 0.0), (supporter, 2.0), (opponent, -1.0), (supporter, 4.0), (opponent, -2.0), (supporter, 8.0)]
-        return [Candidate(method, ((*head, scale),)) for head, scale in scaled]
-    rankings = (against, gain.ranked(_OPPOSITE[towards]))
-    if method == "pruning":
-        edits = [[(*head, 0.0) for head in top_heads(r, k)] for k in _PRUNED_HEADS for r in rankings]
+        opponent, supporter = top_heads(opponents, 1)[0], top_heads(scores["logit_diff"].ranked(towards), 1)[0]
+        edits = [((*head, scale),) for down, up in _SCALES for head, scale in ((opponent, down), (supporter, up))]
     else:
+        obstacles = scores[f"{towards}_probability"].ranked(opposite)
         edits = [
-            [(*head, 0.0) for head in top_heads(r, k)] + [(*head, 2.0) for head in top_heads(in_favour, k)]
-            for k in (2, 4, 6)
-            for r in rankings
+            tuple((*head, 0.0) for head in sorted(top_heads(ranking, k)))
+            for k in _PRUNED_HEADS
+            for ranking in (opponents, obstacles)
         ]
-    distinct = dict.fromkeys(tuple(sorted(edit)) for edit in edits if len({place[:2] for place in edit}) == len(edit))
-    return [Candidate(method, edit) for edit in distinct]
+    return [Candidate(method, edit) for edit in dict.fromkeys(edits)]
 
 
 def mildest_of_the_best(competitors: Sequence[Candidate], rates: Sequence[Estimate]) -> int:
@@ -138,7 +136,9 @@ class Study:
         """
         scores = self.head_scores()
         baseline = self._measured("Unedited model", None)
-        chosen = {method: {towards: self._chosen(scores, towards, method) for towards in DIRECTIONS} for method in METHODS}
+        chosen = {
+            method: {towards: self._chosen(scores, towards, method) for towards in DIRECTIONS} for method in METHODS
+        }
         methods = {
             method: {
                 f"towards_{towards}": self._verified(f"{method} towards {towards}", candidate)
@@ -147,9 +147,7 @@ class Study:
             for method, by_direction in chosen.items()
         }
         winners = {
-            towards: METHODS[
-                mildest_of_the_best(*zip(*(chosen[method][towards] for method in METHODS), strict=True))
-            ]
+            towards: METHODS[mildest_of_the_best(*zip(*(chosen[method][towards] for method in METHODS), strict=True))]
             for towards in DIRECTIONS
         }
         summary = {
@@ -214,8 +212,8 @@ class Study:
         for split in ("train", "dev", "test"):
             if not len(conflicts.select(split=split)):
                 raise UserError(
-                    f"{self.name} knows too few facts of {', '.join(self.relations)} for a {split} split; choose another "
-                    "relation, another seed or a model that knows more."
+                    f"{self.name} knows too few facts of {', '.join(self.relations)} for a {split} split; "
+                    "choose another relation, another seed or a model that knows more."
                 )
         return conflicts
 
@@ -223,15 +221,17 @@ class Study:
         part = self.conflicts.select(split=split, templates=templates)
         return ConflictSet(self.conflicts.name, tuple(e for e in part if e.kind in kinds))
 
-    def _chosen(self, scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> tuple[Candidate, Estimate]:
+    def _chosen(
+        self, scores: Mapping[str, HeadScores], towards: Direction, method: Method
+    ) -> tuple[Candidate, Estimate]:
         """The method's winner on dev, and its rate there."""
         dev = self._selected("dev", ["conflict"], SEEN_PHRASINGS)
         competitors = candidates(scores, towards, method)
 
         def rate(candidate: Candidate) -> Estimate:
-            return self._edited_report(
-                "dev", f"dev: {method} towards {towards}", dev, candidate, answer_starts
-            ).rate(towards)
+            return self._edited_report("dev", f"dev: {method} towards {towards}", dev, candidate, answer_starts).rate(
+                towards
+            )
 
         rates = [rate(candidate) for candidate in competitors]
         index = mildest_of_the_best(competitors, rates)
@@ -254,7 +254,8 @@ class Study:
             self.conflicts.name,
             (
                 *self._selected("test", ["conflict"], [*SEEN_PHRASINGS, HELD_OUT_PHRASING]),
-                *self._selected("test", ["aligned", "irrelevant", "none"], _GUARD_PHRASINGS),
+                *self._selected("test", ["aligned", "irrelevant"], _CONTEXT_GUARDS),
+                *self._selected("test", ["none"], _CLOSED_BOOK_GUARDS),
             ),
         )
         report = self._edited_report("test", label, asked, candidate, measure_usage)
@@ -298,9 +299,7 @@ class Study:
                 name=f"{self.name} towards {towards}",
                 towards=towards,
                 model=ModelShape.of(self.model, self.name),
-                interventions=[
-                    HeadScalingEntry.of(HeadScaling(tuple(ScaledHead(*head) for head in result["heads"])))
-                ],
+                interventions=[HeadScalingEntry.of(HeadScaling(tuple(ScaledHead(*head) for head in result["heads"])))],
                 provenance={
                     "method": result["method"],
                     "chosen_on": "dev",

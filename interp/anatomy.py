@@ -152,7 +152,9 @@ class Anatomy:
         self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
         self.d_model: int = config.hidden_size
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.d_mlp: int = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
+        self.d_mlp: int = (
+            getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
+        )
         self.parallel: bool = self.architecture == "GPTNeoXForCausalLM" and config.use_parallel_residual
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
@@ -196,7 +198,9 @@ class Anatomy:
             UserError: If it does not.
         """
         if not 0 <= layer < self.n_layers:
-            raise UserError(f"Layer {layer} does not exist: {self.architecture} here has layers 0 to {self.n_layers - 1}.")
+            raise UserError(
+                f"Layer {layer} does not exist: {self.architecture} here has layers 0 to {self.n_layers - 1}."
+            )
         return layer
 
     def checked_head(self, layer: int, head: int) -> tuple[int, int]:
@@ -237,7 +241,7 @@ class Anatomy:
         return output if bias is None else output + bias
 
     def head_outputs(self, layer: int, z: Tensor) -> Tensor:
-        """Each head's ``z_h @ W_O[h]``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., n_heads, d_model)``."""
+        """Each head's ``z_h @ W_O[h]`` before any post norm: ``(..., n_heads, d_head)`` in, ``d_model`` out."""
         return torch.einsum("...hd,hdm->...hm", z, self.output_matrix(layer))
 
     def head_writes(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,7 +320,7 @@ class Anatomy:
         return direction
 
     def logit_difference_offset(self, token_ids: Tensor) -> Tensor:
-        """The part ``(n,)`` of the logit difference that no residual stream changes: final norm and unembedding biases."""
+        """What final norm and unembedding biases add to the logit difference, whatever the residual: ``(n,)``."""
         columns = self._matrix(self.blueprint.unembedding)[token_ids]
         norm_bias: Any = getattr(_unwrapped(self.final_norm), "bias", None)
         logit_bias = self._unembedding_bias()

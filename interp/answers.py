@@ -15,10 +15,10 @@ from typing import Literal
 Usage = Literal["memory", "context", "both", "other"]
 USAGES: tuple[Usage, ...] = ("memory", "context", "both", "other")
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’–—")
+_PUNCTUATION = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A full stop ends a sentence unless it closes an initial ("D.C.") or "St."; so does a line break.
-_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\bSt)[.!?](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\bSt)[.!?](?=\s|$)|\n")
 
 
 def normalise(text: str) -> str:

@@ -186,4 +186,5 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
     for name, choices in (("kind", CONTEXT_KINDS), ("split", SPLITS)):
         if row[name] not in choices:
             raise UserError(f"{path}, line {number}: {name} must be one of {', '.join(choices)}, not {row[name]!r}.")
-    return ConflictExample(**{name: tuple(value) if name in _LISTS else value for name, value in row.items()})
+    fields: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in row.items()}
+    return ConflictExample(**fields)

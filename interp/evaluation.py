@@ -17,13 +17,21 @@ import numpy as np
 import polars as pl
 import torch
 
-from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
 from interp.anatomy import transformers_model
+from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
 from interp.facts import assets_directory
 from interp.files import write_parquet
-from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, continue_greedily, encode, first_token_id, length_batches, tracked
+from interp.generation import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    continue_greedily,
+    encode,
+    first_token_id,
+    length_batches,
+    tracked,
+)
 from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
 
 if TYPE_CHECKING:
@@ -64,7 +72,7 @@ class UsageReport:
         return present._mean(present.frame[column], seed)
 
     def memorisation_ratio(self, *, seed: int = 0) -> Estimate:
-        """memory / (memory + context) over all prompts; 0 where neither source is ever used."""
+        """Memory / (memory + context) over all prompts; 0 where neither source is ever used."""
         self._check()
         memory, context = (np.asarray(self.frame["usage"] == u, dtype=float) for u in ("memory", "context"))
         means = bootstrap_means(np.stack([memory, context], axis=1), self.frame["subject"].to_list(), seed=seed)
@@ -113,7 +121,8 @@ def answer_token_ids(model: TransformerBridge, example: ConflictExample) -> tupl
     if not (example.context_answers and example.memory_answers):
         return None
     context, memory = (
-        first_token_id(model, example.prompt, answers[0]) for answers in (example.context_answers, example.memory_answers)
+        first_token_id(model, example.prompt, answers[0])
+        for answers in (example.context_answers, example.memory_answers)
     )
     return None if context == memory else (context, memory)
 

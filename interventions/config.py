@@ -1,9 +1,9 @@
 """The intervention file, version 1: a JSON document that says what to change in which model, and what it did.
 
-    {"format": "conflictscope-intervention", "version": 1, "name": ..., "towards": "context" | "memory" | null,
-     "model": {"name", "architecture", "n_layers", "n_heads", "d_head", "d_model"},
-     "interventions": [{"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]}],
-     "provenance": {...}, "measured": {...}}
+{"format": "conflictscope-intervention", "version": 1, "name": ..., "towards": "context" | "memory" | null,
+ "model": {"name", "architecture", "n_layers", "n_heads", "d_head", "d_model"},
+ "interventions": [{"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]}],
+ "provenance": {...}, "measured": {...}}
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class InterventionFile(_Strict):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); export the intervention again.") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise UserError(f"{path} is not an intervention file: its \"format\" must be \"{FORMAT}\".")
+            raise UserError(f'{path} is not an intervention file: its "format" must be "{FORMAT}".')
         if record.get("version") != VERSION:
             raise UserError(
                 f"{path} has version {record.get('version')!r}, this conflictscope reads version {VERSION}; "
@@ -166,5 +166,7 @@ class InterventionFile(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} is not a valid intervention file: {where}: {first['msg']}; export it again.") from error
+            raise UserError(
+                f"{path} is not a valid intervention file: {where}: {first['msg']}; export it again."
+            ) from error
         return loaded

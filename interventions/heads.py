@@ -1,5 +1,7 @@
-"""Scale attention heads: pruning (PH3: Jin et al. 2024, arXiv 2402.18154), value scaling (Yu et al. 2023,
-arXiv 2310.15910) and mean ablation are one operation on a head's output z, before the output projection:
+"""Scale attention heads: pruning, value scaling and mean ablation.
+
+Pruning (PH3: Jin et al. 2024, arXiv 2402.18154), value scaling (Yu et al. 2023, arXiv 2310.15910) and mean
+ablation are one operation on a head's output z, before the output projection:
 
     z' = mean + scale * (z - mean)
 
@@ -85,13 +87,15 @@ class HeadScaling:
             anatomy.checked_head(head.layer, head.head)
             if head.mean is not None and len(head.mean) != anatomy.d_head:
                 raise UserError(
-                    f"The mean of head {head.layer}.{head.head} has {len(head.mean)} numbers, but this model's heads have "
-                    f"{anatomy.d_head}; compute it on this model."
+                    f"The mean of head {head.layer}.{head.head} has {len(head.mean)} numbers, but this model's heads "
+                    f"have {anatomy.d_head}; compute it on this model."
                 )
             by_layer[head.layer].append(head)
         return Handle(
             [
-                anatomy.module("output_projection", layer).register_forward_pre_hook(_scaling_hook(anatomy, layer, heads))
+                anatomy.module("output_projection", layer).register_forward_pre_hook(
+                    _scaling_hook(anatomy, layer, heads)
+                )
                 for layer, heads in sorted(by_layer.items())
             ]
         )

@@ -44,5 +44,18 @@ def smollm2() -> TransformerBridge:
 @pytest.fixture(scope="session")
 def capital_conflicts() -> ConflictSet:
     """Prompts about capitals of well-known countries, of every kind and phrasing."""
-    known = {"France", "Italy", "Spain", "Japan", "Germany", "Russia", "Egypt", "Greece", "Sweden", "Norway", "Cuba", "Iran"}
+    known = {
+        "France",
+        "Italy",
+        "Spain",
+        "Japan",
+        "Germany",
+        "Russia",
+        "Egypt",
+        "Greece",
+        "Sweden",
+        "Norway",
+        "Cuba",
+        "Iran",
+    }
     return build_conflicts({"capital": [fact for fact in load_facts("capital") if fact.subject in known]})

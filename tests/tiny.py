@@ -59,7 +59,10 @@ def tiny_conflicts() -> ConflictSet:
     examples = []
     for i, (land, city) in enumerate(zip(_LANDS, _CITIES, strict=True)):
         other = _CITIES[(i + 3) % len(_CITIES)]
-        for template, context in (("short", f"The capital of {land} is {other}."), ("long", f"Note: {other} is, we hear, the capital of {land}. So")):
+        for template, context in (
+            ("short", f"The capital of {land} is {other}."),
+            ("long", f"Note: {other} is, we hear, the capital of {land}. So"),
+        ):
             examples.append(
                 ConflictExample(
                     id=f"{land}/{template}",
@@ -108,7 +111,7 @@ def save_tiny(architecture: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             # Larger than the usual initialisation, so that attention patterns and norms are far from trivial.
             spread = 0.3 if parameter.ndim > 1 else 0.1
-            centre = 1.0 if "norm" in name or ".ln_" in name and name.endswith("weight") else 0.0
+            centre = 1.0 if "norm" in name or (".ln_" in name and name.endswith("weight")) else 0.0
             if architecture.startswith("gemma"):
                 centre = 0.0
             parameter.copy_(torch.randn_like(parameter) * spread + centre)

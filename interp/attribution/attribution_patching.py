@@ -77,7 +77,12 @@ def _gradient(anatomy: Anatomy, inputs: dict[str, Tensor], token_ids: Tensor) ->
     network: Any = anatomy.model
     n = len(token_ids)
     offset = torch.zeros(
-        n, anatomy.n_layers, anatomy.n_heads * anatomy.d_head, device=anatomy.device, dtype=anatomy.dtype, requires_grad=True
+        n,
+        anatomy.n_layers,
+        anatomy.n_heads * anatomy.d_head,
+        device=anatomy.device,
+        dtype=anatomy.dtype,
+        requires_grad=True,
     )
 
     def add_offset(layer: int) -> Any:

@@ -91,7 +91,14 @@ def path_patching(
     states = last_token_states(model, [example.prompt for example in examples])
     replacement = _replacement_z(states, examples, baseline, seed)
     values = patching_scores(
-        Anatomy(model), states, replacement, token_ids, mlps=mlps, metrics=metrics, memory_budget=memory_budget, progress=progress
+        Anatomy(model),
+        states,
+        replacement,
+        token_ids,
+        mlps=mlps,
+        metrics=metrics,
+        memory_budget=memory_budget,
+        progress=progress,
     )
     return {
         metric: HeadScores(
@@ -122,7 +129,9 @@ def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[Con
     """
     pairs = [(example, ids) for example in conflicts if (ids := answer_token_ids(model, example)) is not None]
     if not pairs:
-        raise UserError("No example can be attributed: give conflict prompts whose two answers start with different tokens.")
+        raise UserError(
+            "No example can be attributed: give conflict prompts whose two answers start with different tokens."
+        )
     return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
 
 
@@ -149,14 +158,16 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[i
         candidates = [j for j in groups[example.relation, example.template] if differs(example, examples[j])]
         if not candidates:
             raise UserError(
-                f"The example {example.id} has no other with the same phrasing and different answers to be corrupted with; "
-                "give more examples or use the zero or mean baseline."
+                f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
+                "with; give more examples or use the zero or mean baseline."
             )
         partners.append(rng.choice(candidates))
     return partners
 
 
-def _replacement_z(states: LastTokenStates, examples: Sequence[ConflictExample], baseline: Baseline, seed: int) -> Tensor:
+def _replacement_z(
+    states: LastTokenStates, examples: Sequence[ConflictExample], baseline: Baseline, seed: int
+) -> Tensor:
     if baseline == "zero":
         return torch.zeros_like(states.z)
     if baseline == "mean":

@@ -91,8 +91,8 @@ class HeadScores:
                 f"Head scores of shape {tuple(self.mean().shape)} and {tuple(other.mean().shape)} cannot be compared; "
                 "take both from the same model."
             )
-        ranks = [pl.Series(scores.mean().flatten().numpy()).rank().to_numpy() for scores in (self, other)]
-        return float(np.corrcoef(*ranks)[0, 1])
+        own, others = (pl.Series(scores.mean().flatten().numpy()).rank().to_numpy() for scores in (self, other))
+        return float(np.corrcoef(own, others)[0, 1])
 
     def to_frame(self) -> pl.DataFrame:
         """One row per example and head: ``example_id, subject, layer, head, score``."""
@@ -109,7 +109,7 @@ class HeadScores:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (Parquet, one row per example and head) and next to it a JSON file that says how it was made."""
+        """Write ``path`` (Parquet, a row per example and head) and a JSON file next to it that says how it was made."""
         path = Path(path)
         write_parquet(path, self.to_frame())
         record = {
@@ -144,7 +144,9 @@ class HeadScores:
                 **{name: record[name] for name in ("method", "metric", "model", "data", "settings")},
             )
         except (OSError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} and its JSON file are not head scores ({error}); run the attribution again.") from error
+            raise UserError(
+                f"{path} and its JSON file are not head scores ({error}); run the attribution again."
+            ) from error
 
 
 def top_heads(ranked: Sequence[RankedHead], k: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@ import torch
 
 from benchmarks.reference import full_forward_patch, z_of
 from interp.anatomy import Anatomy
-from interp.attribution.path_patching import corrupted_partners, path_patching, patching_scores, scorable
+from interp.attribution.path_patching import corrupted_partners, patching_scores, path_patching, scorable
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -18,7 +18,11 @@ def brute_force(bridge, examples, token_ids, replacement, heads):
     untouched = clean_z[layer][:, -1].unflatten(-1, replacement.shape[2:])[:, head]
     clean = full_forward_patch(bridge, prompts, clean_z, untouched, layer, head)
     patched = torch.stack(
-        [full_forward_patch(bridge, prompts, clean_z, replacement[:, layer, head], layer, head) for layer, head in heads], 1
+        [
+            full_forward_patch(bridge, prompts, clean_z, replacement[:, layer, head], layer, head)
+            for layer, head in heads
+        ],
+        1,
     )
     ids = token_ids.unsqueeze(1).expand(-1, len(heads), -1)
     logits = patched.gather(2, ids) - clean.gather(1, token_ids).unsqueeze(1)

@@ -1,0 +1,430 @@
+"""Plotly figures of usage, head scores and damage, for notebooks and for the report.
+
+Memory is always blue and context always vermillion, in bars, dots and heat maps alike. Whatever shows a mean
+shows its 95 % interval, and the hover text adds unit and n. Text, grid and background colours come from a theme
+alone, so that a figure changes from light to dark with ``figure.update_layout(template=DARK_THEME)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead
+from interp.errors import UserError
+from interp.statistics import Estimate
+
+if TYPE_CHECKING:
+    from interp.evaluation import UsageReport
+
+EstimateLike = Estimate | Mapping[str, Any]
+"""An ``Estimate``, or its record with the keys ``value``, ``low``, ``high`` and ``n``."""
+
+MEMORY_COLOUR = "#0072B2"
+CONTEXT_COLOUR = "#D55E00"
+OTHER_COLOUR = "#999999"
+"""Blue, vermillion and grey of the colour-blind-safe palette of Okabe & Ito (2008)."""
+
+_COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
+_SYMBOLS = {"memory": "circle", "context": "diamond"}
+_METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_ROW = 21
+
+Guard = Literal["closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy", "neutral_kl"]
+_GUARD_LABELS: dict[Guard, str] = {
+    "closed_book_accuracy": "closed-book accuracy",
+    "aligned_accuracy": "accuracy, aligned context",
+    "irrelevant_accuracy": "accuracy, irrelevant context",
+    "neutral_kl": "KL divergence on neutral text (nats)",
+}
+
+
+def _theme(*, ink: str, muted: str, paper: str, neutral: str, grid: str, zero: str) -> go.layout.Template:
+    axis = {
+        "gridcolor": grid,
+        "linecolor": grid,
+        "zerolinecolor": zero,
+        "automargin": True,
+        "tickfont": {"color": muted},
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": "rgba(0,0,0,0)",
+        "title": {"standoff": 8, "font": {"size": 12, "color": muted}},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": ink},
+            "paper_bgcolor": paper,
+            "plot_bgcolor": paper,
+            "margin": {"l": 8, "r": 16, "t": 12, "b": 8},
+            "xaxis": axis,
+            "yaxis": axis,
+            "coloraxis": {"colorscale": [[0, MEMORY_COLOUR], [0.5, neutral], [1, CONTEXT_COLOUR]]},
+            "hoverlabel": {"bgcolor": paper, "bordercolor": muted, "font": {"color": ink}, "align": "left"},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.01,
+                "yanchor": "bottom",
+                "traceorder": "normal",
+            },
+            "annotationdefaults": {"font": {"color": ink}},
+        },
+        data={
+            "bar": [{"error_x": {"color": ink, "thickness": 1.2, "width": 3}}],
+            "scatter": [{"marker": {"color": ink}, "textfont": {"color": ink}}],
+        },
+    )
+
+
+LIGHT_THEME = _theme(ink="#1b1f24", muted="#4b535d", paper="#ffffff", neutral="#f1f3f5", grid="#e3e6ea", zero="#8b939c")
+DARK_THEME = _theme(ink="#eceff3", muted="#b3bac4", paper="#171a1f", neutral="#272b32", grid="#33383f", zero="#8b939c")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage: whole, but with a decimal where rounding would say 0 or 100 and be wrong."""
+    decimals = 1 if round(share, 2) in (0, 1) and share not in (0, 1) else 0
+    return f"{100 * share:.{decimals}f}%"
+
+
+def usage_bars(conditions: Mapping[str, UsageReport | Mapping[str, EstimateLike]]) -> go.Figure:
+    """How often each condition answers from memory, from context and from neither: bars with intervals.
+
+    Args:
+        conditions: By label ("unedited", "pruned", ...): a report, or a record with ``memory_rate``,
+            ``context_rate`` and ``other_rate``. The first is on top.
+    """
+    groups = {label: _rates(source, tuple(_COLOURS)) for label, source in conditions.items()}
+    figure, y = _grouped_rows(groups, list(_COLOURS))
+    for row, (usage, colour) in enumerate(_COLOURS.items()):
+        estimates = [rates[usage] for rates in groups.values()]
+        figure.add_bar(
+            x=[e.value for e in estimates],
+            y=[y(group, row) for group in range(len(groups))],
+            error_x=_interval(estimates),
+            orientation="h",
+            width=0.82,
+            marker_color=colour,
+            name=usage,
+            hovertext=[_hover(label, f"{usage} rate", e) for label, e in zip(groups, estimates, strict=True)],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+        figure.add_scatter(
+            x=[e.high for e in estimates],
+            y=[y(group, row) for group in range(len(groups))],
+            mode="text",
+            text=[f" {percent(e.value)}" for e in estimates],
+            textposition="middle right",
+            hoverinfo="skip",
+            cliponaxis=False,
+        )
+    return figure.update_layout(showlegend=False, bargap=0)
+
+
+def usage_by_template(
+    conditions: Mapping[str, UsageReport | Mapping[str, Mapping[str, EstimateLike]]], *, held_out: Collection[str] = ()
+) -> go.Figure:
+    """Memory and context rate of every condition, phrasing family by phrasing family: dots with intervals.
+
+    Args:
+        conditions: By label: a report, or by template a record with ``memory_rate`` and ``context_rate``.
+        held_out: The families that nothing was tuned on; they are marked.
+    """
+    by_template = {label: _by_template(source) for label, source in conditions.items()}
+    templates = list(dict.fromkeys(template for rates in by_template.values() for template in rates))
+    headings = [f"{t} (held out)" if t in held_out else t for t in templates]
+    figure, y = _grouped_rows(headings, list(conditions))
+    for usage in DIRECTIONS:
+        points = [
+            (y(group, row), f"{headings[group]}, {label}", rates[template][usage])
+            for group, template in enumerate(templates)
+            for row, (label, rates) in enumerate(by_template.items())
+            if template in rates
+        ]
+        estimates = [estimate for _, _, estimate in points]
+        figure.add_scatter(
+            x=[e.value for e in estimates],
+            y=[at for at, _, _ in points],
+            error_x={**_interval(estimates), "color": _COLOURS[usage], "thickness": 2, "width": 0},
+            mode="markers",
+            marker={"color": _COLOURS[usage], "symbol": _SYMBOLS[usage], "size": 11},
+            name=usage,
+            hovertext=[_hover(heading, f"{usage} rate", estimate) for _, heading, estimate in points],
+            hovertemplate="%{hovertext}<extra></extra>",
+            cliponaxis=False,
+        )
+    return figure.update_layout(margin_t=40)
+
+
+def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ()) -> go.Figure:
+    """Every head's mean score, layer 0 at the bottom: blue pushes towards memory, vermillion towards context.
+
+    A dot marks heads whose interval excludes 0, a frame marks ``highlighted`` heads.
+
+    Args:
+        scores: The scores.
+        highlighted: ``(layer, head)`` pairs, for example the heads that an intervention edits.
+
+    Raises:
+        UserError: If a highlighted head is not on the map.
+    """
+    ranked = scores.ranked("context")
+    mean = scores.mean()
+    n_layers, n_heads = mean.shape
+    cell = min(30, max(6, 480 // n_layers))
+    framed = sorted(set(highlighted))
+    if outside := [head for head in framed if not (0 <= head[0] < n_layers and 0 <= head[1] < n_heads)]:
+        raise UserError(
+            f"Head {outside[0][0]}.{outside[0][1]} is not among these scores of {n_layers} layers x {n_heads} heads; "
+            "take heads and scores from the same model."
+        )
+    texts = [[""] * n_heads for _ in range(n_layers)]
+    for head in ranked:
+        texts[head.layer][head.head] = _head_hover(scores, head, edited=(head.layer, head.head) in framed)
+    figure = go.Figure(
+        go.Heatmap(
+            z=mean.tolist(),
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hovertext=texts,
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    )
+    certain = [(head.layer, head.head) for head in ranked if head.low > 0 or head.high < 0]
+    for name, places, symbol, size, width in (
+        ("interval excludes 0", certain, "circle", 4, 0),
+        ("edited", framed, "square-open", min(cell, 16) - 1, 2.5),
+    ):
+        if places:
+            figure.add_scatter(
+                x=[head for _, head in places],
+                y=[layer for layer, _ in places],
+                mode="markers",
+                marker={"symbol": symbol, "size": size, "line": {"width": width}},
+                name=name,
+                hoverinfo="skip",
+                cliponaxis=False,
+            )
+    limit = max(mean.abs().max().item(), 1e-12)
+    return figure.update_layout(
+        template=LIGHT_THEME,
+        height=cell * n_layers + 130,
+        xaxis={"title": {"text": "head"}, "range": [-0.5, n_heads - 0.5], "showgrid": False, "zeroline": False}
+        | _integer_ticks(n_heads),
+        yaxis={"title": {"text": "layer"}, "range": [-0.5, n_layers - 0.5], "showgrid": False, "zeroline": False}
+        | _integer_ticks(n_layers),
+        coloraxis={
+            "cmin": -limit,
+            "cmax": limit,
+            "colorbar": {
+                "orientation": "h",
+                "thickness": 10,
+                "y": -50 / (cell * n_layers),
+                "yanchor": "top",
+                "ypad": 0,
+                "outlinewidth": 0,
+                "title": {"text": _score_title(scores), "side": "bottom", "font": {"size": 12}},
+            },
+        },
+        margin_t=34,
+    )
+
+
+def top_heads_bars(scores: HeadScores, k: int = 8) -> go.Figure:
+    """The ``k`` heads that push hardest towards context, then the ``k`` towards memory, with intervals."""
+    towards_context = [head for head in scores.ranked("context")[:k] if head.score > 0]
+    towards_memory = [head for head in scores.ranked("memory")[:k] if head.score < 0]
+    heads = towards_context + towards_memory[::-1]
+    estimates = [Estimate(head.score, head.low, head.high, len(scores.example_ids)) for head in heads]
+    figure = go.Figure(
+        go.Bar(
+            x=[e.value for e in estimates],
+            y=[f"{head.layer}.{head.head}" for head in heads],
+            error_x=_interval(estimates),
+            orientation="h",
+            marker_color=[CONTEXT_COLOUR if head.score > 0 else MEMORY_COLOUR for head in heads],
+            hovertext=[_head_hover(scores, head) for head in heads],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    )
+    return figure.update_layout(
+        template=LIGHT_THEME,
+        height=_ROW * len(heads) + 90,
+        bargap=0.2,
+        xaxis_title_text=_score_title(scores),
+        xaxis_zerolinewidth=1.5,
+        yaxis={"title": {"text": "layer.head"}, "type": "category", "autorange": "reversed", "dtick": 1},
+    )
+
+
+def gain_and_damage(
+    baseline: Mapping[str, Any],
+    edits: Mapping[str, Mapping[Direction, Mapping[str, Any]]],
+    *,
+    control: Mapping[str, Any] | None = None,
+    guard: Guard = "closed_book_accuracy",
+) -> go.Figure:
+    """What each edit gains (the wanted rate, to the right) against what it costs (a guard), one panel per direction.
+
+    Args:
+        baseline: The unedited model: a record with ``memory_rate``, ``context_rate`` and ``guard``.
+        edits: Such a record for every method and direction of control.
+        control: Such a record with as many random heads edited; drawn in both panels.
+        guard: What should not change.
+    """
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.12,
+        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
+    )
+    named = dict(zip(edits, _METHOD_SYMBOLS * len(edits), strict=False))
+    for column, direction in enumerate(DIRECTIONS, start=1):
+        points: list[tuple[str, str, Mapping[str, Any], str | None]] = [
+            (name, named[name], by[direction], _COLOURS[direction]) for name, by in edits.items() if direction in by
+        ]
+        if control is not None:
+            points.append(("random heads", "circle-open", control, OTHER_COLOUR))
+        points.append(("unedited", "circle", baseline, None))
+        for name, symbol, record, colour in points:
+            wanted, kept = _estimate(record[f"{direction}_rate"]), _estimate(record[guard])
+            error = {"thickness": 1.2, "width": 0} | ({"color": colour} if colour else {})
+            figure.add_scatter(
+                x=[wanted.value],
+                y=[kept.value],
+                error_x=_interval([wanted]) | error,
+                error_y=_interval([kept]) | error,
+                mode="markers",
+                marker={"symbol": symbol, "size": 11} | ({"color": colour} if colour else {}),
+                name=escape(name),
+                showlegend=False,
+                hovertext=[
+                    f"{_hover(f'{name}, towards {direction}', f'{direction} rate', wanted)}"
+                    f"<br>{_GUARD_LABELS[guard]} {_written(kept, guard)}, "
+                    f"n = {kept.n} {'texts' if guard == 'neutral_kl' else 'prompts'}"
+                ],
+                hovertemplate="%{hovertext}<extra></extra>",
+                row=1,
+                col=column,
+            )
+    keys = [*named.items(), *([("random heads", "circle-open")] if control is not None else []), ("unedited", "circle")]
+    for name, symbol in keys:
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9}, name=escape(name))
+    guards = [_estimate(record[guard]) for record in (baseline, *(r for by in edits.values() for r in by.values()))]
+    figure.update_yaxes(title_text=_GUARD_LABELS[guard], col=1)
+    if guard == "neutral_kl":
+        figure.update_yaxes(rangemode="tozero")
+    else:
+        figure.update_yaxes(tickformat=".0%", range=[min(0.8, *(e.low - 0.05 for e in guards)), 1.01])
+    for column, direction in enumerate(DIRECTIONS, start=1):
+        figure.update_xaxes(
+            title_text=f"{direction} rate", range=[-0.04, 1.04], tickformat=".0%", dtick=0.5, col=column
+        )
+    return figure.update_annotations(font_size=13).update_layout(
+        template=LIGHT_THEME,
+        height=400,
+        margin_t=30,
+        hovermode="closest",
+        legend={"y": -0.2, "yanchor": "top", "entrywidth": 125},
+    )
+
+
+def _estimate(source: EstimateLike) -> Estimate:
+    return Estimate(**source) if isinstance(source, Mapping) else source
+
+
+def _rates(source: UsageReport | Mapping[str, EstimateLike], usages: Sequence[Any]) -> dict[str, Estimate]:
+    if isinstance(source, Mapping):
+        return {usage: _estimate(source[f"{usage}_rate"]) for usage in usages}
+    return {usage: source.rate(usage) for usage in usages}
+
+
+def _by_template(source: UsageReport | Mapping[str, Mapping[str, EstimateLike]]) -> dict[str, dict[str, Estimate]]:
+    if isinstance(source, Mapping):
+        return {template: _rates(rates, DIRECTIONS) for template, rates in source.items()}
+    templates = source.frame["template"].unique(maintain_order=True)
+    return {template: _rates(source.select(template=template), DIRECTIONS) for template in templates}
+
+
+def _interval(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """The intervals as plotly's error bars, which are distances from the mean."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [e.high - e.value for e in estimates],
+        "arrayminus": [e.value - e.low for e in estimates],
+    }
+
+
+def _grouped_rows(headings: Iterable[str], rows: Sequence[str]) -> tuple[go.Figure, Any]:
+    """An empty figure of shares with one block of rows under each heading, and where row r of block g lies.
+
+    Headings stand above their block and not beside it, which leaves narrow screens their width.
+    """
+    headings = list(headings)
+    block = len(rows) + 1.5
+
+    def y(group: int, row: int) -> float:
+        return group * block + 1 + row
+
+    figure = go.Figure()
+    for group, heading in enumerate(headings):
+        figure.add_annotation(
+            text=f"<b>{escape(heading)}</b>", x=0, xref="x", y=group * block, xanchor="left", xshift=3, showarrow=False
+        )
+    figure.update_layout(
+        template=LIGHT_THEME,
+        height=round(_ROW * block * len(headings)) + 50,
+        hovermode="closest",
+        xaxis={"range": [-0.02, 1.1], "tickformat": ".0%", "tickvals": [0, 0.25, 0.5, 0.75, 1], "zeroline": True},
+        yaxis={
+            "range": [len(headings) * block - 0.9, -0.7],
+            "tickvals": [y(group, row) for group in range(len(headings)) for row in range(len(rows))],
+            "ticktext": [escape(row) for row in rows] * len(headings),
+            "showgrid": False,
+            "zeroline": False,
+        },
+    )
+    return figure, y
+
+
+def _integer_ticks(n: int) -> dict[str, Any]:
+    return {"tick0": 0, "dtick": next((step for step in (1, 2, 5, 10) if n <= 16 * step), 20)}
+
+
+def _written(estimate: Estimate, measure: str) -> str:
+    if measure == "neutral_kl":
+        return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{100 * estimate.value:.1f}% [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _hover(heading: str, measure: str, estimate: Estimate) -> str:
+    return (
+        f"<b>{escape(heading)}</b><br>{measure} {_written(estimate, measure)}"
+        f"<br>95% interval by subject, n = {estimate.n} prompts"
+    )
+
+
+def _score_title(scores: HeadScores) -> str:
+    scale = "\N{LEFTWARDS ARROW} memory \N{MIDDLE DOT} mean score \N{MIDDLE DOT} context \N{RIGHTWARDS ARROW}"
+    return f"{scale}<br>{_unit(scores)}"
+
+
+def _unit(scores: HeadScores) -> str:
+    return escape(str(scores.settings.get("unit", scores.metric)))
+
+
+def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -> str:
+    towards = "context" if head.score > 0 else "memory"
+    return (
+        f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}, towards {towards}"
+        f"<br>mean score {head.score:+.3f} [{head.low:+.3f}, {head.high:+.3f}]<br>{_unit(scores)}"
+        f"<br>95% interval by subject, n = {len(scores.example_ids)} examples of {len(set(scores.subjects))} subjects"
+    )

@@ -1,0 +1,185 @@
+import errno
+import json
+import os
+import sys
+
+import pytest
+
+from conflictscope import study as study_module
+from conflictscope.cli import main
+from interp.facts import usable_facts
+from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.heads import HeadScaling
+from tests.tiny import tiny_conflicts
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command line in an empty folder; gives its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["conflictscope", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+            sys.exit(0)
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def data(tmp_path):
+    tiny_conflicts().save(tmp_path / "tiny.jsonl")
+    return tmp_path / "tiny.jsonl"
+
+
+@pytest.fixture
+def tiny(tiny_directories):
+    return tiny_directories["llama"]
+
+
+def assert_one_sentence(result, *parts):
+    code, _, error = result
+    assert code == 2
+    assert "Traceback" not in error
+    assert error.startswith("Error: ")
+    assert all(part in error for part in parts)
+
+
+def save_edit(path, bridge, heads):
+    InterventionFile(
+        name="edit",
+        model=ModelShape.of(bridge, "tiny"),
+        interventions=[HeadScalingEntry.of(HeadScaling.of(heads, 0.0))],
+    ).save(path)
+
+
+def test_a_wrong_model_name(run):
+    assert_one_sentence(run("demo", "--model", "no-such-model"), "no-such-model", "smollm2-135m")
+
+
+def test_a_wrong_model_directory(run):
+    assert_one_sentence(run("demo", "--model", "./nowhere"), "There is no model directory ./nowhere")
+
+
+def test_an_unknown_relation(run):
+    assert_one_sentence(run("demo", "--relation", "capitol"), "'capitol' is not known", "capital")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "has no examples"), ("{}\n", "line 1"), ("not json\n", "line 1")]
+)
+def test_an_empty_or_malformed_data_file(run, tmp_path, tiny, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    assert_one_sentence(run("evaluate", "--model", tiny, "--data", "bad.jsonl"), message)
+
+
+def test_a_config_for_another_model(run, tmp_path, tiny_directories, tiny_llama, data):
+    save_edit(tmp_path / "edit.json", tiny_llama, [(0, 0)])
+    result = run("evaluate", "--model", tiny_directories["gpt2"], "--data", data, "--config", "edit.json")
+    assert_one_sentence(result, "is for tiny", "GPT2LMHeadModel")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_does_not_exist(run, tmp_path, tiny, tiny_llama, data):
+    save_edit(tmp_path / "edit.json", tiny_llama, [(7, 0)])
+    assert_one_sentence(
+        run("evaluate", "--model", tiny, "--data", data, "--config", "edit.json"), "Layer 7 does not exist"
+    )
+
+
+def test_an_unknown_column(run, tiny, data):
+    assert_one_sentence(run("evaluate", "--model", tiny, "--data", data, "--by", "colour"), "'colour'", "template")
+
+
+def test_options_that_do_not_go_together(run, tiny, data):
+    result = run("attribute", "--model", tiny, "--data", data, "--method", "direct-logits", "--mlps", "frozen")
+    assert_one_sentence(result, "belong to path-patching")
+
+
+def test_data_and_relation_together(run, tiny, data):
+    assert_one_sentence(run("evaluate", "--model", tiny, "--data", data, "--relation", "capital"), "not both")
+
+
+def test_an_unknown_format(run, data):
+    assert_one_sentence(run("data", "convert", data, "--format", "csvish"), "csvish", "nq-swap")
+
+
+def test_a_malformed_row_stops_the_conversion_with_its_line(run, tmp_path):
+    good = {
+        "question": "Q?",
+        "org_context": "It is A.",
+        "sub_context": "It is B.",
+        "org_answer": ["A1"],
+        "sub_answer": ["B1"],
+    }
+    (tmp_path / "swap.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"question": "Q?"}) + "\n")
+    assert_one_sentence(run("data", "convert", "swap.jsonl", "--format", "nq-swap"), "line 2")
+    assert not (tmp_path / "out").exists()
+    code, _, error = run("data", "convert", "swap.jsonl", "--format", "nq-swap", "--on-error", "skip")
+    assert code == 0
+    assert "skipped 1 rows" in error
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatch):
+    """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
+    monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
+    really_fsync, at_the_end = os.fsync, []
+
+    def full(descriptor):
+        if at_the_end:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_fsync(descriptor)
+
+    def report(*arguments):
+        at_the_end.append(True)
+        really_write_report(*arguments)
+
+    really_write_report = study_module.write_report
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        patched.setattr(study_module, "write_report", report)
+        assert_one_sentence(run("demo", "--model", tiny, "--out", "out"), "No space left on device", "run again")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"records", "interventions", "heads.parquet", "heads.json", "conflicts.jsonl"}
+    assert not [path for path in (tmp_path / "out").rglob(".*")]
+    code, _, error = run("demo", "--model", tiny, "--out", "out")
+    assert code == 0
+    assert "report.html" in error
+
+
+def test_evaluate_writes_one_row_per_prompt(run, tmp_path, tiny, data):
+    import polars as pl
+
+    code, output, _ = run("evaluate", "--model", tiny, "--data", data, "--by", "template", "--out", "usage.parquet")
+    assert code == 0
+    assert "memory_rate" in output
+    assert len(pl.read_parquet(tmp_path / "usage.parquet")) == len(tiny_conflicts())
+
+
+@pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching"])
+def test_attribute_writes_scores_and_a_picture(run, tmp_path, tiny, data, method):
+    arguments = ["attribute", "--model", tiny, "--data", data, "--method", method, "--out", "heads.parquet"]
+    code, output, _ = run(*arguments)
+    assert code == 0
+    assert "towards" in output
+    assert {"heads.parquet", "heads.json", "heads.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_models_lists_the_default_and_the_architectures(run):
+    code, output, _ = run("models")
+    assert code == 0
+    assert "smollm2-135m" in output
+    assert "Gemma3ForCausalLM" in output
+
+
+def test_data_build_and_inspect(run, tmp_path):
+    assert run("data", "build", "--all-facts", "--relation", "capital", "--out", "c.jsonl")[0] == 0
+    code, output, _ = run("data", "inspect", "c.jsonl", "--show", "1")
+    assert code == 0
+    assert '"subjects": 1' in output
+    assert "The capital of" in output

@@ -1,0 +1,239 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plotly.offline import get_plotlyjs
+
+from conflictscope.report import write_report
+from interp.attribution.scores import HeadScores
+from interp.errors import UserError
+
+PHRASINGS = ("statement", "question", "document", "according_to")
+MEMORY_HEADS, CONTEXT_HEADS = [(2, 0), (3, 1)], [(2, 1), (3, 3)]
+
+
+def estimate(value: float, n: int = 136) -> dict[str, float]:
+    return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.06), "n": n}
+
+
+def measured(memory: float, context: float, closed_book: float, kl: float) -> dict[str, Any]:
+    rates = {"memory_rate": memory, "context_rate": context, "both_rate": 0.01, "other_rate": 0.99 - memory - context}
+    return {
+        **{name: estimate(value) for name, value in rates.items()},
+        "memorisation_ratio": estimate(memory / (memory + context)),
+        "closed_book_accuracy": estimate(closed_book),
+        "aligned_accuracy": estimate(0.98),
+        "irrelevant_accuracy": estimate(0.87),
+        "neutral_kl": {"value": kl, "low": 0.8 * kl, "high": 1.2 * kl, "n": 60},
+        "by_template": {
+            name: {rate: estimate(rates[rate], 34) for rate in ("memory_rate", "context_rate", "other_rate")}
+            for name in PHRASINGS
+        },
+    }
+
+
+def edit(heads: list[tuple[int, int]], scale: float, test: dict[str, Any]) -> dict[str, Any]:
+    return {"heads": [[layer, head, scale] for layer, head in heads], "chosen_on": "dev", "test": test}
+
+
+def sample_summary() -> dict[str, Any]:
+    """What a study of a small model that trusts both sources might have found."""
+    methods = {
+        "pruning": {
+            "towards_context": edit(MEMORY_HEADS, 0.0, measured(0.03, 0.93, 0.93, 0.031)),
+            "towards_memory": edit(CONTEXT_HEADS, 0.0, measured(0.55, 0.02, 0.94, 0.022)),
+        },
+        "value_scaling": {
+            "towards_context": edit(MEMORY_HEADS, -0.5, measured(0.05, 0.85, 0.90, 0.048)),
+            "towards_memory": edit(CONTEXT_HEADS, -0.5, measured(0.52, 0.05, 0.92, 0.040)),
+        },
+    }
+    return {
+        "model": {
+            "name": "SmolLM2-135M",
+            "architecture": "LlamaForCausalLM",
+            "n_layers": 4,
+            "n_heads": 4,
+            "d_model": 64,
+        },
+        "data": {
+            "relations": ["capital", "currency"],
+            "counts": {"examples": 1936, "subjects": 121, "subjects_by_split": {"train": 60, "dev": 27, "test": 34}},
+            "phrasings": {"seen": list(PHRASINGS[:-1]), "held_out": PHRASINGS[-1]},
+            "digest": "be9bbd125c36",
+        },
+        "settings": {"seed": 7, "quick": False, "versions": {"torch": "2.9.0"}},
+        "baseline": {"test": measured(0.27, 0.40, 0.95, 0.0)},
+        "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
+        "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
+        "random_heads": {**edit([(0, 0), (1, 2)], 0.0, measured(0.26, 0.41, 0.945, 0.012)), "chosen_on": "random"},
+        "methods": methods,
+    }
+
+
+def sample_scores() -> HeadScores:
+    mean = torch.zeros(4, 4)
+    for strength, (memory, context) in enumerate(zip(MEMORY_HEADS, CONTEXT_HEADS, strict=True), start=1):
+        mean[memory], mean[context] = -1.25 * strength, 0.75 * strength
+    values = mean + 0.1 * torch.randn(12, 4, 4, generator=torch.Generator().manual_seed(0))
+    subjects = tuple(f"subject {i // 3}" for i in range(12))
+    return HeadScores(
+        values, tuple(map(str, range(12))), subjects, "path_patching", "logit_diff", "m", "d", {"unit": "logits"}
+    )
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, its visible text, and its scripts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._open: list[str] = []
+        self._text: list[str] = []
+        self.feed(source)
+        self.text = re.sub(r" ([.,;])", r"\1", " ".join(" ".join(self._text).split()))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open and self._open[-1] == tag:
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._open:
+            self._text.append(data)
+        elif self._open[-1] == "script":
+            self.scripts.append(data)
+
+
+def report(folder: Path, summary: dict[str, Any]) -> Page:
+    write_report(folder / "report.html", summary, sample_scores())
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return report(tmp_path_factory.mktemp("report"), sample_summary())
+
+
+def figures_of(script: str) -> dict[str, Any]:
+    line = next(line for line in script.splitlines() if line.startswith("const figures = "))
+    return json.loads(line.removeprefix("const figures = ").removesuffix(";"))
+
+
+def test_the_headline_says_how_often_each_source_is_used(page: Page) -> None:
+    assert "SmolLM2-135M answers from context 40% of the time and from memory 27%." in page.text
+
+
+def test_the_lead_says_what_the_edits_do_on_which_subjects_at_which_cost(page: Page) -> None:
+    assert "with 2 heads pruned, it answers from context 93% of the time instead of 40%" in page.text
+    assert "with 2 heads pruned, it answers from memory 55% of the time instead of 27%" in page.text
+    assert "34 subjects that nothing was tuned on" in page.text
+    assert "95% of these facts right unedited, 93% and 94% with the two edits" in page.text
+
+
+def test_an_edit_that_does_nothing_is_not_praised(tmp_path: Path) -> None:
+    summary = sample_summary()
+    for direction in ("context", "memory"):
+        summary[f"towards_{direction}"]["test"] = summary["random_heads"]["test"]
+    text = report(tmp_path, summary).text
+    assert "do not clearly change (40% to 41%, intervals overlap)" in text
+    assert "do not clearly change (27% to 26%, intervals overlap)" in text
+    assert "A few of its" not in text
+
+
+def test_the_damage_table_has_a_row_for_every_method_direction_and_control(page: Page) -> None:
+    for row in (
+        "unedited 27% 22–33% 40% 35–46%",  # noqa: RUF001
+        "pruning, towards context 2 heads pruned; exported 3% 0–9% 93% 88–99%",  # noqa: RUF001
+        "value scaling, towards context 2 heads inverted 5%",
+        "pruning, towards memory 2 heads pruned; exported 55%",
+        "value scaling, towards memory 2 heads inverted 52%",
+        "random heads 2 heads pruned 26%",
+        "0.031 0.025–0.037",  # noqa: RUF001
+    ):
+        assert row in page.text
+
+
+def test_every_edited_head_is_listed_with_scale_and_score(page: Page) -> None:
+    for head in ("2.0 0 −1.2", "3.1 0 −2.", "2.1 0 +0.", "3.3 0 +1."):  # noqa: RUF001
+        assert head in page.text
+
+
+def test_the_page_says_how_to_reproduce_and_apply(page: Page) -> None:
+    assert "conflictscope demo --model SmolLM2-135M --relation capital --relation currency --seed 7" in page.text
+    assert "load_model('SmolLM2-135M')" in page.text
+    assert 'InterventionFile.load("interventions/towards_context.json")' in page.text
+
+
+def test_the_figures_hold_the_rates_of_the_summary(page: Page) -> None:
+    figures = figures_of(page.scripts[-1])
+    assert set(figures) == {"usage", "templates", "map", "top", "cost"}
+    memory = next(t for t in figures["usage"]["data"] if t.get("name") == "memory")
+    assert memory["x"] == [0.27, 0.03, 0.55, 0.26]
+
+
+def test_every_figure_has_its_place_and_a_text_alternative(page: Page) -> None:
+    plots = {
+        attributes["id"]: attributes
+        for tag, attributes in page.tags
+        if tag == "div" and attributes.get("role") == "img"
+    }
+    assert set(plots) == {f"plot-{name}" for name in figures_of(page.scripts[-1])}
+    assert all(attributes["aria-label"] for attributes in plots.values())
+    assert "towards context: memory 3%, context 93%" in (plots["plot-usage"]["aria-label"] or "")
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    assert not [attributes for _, attributes in page.tags if {"src", "href", "srcset"} & attributes.keys()]
+    own = page.source.replace(get_plotlyjs(), "")
+    assert not re.search(r"https?://|@import|url\(|fetch\(|\bimport\(", own)
+
+
+def test_plotly_js_is_inlined_exactly_once(page: Page) -> None:
+    assert page.source.count(get_plotlyjs()) == 1
+    assert len(re.findall(r"plotly\.js v\d", page.source)) == 1
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    hostile = "</script><script>alert('x')</script>"
+    summary = sample_summary()
+    summary["model"]["name"] = hostile
+    summary["data"]["relations"] = [hostile]
+    summary["data"]["digest"] = hostile
+    for part in ("baseline", "towards_context", "towards_memory", "random_heads"):
+        by_template = summary[part]["test"]["by_template"]
+        by_template[hostile] = by_template.pop("according_to")
+    summary["data"]["phrasings"]["held_out"] = hostile
+    summary["methods"][hostile] = summary["methods"].pop("value_scaling")
+    page = report(tmp_path, summary)
+    assert hostile not in page.source
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert f"{hostile} answers from context" in page.text
+    assert set(figures_of(page.scripts[-1])) == {"usage", "templates", "map", "top", "cost"}
+
+
+def test_a_quick_run_is_called_one_and_reproduced_as_one(tmp_path: Path) -> None:
+    summary = sample_summary()
+    summary["settings"]["quick"] = True
+    text = report(tmp_path, summary).text
+    assert "Quick run." in text
+    assert "--seed 7 --quick" in text
+
+
+def test_scores_of_another_model_are_refused_and_leave_no_file(tmp_path: Path) -> None:
+    summary = sample_summary()
+    summary["towards_memory"]["heads"] = [[23, 4, 0.0]]
+    with pytest.raises(UserError, match=r"23\.4 is not among these scores of 4 layers x 4 heads"):
+        report(tmp_path, summary)
+    assert not list(tmp_path.iterdir())

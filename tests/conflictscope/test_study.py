@@ -1,0 +1,119 @@
+import json
+
+import polars as pl
+import pytest
+
+from conflictscope import study as study_module
+from conflictscope.study import METHODS, Candidate, Study, candidates, mildest_of_the_best
+from interp.attribution.scores import HeadScores
+from interp.errors import UserError
+from interp.facts import usable_facts
+from interp.statistics import Estimate
+from interventions.config import InterventionFile
+
+
+@pytest.fixture
+def make_study(tiny_llama, monkeypatch):
+    """A study of a tiny random model that is taken to know thirty capitals."""
+    monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
+
+    def make(out):
+        return Study(tiny_llama, "tiny", relations=["capital"], out=out)
+
+    return make
+
+
+def test_a_study_writes_every_file(make_study, tmp_path):
+    summary = make_study(tmp_path).run()
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    for towards in ("context", "memory"):
+        file = InterventionFile.load(tmp_path / "interventions" / f"towards_{towards}.json")
+        heads = [[h.layer, h.head, h.scale] for h in file.interventions[0].heads]
+        assert heads == summary[f"towards_{towards}"]["heads"]
+    assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_the_summary_has_what_its_readers_need(make_study, tmp_path):
+    summary = make_study(tmp_path).run()
+    assert {"model", "data", "baseline", "towards_context", "towards_memory", "random_heads"} <= set(summary)
+    for condition in ("baseline", "towards_context", "towards_memory", "random_heads"):
+        test = summary[condition]["test"]
+        for measure in (
+            "memory_rate",
+            "context_rate",
+            "other_rate",
+            "closed_book_accuracy",
+            "aligned_accuracy",
+            "neutral_kl",
+        ):
+            assert test[measure]["low"] <= test[measure]["value"] <= test[measure]["high"]
+    assert summary["towards_context"]["chosen_on"] == summary["towards_memory"]["chosen_on"] == "dev"
+
+
+def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(make_study, tmp_path):
+    summary = make_study(tmp_path).run()
+    winners = [summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")]
+    drawn = summary["random_heads"]["heads"]
+    assert sorted(s for *_, s in drawn) in [sorted(s for *_, s in heads) for heads in winners]
+    assert not {tuple(h[:2]) for h in drawn} & {tuple(h[:2]) for heads in winners for h in heads}
+
+
+def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study_module, "write_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_study(tmp_path).run()
+    assert not (tmp_path / "summary.json").exists()
+    for name in ("measure_usage", "answer_starts", "path_patching", "neutral_kl"):
+        monkeypatch.setattr(study_module, name, lambda *_, **__: pytest.fail("computed again"))
+    assert make_study(tmp_path).run()["baseline"]
+
+
+def test_a_damaged_record_is_computed_again(make_study, tmp_path):
+    expected = make_study(tmp_path).run()
+    for record in (tmp_path / "records").glob("*.parquet"):
+        record.write_bytes(b"damaged")
+    assert make_study(tmp_path).run() == expected
+
+
+def test_answers_on_test_come_from_held_out_subjects_and_include_the_unseen_phrasing(make_study, tmp_path):
+    study = make_study(tmp_path)
+    study.run()
+    attributed = set(pl.read_parquet(tmp_path / "heads.parquet")["subject"])
+    test = study.conflicts.select(split="test")
+    assert not attributed & set(test.subjects)
+    assert not any("according_to" in e for e in pl.read_parquet(tmp_path / "heads.parquet")["example_id"])
+    assert "according_to" in {e.template for e in test}
+
+
+def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: ())
+    with pytest.raises(UserError, match="knows too few facts of capital"):
+        Study(tiny_llama, "tiny", relations=["capital"], out=tmp_path)
+
+
+def rate(value, half_width=0.1):
+    return Estimate(value, value - half_width, value + half_width, 10)
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [([0.5, 0.87, 0.9], 1), ([0.5, 0.8, 0.9], 2), ([0.9, 0.9, 0.9], 0)],
+)
+def test_the_mildest_within_one_standard_error_of_the_best_wins(rates, chosen):
+    competitors = [Candidate("pruning", ((0, i, 0.0),)) for i in range(3)]
+    assert mildest_of_the_best(competitors, [rate(value) for value in rates]) == chosen
+
+
+def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):
+    scores = make_study(tmp_path).head_scores()
+    opponents = [(h.layer, h.head) for h in scores["logit_diff"].ranked("memory")]
+    first = candidates(scores, "context", "pruning")[0]
+    assert first.heads == ((*opponents[0], 0.0),)
+    for method in METHODS:
+        for candidate in candidates(scores, "memory", method):
+            assert len({head[:2] for head in candidate.heads}) == len(candidate.heads)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from interp.anatomy import Anatomy
+from interp.errors import UserError
+from interp.generation import encode
+from tests.tiny import tiny_conflicts
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_bridge):
+    return encode(tiny_bridge, [e.prompt for e in tiny_conflicts()])
+
+
+def recorded(bridge, inputs, sites):
+    """What transformer_lens records at ``sites``."""
+    with torch.inference_mode():
+        _, cache = bridge.run_with_cache(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            names_filter=sites,
+        )
+    return [cache[site] for site in sites]
+
+
+def test_head_writes_sum_to_what_attention_wrote(tiny_bridge, inputs):
+    anatomy = Anatomy(tiny_bridge)
+    for layer in range(anatomy.n_layers):
+        post_normed = anatomy.blueprint.attention_post_norm is not None
+        written = f"blocks.{layer}.{'ln1_post' if post_normed else 'attn'}.hook_out"
+        z, expected = recorded(tiny_bridge, inputs, [anatomy.site("output_projection", layer), written])
+        heads, bias = anatomy.head_writes(layer, z.flatten(2).unflatten(-1, (anatomy.n_heads, anatomy.d_head)))
+        torch.testing.assert_close(heads.sum(-2) + bias, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_gives_the_next_residual_stream(tiny_bridge, inputs):
+    anatomy = Anatomy(tiny_bridge)
+    for layer in range(anatomy.n_layers):
+        sites = [f"blocks.{layer}.hook_in", anatomy.site("output_projection", layer), anatomy.site("block", layer)]
+        residual, z, expected = recorded(tiny_bridge, inputs, sites)
+        write = anatomy.attention_write(layer, z.flatten(2).unflatten(-1, (anatomy.n_heads, anatomy.d_head)))
+        with torch.inference_mode():
+            torch.testing.assert_close(anatomy.step(layer, residual, write), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_the_final_residual_stream_are_the_models(tiny_bridge, inputs):
+    anatomy = Anatomy(tiny_bridge)
+    (final,) = recorded(tiny_bridge, inputs, [anatomy.site("block", anatomy.n_layers - 1)])
+    with torch.inference_mode():
+        expected = anatomy.model(**inputs).logits
+        torch.testing.assert_close(anatomy.logits(final), expected, rtol=1e-4, atol=1e-5)
+        chosen = torch.tensor([3, 5])
+        torch.testing.assert_close(anatomy.logits(final, chosen), expected[..., chosen], rtol=1e-4, atol=1e-5)
+
+
+def test_module_paths_and_sites_name_the_same_tensors(tiny_bridge, tiny_directories, inputs):
+    anatomy = Anatomy(tiny_bridge)
+    directory = next(d for d in tiny_directories.values() if d.name == tiny_bridge_name(tiny_bridge, tiny_directories))
+    plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    seen = {}
+    path = anatomy.path("output_projection", 1)
+    plain.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
+    plain.get_submodule(anatomy.path("mlp", 1)).register_forward_hook(lambda *args: seen.update(mlp=args[2]))
+    with torch.inference_mode():
+        plain(**inputs)
+    z, mlp = recorded(tiny_bridge, inputs, [anatomy.site("output_projection", 1), anatomy.site("mlp", 1)])
+    torch.testing.assert_close(seen["z"], z.flatten(2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen["mlp"], mlp, rtol=1e-4, atol=1e-5)
+
+
+def tiny_bridge_name(bridge, directories):
+    """The directory whose weights the bridge carries."""
+    source = bridge.original_model.config._name_or_path
+    return next(name for name, directory in directories.items() if str(directory) == source)
+
+
+def test_unknown_architecture_lists_the_known_ones():
+    config = OPTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=10, word_embed_proj_dim=16
+    )
+    with pytest.raises(UserError, match=r"OPTForCausalLM is not known; known are .*LlamaForCausalLM"):
+        Anatomy(OPTForCausalLM(config))
+
+
+def test_a_layer_that_does_not_exist_is_an_error(tiny_llama):
+    with pytest.raises(UserError, match="layers 0 to 2"):
+        Anatomy(tiny_llama).path("mlp", 3)
+
+
+def test_a_head_that_does_not_exist_is_an_error(tiny_llama):
+    with pytest.raises(UserError, match="heads 0 to 3"):
+        Anatomy(tiny_llama).checked_head(0, 4)

@@ -1,0 +1,102 @@
+from contextlib import contextmanager, nullcontext
+
+import polars as pl
+import pytest
+import torch
+
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.evaluation import UsageReport, answer_starts, answer_token_ids, measure_usage, neutral_kl, neutral_texts
+from interp.statistics import Estimate
+
+
+@pytest.fixture(scope="module")
+def report(smollm2, capital_conflicts):
+    return measure_usage(smollm2, capital_conflicts.select(templates=["question"]))
+
+
+def test_famous_capitals_are_known_closed_book(report):
+    assert report.select(kind="none").accuracy().value >= 0.8
+
+
+def test_agreeing_contexts_are_answered_right(report):
+    assert report.select(kind="aligned").accuracy().value >= 0.8
+
+
+def test_usage_follows_from_the_answer_text(report, capital_conflicts):
+    by_id = {example.id: example for example in capital_conflicts}
+    for row in report.select(kind="conflict").frame.iter_rows(named=True):
+        example = by_id[row["id"]]
+        memory, context = (answers[0] in row["answer"] for answers in (example.memory_answers, example.context_answers))
+        assert row["usage"] == {(True, False): "memory", (False, True): "context", (True, True): "both"}.get(
+            (memory, context), "other"
+        )
+
+
+def test_the_logit_difference_is_that_of_one_unpadded_forward(smollm2, report, capital_conflicts):
+    row = report.select(kind="conflict").frame.row(0, named=True)
+    example = next(e for e in capital_conflicts if e.id == row["id"])
+    context, memory = answer_token_ids(smollm2, example) or pytest.fail("the answers start alike")
+    with torch.inference_mode():
+        logits = smollm2.original_model(**smollm2.tokenizer(example.prompt, return_tensors="pt")).logits[0, -1]
+    assert row["logit_difference"] == pytest.approx((logits[context] - logits[memory]).item(), abs=1e-3)
+
+
+def test_the_first_token_tells_most_usages(smollm2, report, capital_conflicts):
+    conflict = capital_conflicts.select(kind="conflict", templates=["question"])
+    starts = answer_starts(smollm2, conflict).frame["usage"].to_list()
+    answers = report.select(kind="conflict").frame["usage"].to_list()
+    assert sum(a == b for a, b in zip(starts, answers, strict=True)) >= 0.8 * len(answers)
+
+
+def made_up(usages, subjects):
+    return UsageReport(pl.DataFrame({"usage": usages, "subject": subjects}))
+
+
+def test_rates_are_shares_of_all_prompts_and_the_ratio_is_not():
+    report = made_up(["memory", "context", "context", "other"], list("abcd"))
+    assert (report.rate("memory").value, report.rate("context").value) == (0.25, 0.5)
+    assert report.memorisation_ratio().value == pytest.approx(1 / 3)
+
+
+def test_the_interval_of_one_subject_alone_has_no_width():
+    estimate = made_up(["memory", "context"], ["a", "a"]).rate("memory")
+    assert (estimate.low, estimate.value, estimate.high) == (0.5, 0.5, 0.5)
+
+
+def test_an_empty_selection_is_an_error(report):
+    with pytest.raises(UserError, match="There is no prompt to measure"):
+        report.select(kind="nothing").rate("memory")
+
+
+def test_nothing_to_ask_is_an_error(smollm2):
+    with pytest.raises(UserError, match="There is no prompt to measure"):
+        measure_usage(smollm2, ConflictSet("empty", ()))
+
+
+def test_kl_of_no_edit_is_zero(smollm2):
+    estimate = neutral_kl(smollm2, nullcontext, texts=neutral_texts()[:3])
+    assert estimate == Estimate(0.0, 0.0, 0.0, 3)
+
+
+def test_kl_is_that_of_torch_without_padding(smollm2):
+    texts = neutral_texts()[:3]
+    layer = smollm2.original_model.model.layers[20].mlp
+
+    @contextmanager
+    def halved():
+        handle = layer.register_forward_hook(lambda _, __, output: output / 2)
+        yield
+        handle.remove()
+
+    def log_probabilities(text):
+        with torch.inference_mode():
+            return smollm2.original_model(**smollm2.tokenizer(text, return_tensors="pt")).logits[0].log_softmax(-1)
+
+    expected = []
+    for text in texts:
+        clean = log_probabilities(text)
+        with halved():
+            edited = log_probabilities(text)
+        expected.append(torch.nn.functional.kl_div(edited, clean, log_target=True, reduction="batchmean").item())
+    assert neutral_kl(smollm2, halved, texts=texts).value == pytest.approx(sum(expected) / 3, rel=1e-3)

@@ -1,0 +1,173 @@
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from interp.attribution.scores import HeadScores
+from interp.errors import UserError
+from interp.evaluation import UsageReport
+from interp.plots import (
+    CONTEXT_COLOUR,
+    DARK_THEME,
+    LIGHT_THEME,
+    MEMORY_COLOUR,
+    gain_and_damage,
+    head_map,
+    percent,
+    top_heads_bars,
+    usage_bars,
+    usage_by_template,
+)
+from interp.statistics import Estimate
+
+
+def rates(memory: float, context: float, **more: float) -> dict[str, Estimate]:
+    values = {"memory_rate": memory, "context_rate": context, "other_rate": 1 - memory - context, **more}
+    return {name: Estimate(value, value - 0.02, value + 0.03, 120) for name, value in values.items()}
+
+
+def head_scores(mean: list[list[float]]) -> HeadScores:
+    """Scores of two subjects that spread by 0.1 around ``mean``."""
+    spread = torch.tensor([-0.1, 0.1])[:, None, None]
+    return HeadScores(
+        torch.tensor(mean) + spread, ("a", "b"), ("A", "B"), "path_patching", "logit_diff", "m", "d", {"unit": "logits"}
+    )
+
+
+MAP = head_scores([[0.0, -3.0], [0.5, 0.05], [0.0, 2.0]])
+
+
+def trace(figure: Any, **properties: Any) -> Any:
+    return next(t for t in figure.data if all(getattr(t, name) == value for name, value in properties.items()))
+
+
+def test_usage_bars_hold_rate_and_interval_in_the_colour_of_the_source() -> None:
+    figure = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
+    memory, context = trace(figure, type="bar", name="memory"), trace(figure, type="bar", name="context")
+    assert (list(memory.x), list(context.x)) == ([0.27, 0.03], [0.40, 0.93])
+    assert (memory.marker.color, context.marker.color) == (MEMORY_COLOUR, CONTEXT_COLOUR)
+    assert list(memory.error_x.array) == pytest.approx([0.03, 0.03])
+    assert list(memory.error_x.arrayminus) == pytest.approx([0.02, 0.02])
+
+
+def test_usage_bars_put_the_first_condition_on_top() -> None:
+    figure = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
+    bottom, top = figure.layout.yaxis.range
+    first, second = trace(figure, type="bar", name="memory").y
+    assert top < first < second < bottom
+
+
+def test_usage_bars_say_value_interval_and_n_on_hover() -> None:
+    text = trace(usage_bars({"unedited": rates(0.27, 0.40)}), type="bar", name="context").hovertext[0]
+    assert "unedited" in text
+    assert "context rate 40.0% [38.0, 43.0]" in text
+    assert "n = 120 prompts" in text
+
+
+@pytest.mark.parametrize("plot", [usage_bars, lambda c: usage_by_template({label: {"t": r} for label, r in c.items()})])
+def test_estimates_and_their_records_give_the_same_figure(plot: Callable[[Any], Any]) -> None:
+    estimates = rates(0.27, 0.40)
+    records = {name: estimate.to_record() for name, estimate in estimates.items()}
+    assert plot({"unedited": estimates}).to_json() == plot({"unedited": records}).to_json()
+
+
+def test_a_usage_report_is_plotted_by_its_own_rates() -> None:
+    frame = pl.DataFrame(
+        {"usage": ["memory", "context", "context", "other"], "subject": list("abcd"), "template": ["s", "s", "q", "q"]}
+    )
+    report = UsageReport(frame)
+    assert list(trace(usage_bars({"unedited": report}), type="bar", name="context").x) == [0.5]
+    assert list(trace(usage_by_template({"unedited": report}), name="memory").x) == [0.5, 0.0]
+
+
+def test_labels_are_not_taken_for_markup() -> None:
+    figure = usage_bars({"<b>x</b>": rates(0.27, 0.40)})
+    assert figure.layout.annotations[0].text == "<b>&lt;b&gt;x&lt;/b&gt;</b>"
+
+
+def test_usage_by_template_marks_the_held_out_family() -> None:
+    by_template = {"statement": rates(0.2, 0.5), "according_to": rates(0.3, 0.4)}
+    figure = usage_by_template({"unedited": by_template}, held_out=["according_to"])
+    assert [a.text for a in figure.layout.annotations] == ["<b>statement</b>", "<b>according_to (held out)</b>"]
+    assert list(trace(figure, name="context").x) == [0.5, 0.4]
+
+
+def test_head_map_has_layers_as_rows_and_memory_on_the_blue_end() -> None:
+    figure = head_map(MAP)
+    heat = trace(figure, type="heatmap")
+    assert [list(row) for row in heat.z] == [pytest.approx(row) for row in MAP.mean().tolist()]
+    assert figure.layout.xaxis.title.text == "head"
+    assert figure.layout.yaxis.title.text == "layer"
+    colours = figure.layout.template.layout.coloraxis.colorscale
+    assert (colours[0], colours[-1]) == ((0, MEMORY_COLOUR), (1, CONTEXT_COLOUR))
+    assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax == pytest.approx(-3.0)
+
+
+def test_head_map_says_direction_interval_and_n_on_hover() -> None:
+    text = trace(head_map(MAP), type="heatmap").hovertext[0][1]
+    assert "head 0.1" in text
+    assert "towards memory" in text
+    assert "-3.000 [-3.100, -2.900]" in text
+    assert "logits" in text
+    assert "n = 2 examples of 2 subjects" in text
+
+
+def test_head_map_marks_edited_heads_and_those_whose_interval_excludes_zero() -> None:
+    figure = head_map(MAP, highlighted=[(2, 1)])
+    edited, certain = trace(figure, name="edited"), trace(figure, name="interval excludes 0")
+    assert list(zip(edited.y, edited.x, strict=True)) == [(2, 1)]
+    assert set(zip(certain.y, certain.x, strict=True)) == {(0, 1), (1, 0), (2, 1)}
+
+
+def test_head_map_refuses_a_head_of_another_model() -> None:
+    with pytest.raises(UserError, match=r"7\.0 is not among these scores of 3 layers x 2 heads"):
+        head_map(MAP, highlighted=[(7, 0)])
+
+
+def test_top_heads_run_from_context_to_memory() -> None:
+    figure = top_heads_bars(MAP, 2)
+    bars = trace(figure, type="bar")
+    assert list(bars.y) == ["2.1", "1.0", "0.1"]
+    assert list(bars.x) == pytest.approx([2.0, 0.5, -3.0])
+    assert list(bars.marker.color) == [CONTEXT_COLOUR, CONTEXT_COLOUR, MEMORY_COLOUR]
+    assert list(bars.error_x.array) == pytest.approx([0.1] * 3, abs=1e-6)
+    assert figure.layout.yaxis.autorange == "reversed"
+
+
+def test_gain_and_damage_plots_the_wanted_rate_against_the_guard() -> None:
+    baseline, pruned = (rates(0.27, 0.40, closed_book_accuracy=0.95), rates(0.03, 0.93, closed_book_accuracy=0.91))
+    random = rates(0.26, 0.41, closed_book_accuracy=0.94)
+    figure: Any = gain_and_damage(baseline, {"pruning": {"context": pruned}}, control=random)
+    points = [(t.name, t.x[0], t.y[0]) for t in figure.data if t.x[0] is not None]
+    assert points == [
+        ("pruning", 0.93, 0.91),
+        ("random heads", 0.41, 0.94),
+        ("unedited", 0.40, 0.95),
+        ("random heads", 0.26, 0.94),
+        ("unedited", 0.27, 0.95),
+    ]
+
+
+def test_gain_and_damage_gives_divergence_in_nats() -> None:
+    record = rates(0.27, 0.40, neutral_kl=0.03)
+    figure = gain_and_damage(record, {"pruning": {"memory": record}}, guard="neutral_kl")
+    assert "nats" in figure.layout.yaxis.title.text
+    assert "0.030 [0.010, 0.060]" in trace(figure, name="pruning").hovertext[0]
+
+
+def test_a_theme_swap_changes_paper_and_text_but_no_data_colour() -> None:
+    figure = usage_bars({"unedited": rates(0.27, 0.40)})
+    before = figure.to_plotly_json()["data"]
+    assert figure.update_layout(template=DARK_THEME).to_plotly_json()["data"] == before
+    light, dark = (theme.to_plotly_json()["layout"] for theme in (LIGHT_THEME, DARK_THEME))
+    assert light["paper_bgcolor"] != dark["paper_bgcolor"]
+    assert light["font"]["color"] != dark["font"]["color"]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0%"), (0.004, "0.4%"), (0.266, "27%"), (0.9962, "99.6%"), (1.0, "100%")]
+)
+def test_percent_never_rounds_to_none_or_all(share: float, text: str) -> None:
+    assert percent(share) == text

@@ -1,0 +1,14 @@
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["interventions.base", "interventions.heads", "interventions.config"])
+def test_serving_needs_neither_transformer_lens_nor_sae_lens(module):
+    code = (
+        "import sys\n"
+        "for name in ('transformer_lens', 'sae_lens', 'polars', 'plotly'): sys.modules[name] = None\n"
+        f"import {module}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
