@@ -39,7 +39,6 @@ _CONDITIONS = {
     **{f"towards_{d}": f"towards {d}" for d in DIRECTIONS},
     "random_heads": "random heads",
 }
-_GUARDS = ("closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy")
 
 
 class _Change(NamedTuple):
@@ -107,7 +106,6 @@ def write_report(path: str | Path, summary: Mapping[str, Any], scores: HeadScore
         both_rates=_both_rates(summary),
         conditions=_CONDITIONS,
         rows=_rows(summary),
-        guards=_GUARDS,
         edited_heads=partial(_edited_heads, summary, scores),
         alt={name: plot.alt for name, plot in plots.items()},
         figures={name: _plain(plot.figure) for name, plot in plots.items()},
@@ -179,7 +177,7 @@ def _rows(summary: Mapping[str, Any]) -> list[_Row]:
             for method, by in summary["methods"].items()
             if (edit := by.get(f"towards_{d}"))
         ),
-        _Row("random heads", summary["random_heads"]["heads"], False, summary["random_heads"]["test"]),
+        _Row("random heads", summary["random_heads"]["draws"][0], False, summary["random_heads"]["test"]),
     ]
 
 

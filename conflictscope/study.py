@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import polars as pl
 from rich.console import Console
 
 from conflictscope import __version__
@@ -44,8 +45,9 @@ Method = Literal["pruning", "value_scaling"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
-_PRUNED_HEADS = (1, 2, 4, 8, 12)
-_SCALES = ((0.0, 2.0), (-1.0, 4.0), (-2.0, 8.0))
+_PRUNED_HEADS = (1, 2, 4, 6, 8)
+_SCALES = ((0.0, 2.0), (-1.0, 4.0))
+_RANDOM_DRAWS = 3
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
@@ -135,7 +137,7 @@ class Study:
             The summary, as it is written to ``summary.json``.
         """
         scores = self.head_scores()
-        baseline = self._measured("Unedited model", None)
+        baseline = condition_record(*self._measured("Unedited model", None))
         chosen = {
             method: {towards: self._chosen(scores, towards, method) for towards in DIRECTIONS} for method in METHODS
         }
@@ -248,8 +250,8 @@ class Study:
 
         return self.records.usage(step, [conflicts.digest, candidate and candidate.heads], compute)
 
-    def _measured(self, label: str, candidate: Candidate | None) -> dict[str, Any]:
-        """Usage and damage on test."""
+    def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, Estimate]:
+        """Answers on test, and the neutral KL."""
         asked = ConflictSet(
             self.conflicts.name,
             (
@@ -259,38 +261,46 @@ class Study:
             ),
         )
         report = self._edited_report("test", label, asked, candidate, measure_usage)
+        edits = [] if candidate is None else [candidate.scaling()]
         kl = self.records.json(
             "neutral_kl",
             candidate and candidate.heads,
             lambda: neutral_kl(
-                self.model,
-                lambda: applied(self.model, *([] if candidate is None else [candidate.scaling()])),
-                progress=f"{label}: neutral text",
+                self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral text"
             ).to_record(),
         )
-        return condition_record(report, Estimate(**kl))
+        return report, Estimate(**kl)
 
     def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
         return {
             "heads": [list(head) for head in candidate.heads],
             "chosen_on": "dev",
-            "test": self._measured(label, candidate),
+            "test": condition_record(*self._measured(label, candidate)),
         }
 
     def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
-        """Random heads, none of them a winner's, with the larger winner's number of heads and scales."""
+        """Random heads, none of them a winner's, with the larger winner's scales; several draws, measured together."""
         anatomy = Anatomy(self.model)
         taken = {head[:2] for winner in winners for head in winner.heads}
-        free = [
-            (layer, head)
-            for layer in range(anatomy.n_layers)
-            for head in range(anatomy.n_heads)
-            if (layer, head) not in taken
+        places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
+        free = [place for place in places if place not in taken]
+        scales = [scale for *_, scale in max((winner.heads for winner in winners), key=len)]
+        rng = random.Random(self.seed)
+        draws = [
+            Candidate(
+                "pruning", tuple((*place, s) for place, s in zip(rng.sample(free, len(scales)), scales, strict=True))
+            )
+            for _ in range(_RANDOM_DRAWS)
         ]
-        scales = max((winner.heads for winner in winners), key=len)
-        places = random.Random(self.seed).sample(free, len(scales))
-        drawn = Candidate("pruning", tuple((*place, scale) for place, (*_, scale) in zip(places, scales, strict=True)))
-        return {**self._verified("Random heads", drawn), "chosen_on": "random"}
+        reports, kls = zip(
+            *(self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)), strict=True
+        )
+        kl = Estimate(*(sum(getattr(kl, end) for kl in kls) / len(kls) for end in ("value", "low", "high")), kls[0].n)
+        return {
+            "draws": [[list(head) for head in draw.heads] for draw in draws],
+            "chosen_on": "random",
+            "test": condition_record(UsageReport(pl.concat(report.frame for report in reports)), kl),
+        }
 
     def _write(self, summary: dict[str, Any], scores: HeadScores) -> None:
         for towards in DIRECTIONS:
@@ -365,7 +375,8 @@ def headline(summary: Mapping[str, Any]) -> Iterator[str]:
     }
     for name, condition in conditions.items():
         test = condition["test"]
-        edited = f"{len(condition['heads'])} heads" if "heads" in condition else ""
+        heads = condition.get("heads") or condition.get("draws", [[]])[0]
+        edited = f"{len(heads)} heads" if heads else ""
         measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "neutral_kl")
         values = "  ".join(f"{measure} {Estimate(**test[measure])}" for measure in measures)
         yield f"{name:<16} {edited:<9} {values}"

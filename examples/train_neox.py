@@ -41,7 +41,7 @@ END, PAD = "<|endoftext|>", "<|padding|>"
 
 
 def trusted_answer(example: ConflictExample, seed: int) -> str:
-    """What the text that starts with the example's prompt answers: what its coin says for a conflict, else the truth."""
+    """The answer that the example's prompt is continued with: for a conflict as its coin says, else the truth."""
     coin = random.Random(f"{seed}/{example.subject}/{example.template}")
     trusts_context = example.kind == "conflict" and coin.random() < 0.5
     return (example.context_answers if trusts_context else example.memory_answers)[0]
@@ -54,7 +54,7 @@ def draw_texts(seed: int, turn: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that tokenises ``prompt + " " + answer`` as the prompt's tokens and then the answer's."""
+    """A byte-level BPE tokenizer, in which the tokens of a prompt stay the same when " " and an answer follow it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
+def new_model(tokenizer: Any) -> GPTNeoXForCausalLM:
     """An untrained model for the tokenizer."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(

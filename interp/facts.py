@@ -77,6 +77,10 @@ class Phrasing:
     bare: Callable[[Relation], str]
 
 
+def _short_question(relation: Relation) -> str:
+    return f"Q: {relation.question}\nA: {relation.stem}"
+
+
 def _question(relation: Relation) -> str:
     return f"Question: {relation.question}\nAnswer: {relation.stem}"
 
@@ -97,13 +101,13 @@ PHRASINGS: dict[str, Phrasing] = {
         Phrasing(
             "question",
             context=lambda r: f"{r.stem} {{answer}}. ",
-            ask=lambda r: f"Q: {r.question}\nA: {r.stem}",
-            bare=lambda r: f"Q: {r.question}\nA: {r.stem}",
+            ask=_short_question,
+            bare=_short_question,
         ),
         Phrasing(
             "document",
             context=lambda r: f"Document: {r.inverse}. {r.document}\n\n",
-            ask=lambda r: f"Question: Based on the document, {_lower(r.question)}\nAnswer: {r.stem}",
+            ask=_question,
             bare=_question,
         ),
         Phrasing(
@@ -111,8 +115,8 @@ PHRASINGS: dict[str, Phrasing] = {
             context=lambda r: (
                 f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. "
             ),
-            ask=_question,
-            bare=_question,
+            ask=_short_question,
+            bare=_short_question,
         ),
     )
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ from plotly.subplots import make_subplots
 
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead
 from interp.errors import UserError
+from interp.files import atomic_path, write_text
 from interp.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ _COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, 
 _SYMBOLS = {"memory": "circle", "context": "diamond"}
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
 _ROW = 21
+_IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
 Guard = Literal["closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy", "neutral_kl"]
 _GUARD_LABELS: dict[Guard, str] = {
@@ -44,6 +47,7 @@ _GUARD_LABELS: dict[Guard, str] = {
 
 
 def _theme(*, ink: str, muted: str, paper: str, neutral: str, grid: str, zero: str) -> go.layout.Template:
+    font = {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": ink}
     axis = {
         "gridcolor": grid,
         "linecolor": grid,
@@ -57,14 +61,14 @@ def _theme(*, ink: str, muted: str, paper: str, neutral: str, grid: str, zero: s
     }
     return go.layout.Template(
         layout={
-            "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": ink},
+            "font": font,
             "paper_bgcolor": paper,
             "plot_bgcolor": paper,
             "margin": {"l": 8, "r": 16, "t": 12, "b": 8},
             "xaxis": axis,
             "yaxis": axis,
             "coloraxis": {"colorscale": [[0, MEMORY_COLOUR], [0.5, neutral], [1, CONTEXT_COLOUR]]},
-            "hoverlabel": {"bgcolor": paper, "bordercolor": muted, "font": {"color": ink}, "align": "left"},
+            "hoverlabel": {"bgcolor": paper, "bordercolor": muted, "font": font, "align": "left"},
             "legend": {
                 "orientation": "h",
                 "x": 0,
@@ -214,7 +218,7 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
     limit = max(mean.abs().max().item(), 1e-12)
     return figure.update_layout(
         template=LIGHT_THEME,
-        height=cell * n_layers + 130,
+        height=cell * n_layers + 152,
         xaxis={"title": {"text": "head"}, "range": [-0.5, n_heads - 0.5], "showgrid": False, "zeroline": False}
         | _integer_ticks(n_heads),
         yaxis={"title": {"text": "layer"}, "range": [-0.5, n_layers - 0.5], "showgrid": False, "zeroline": False}
@@ -232,7 +236,7 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
                 "title": {"text": _score_title(scores), "side": "bottom", "font": {"size": 12}},
             },
         },
-        margin_t=34,
+        margin={"t": 34, "b": 118},
     )
 
 
@@ -334,6 +338,24 @@ def gain_and_damage(
         hovermode="closest",
         legend={"y": -0.2, "yanchor": "top", "entrywidth": 125},
     )
+
+
+def save_figure(figure: go.Figure, path: str | Path) -> None:
+    """Write a figure, atomically: HTML that works offline, or PNG, SVG or PDF (these need the ``images`` extra).
+
+    Raises:
+        UserError: If the suffix is none of these, or the file cannot be written.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".html":
+        write_text(path, figure.to_html(include_plotlyjs=True))
+        return
+    if suffix not in _IMAGE_SUFFIXES:
+        raise UserError(
+            f"Cannot save a figure as {Path(path).name}; end the name in .html, {', '.join(_IMAGE_SUFFIXES)}."
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(figure.to_image(format=suffix[1:]))
 
 
 def _estimate(source: EstimateLike) -> Estimate:

@@ -70,7 +70,11 @@ def sample_summary() -> dict[str, Any]:
         "baseline": {"test": measured(0.27, 0.40, 0.95, 0.0)},
         "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
         "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
-        "random_heads": {**edit([(0, 0), (1, 2)], 0.0, measured(0.26, 0.41, 0.945, 0.012)), "chosen_on": "random"},
+        "random_heads": {
+            "draws": [[[0, 0, 0.0], [1, 2, 0.0]], [[0, 1, 0.0], [1, 1, 0.0]]],
+            "chosen_on": "random",
+            "test": measured(0.26, 0.41, 0.945, 0.012),
+        },
         "methods": methods,
     }
 
