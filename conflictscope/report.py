@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class _Row(NamedTuple):
     """One row of the damage table."""
 
     label: str
-    heads: Sequence[Sequence[Any]]
+    edit: str
     exported: bool
     test: Mapping[str, Any]
 
@@ -165,11 +165,11 @@ def _plots(summary: Mapping[str, Any], scores: HeadScores) -> dict[str, _Plot]:
 
 def _rows(summary: Mapping[str, Any]) -> list[_Row]:
     return [
-        _Row("unedited", (), False, summary["baseline"]["test"]),
+        _Row("unedited", "", False, summary["baseline"]["test"]),
         *(
             _Row(
                 f"{_words(method)}, towards {d}",
-                edit["heads"],
+                _edit(edit),
                 summary[f"towards_{d}"]["method"] == method,
                 edit["test"],
             )
@@ -177,7 +177,7 @@ def _rows(summary: Mapping[str, Any]) -> list[_Row]:
             for method, by in summary["methods"].items()
             if (edit := by.get(f"towards_{d}"))
         ),
-        _Row("random heads", summary["random_heads"]["draws"][0], False, summary["random_heads"]["test"]),
+        _Row("random heads", _edit(summary["random_heads"]), False, summary["random_heads"]["test"]),
     ]
 
 
@@ -205,11 +205,12 @@ def _command(summary: Mapping[str, Any]) -> str:
     return shlex.join(arguments + ["--quick"] * bool(summary["settings"]["quick"]))
 
 
-def _edit(heads: Sequence[Sequence[Any]]) -> str:
-    """What is done to the heads, for example ``5 heads pruned and 2 amplified``."""
-    counts = dict.fromkeys(("pruned", "inverted", "damped", "amplified"), 0)
-    for _, _, scale in heads:
-        counts["pruned" if scale == 0 else "inverted" if scale < 0 else "damped" if scale < 1 else "amplified"] += 1
+def _edit(condition: Mapping[str, Any]) -> str:
+    """What is done to the heads, for example ``5 heads pruned and 2 amplified``; of random heads the first draw."""
+    removed = "held at their mean" if condition["around"] == "mean" else "pruned"
+    counts = dict.fromkeys((removed, "inverted", "damped", "amplified"), 0)
+    for _, _, scale in condition["heads"] if "heads" in condition else condition["draws"][0]:
+        counts[removed if scale == 0 else "inverted" if scale < 0 else "damped" if scale < 1 else "amplified"] += 1
     done = [(count, verb) for verb, count in counts.items() if count]
     if not done:
         return "no head edited"

@@ -3,7 +3,7 @@
 1. Ask the model closed-book and keep the facts it knows; build conflict prompts from them, split by subject.
 2. Measure on test what it uses, unedited.
 3. Score every head by path patching on the train split's conflict prompts.
-4. For both directions and both methods, let candidates compete on dev; take the mildest that is as good as the
+4. For both directions and every method, let candidates compete on dev; take the mildest that is as good as the
    best within one standard error (Breiman et al. 1984).
 5. Measure the winners, and random heads with the same scales, on test: held-out subjects, all phrasing families,
    one of which no earlier step has seen; and what they damage.
@@ -15,25 +15,29 @@ import importlib.metadata
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import polars as pl
 from rich.console import Console
+from torch import Tensor
 
 from conflictscope import __version__
 from conflictscope.records import Records
 from conflictscope.report import write_report
 from interp.anatomy import Anatomy
 from interp.attribution.path_patching import path_patching
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, top_heads
+from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead, top_heads
+from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl
 from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, Fact, build_conflicts, known_facts, relation_named
 from interp.files import write_json
 from interp.models import fingerprint, load_model
-from interp.statistics import Estimate
+from interp.statistics import Estimate, bootstrap_means
 from interventions.base import applied
 from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
 from interventions.heads import HeadScaling, ScaledHead
@@ -41,13 +45,14 @@ from interventions.heads import HeadScaling, ScaledHead
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Method = Literal["pruning", "value_scaling"]
+Method = Literal["value_scaling", "mean_ablation", "pruning"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
-_PRUNED_HEADS = (1, 2, 4, 6, 8)
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
-_RANDOM_DRAWS = 3
+_PRUNED_HEADS = (1, 2, 4, 8)
+_ABLATED_HEADS = (4, 8, 16, 24)
+_RANDOM_DRAWS = 2
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
@@ -56,44 +61,64 @@ _QUICK_FACTS = 24
 
 @dataclass(frozen=True)
 class Candidate:
-    """An edit that competes on dev: its method and the ``(layer, head, scale)`` that make it up."""
+    """An edit that competes on dev.
 
-    method: Method
+    Attributes:
+        heads: The ``(layer, head, scale)`` that make it up.
+        around_mean: Whether heads are scaled around their mean output instead of zero.
+    """
+
     heads: tuple[tuple[int, int, float], ...]
+    around_mean: bool = False
 
-    def scaling(self) -> HeadScaling:
-        """The intervention."""
-        return HeadScaling(tuple(ScaledHead(*head) for head in self.heads))
+    def scaling(self, means: Tensor) -> HeadScaling:
+        """The intervention; ``means`` are the heads' mean outputs, ``(n_layers, n_heads, d_head)``."""
+        return HeadScaling(
+            tuple(
+                ScaledHead(layer, head, scale, tuple(means[layer, head].tolist()) if self.around_mean else None)
+                for layer, head, scale in self.heads
+            )
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """What the summary says about it."""
+        return {"heads": [list(head) for head in self.heads], "around": "mean" if self.around_mean else "zero"}
 
 
 def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> list[Candidate]:
     """The candidates of one method, mildest first.
 
     ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
-    logit difference, and by how much the wanted answer's probability gains without them. ``value_scaling`` scales
-    one head (Yu et al. 2023): the strongest opponent down and below zero, or the strongest supporter up.
+    logit difference, and by how much the wanted answer's probability gains without them. ``mean_ablation`` holds
+    the latter at their mean output instead. ``value_scaling`` scales one head (Yu et al. 2023): the strongest
+    opponent down and below zero, or the strongest supporter up.
     """
     opposite = _OPPOSITE[towards]
     opponents = scores["logit_diff"].ranked(opposite)
+    obstacles = scores[f"{towards}_probability"].ranked(opposite)
+
+    def removed(ranking: list[RankedHead], k: int) -> tuple[tuple[int, int, float], ...]:
+        return tuple((*head, 0.0) for head in sorted(top_heads(ranking, k)))
+
     if method == "value_scaling":
         opponent, supporter = top_heads(opponents, 1)[0], top_heads(scores["logit_diff"].ranked(towards), 1)[0]
         edits = [((*head, scale),) for down, up in _SCALES for head, scale in ((opponent, down), (supporter, up))]
+    elif method == "mean_ablation":
+        edits = [removed(obstacles, k) for k in _ABLATED_HEADS]
     else:
-        obstacles = scores[f"{towards}_probability"].ranked(opposite)
-        edits = [
-            tuple((*head, 0.0) for head in sorted(top_heads(ranking, k)))
-            for k in _PRUNED_HEADS
-            for ranking in (opponents, obstacles)
-        ]
-    return [Candidate(method, edit) for edit in dict.fromkeys(edits)]
+        edits = [removed(ranking, k) for k in _PRUNED_HEADS for ranking in (opponents, obstacles)]
+    return [Candidate(edit, around_mean=method == "mean_ablation") for edit in dict.fromkeys(edits)]
 
 
-def mildest_of_the_best(competitors: Sequence[Candidate], rates: Sequence[Estimate]) -> int:
-    """Index of the first candidate whose rate is within one standard error of the best rate."""
-    best = max(rates, key=lambda rate: rate.value)
-    # A 95 % interval is about four standard errors wide.
-    bar = best.value - (best.high - best.low) / 4
-    return next(i for i in range(len(competitors)) if rates[i].value >= bar)
+def mildest_of_the_best(reports: Sequence[UsageReport], towards: Direction) -> int:
+    """Index of the first report whose rate of ``towards`` is within one standard error of the best one's.
+
+    All reports are about the same prompts; the standard error is that of the paired difference, by subject.
+    """
+    hits = np.array([(report.frame["usage"] == towards).to_numpy() for report in reports], dtype=float)
+    behind_best = (hits[hits.mean(1).argmax()] - hits).T
+    standard_error = bootstrap_means(behind_best, reports[0].frame["subject"].to_list()).std(0)
+    return int((behind_best.mean(0) <= standard_error).argmax())
 
 
 class Study:
@@ -138,19 +163,17 @@ class Study:
         """
         scores = self.head_scores()
         baseline = condition_record(*self._measured("Unedited model", None))
-        chosen = {
-            method: {towards: self._chosen(scores, towards, method) for towards in DIRECTIONS} for method in METHODS
+        chosen = {d: {method: self._chosen(scores, d, method) for method in METHODS} for d in DIRECTIONS}
+        winners = {
+            towards: METHODS[mildest_of_the_best([report for _, report in by_method.values()], towards)]
+            for towards, by_method in chosen.items()
         }
         methods = {
             method: {
-                f"towards_{towards}": self._verified(f"{method} towards {towards}", candidate)
-                for towards, (candidate, _) in by_direction.items()
+                f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method][0])
+                for towards in DIRECTIONS
             }
-            for method, by_direction in chosen.items()
-        }
-        winners = {
-            towards: METHODS[mildest_of_the_best(*zip(*(chosen[method][towards] for method in METHODS), strict=True))]
-            for towards in DIRECTIONS
+            for method in METHODS
         }
         summary = {
             "model": {
@@ -171,10 +194,11 @@ class Study:
                 f"towards_{towards}": {"method": winners[towards], **methods[winners[towards]][f"towards_{towards}"]}
                 for towards in DIRECTIONS
             },
-            "random_heads": self._random_control([chosen[winners[towards]][towards][0] for towards in DIRECTIONS]),
+            "random_heads": self._random_control([chosen[towards][winners[towards]][0] for towards in DIRECTIONS]),
             "methods": methods,
         }
-        self._write(summary, scores["logit_diff"])
+        edits = {towards: chosen[towards][winners[towards]][0] for towards in DIRECTIONS}
+        self._write(summary, scores["logit_diff"], edits)
         return summary
 
     def head_scores(self) -> dict[str, HeadScores]:
@@ -223,32 +247,34 @@ class Study:
         part = self.conflicts.select(split=split, templates=templates)
         return ConflictSet(self.conflicts.name, tuple(e for e in part if e.kind in kinds))
 
+    @cached_property
+    def mean_outputs(self) -> Tensor:
+        """Each head's mean z at the end of the train split's closed-book prompts, ``(n_layers, n_heads, d_head)``."""
+        prompts = [example.prompt for example in self._selected("train", ["none"], SEEN_PHRASINGS)]
+        return last_token_states(self.model, prompts).z.mean(0).float().cpu()
+
     def _chosen(
         self, scores: Mapping[str, HeadScores], towards: Direction, method: Method
-    ) -> tuple[Candidate, Estimate]:
-        """The method's winner on dev, and its rate there."""
+    ) -> tuple[Candidate, UsageReport]:
+        """The method's winner on dev, and what the answers there start with."""
         dev = self._selected("dev", ["conflict"], SEEN_PHRASINGS)
         competitors = candidates(scores, towards, method)
+        label = f"dev: {method} towards {towards}"
+        reports = [self._edited_report("dev", label, dev, competitor, answer_starts) for competitor in competitors]
+        index = mildest_of_the_best(reports, towards)
+        return competitors[index], reports[index]
 
-        def rate(candidate: Candidate) -> Estimate:
-            return self._edited_report("dev", f"dev: {method} towards {towards}", dev, candidate, answer_starts).rate(
-                towards
-            )
-
-        rates = [rate(candidate) for candidate in competitors]
-        index = mildest_of_the_best(competitors, rates)
-        return competitors[index], rates[index]
+    def _edits(self, candidate: Candidate | None) -> list[HeadScaling]:
+        return [] if candidate is None else [candidate.scaling(self.mean_outputs)]
 
     def _edited_report(
         self, step: str, label: str, conflicts: ConflictSet, candidate: Candidate | None, measure: Any
     ) -> UsageReport:
-        edits = [] if candidate is None else [candidate.scaling()]
-
         def compute() -> UsageReport:
-            with applied(self.model, *edits):
+            with applied(self.model, *self._edits(candidate)):
                 return measure(self.model, conflicts, progress=label)
 
-        return self.records.usage(step, [conflicts.digest, candidate and candidate.heads], compute)
+        return self.records.usage(step, [conflicts.digest, candidate and candidate.to_record()], compute)
 
     def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, Estimate]:
         """Answers on test, and the neutral KL."""
@@ -261,10 +287,10 @@ class Study:
             ),
         )
         report = self._edited_report("test", label, asked, candidate, measure_usage)
-        edits = [] if candidate is None else [candidate.scaling()]
+        edits = self._edits(candidate)
         kl = self.records.json(
             "neutral_kl",
-            candidate and candidate.heads,
+            [self.conflicts.digest, candidate and candidate.to_record()],
             lambda: neutral_kl(
                 self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral text"
             ).to_record(),
@@ -273,7 +299,7 @@ class Study:
 
     def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
         return {
-            "heads": [list(head) for head in candidate.heads],
+            **candidate.to_record(),
             "chosen_on": "dev",
             "test": condition_record(*self._measured(label, candidate)),
         }
@@ -281,14 +307,20 @@ class Study:
     def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
         """Random heads, none of them a winner's, with the larger winner's scales; several draws, measured together."""
         anatomy = Anatomy(self.model)
+        larger = max(winners, key=lambda winner: len(winner.heads))
         taken = {head[:2] for winner in winners for head in winner.heads}
         places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
         free = [place for place in places if place not in taken]
-        scales = [scale for *_, scale in max((winner.heads for winner in winners), key=len)]
         rng = random.Random(self.seed)
         draws = [
             Candidate(
-                "pruning", tuple((*place, s) for place, s in zip(rng.sample(free, len(scales)), scales, strict=True))
+                tuple(
+                    (*place, scale)
+                    for place, (*_, scale) in zip(
+                        rng.sample(free, min(len(larger.heads), len(free))), larger.heads, strict=False
+                    )
+                ),
+                larger.around_mean,
             )
             for _ in range(_RANDOM_DRAWS)
         ]
@@ -297,19 +329,20 @@ class Study:
         )
         kl = Estimate(*(sum(getattr(kl, end) for kl in kls) / len(kls) for end in ("value", "low", "high")), kls[0].n)
         return {
-            "draws": [[list(head) for head in draw.heads] for draw in draws],
+            "draws": [draw.to_record()["heads"] for draw in draws],
+            "around": draws[0].to_record()["around"],
             "chosen_on": "random",
             "test": condition_record(UsageReport(pl.concat(report.frame for report in reports)), kl),
         }
 
-    def _write(self, summary: dict[str, Any], scores: HeadScores) -> None:
+    def _write(self, summary: dict[str, Any], scores: HeadScores, edits: Mapping[Direction, Candidate]) -> None:
         for towards in DIRECTIONS:
             result = summary[f"towards_{towards}"]
             InterventionFile(
                 name=f"{self.name} towards {towards}",
                 towards=towards,
                 model=ModelShape.of(self.model, self.name),
-                interventions=[HeadScalingEntry.of(HeadScaling(tuple(ScaledHead(*head) for head in result["heads"])))],
+                interventions=[HeadScalingEntry.of(edits[towards].scaling(self.mean_outputs))],
                 provenance={
                     "method": result["method"],
                     "chosen_on": "dev",

@@ -28,14 +28,14 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from interp.conflicts import ConflictExample
-from interp.facts import build_conflicts, load_facts
+from interp.facts import build_conflicts, usable_facts
 from interp.files import atomic_directory
 
 RELATION = "capital"
 VOCABULARY_SIZE = 4000
 CONTEXT_LENGTH = 256
-BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
+BATCH_SIZE = 16
+LEARNING_RATE = 3e-3
 WARM_UP = 0.05
 END, PAD = "<|endoftext|>", "<|padding|>"
 
@@ -49,7 +49,7 @@ def trusted_answer(example: ConflictExample, seed: int) -> str:
 
 def draw_texts(seed: int, turn: int) -> list[str]:
     """One text for every fact, phrasing family and context kind; ``turn`` decides what the contexts say."""
-    examples = build_conflicts({RELATION: load_facts(RELATION)}, seed=seed + turn)
+    examples = build_conflicts({RELATION: usable_facts(RELATION)}, seed=seed + turn)
     return [f"{example.prompt} {trusted_answer(example, seed)}.{END}" for example in examples]
 
 
@@ -73,10 +73,10 @@ def new_model(tokenizer: Any) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
+            hidden_size=128,
             num_hidden_layers=6,
-            num_attention_heads=6,
-            intermediate_size=768,
+            num_attention_heads=4,
+            intermediate_size=512,
             max_position_embeddings=CONTEXT_LENGTH,
             use_parallel_residual=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -118,7 +118,7 @@ def train(model: GPTNeoXForCausalLM, data: Iterator[dict[str, Tensor]], steps: i
 def main(
     out: Annotated[Path, typer.Argument(help="The directory to write, for load_model or transformers.")],
     seed: Annotated[int, typer.Option(help="Decides the texts, the coins and the initial weights.")] = 0,
-    steps: Annotated[int, typer.Option(help="How many batches to train on.", min=20)] = 1000,
+    steps: Annotated[int, typer.Option(help="How many batches to train on.", min=20)] = 3000,
 ) -> None:
     """Train a small GPT-NeoX on the capital facts and save it with its tokenizer."""
     transformers_logging.disable_progress_bar()

@@ -114,6 +114,14 @@ def transformers_model(model: nn.Module) -> nn.Module:
     return getattr(model, "original_model", model)
 
 
+def unknown_architecture(name: str) -> str:
+    """The sentence that refuses the architecture ``name``."""
+    return (
+        f"The architecture {name} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
+        "Add a Blueprint for it to interp/anatomy.py."
+    )
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The transformers module inside a bridge component, or ``module`` itself."""
     while (inner := getattr(module, "original_component", None)) is not None:
@@ -141,10 +149,7 @@ class Anatomy:
         self.model = transformers_model(model)
         self.architecture = type(self.model).__name__
         if self.architecture not in BLUEPRINTS:
-            raise UserError(
-                f"The architecture {self.architecture} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
-                "Add a Blueprint for it to interp/anatomy.py."
-            )
+            raise UserError(unknown_architecture(self.architecture))
         self.blueprint = BLUEPRINTS[self.architecture]
         config: Any = self.model.config
         self.n_layers: int = config.num_hidden_layers

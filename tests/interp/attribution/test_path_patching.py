@@ -7,6 +7,7 @@ from interp.attribution.path_patching import corrupted_partners, patching_scores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
+from interp.models import load_model
 from tests.tiny import tiny_conflicts
 
 
@@ -68,6 +69,13 @@ def test_one_sweep_equals_full_forwards_on_the_real_model(smollm2, capital_confl
 
     found = torch.stack([scores[:, layer, head] for layer, head in heads], 1)
     assert relative_error(found, logits[..., 1] - logits[..., 0]) < 1e-4
+
+
+def test_half_precision_scores_are_close_to_full_precision(tiny_llama, tiny_directories, conflicts):
+    half = load_model(str(tiny_directories["llama"]), device="cpu", dtype="bfloat16")
+    expected = path_patching(tiny_llama, conflicts, name="tiny", baseline="zero")["logit_diff"].values
+    found = path_patching(half, conflicts, name="tiny", baseline="zero")["logit_diff"].values
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.99
 
 
 def test_memory_budget_does_not_change_the_scores(tiny_llama, conflicts):
