@@ -60,5 +60,5 @@ def full_forward_patch(
 
         return hook
 
-    hooks = [(f"blocks.{at}.attn.o.hook_in", freeze(at)) for at in range(bridge.cfg.n_layers)]
+    hooks: list[tuple[Any, Any]] = [(f"blocks.{at}.attn.o.hook_in", freeze(at)) for at in range(bridge.cfg.n_layers)]
     return bridge.run_with_hooks(**encode_left_padded(bridge, prompts), fwd_hooks=hooks)[:, -1]

@@ -163,8 +163,10 @@ class Study:
         """
         scores = self.head_scores()
         baseline = condition_record(*self._measured("Unedited model", None))
-        chosen = {d: {method: self._chosen(scores, d, method) for method in METHODS} for d in DIRECTIONS}
-        winners = {
+        chosen: dict[Direction, dict[Method, tuple[Candidate, UsageReport]]] = {
+            d: {method: self._chosen(scores, d, method) for method in METHODS} for d in DIRECTIONS
+        }
+        winners: dict[Direction, Method] = {
             towards: METHODS[mildest_of_the_best([report for _, report in by_method.values()], towards)]
             for towards, by_method in chosen.items()
         }
@@ -197,7 +199,7 @@ class Study:
             "random_heads": self._random_control([chosen[towards][winners[towards]][0] for towards in DIRECTIONS]),
             "methods": methods,
         }
-        edits = {towards: chosen[towards][winners[towards]][0] for towards in DIRECTIONS}
+        edits: dict[Direction, Candidate] = {towards: chosen[towards][winners[towards]][0] for towards in DIRECTIONS}
         self._write(summary, scores["logit_diff"], edits)
         return summary
 
@@ -327,7 +329,8 @@ class Study:
         reports, kls = zip(
             *(self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)), strict=True
         )
-        kl = Estimate(*(sum(getattr(kl, end) for kl in kls) / len(kls) for end in ("value", "low", "high")), kls[0].n)
+        value, low, high = np.mean([(kl.value, kl.low, kl.high) for kl in kls], axis=0).tolist()
+        kl = Estimate(value, low, high, kls[0].n)
         return {
             "draws": [draw.to_record()["heads"] for draw in draws],
             "around": draws[0].to_record()["around"],
