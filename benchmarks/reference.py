@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 def encode_left_padded(bridge: TransformerBridge, prompts: Sequence[str]) -> dict[str, Any]:
     """Token ids, mask and position ids, padded on the left."""
     tokens = bridge.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    mask = tokens["attention_mask"]
-    return {"input": tokens["input_ids"], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    device = next(bridge.original_model.parameters()).device
+    mask = tokens["attention_mask"].to(device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input": tokens["input_ids"].to(device), "attention_mask": mask, "position_ids": positions}
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ DataOption = Annotated[
     Path | None,
     typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of splits, conflicts and random controls.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of splits and conflicts built here, and of random choices.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
@@ -90,6 +90,7 @@ def evaluate(
 
     columns = [column.strip() for column in by.split(",") if column.strip()]
     _check_columns(columns)
+    _check_parquet(out)
     edits = [InterventionFile.load(path) for path in config or []]
     bridge, conflicts = _model_and_data(model, relation, data, seed, device, dtype)
     with applied(bridge, *edits):
@@ -119,7 +120,9 @@ def attribute(
     mlps: Annotated[
         Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
     ] = "recompute",
-    split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = "train",
+    split: Annotated[
+        Literal["train", "dev", "test", "all"], typer.Option(help="The split to score heads on; test stays unseen.")
+    ] = "train",
     top: Annotated[int, typer.Option(min=1, help="How many heads to list for each direction.")] = 8,
     out: Annotated[
         Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
@@ -136,8 +139,9 @@ def attribute(
 
     if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
         raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")
+    _check_parquet(out)
     bridge, conflicts = _model_and_data(model, relation, data, seed, device, dtype)
-    chosen = conflicts.select(kind="conflict", split=split)
+    chosen = conflicts.select(kind="conflict", split=None if split == "all" else split)
     if method == "path-patching":
         scores = path_patching(
             bridge,
@@ -252,6 +256,8 @@ def main() -> None:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed; install what studies need with: pip install 'conflictscope[study]'", 2)
     except KeyboardInterrupt:
         _fail("Interrupted; run the same command again to go on where it stopped.", 130)
 
@@ -288,6 +294,11 @@ def _check_columns(columns: list[str]) -> None:
     allowed = ("kind", "template", "relation", "split", "subject")
     if unknown := [column for column in columns if column not in allowed]:
         raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(allowed)}.")
+
+
+def _check_parquet(path: Path) -> None:
+    if path.suffix != ".parquet":
+        raise UserError(f"--out is a Parquet file; give a name that ends in .parquet, not {path.name}.")
 
 
 def _print_frame(frame: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,7 @@ def write_report(path: str | Path, summary: Mapping[str, Any], scores: HeadScore
         "percent": _percent,
         "interval": _interval,
         "edit": _edit,
+        "edits": _edits,
         "signed": _signed,
         "words": _words,
     }
@@ -177,7 +178,7 @@ def _rows(summary: Mapping[str, Any]) -> list[_Row]:
             for method, by in summary["methods"].items()
             if (edit := by.get(f"towards_{d}"))
         ),
-        _Row("random heads", _edit(summary["random_heads"]), False, summary["random_heads"]["test"]),
+        _Row("random heads", _edits(summary["random_heads"]["draws"]), False, summary["random_heads"]["test"]),
     ]
 
 
@@ -201,15 +202,15 @@ def _command(summary: Mapping[str, Any]) -> str:
     arguments = ["conflictscope", "demo", "--model", summary["model"]["name"]]
     for relation in summary["data"]["relations"]:
         arguments += ["--relation", relation]
-    arguments += ["--seed", str(summary["settings"]["seed"])]
+    arguments += ["--seed", str(summary["settings"]["seed"]), "--dtype", summary["settings"]["dtype"]]
     return shlex.join(arguments + ["--quick"] * bool(summary["settings"]["quick"]))
 
 
 def _edit(condition: Mapping[str, Any]) -> str:
-    """What is done to the heads, for example ``5 heads pruned and 2 amplified``; of random heads the first draw."""
+    """What is done to the heads, for example ``5 heads pruned and 2 amplified``."""
     removed = "held at their mean" if condition["around"] == "mean" else "pruned"
     counts = dict.fromkeys((removed, "inverted", "damped", "amplified"), 0)
-    for _, _, scale in condition["heads"] if "heads" in condition else condition["draws"][0]:
+    for _, _, scale in condition["heads"]:
         counts[removed if scale == 0 else "inverted" if scale < 0 else "damped" if scale < 1 else "amplified"] += 1
     done = [(count, verb) for verb, count in counts.items() if count]
     if not done:
@@ -217,6 +218,11 @@ def _edit(condition: Mapping[str, Any]) -> str:
     (count, verb), *others = done
     parts = [f"{count} {'head' if count == 1 else 'heads'} {verb}", *(f"{count} {verb}" for count, verb in others)]
     return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+
+
+def _edits(draws: Sequence[Mapping[str, Any]]) -> str:
+    """What is done in each draw, said once where it is the same."""
+    return "; ".join(dict.fromkeys(_edit(draw) for draw in draws))
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:

@@ -3,10 +3,10 @@
 1. Ask the model closed-book and keep the facts it knows; build conflict prompts from them, split by subject.
 2. Measure on test what it uses, unedited.
 3. Score every head by path patching on the train split's conflict prompts.
-4. For both directions and every method, let candidates compete on dev; take the mildest that is as good as the
-   best within one standard error (Breiman et al. 1984).
-5. Measure the winners, and random heads with the same scales, on test: held-out subjects, all phrasing families,
-   one of which no earlier step has seen; and what they damage.
+4. For both directions and every method, let candidates compete on dev. Of those that are as good as the best within
+   one standard error (Breiman et al. 1984) take the one that keeps most facts closed-book.
+5. Measure the winners, and random heads edited alike, on test: held-out subjects, all phrasing families, one of
+   which no earlier step has seen; and what they damage.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedH
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet, Split
 from interp.errors import UserError
-from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl
-from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, Fact, build_conflicts, known_facts, relation_named
+from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl, neutral_texts
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    SEEN_PHRASINGS,
+    Fact,
+    build_conflicts,
+    closed_book_prompt,
+    known_facts,
+    relation_named,
+    usable_facts,
+)
 from interp.files import write_json
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
@@ -51,12 +60,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
 _PRUNED_HEADS = (1, 2, 4, 8)
-_ABLATED_HEADS = (4, 8, 16, 24)
-_RANDOM_DRAWS = 2
+_ABLATED_HEADS = (2, 4, 8)
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
-_QUICK_FACTS = 24
+_QUICK_FACTS = 40
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Candidate:
 
     Attributes:
         heads: The ``(layer, head, scale)`` that make it up.
-        around_mean: Whether heads are scaled around their mean output instead of zero.
+        around_mean: Whether heads are scaled around their mean output instead of zero. The mean is that of the last
+            position of closed-book prompts; it is applied at every position.
     """
 
     heads: tuple[tuple[int, int, float], ...]
@@ -110,15 +119,15 @@ def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Met
     return [Candidate(edit, around_mean=method == "mean_ablation") for edit in dict.fromkeys(edits)]
 
 
-def mildest_of_the_best(reports: Sequence[UsageReport], towards: Direction) -> int:
-    """Index of the first report whose rate of ``towards`` is within one standard error of the best one's.
+def as_good_as_the_best(reports: Sequence[UsageReport], towards: Direction) -> list[int]:
+    """Indices of the reports whose rate of ``towards`` is within one standard error of the best one's.
 
     All reports are about the same prompts; the standard error is that of the paired difference, by subject.
     """
     hits = np.array([(report.frame["usage"] == towards).to_numpy() for report in reports], dtype=float)
     behind_best = (hits[hits.mean(1).argmax()] - hits).T
     standard_error = bootstrap_means(behind_best, reports[0].frame["subject"].to_list()).std(0)
-    return int((behind_best.mean(0) <= standard_error).argmax())
+    return np.flatnonzero(behind_best.mean(0) <= standard_error).tolist()
 
 
 class Study:
@@ -152,7 +161,8 @@ class Study:
         self.seed = seed
         self.quick = quick
         self.console = console or Console(stderr=True)
-        self.records = Records(out / "records", model=fingerprint(model))
+        self.fingerprint = fingerprint(model)
+        self.records = Records(out / "records", model=self.fingerprint)
         self.conflicts = self._build_conflicts()
 
     def run(self) -> dict[str, Any]:
@@ -163,16 +173,15 @@ class Study:
         """
         scores = self.head_scores()
         baseline = condition_record(*self._measured("Unedited model", None))
-        chosen: dict[Direction, dict[Method, tuple[Candidate, UsageReport]]] = {
+        chosen: dict[Direction, dict[Method, Candidate]] = {
             d: {method: self._chosen(scores, d, method) for method in METHODS} for d in DIRECTIONS
         }
         winners: dict[Direction, Method] = {
-            towards: METHODS[mildest_of_the_best([report for _, report in by_method.values()], towards)]
-            for towards, by_method in chosen.items()
+            towards: METHODS[self._best(list(by_method.values()), towards)] for towards, by_method in chosen.items()
         }
         methods = {
             method: {
-                f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method][0])
+                f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method])
                 for towards in DIRECTIONS
             }
             for method in METHODS
@@ -181,7 +190,7 @@ class Study:
             "model": {
                 "name": self.name,
                 **ModelShape.of(self.model, self.name).model_dump(exclude={"name"}),
-                "fingerprint": fingerprint(self.model),
+                "fingerprint": self.fingerprint,
             },
             "data": {
                 "relations": self.relations,
@@ -190,16 +199,22 @@ class Study:
                 "phrasings": {"seen": list(SEEN_PHRASINGS), "held_out": HELD_OUT_PHRASING},
                 "digest": self.conflicts.digest,
             },
-            "settings": {"seed": self.seed, "quick": self.quick, "versions": versions()},
+            "settings": {
+                "seed": self.seed,
+                "quick": self.quick,
+                "device": str(Anatomy(self.model).device),
+                "dtype": str(Anatomy(self.model).dtype).removeprefix("torch."),
+                "versions": versions(),
+            },
             "baseline": {"test": baseline},
             **{
                 f"towards_{towards}": {"method": winners[towards], **methods[winners[towards]][f"towards_{towards}"]}
                 for towards in DIRECTIONS
             },
-            "random_heads": self._random_control([chosen[towards][winners[towards]][0] for towards in DIRECTIONS]),
+            "random_heads": self._random_control([chosen[towards][winners[towards]] for towards in DIRECTIONS]),
             "methods": methods,
         }
-        edits: dict[Direction, Candidate] = {towards: chosen[towards][winners[towards]][0] for towards in DIRECTIONS}
+        edits: dict[Direction, Candidate] = {towards: chosen[towards][winners[towards]] for towards in DIRECTIONS}
         self._write(summary, scores["logit_diff"], edits)
         return summary
 
@@ -224,18 +239,22 @@ class Study:
     def _build_conflicts(self) -> ConflictSet:
         facts: dict[str, list[Fact]] = {}
         for relation in self.relations:
+            asked = usable_facts(relation)
+            if self.quick:
+                asked = random.Random(self.seed).sample(asked, min(_QUICK_FACTS, len(asked)))
+            prompts = [
+                closed_book_prompt(relation_named(relation), f.subject, p) for f in asked for p in SEEN_PHRASINGS
+            ]
             known = self.records.json(
                 f"known-{relation}",
-                None,
-                lambda relation=relation: [
-                    [fact.subject, list(fact.answers)]
-                    for fact in known_facts(self.model, relation, progress=f"Closed-book: {relation}")
+                [prompts, [fact.answers for fact in asked]],
+                lambda relation=relation, asked=asked: [
+                    fact.subject
+                    for fact in known_facts(self.model, relation, among=asked, progress=f"Closed-book: {relation}")
                 ],
             )
-            facts[relation] = [Fact(subject, tuple(answers)) for subject, answers in known]
-            if self.quick:
-                facts[relation] = facts[relation][:_QUICK_FACTS]
-            self.console.print(f"{self.name} knows {len(known)} facts of {relation} closed-book.")
+            facts[relation] = [fact for fact in asked if fact.subject in known]
+            self.console.print(f"{self.name} knows {len(known)} of {len(asked)} facts of {relation} closed-book.")
         conflicts = build_conflicts(facts, seed=self.seed)
         for split in ("train", "dev", "test"):
             if not len(conflicts.select(split=split)):
@@ -255,16 +274,24 @@ class Study:
         prompts = [example.prompt for example in self._selected("train", ["none"], SEEN_PHRASINGS)]
         return last_token_states(self.model, prompts).z.mean(0).float().cpu()
 
-    def _chosen(
-        self, scores: Mapping[str, HeadScores], towards: Direction, method: Method
-    ) -> tuple[Candidate, UsageReport]:
-        """The method's winner on dev, and what the answers there start with."""
-        dev = self._selected("dev", ["conflict"], SEEN_PHRASINGS)
+    def _chosen(self, scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> Candidate:
+        """The method's winner on dev."""
         competitors = candidates(scores, towards, method)
-        label = f"dev: {method} towards {towards}"
-        reports = [self._edited_report("dev", label, dev, competitor, answer_starts) for competitor in competitors]
-        index = mildest_of_the_best(reports, towards)
-        return competitors[index], reports[index]
+        return competitors[self._best(competitors, towards)]
+
+    def _best(self, competitors: Sequence[Candidate], towards: Direction) -> int:
+        """Index of the winner on dev."""
+        conflict = self._selected("dev", ["conflict"], SEEN_PHRASINGS)
+        closed_book = self._selected("dev", ["none"], SEEN_PHRASINGS[1:2])
+        label = f"Candidates towards {towards}"
+        reports = [self._edited_report("dev", label, conflict, c, answer_starts) for c in competitors]
+        finalists = as_good_as_the_best(reports, towards)
+
+        def kept(index: int) -> float:
+            report = self._edited_report("dev_guard", label, closed_book, competitors[index], measure_usage)
+            return report.accuracy().value
+
+        return max(finalists, key=kept)
 
     def _edits(self, candidate: Candidate | None) -> list[HeadScaling]:
         return [] if candidate is None else [candidate.scaling(self.mean_outputs)]
@@ -278,8 +305,8 @@ class Study:
 
         return self.records.usage(step, [conflicts.digest, candidate and candidate.to_record()], compute)
 
-    def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, Estimate]:
-        """Answers on test, and the neutral KL."""
+    def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, np.ndarray]:
+        """Answers on test, and the KL of every neutral text."""
         asked = ConflictSet(
             self.conflicts.name,
             (
@@ -292,12 +319,12 @@ class Study:
         edits = self._edits(candidate)
         kl = self.records.json(
             "neutral_kl",
-            [self.conflicts.digest, candidate and candidate.to_record()],
+            [self.conflicts.digest, neutral_texts(), candidate and candidate.to_record()],
             lambda: neutral_kl(
                 self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral text"
-            ).to_record(),
+            ).tolist(),
         )
-        return report, Estimate(**kl)
+        return report, np.array(kl)
 
     def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
         return {
@@ -307,38 +334,30 @@ class Study:
         }
 
     def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
-        """Random heads, none of them a winner's, with the larger winner's scales; several draws, measured together."""
+        """For each winner as many random heads, none of them a winner's, edited alike; measured together."""
         anatomy = Anatomy(self.model)
-        larger = max(winners, key=lambda winner: len(winner.heads))
         taken = {head[:2] for winner in winners for head in winner.heads}
         places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
         free = [place for place in places if place not in taken]
         rng = random.Random(self.seed)
-        draws = [
-            Candidate(
-                tuple(
-                    (*place, scale)
-                    for place, (*_, scale) in zip(
-                        rng.sample(free, min(len(larger.heads), len(free))), larger.heads, strict=False
-                    )
-                ),
-                larger.around_mean,
-            )
-            for _ in range(_RANDOM_DRAWS)
-        ]
-        reports, kls = zip(
-            *(self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)), strict=True
-        )
-        value, low, high = np.mean([(kl.value, kl.low, kl.high) for kl in kls], axis=0).tolist()
-        kl = Estimate(value, low, high, kls[0].n)
+        draws = []
+        for winner in winners:
+            if len(winner.heads) > len(free):
+                raise UserError(f"{self.name} has too few heads for a random control of {len(winner.heads)} heads.")
+            drawn = zip(rng.sample(free, len(winner.heads)), winner.heads, strict=True)
+            draws.append(Candidate(tuple((*place, scale) for place, (*_, scale) in drawn), winner.around_mean))
+        measured = [self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)]
+        report = UsageReport(pl.concat([report.frame for report, _ in measured]))
+        divergences = np.mean([kl for _, kl in measured], axis=0)
         return {
-            "draws": [draw.to_record()["heads"] for draw in draws],
-            "around": draws[0].to_record()["around"],
+            "draws": [draw.to_record() for draw in draws],
             "chosen_on": "random",
-            "test": condition_record(UsageReport(pl.concat(report.frame for report in reports)), kl),
+            "test": condition_record(report, divergences),
         }
 
     def _write(self, summary: dict[str, Any], scores: HeadScores, edits: Mapping[Direction, Candidate]) -> None:
+        # The summary is taken away first and comes last: where there is one, it belongs to the files beside it.
+        (self.out / "summary.json").unlink(missing_ok=True)
         for towards in DIRECTIONS:
             result = summary[f"towards_{towards}"]
             InterventionFile(
@@ -358,11 +377,10 @@ class Study:
         scores.save(self.out / "heads.parquet")
         self.conflicts.save(self.out / "conflicts.jsonl")
         write_report(self.out / "report.html", summary, scores)
-        # The summary comes last: where there is one, the run is complete.
         write_json(self.out / "summary.json", summary)
 
 
-def condition_record(report: UsageReport, kl: Estimate) -> dict[str, Any]:
+def condition_record(report: UsageReport, divergences: np.ndarray) -> dict[str, Any]:
     """What the summary says about one measured condition."""
     conflict = report.select(kind="conflict")
 
@@ -373,7 +391,7 @@ def condition_record(report: UsageReport, kl: Estimate) -> dict[str, Any]:
     return {
         **rates(conflict),
         "memorisation_ratio": conflict.memorisation_ratio().to_record(),
-        **Damage.of(report, kl).to_record(),
+        **Damage.of(report, divergences).to_record(),
         "by_template": {
             template: rates(conflict.select(template=template))
             for template in conflict.frame["template"].unique(maintain_order=True)
@@ -411,8 +429,8 @@ def headline(summary: Mapping[str, Any]) -> Iterator[str]:
     }
     for name, condition in conditions.items():
         test = condition["test"]
-        heads = condition.get("heads") or condition.get("draws", [[]])[0]
-        edited = f"{len(heads)} heads" if heads else ""
+        sizes = [len(edit["heads"]) for edit in condition.get("draws", [condition]) if "heads" in edit]
+        edited = f"{'+'.join(map(str, sizes))} heads" if sizes else ""
         measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "neutral_kl")
         values = "  ".join(f"{measure} {Estimate(**test[measure])}" for measure in measures)
         yield f"{name:<16} {edited:<9} {values}"

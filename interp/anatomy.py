@@ -295,14 +295,15 @@ class Anatomy:
                 columns of the unembedding are used. ``None`` means the whole vocabulary.
 
         Returns:
-            ``(..., n)`` or ``(..., d_vocab)``, soft-capped where the architecture does so.
+            ``(..., n)`` float32 or ``(..., d_vocab)``, soft-capped where the architecture does so.
         """
         normed = self.final_norm(residual)
         weight, bias = self._matrix(self.blueprint.unembedding), self._unembedding_bias()
         if token_ids is None:
             logits = nn.functional.linear(normed, weight, bias)
         else:
-            logits = torch.einsum("...d,...nd->...n", normed, weight[token_ids])
+            # In float32, also for a half-precision model: scores are small differences of large logits.
+            logits = torch.einsum("...d,...nd->...n", normed.float(), weight[token_ids].float())
             logits = logits if bias is None else logits + bias[token_ids]
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 

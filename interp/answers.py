@@ -17,8 +17,11 @@ USAGES: tuple[Usage, ...] = ("memory", "context", "both", "other")
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# A full stop ends a sentence unless it closes an initial ("D.C.") or "St."; so does a line break.
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\bSt)[.!?](?=\s|$)|\n")
+# A full stop ends a sentence unless it closes an initial ("D.C.") or a title; so does a line break.
+_STOP = r"(?<!\b[A-Z])(?<!\bSt)(?<!\bDr)(?<!\bMr)(?<!\bMt)(?<!\bMrs)[.!?]"
+_SENTENCE_END = re.compile(rf"{_STOP}(?=\s|$)|\n")
+# Text that breaks off after a full stop may go on ("Booking.com").
+_CERTAIN_END = re.compile(rf"{_STOP}(?=\s)|\n")
 
 
 def normalise(text: str) -> str:
@@ -36,7 +39,7 @@ def first_sentence(continuation: str) -> str:
 
 def is_complete(continuation: str) -> bool:
     """Whether more tokens could no longer change ``first_sentence(continuation)``."""
-    return _SENTENCE_END.search(continuation.lstrip()) is not None
+    return _CERTAIN_END.search(continuation.lstrip()) is not None
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:

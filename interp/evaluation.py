@@ -241,13 +241,18 @@ class Damage:
     neutral_kl: Estimate
 
     @classmethod
-    def of(cls, report: UsageReport, neutral_kl: Estimate) -> Damage:
-        """The guards of a report that holds prompts of kinds none, aligned and irrelevant."""
+    def of(cls, report: UsageReport, divergences: np.ndarray) -> Damage:
+        """The guards of a report that holds prompts of kinds none, aligned and irrelevant, and of ``neutral_kl``."""
 
         def accuracy(kind: ContextKind) -> Estimate:
             return report.select(kind=kind).accuracy()
 
-        return cls(accuracy("none"), accuracy("aligned"), accuracy("irrelevant"), neutral_kl)
+        return cls(
+            accuracy("none"),
+            accuracy("aligned"),
+            accuracy("irrelevant"),
+            bootstrap_mean(divergences, range(len(divergences))),
+        )
 
     def to_record(self) -> dict[str, dict[str, float]]:
         """As plain dictionaries for JSON."""
@@ -267,7 +272,7 @@ def neutral_kl(
     texts: Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
-) -> Estimate:
+) -> np.ndarray:
     """Mean KL(unedited || edited) in nats of the next-token distributions at every position of neutral texts.
 
     Both distributions are computed batch by batch, so memory does not grow with the number of texts.
@@ -280,7 +285,7 @@ def neutral_kl(
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
-        The mean over texts, each text being the mean over its positions.
+        ``(n_texts,)``: for each text the mean over its positions.
     """
     chosen = neutral_texts() if texts is None else list(texts)
     network: Any = transformers_model(model)
@@ -294,4 +299,4 @@ def neutral_kl(
             divergence = (clean.exp() * (clean - edited)).sum(-1)
         mask = inputs["attention_mask"].to(divergence.dtype)
         values[batch] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
-    return bootstrap_mean(values.numpy(), range(len(chosen)))
+    return values.numpy()

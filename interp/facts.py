@@ -115,8 +115,8 @@ PHRASINGS: dict[str, Phrasing] = {
             context=lambda r: (
                 f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. "
             ),
-            ask=_short_question,
-            bare=_short_question,
+            ask=lambda r: f"{r.question} {r.stem}",
+            bare=lambda r: f"{r.question} {r.stem}",
         ),
     )
 }
@@ -184,28 +184,28 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
     )
 
 
-def known_facts(model: TransformerBridge, relation: str, *, progress: str | None = None) -> tuple[Fact, ...]:
-    """The usable facts that the model answers right closed-book in more than half of the phrasing families.
+def known_facts(
+    model: TransformerBridge, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
+) -> tuple[Fact, ...]:
+    """The facts that the model answers right closed-book in more than half of the seen phrasing families.
 
     Args:
         model: The bridge.
         relation: Name of the relation.
+        among: The facts to ask; ``None`` asks all ``usable_facts``.
         progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If the relation is not known.
     """
     wording = relation_named(relation)
-    candidates = usable_facts(relation)
-    prompts = {
-        (fact.subject, phrasing): closed_book_prompt(wording, fact.subject, phrasing)
-        for fact in candidates
-        for phrasing in PHRASINGS
-    }
-    distinct = sorted(set(prompts.values()))
-    answers = dict(zip(distinct, continue_greedily(model, distinct, progress=progress).answers, strict=True))
-
-    def right(fact: Fact) -> int:
-        return sum(contains_answer(answers[prompts[fact.subject, phrasing]], fact.answers) for phrasing in PHRASINGS)
-
-    return tuple(fact for fact in candidates if 2 * right(fact) > len(PHRASINGS))
+    candidates = usable_facts(relation) if among is None else among
+    prompts = [
+        closed_book_prompt(wording, fact.subject, phrasing) for fact in candidates for phrasing in SEEN_PHRASINGS
+    ]
+    answers = iter(continue_greedily(model, prompts, progress=progress).answers)
+    right = [sum(contains_answer(next(answers), fact.answers) for _ in SEEN_PHRASINGS) for fact in candidates]
+    return tuple(fact for fact, count in zip(candidates, right, strict=True) if 2 * count > len(SEEN_PHRASINGS))
 
 
 def build_conflicts(
@@ -318,6 +318,10 @@ def _derangement(facts: Sequence[Fact], rng: random.Random) -> list[int] | None:
     return [order[i] for i in range(n)]
 
 
+def _wordings(relation: Relation, fact: Fact) -> str:
+    return " ".join(_context(phrasing, relation, fact.subject, fact.answers[0]) for phrasing in PHRASINGS.values())
+
+
 def _distractors(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[Relation, str, str]]:
     """For each subject a fact of another relation about another subject, that names neither subject nor answer."""
     rng = random.Random(f"{seed}/{relation.name}/irrelevant")
@@ -326,7 +330,7 @@ def _distractors(relation: Relation, known: Sequence[Fact], seed: int) -> dict[s
     for fact in known:
         avoid = (fact.subject, *fact.answers)
         other, distractor = rng.choice(pool)
-        while contains_answer(f"{distractor.subject} {distractor.answers[0]}", avoid):
+        while contains_answer(_wordings(other, distractor), avoid):
             other, distractor = rng.choice(pool)
         result[fact.subject] = (other, distractor.subject, distractor.answers[0])
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -32,15 +33,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        _sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(target)
     except OSError as error:
-        raise UserError(
-            f"Could not write {target}: {error.strerror or error}; nothing was left half-written. "
-            "Free some space or choose another folder and run again."
-        ) from error
+        raise _refused(target, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -51,26 +48,38 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary directory next to ``path``; on success it becomes ``path``, else it is removed.
 
     Raises:
-        UserError: If the file system refuses; ``path`` is then untouched.
+        UserError: If ``path`` exists and is not an empty directory, or the file system refuses; it is then untouched.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{path} exists already; give the name of a new folder.")
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
         temporary.replace(target)
     except OSError as error:
-        raise UserError(
-            f"Could not write {target}: {error.strerror or error}; nothing was left half-written. "
-            "Free some space or choose another folder and run again."
-        ) from error
+        raise _refused(target, error) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
+
+
+def _refused(target: Path, error: OSError) -> UserError:
+    return UserError(
+        f"Could not write {target}: {error.strerror or error}; nothing was left half-written. "
+        "Free some space or choose another folder and run again."
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,5 +109,8 @@ def read_json(path: str | Path) -> Any:
 
 def write_parquet(path: str | Path, frame: pl.DataFrame) -> None:
     """Write ``frame`` as Parquet, atomically."""
+    # polars has an error of its own for a disk that is full; Python's says what is wrong.
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
     with atomic_path(path) as temporary:
-        frame.write_parquet(temporary)
+        temporary.write_bytes(buffer.getvalue())

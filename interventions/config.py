@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.files import write_text
+from interp.files import write_json
 from interventions.base import Handle
 from interventions.heads import HeadScaling, ScaledHead
 
@@ -126,16 +127,17 @@ class InterventionFile(_Strict):
         """Apply every entry to ``model`` until the handle is removed.
 
         Raises:
-            UserError: If the file is for another model.
+            UserError: If the file is for another model; nothing stays attached then.
         """
         self.model.check(model)
-        handles = [entry.build().attach(model) for entry in self.interventions]
+        with ExitStack() as stack:
+            handles = [stack.enter_context(entry.build().attach(model)) for entry in self.interventions]
+            stack.pop_all()
         return Handle([hook for handle in handles for hook in handle.hooks])
 
     def save(self, path: str | Path) -> None:
         """Write the file as JSON, atomically."""
-        record = self.model_dump(mode="json")
-        write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(path, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: str | Path) -> InterventionFile:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,9 +94,7 @@ class HeadScaling:
             by_layer[head.layer].append(head)
         return Handle(
             [
-                anatomy.module("output_projection", layer).register_forward_pre_hook(
-                    _scaling_hook(anatomy, layer, heads)
-                )
+                anatomy.module("output_projection", layer).register_forward_pre_hook(_scaling_hook(anatomy, heads))
                 for layer, heads in sorted(by_layer.items())
             ]
         )
@@ -104,20 +103,24 @@ class HeadScaling:
         return len(self.heads)
 
 
-def _scaling_hook(anatomy: Anatomy, layer: int, heads: list[ScaledHead]) -> Any:
+def _scaling_hook(anatomy: Anatomy, heads: list[ScaledHead]) -> Any:
     """A forward pre-hook of the output projection, whose input is z of all heads, ``(..., n_heads * d_head)``."""
-    matrix = anatomy.output_matrix(layer)
-    scale = torch.ones(anatomy.n_heads, anatomy.d_head)
-    offset = torch.zeros(anatomy.n_heads, anatomy.d_head)
+    factor = torch.ones(anatomy.n_heads, anatomy.d_head)
+    shift = torch.zeros(anatomy.n_heads, anatomy.d_head)
     for head in heads:
-        scale[head.head] = head.scale
+        factor[head.head] = head.scale
         if head.mean is not None:
-            offset[head.head] = torch.tensor(head.mean) * (1 - head.scale)
-    factor = scale.flatten().to(matrix.device, matrix.dtype)
-    shift = offset.flatten().to(matrix.device, matrix.dtype) if offset.any() else None
+            shift[head.head] = torch.tensor(head.mean) * (1 - head.scale)
+    shifts = bool(shift.any())
+
+    # Where z lives and in which dtype is known only when it comes: weights may be quantised or on another device.
+    @cache
+    def fitted(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return factor.flatten().to(device, dtype), shift.flatten().to(device, dtype)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = inputs[0] * factor
-        return (z if shift is None else z + shift, *inputs[1:])
+        here, there = fitted(inputs[0].device, inputs[0].dtype)
+        z = inputs[0] * here
+        return (z + there if shifts else z, *inputs[1:])
 
     return hook

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Read when huggingface_hub is imported: no test may ask the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from interp.conflicts import ConflictExample, ConflictSet, split_of
+from interp.facts import load_facts
 
 _SHARED: dict[str, Any] = {
     "hidden_size": 32,
@@ -83,17 +84,19 @@ def tiny_conflicts() -> ConflictSet:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the tiny prompts."""
+    """A byte-level BPE tokenizer trained on the tiny prompts and the world's capitals."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=1500,
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     texts = [f"{e.prompt} {e.memory_answers[0]}. {e.context_answers[0]}" for e in tiny_conflicts()]
+    # Whole capitals, so that the answers of a study do not all start with the same token, a space.
+    texts += [f" {fact.answers[0]}" for fact in load_facts("capital")] * 3
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"

@@ -54,7 +54,7 @@ def attribution_patching(
     values = torch.empty(z.shape[:3])
     for batch in tracked(length_batches(model, prompts, batch_size), progress):
         gradient = _gradient(anatomy, encode(model, [prompts[i] for i in batch]), token_ids[batch])
-        values[batch] = -(gradient * change[batch]).sum(-1).float().cpu()
+        values[batch] = -(gradient.float() * change[batch].float()).sum(-1).cpu()
     return HeadScores(
         values,
         tuple(e.id for e in examples),

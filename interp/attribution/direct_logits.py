@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.path_patching import scorable
+from interp.attribution.path_patching import check_clean_stream, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictSet
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_EXAMPLES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,12 @@ def direct_logit_attribution(
     """
     examples, token_ids = scorable(model, conflicts)
     states = last_token_states(model, [example.prompt for example in examples], progress=progress)
-    heads, mlps, embedding, biases = _parts(Anatomy(model), states, token_ids)
+    anatomy = Anatomy(model)
+    rows = [slice(start, start + _EXAMPLES_AT_ONCE) for start in range(0, len(examples), _EXAMPLES_AT_ONCE)]
+    parts = [_parts(anatomy, states[chunk], token_ids[chunk]) for chunk in rows]
+    heads, mlps, embedding, biases = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     scores = HeadScores(
-        heads.float().cpu(),
+        heads,
         tuple(e.id for e in examples),
         tuple(e.subject for e in examples),
         method="direct_logit_attribution",
@@ -75,20 +80,25 @@ def direct_logit_attribution(
             "left_out_same_first_token": len(conflicts) - len(examples),
         },
     )
-    return DirectLogits(scores, mlps.float().cpu(), embedding.float().cpu(), biases.float().cpu())
+    return DirectLogits(scores, mlps, embedding, biases)
 
 
 @torch.inference_mode()
 def _parts(anatomy: Anatomy, states: LastTokenStates, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    direction = anatomy.logit_difference_direction(states.final, token_ids)
+    direction = anatomy.logit_difference_direction(states.final, token_ids).float()
+
+    def along_answer(write: Tensor) -> Tensor:
+        return torch.einsum("n...d,nd->n...", write.float(), direction)
+
     residual = states.embedding
-    heads, mlps, biases = [], [], anatomy.logit_difference_offset(token_ids)
+    heads, mlps, biases = [], [], anatomy.logit_difference_offset(token_ids).float()
     for layer in range(anatomy.n_layers):
         head_writes, bias_write = anatomy.head_writes(layer, states.z[:, layer])
         attention_write = head_writes.sum(1) + bias_write
         mlp_write = anatomy.mlp_write(layer, residual if anatomy.parallel else residual + attention_write)
-        heads.append(torch.einsum("nhd,nd->nh", head_writes, direction))
-        mlps.append((mlp_write * direction).sum(-1))
-        biases = biases + (bias_write * direction).sum(-1)
+        heads.append(along_answer(head_writes))
+        mlps.append(along_answer(mlp_write))
+        biases = biases + along_answer(bias_write)
         residual = residual + attention_write + mlp_write
-    return torch.stack(heads, 1), torch.stack(mlps, 1), (states.embedding * direction).sum(-1), biases
+    check_clean_stream(anatomy, residual, states.final)
+    return torch.stack(heads, 1), torch.stack(mlps, 1), along_answer(states.embedding), biases

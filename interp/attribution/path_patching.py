@@ -136,7 +136,7 @@ def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[Con
 
 
 def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
-    """For each example the index of another with the same template and relation, but other subject and answers.
+    """For each example the index of another with the same template and relation, whose answers are all others.
 
     Raises:
         UserError: If an example has no such partner.
@@ -147,11 +147,8 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[i
         groups.setdefault((example.relation, example.template), []).append(index)
 
     def differs(one: ConflictExample, other: ConflictExample) -> bool:
-        return (
-            one.subject != other.subject
-            and not contains_answer(other.memory_answers[0], one.memory_answers)
-            and not contains_answer(other.context_answers[0], one.context_answers)
-        )
+        ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
+        return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)
 
     partners = []
     for example in examples:
@@ -254,7 +251,7 @@ def patched_streams(
         )
     if mlps == "frozen":
         streams = torch.cat([streams, streams + torch.cat(direct, 1)], 1)
-    _check_clean_stream(anatomy, streams[:, 0], clean.final)
+    check_clean_stream(anatomy, streams[:, 0], clean.final)
     return streams
 
 
@@ -271,12 +268,17 @@ def _step(anatomy: Anatomy, layer: int, residual: Tensor, write: Tensor, rows_at
     return torch.cat([anatomy.step(layer, r, w) for r, w in chunks]).unflatten(0, (n, -1))
 
 
-def _check_clean_stream(anatomy: Anatomy, arrived: Tensor, recorded: Tensor) -> None:
+def check_clean_stream(anatomy: Anatomy, arrived: Tensor, recorded: Tensor) -> None:
+    """Refuse residual streams ``(n, d_model)`` that did not arrive where the model's own forward pass did.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding.
+    """
     error = ((arrived - recorded).float().norm() / recorded.float().norm()).item()
     if not error < _CLEAN_STREAM_TOLERANCE.get(recorded.dtype, 5e-2):
         raise RuntimeError(
             f"The anatomy of {anatomy.architecture} does not reproduce its forward pass (relative error {error:.1e}): "
-            "correct its Blueprint in interp/anatomy.py, and apply interventions that only scale heads."
+            "its Blueprint in interp/anatomy.py is wrong, its dtype overflows, or more than its heads is edited."
         )
 
 

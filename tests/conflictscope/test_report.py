@@ -71,13 +71,15 @@ def sample_summary() -> dict[str, Any]:
             "phrasings": {"seen": list(PHRASINGS[:-1]), "held_out": PHRASINGS[-1]},
             "digest": "be9bbd125c36",
         },
-        "settings": {"seed": 7, "quick": False, "versions": {"torch": "2.9.0"}},
+        "settings": {"seed": 7, "quick": False, "dtype": "float32", "versions": {"torch": "2.9.0"}},
         "baseline": {"test": measured(0.27, 0.40, 0.95, 0.0)},
         "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
         "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
         "random_heads": {
-            "around": "zero",
-            "draws": [[[0, 0, 0.0], [1, 2, 0.0]], [[0, 1, 0.0], [1, 1, 0.0]]],
+            "draws": [
+                {"heads": [[0, 0, 0.0], [1, 2, 0.0]], "around": "zero"},
+                {"heads": [[0, 1, 0.0], [1, 1, 0.0]], "around": "zero"},
+            ],
             "chosen_on": "random",
             "test": measured(0.26, 0.41, 0.945, 0.012),
         },
@@ -238,7 +240,7 @@ def test_a_quick_run_is_called_one_and_reproduced_as_one(tmp_path: Path) -> None
     summary["settings"]["quick"] = True
     text = report(tmp_path, summary).text
     assert "Quick run." in text
-    assert "--seed 7 --quick" in text
+    assert "--seed 7 --dtype float32 --quick" in text
 
 
 def test_scores_of_another_model_are_refused_and_leave_no_file(tmp_path: Path) -> None:

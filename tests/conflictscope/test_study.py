@@ -4,11 +4,12 @@ import polars as pl
 import pytest
 
 from conflictscope import study as study_module
-from conflictscope.study import METHODS, Study, candidates, mildest_of_the_best
+from conflictscope.study import METHODS, Study, as_good_as_the_best, candidates
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.facts import usable_facts
+from interp.models import load_model
 from interventions.config import InterventionFile
 
 
@@ -16,9 +17,11 @@ from interventions.config import InterventionFile
 def make_study(tiny_llama, monkeypatch):
     """A study of a tiny random model that is taken to know thirty capitals."""
     monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
+    monkeypatch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
+    monkeypatch.setattr(study_module, "_ABLATED_HEADS", (2,))
 
-    def make(out):
-        return Study(tiny_llama, "tiny", relations=["capital"], out=out)
+    def make(out, model=tiny_llama):
+        return Study(model, "tiny", relations=["capital"], out=out)
 
     return make
 
@@ -32,6 +35,12 @@ def test_a_study_writes_every_file(make_study, tmp_path):
         assert heads == summary[f"towards_{towards}"]["heads"]
     assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("architecture", ["gpt-neox", "gemma2"])
+def test_a_study_runs_on_other_architectures(make_study, tiny_directories, tmp_path, architecture):
+    model = load_model(str(tiny_directories[architecture]), device="cpu")
+    assert make_study(tmp_path, model).run()["model"]["architecture"] == type(model.original_model).__name__
 
 
 def test_the_summary_has_what_its_readers_need(make_study, tmp_path):
@@ -54,8 +63,9 @@ def test_the_summary_has_what_its_readers_need(make_study, tmp_path):
 def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(make_study, tmp_path):
     summary = make_study(tmp_path).run()
     winners = [summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")]
-    for drawn in summary["random_heads"]["draws"]:
-        assert sorted(s for *_, s in drawn) in [sorted(s for *_, s in heads) for heads in winners]
+    draws = [draw["heads"] for draw in summary["random_heads"]["draws"]]
+    assert [[s for *_, s in drawn] for drawn in draws] == [[s for *_, s in heads] for heads in winners]
+    for drawn in draws:
         assert not {tuple(h[:2]) for h in drawn} & {tuple(h[:2]) for heads in winners for h in heads}
 
 
@@ -106,13 +116,13 @@ def report(*usages):
 @pytest.mark.parametrize(
     ("reports", "chosen"),
     [
-        (["mmmmmmmmmm", "cccccccccm", "cccccccccc"], 1),  # one subject behind is within one standard error
-        (["mmmmmmmmmm", "cccccmmmmm", "cccccccccc"], 2),  # five subjects behind are not
-        (["cccccccccc", "cccccccccc"], 0),  # of equals the first, which is the mildest
+        (["mmmmmmmmmm", "ccccccccmm", "mccccccccc"], [1, 2]),  # worse on two subjects and better on one: within it
+        (["mmmmmmmmmm", "cccccmmmmm", "cccccccccc"], [2]),  # worse on five: not
+        (["cccccccccc", "cccccccccc"], [0, 1]),
     ],
 )
-def test_the_mildest_within_one_standard_error_of_the_best_wins(reports, chosen):
-    assert mildest_of_the_best([report(*usages) for usages in reports], "context") == chosen
+def test_candidates_within_one_standard_error_of_the_best_stay(reports, chosen):
+    assert as_good_as_the_best([report(*usages) for usages in reports], "context") == chosen
 
 
 def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):

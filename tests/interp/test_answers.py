@@ -24,6 +24,7 @@ def test_normalisation_is_that_of_squad(text, normal):
         (" St. John's. And", "St. John's"),
         ("\n\nRome\nLondon", "Rome"),
         (" Paris", "Paris"),
+        (" Dr. Seuss. He", "Dr. Seuss"),
     ],
 )
 def test_the_answer_is_the_first_sentence(continuation, sentence):
@@ -31,7 +32,8 @@ def test_the_answer_is_the_first_sentence(continuation, sentence):
 
 
 @pytest.mark.parametrize(
-    ("continuation", "complete"), [(" Paris.", True), (" St.", False), (" Paris", False), ("\n", False)]
+    ("continuation", "complete"),
+    [(" Paris. It", True), (" Paris.", False), (" St. ", False), ("\n", False)],
 )
 def test_an_answer_is_complete_at_its_first_sentence_end(continuation, complete):
     assert is_complete(continuation) is complete

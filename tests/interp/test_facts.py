@@ -78,7 +78,7 @@ def test_the_prompt_of_a_conflict_states_the_context_answer_and_hides_memory(eve
 
 def test_an_irrelevant_context_names_neither_subject_nor_answer(everything):
     for example in everything.select(kind="irrelevant"):
-        assert not contains_answer(example.context, [example.subject])
+        assert not contains_answer(example.context, [example.subject, *example.memory_answers])
 
 
 def test_no_subject_is_in_two_splits(everything):
@@ -100,6 +100,11 @@ def test_the_same_seed_gives_the_same_set(everything):
     assert build_conflicts(facts, seed=4).digest != build_conflicts(facts, seed=5).digest
 
 
+def test_every_phrasing_asks_in_its_own_words():
+    capital = relation_named("capital")
+    assert len({phrasing.bare(capital) for phrasing in PHRASINGS.values()}) == len(PHRASINGS)
+
+
 def test_unknown_relation_lists_the_known_ones():
     with pytest.raises(UserError, match="'capitol' is not known; known are author, capital"):
         relation_named("capitol")
@@ -110,12 +115,12 @@ def test_too_few_facts_for_a_conflict_are_an_error():
         build_conflicts({"capital": usable_facts("capital")[:1]})
 
 
-def test_known_facts_are_those_right_in_more_than_half_of_the_phrasings(monkeypatch):
-    """France is answered in three of four phrasings, Italy in two."""
+def test_known_facts_are_those_right_in_more_than_half_of_the_seen_phrasings(monkeypatch):
+    """France is answered in two of the three seen phrasings, Italy in one of them."""
     bare = {name: phrasing.bare(relation_named("capital")) for name, phrasing in PHRASINGS.items()}
     right = {
-        *(bare[name].format(subject="France") for name in ("question", "document", "according_to")),
-        *(bare[name].format(subject="Italy") for name in ("document", "according_to")),
+        *(bare[name].format(subject="France") for name in ("question", "document")),
+        bare["document"].format(subject="Italy"),
     }
     answers = {"France": "Paris", "Italy": "Rome"}
 

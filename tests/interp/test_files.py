@@ -1,10 +1,13 @@
 import errno
 import os
+import resource
 
+import numpy as np
+import polars as pl
 import pytest
 
 from interp.errors import UserError
-from interp.files import atomic_directory, write_json, write_text
+from interp.files import atomic_directory, write_json, write_parquet, write_text
 
 
 def refuse(*_):
@@ -24,6 +27,27 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "folder") as partial:
         (partial / "part").write_text("x")
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_never_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    with pytest.raises(UserError, match="exists already"), atomic_directory(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "folder" / "precious").read_text() == "x"
+
+
+def test_a_table_that_the_system_cuts_off_is_one_sentence(tmp_path):
+    """A real refusal of the operating system in the middle of a write: no file may grow beyond 1,000 bytes."""
+    table = pl.DataFrame({"a": np.random.default_rng(0).normal(size=10_000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            write_parquet(tmp_path / "table.parquet", table)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

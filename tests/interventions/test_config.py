@@ -84,6 +84,17 @@ def test_a_file_that_is_not_a_record_is_refused(tmp_path, content):
         InterventionFile.load(tmp_path / "edit.json")
 
 
+def test_a_file_of_which_one_entry_does_not_fit_leaves_nothing_attached(file, tiny_llama):
+    misfit = HeadScalingEntry.of(HeadScaling.of([(9, 0)], 0.0))
+    two = file.model_copy(update={"interventions": [*file.interventions, misfit]})
+    batch = encode(tiny_llama, ["The capital of France is"])
+    with torch.inference_mode():
+        before = tiny_llama.original_model(**batch).logits
+        with pytest.raises(UserError, match="Layer 9 does not exist"):
+            two.attach(tiny_llama)
+        assert torch.equal(tiny_llama.original_model(**batch).logits, before)
+
+
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="Could not read the intervention file"):
         InterventionFile.load(tmp_path / "none.json")
