@@ -22,7 +22,8 @@ import typer
 from benchmarks.reference import full_forward_patch, z_of
 from interp.anatomy import Anatomy
 from interp.attribution.attribution_patching import attribution_patching
-from interp.attribution.path_patching import corrupted_partners, path_patching, scorable
+from interp.attribution.examples import corrupted_partners, scorable
+from interp.attribution.path_patching import path_patching
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.facts import build_conflicts, usable_facts
 from interp.models import DEFAULT_MODEL, load_model

@@ -59,8 +59,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
-_PRUNED_HEADS = (1, 2, 4, 8)
-_ABLATED_HEADS = (2, 4, 8)
+_PRUNED_HEADS = (1, 2, 4, 8, 12)
+_ABLATED_HEADS = (4, 8, 12)
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)

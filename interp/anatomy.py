@@ -16,14 +16,27 @@ projection (``n_heads * d_head``):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from interp.errors import UserError
 
-Part = Literal["block", "attention", "output_projection", "mlp"]
+Part = Literal[
+    "block",
+    "attention_norm",
+    "attention",
+    "query",
+    "key",
+    "value",
+    "output_projection",
+    "attention_post_norm",
+    "mlp_norm",
+    "mlp",
+    "mlp_post_norm",
+]
+ModelPart = Literal["embedding", "final_norm", "unembedding"]
 NormKind = Literal["layer", "rms", "rms_plus_one"]
 
 
@@ -31,14 +44,21 @@ NormKind = Literal["layer", "rms", "rms_plus_one"]
 class Blueprint:
     """What one architecture looks like. Paths are transformers module paths; block parts are relative to a block.
 
+    Where query, key and value are one fused module, all three name it.
+
     Attributes:
         norm: ``layer`` centres and has a bias; ``rms`` scales by ``weight``; ``rms_plus_one`` by ``1 + weight``.
         attention_post_norm: Norm of the attention output before it joins the residual stream, if there is one.
         mlp_post_norm: The same for the MLP output.
     """
 
+    embedding: str
     blocks: str
+    attention_norm: str
     attention: str
+    query: str
+    key: str
+    value: str
     output_projection: str
     mlp_norm: str
     mlp: str
@@ -50,8 +70,13 @@ class Blueprint:
 
 
 _LLAMA = Blueprint(
+    embedding="model.embed_tokens",
     blocks="model.layers",
+    attention_norm="input_layernorm",
     attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
     output_projection="self_attn.o_proj",
     mlp_norm="post_attention_layernorm",
     mlp="mlp",
@@ -60,8 +85,13 @@ _LLAMA = Blueprint(
     norm="rms",
 )
 _GEMMA = Blueprint(
+    embedding="model.embed_tokens",
     blocks="model.layers",
+    attention_norm="input_layernorm",
     attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
     output_projection="self_attn.o_proj",
     mlp_norm="pre_feedforward_layernorm",
     mlp="mlp",
@@ -74,8 +104,13 @@ _GEMMA = Blueprint(
 
 BLUEPRINTS: dict[str, Blueprint] = {
     "GPT2LMHeadModel": Blueprint(
+        embedding="transformer.wte",
         blocks="transformer.h",
+        attention_norm="ln_1",
         attention="attn",
+        query="attn.c_attn",
+        key="attn.c_attn",
+        value="attn.c_attn",
         output_projection="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
@@ -84,8 +119,13 @@ BLUEPRINTS: dict[str, Blueprint] = {
         norm="layer",
     ),
     "GPTNeoXForCausalLM": Blueprint(
+        embedding="gpt_neox.embed_in",
         blocks="gpt_neox.layers",
+        attention_norm="input_layernorm",
         attention="attention",
+        query="attention.query_key_value",
+        key="attention.query_key_value",
+        value="attention.query_key_value",
         output_projection="attention.dense",
         mlp_norm="post_attention_layernorm",
         mlp="mlp",
@@ -103,9 +143,21 @@ BLUEPRINTS: dict[str, Blueprint] = {
 
 _SITES: dict[Part, str] = {
     "block": "hook_out",
+    "attention_norm": "ln1.hook_out",
     "attention": "attn.hook_out",
+    "query": "attn.q.hook_out",
+    "key": "attn.k.hook_out",
+    "value": "attn.v.hook_out",
     "output_projection": "attn.o.hook_in",
+    "attention_post_norm": "ln1_post.hook_out",
+    "mlp_norm": "ln2.hook_out",
     "mlp": "mlp.hook_out",
+    "mlp_post_norm": "ln2_post.hook_out",
+}
+_MODEL_SITES: dict[ModelPart, str] = {
+    "embedding": "embed.hook_out",
+    "final_norm": "ln_final.hook_out",
+    "unembedding": "unembed.hook_out",
 }
 
 
@@ -183,14 +235,40 @@ class Anatomy:
         """The norm between the last block and the unembedding."""
         return self.model.get_submodule(self.blueprint.final_norm)
 
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that a block of this architecture has."""
+        return [part for part in get_args(Part) if part == "block" or getattr(self.blueprint, part) is not None]
+
     def path(self, part: Part, layer: int) -> str:
-        """The transformers module path of ``part``, for example ``model.layers.3.self_attn.o_proj``."""
+        """The transformers module path of a block's part, for example ``model.layers.3.self_attn.o_proj``.
+
+        Raises:
+            UserError: If there is no such layer, or this architecture has no such part.
+        """
         block = f"{self.blueprint.blocks}.{self.checked_layer(layer)}"
-        return block if part == "block" else f"{block}.{getattr(self.blueprint, part)}"
+        return block if part == "block" else f"{block}.{getattr(self.blueprint, self._checked_part(part))}"
 
     def site(self, part: Part, layer: int) -> str:
-        """The transformer_lens site of ``part``: its output, for the output projection its input ``z``."""
-        return f"blocks.{self.checked_layer(layer)}.{_SITES[part]}"
+        """The transformer_lens site of a block's part: its output, for the output projection its input ``z``.
+
+        Raises:
+            UserError: If there is no such layer, or this architecture has no such part.
+        """
+        return f"blocks.{self.checked_layer(layer)}.{_SITES[self._checked_part(part)]}"
+
+    def model_path(self, part: ModelPart) -> str:
+        """The transformers module path of a part outside the blocks."""
+        return getattr(self.blueprint, part)
+
+    def model_site(self, part: ModelPart) -> str:
+        """The transformer_lens site of a part outside the blocks: its output."""
+        return _MODEL_SITES[part]
+
+    def _checked_part(self, part: Part) -> Part:
+        if part not in self.parts:
+            raise UserError(f"{self.architecture} has no part {part!r}; it has {', '.join(self.parts)}.")
+        return part
 
     def module(self, part: Part, layer: int) -> nn.Module:
         """The module at ``path(part, layer)``; on a bridge this is the bridge component, so hooks on it fire."""

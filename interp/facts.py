@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -112,9 +113,7 @@ PHRASINGS: dict[str, Phrasing] = {
         ),
         Phrasing(
             "according_to",
-            context=lambda r: (
-                f"According to {r.authority}, {_lower_clause(r.inverse)}, and {_lower(r.stem)} {{answer}}. "
-            ),
+            context=lambda r: f"According to {r.authority}, {_lower_clause(r.inverse)}. ",
             ask=lambda r: f"{r.question} {r.stem}",
             bare=lambda r: f"{r.question} {r.stem}",
         ),
@@ -219,10 +218,11 @@ def build_conflicts(
         kinds: The context kinds to build.
 
     Returns:
-        The set, ordered by relation, subject, phrasing and kind.
+        The set, ordered by relation, subject, phrasing and kind. Facts that no other fact of their split can
+        contradict are left out, for example most of a split that nearly all have the same answer.
 
     Raises:
-        UserError: If a split of a relation has too few facts to make conflicts from.
+        UserError: If a relation is not known, or nothing is left.
     """
     examples: list[ConflictExample] = []
     for name, known in facts.items():
@@ -230,6 +230,8 @@ def build_conflicts(
         conflicting = _conflicting_answers(relation, known, seed)
         distractors = _distractors(relation, known, seed)
         for fact in known:
+            if fact.subject not in conflicting:
+                continue
             for phrasing in PHRASINGS.values():
                 for kind in kinds:
                     context, context_answers = {
@@ -258,6 +260,11 @@ def build_conflicts(
                             split=split_of(fact.subject, seed),
                         )
                     )
+    if not examples:
+        raise UserError(
+            f"There are too few different answers among the facts of {', '.join(facts)} to make conflicts from; "
+            "choose another relation or a model that knows more."
+        )
     return ConflictSet("+".join(facts), tuple(examples))
 
 
@@ -273,16 +280,16 @@ def _conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -
     """For each subject another subject's answers: a permutation within each split, never an alias of the truth."""
     result: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
+        rng = random.Random(f"{seed}/{relation.name}/{split}")
         members = [fact for fact in known if split_of(fact.subject, seed) == split]
-        if not members:
-            continue
-        order = _derangement(members, random.Random(f"{seed}/{relation.name}/{split}"))
-        if order is None:
-            raise UserError(
-                f"The {split} split of {relation.name} has {len(members)} known facts, too few different answers to "
-                "make conflicts from; choose another relation, another seed or a model that knows more."
-            )
-        result |= {fact.subject: members[j].answers for fact, j in zip(members, order, strict=True)}
+        while members:
+            order = _derangement(members, rng)
+            if order is not None:
+                result |= {fact.subject: members[j].answers for fact, j in zip(members, order, strict=True)}
+                break
+            # More than half of the facts share one answer, or nearly so: some of these cannot be contradicted.
+            frequent, _ = Counter(fact.answers[0] for fact in members).most_common(1)[0]
+            members.remove(rng.choice([fact for fact in members if fact.answers[0] == frequent]))
     return result
 
 

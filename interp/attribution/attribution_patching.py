@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.path_patching import corrupted_partners, scorable
+from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
@@ -55,19 +55,17 @@ def attribution_patching(
     for batch in tracked(length_batches(model, prompts, batch_size), progress):
         gradient = _gradient(anatomy, encode(model, [prompts[i] for i in batch]), token_ids[batch])
         values[batch] = -(gradient.float() * change[batch].float()).sum(-1).cpu()
-    return HeadScores(
+    return HeadScores.of(
         values,
-        tuple(e.id for e in examples),
-        tuple(e.subject for e in examples),
+        examples,
+        conflicts,
         method="attribution_patching",
         metric="logit_diff",
         model=name,
-        data=conflicts.digest,
         settings={
             "unit": "first-order change of (logit context - logit memory)",
             "baseline": "corrupted",
             "seed": seed,
-            "left_out_same_first_token": len(conflicts) - len(examples),
         },
     )
 

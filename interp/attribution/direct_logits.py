@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.path_patching import check_clean_stream, scorable
+from interp.attribution.examples import scorable
+from interp.attribution.path_patching import check_clean_stream
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictSet
@@ -67,18 +68,14 @@ def direct_logit_attribution(
     rows = [slice(start, start + _EXAMPLES_AT_ONCE) for start in range(0, len(examples), _EXAMPLES_AT_ONCE)]
     parts = [_parts(anatomy, states[chunk], token_ids[chunk]) for chunk in rows]
     heads, mlps, embedding, biases = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    scores = HeadScores(
+    scores = HeadScores.of(
         heads,
-        tuple(e.id for e in examples),
-        tuple(e.subject for e in examples),
+        examples,
+        conflicts,
         method="direct_logit_attribution",
         metric="logit_diff",
         model=name,
-        data=conflicts.digest,
-        settings={
-            "unit": "part of (logit context - logit memory)",
-            "left_out_same_first_token": len(conflicts) - len(examples),
-        },
+        settings={"unit": "part of (logit context - logit memory)"},
     )
     return DirectLogits(scores, mlps, embedding, biases)
 

@@ -18,7 +18,6 @@ architecture that the anatomy describes wrongly is an error, not a wrong number.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.answers import contains_answer
+from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
-from interp.evaluation import answer_token_ids
 from interp.generation import tracked
 
 if TYPE_CHECKING:
@@ -101,65 +99,17 @@ def path_patching(
         progress=progress,
     )
     return {
-        metric: HeadScores(
+        metric: HeadScores.of(
             values[metric],
-            tuple(e.id for e in examples),
-            tuple(e.subject for e in examples),
+            examples,
+            conflicts,
             method="path_patching",
             metric=metric,
             model=name,
-            data=conflicts.digest,
-            settings={
-                "unit": _UNITS[metric],
-                "baseline": baseline,
-                "mlps": mlps,
-                "seed": seed,
-                "left_out_same_first_token": len(conflicts) - len(examples),
-            },
+            settings={"unit": _UNITS[metric], "baseline": baseline, "mlps": mlps, "seed": seed},
         )
         for metric in metrics
     }
-
-
-def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
-    """The examples whose two answers start with different tokens, and these tokens ``(n, 2)``: (context, memory).
-
-    Raises:
-        UserError: If there is none.
-    """
-    pairs = [(example, ids) for example in conflicts if (ids := answer_token_ids(model, example)) is not None]
-    if not pairs:
-        raise UserError(
-            "No example can be attributed: give conflict prompts whose two answers start with different tokens."
-        )
-    return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
-
-
-def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
-    """For each example the index of another with the same template and relation, whose answers are all others.
-
-    Raises:
-        UserError: If an example has no such partner.
-    """
-    rng = random.Random(seed)
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault((example.relation, example.template), []).append(index)
-
-    def differs(one: ConflictExample, other: ConflictExample) -> bool:
-        ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
-        return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)
-
-    partners = []
-    for example in examples:
-        candidates = [j for j in groups[example.relation, example.template] if differs(example, examples[j])]
-        if not candidates:
-            raise UserError(
-                f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
-                "with; give more examples or use the zero or mean baseline."
-            )
-        partners.append(rng.choice(candidates))
-    return partners
 
 
 def _replacement_z(

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json, write_parquet
 from interp.statistics import bootstrap_means
@@ -56,6 +57,30 @@ class HeadScores:
     model: str
     data: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        values: Tensor,
+        examples: Sequence[ConflictExample],
+        conflicts: ConflictSet,
+        *,
+        method: str,
+        metric: str,
+        model: str,
+        settings: dict[str, Any],
+    ) -> HeadScores:
+        """The scores of ``examples``, those of ``conflicts`` that could be scored."""
+        return cls(
+            values,
+            tuple(example.id for example in examples),
+            tuple(example.subject for example in examples),
+            method,
+            metric,
+            model,
+            conflicts.digest,
+            {**settings, "left_out": len(conflicts) - len(examples)},
+        )
 
     def mean(self) -> Tensor:
         """Mean over examples, ``(n_layers, n_heads)``."""

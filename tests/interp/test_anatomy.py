@@ -55,10 +55,9 @@ def test_logits_of_the_final_residual_stream_are_the_models(tiny_bridge, inputs)
         torch.testing.assert_close(anatomy.logits(final, chosen), expected[..., chosen], rtol=1e-4, atol=1e-5)
 
 
-def test_module_paths_and_sites_name_the_same_tensors(tiny_bridge, tiny_directories, inputs):
+def test_module_paths_and_sites_name_the_same_tensors(tiny_bridge, inputs):
     anatomy = Anatomy(tiny_bridge)
-    directory = next(d for d in tiny_directories.values() if d.name == tiny_bridge_name(tiny_bridge, tiny_directories))
-    plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    plain = plain_model(tiny_bridge).eval()
     seen = {}
     path = anatomy.path("output_projection", 1)
     plain.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
@@ -70,10 +69,25 @@ def test_module_paths_and_sites_name_the_same_tensors(tiny_bridge, tiny_director
     torch.testing.assert_close(seen["mlp"], mlp, rtol=1e-4, atol=1e-5)
 
 
-def tiny_bridge_name(bridge, directories):
-    """The directory whose weights the bridge carries."""
-    source = bridge.original_model.config._name_or_path
-    return next(name for name, directory in directories.items() if str(directory) == source)
+def test_every_part_is_a_module_and_a_site(tiny_bridge):
+    anatomy = Anatomy(tiny_bridge)
+    paths = [anatomy.path(part, layer) for part in anatomy.parts for layer in range(anatomy.n_layers)]
+    sites = [anatomy.site(part, layer) for part in anatomy.parts for layer in range(anatomy.n_layers)]
+    for part in ("embedding", "final_norm", "unembedding"):
+        paths.append(anatomy.model_path(part))
+        sites.append(anatomy.model_site(part))
+    assert set(paths) <= {name for name, _ in plain_model(tiny_bridge).named_modules()}
+    assert set(sites) <= set(tiny_bridge.hook_dict)
+
+
+def test_a_part_that_the_architecture_lacks_is_an_error(tiny_llama):
+    with pytest.raises(UserError, match="LlamaForCausalLM has no part 'mlp_post_norm'; it has block, attention_norm"):
+        Anatomy(tiny_llama).path("mlp_post_norm", 0)
+
+
+def plain_model(bridge):
+    """The bridge's checkpoint as a plain transformers model."""
+    return AutoModelForCausalLM.from_pretrained(bridge.original_model.config._name_or_path, attn_implementation="eager")
 
 
 def test_unknown_architecture_lists_the_known_ones():

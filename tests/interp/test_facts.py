@@ -110,6 +110,15 @@ def test_unknown_relation_lists_the_known_ones():
         relation_named("capitol")
 
 
+def test_facts_that_none_can_contradict_are_left_out():
+    """Of many countries in Africa and few elsewhere, as many of the former stay as there are of the latter."""
+    facts = usable_facts("continent")
+    lopsided = [f for f in facts if f.answers == ("Africa",)] + [f for f in facts if f.answers == ("Europe",)][:9]
+    conflicts = build_conflicts({"continent": lopsided}).select(kind="conflict", templates=["question"])
+    answers = Counter(e.memory_answers for e in conflicts)
+    assert answers["Africa",] == answers["Europe",] == 9
+
+
 def test_too_few_facts_for_a_conflict_are_an_error():
     with pytest.raises(UserError, match="too few different answers"):
         build_conflicts({"capital": usable_facts("capital")[:1]})

@@ -2,7 +2,7 @@ import torch
 
 from interp.anatomy import Anatomy
 from interp.attribution.attribution_patching import attribution_patching
-from interp.attribution.path_patching import corrupted_partners, scorable
+from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.states import last_token_states
 from interp.generation import encode
 from tests.tiny import tiny_conflicts

@@ -1,7 +1,7 @@
 import torch
 
 from interp.attribution.direct_logits import direct_logit_attribution
-from interp.attribution.path_patching import scorable
+from interp.attribution.examples import scorable
 from interp.conflicts import ConflictSet
 from interp.generation import encode
 from tests.tiny import tiny_conflicts

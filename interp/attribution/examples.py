@@ -1,0 +1,60 @@
+"""Which examples an attribution can score, and what each is corrupted with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interp.anatomy import Anatomy
+from interp.answers import contains_answer
+from interp.conflicts import ConflictExample, ConflictSet
+from interp.errors import UserError
+from interp.evaluation import answer_token_ids
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
+    """The examples whose two answers start with different tokens, and these tokens ``(n, 2)``: (context, memory).
+
+    Raises:
+        UserError: If there is none.
+    """
+    pairs = [(example, ids) for example in conflicts if (ids := answer_token_ids(model, example)) is not None]
+    if not pairs:
+        raise UserError(
+            "No example can be attributed: give conflict prompts whose two answers start with different tokens."
+        )
+    return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
+
+
+def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
+    """For each example the index of another with the same template and relation, whose answers are all others.
+
+    Raises:
+        UserError: If an example has no such partner.
+    """
+    rng = random.Random(seed)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault((example.relation, example.template), []).append(index)
+
+    def differs(one: ConflictExample, other: ConflictExample) -> bool:
+        ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
+        return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)
+
+    partners = []
+    for example in examples:
+        candidates = [j for j in groups[example.relation, example.template] if differs(example, examples[j])]
+        if not candidates:
+            raise UserError(
+                f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
+                "with; give more examples or use the zero or mean baseline."
+            )
+        partners.append(rng.choice(candidates))
+    return partners
