@@ -1,5 +1,6 @@
 import json
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_the_fingerprint_recognises_the_same_weights(tiny_llama, tiny_directorie
 
 
 def test_the_fingerprint_sees_a_single_changed_weight(tiny_llama, tiny_directories):
-    other = load_model(str(tiny_directories["llama"]), device="cpu")
+    other: Any = load_model(str(tiny_directories["llama"]), device="cpu")
     with torch.no_grad():
         other.original_model.model.layers[1].mlp.down_proj.original_component.weight[17, 23] += 1e-3
     assert fingerprint(other) != fingerprint(tiny_llama)
@@ -143,7 +144,7 @@ def test_greedy_means_greedy_whatever_the_checkpoint_asks_for(tmp_path, tiny_dir
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = {"repetition_penalty": 5.0, "suppress_tokens": [1, 2], "eos_token_id": 0}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    config = load_model(str(tmp_path), device="cpu").original_model.generation_config
+    config: Any = load_model(str(tmp_path), device="cpu").original_model.generation_config
     assert (config.repetition_penalty, config.suppress_tokens, config.eos_token_id) == (None, None, 0)
 
 
