@@ -59,8 +59,9 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
-_PRUNED_HEADS = (1, 2, 4, 8, 12)
-_ABLATED_HEADS = (4, 8, 12)
+_PRUNED_HEADS = (1, 2, 4, 8)
+_ABLATED_HEADS = (4, 8)
+_STRENGTHENED = 1.5
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
@@ -99,7 +100,7 @@ def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Met
 
     ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
     logit difference, and by how much the wanted answer's probability gains without them. ``mean_ablation`` holds
-    the latter at their mean output instead. ``value_scaling`` scales one head (Yu et al. 2023): the strongest
+    the latter at their mean output instead, alone or with the strongest supporter strengthened. ``value_scaling`` scales one head (Yu et al. 2023): the strongest
     opponent down and below zero, or the strongest supporter up.
     """
     opposite = _OPPOSITE[towards]
@@ -109,11 +110,13 @@ def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Met
     def removed(ranking: list[RankedHead], k: int) -> tuple[tuple[int, int, float], ...]:
         return tuple((*head, 0.0) for head in sorted(top_heads(ranking, k)))
 
+    opponent, supporter = top_heads(opponents, 1)[0], top_heads(scores["logit_diff"].ranked(towards), 1)[0]
     if method == "value_scaling":
-        opponent, supporter = top_heads(opponents, 1)[0], top_heads(scores["logit_diff"].ranked(towards), 1)[0]
         edits = [((*head, scale),) for down, up in _SCALES for head, scale in ((opponent, down), (supporter, up))]
     elif method == "mean_ablation":
-        edits = [removed(obstacles, k) for k in _ABLATED_HEADS]
+        alone = [removed(obstacles, k) for k in _ABLATED_HEADS]
+        stronger = (*supporter, _STRENGTHENED)
+        edits = [*alone, *((*edit, stronger) for edit in alone if supporter not in {head[:2] for head in edit})]
     else:
         edits = [removed(ranking, k) for k in _PRUNED_HEADS for ranking in (opponents, obstacles)]
     return [Candidate(edit, around_mean=method == "mean_ablation") for edit in dict.fromkeys(edits)]
