@@ -100,8 +100,9 @@ def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Met
 
     ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
     logit difference, and by how much the wanted answer's probability gains without them. ``mean_ablation`` holds
-    the latter at their mean output instead, alone or with the strongest supporter strengthened. ``value_scaling`` scales one head (Yu et al. 2023): the strongest
-    opponent down and below zero, or the strongest supporter up.
+    the latter at their mean output instead, alone or with the strongest supporter strengthened by half.
+    ``value_scaling`` scales one head (Yu et al. 2023): the strongest opponent down and below zero, or the strongest
+    supporter up.
     """
     opposite = _OPPOSITE[towards]
     opponents = scores["logit_diff"].ranked(opposite)
