@@ -62,6 +62,7 @@ _SCALES = ((0.0, 2.0), (-1.0, 4.0))
 _PRUNED_HEADS = (1, 2, 4, 8)
 _ABLATED_HEADS = (4, 8)
 _STRENGTHENED = 1.5
+_RANDOM_DRAWS = 2
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
@@ -338,14 +339,14 @@ class Study:
         }
 
     def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
-        """For each winner as many random heads, none of them a winner's, edited alike; measured together."""
+        """For each winner as many random heads, none of them a winner's, edited alike; all draws measured together."""
         anatomy = Anatomy(self.model)
         taken = {head[:2] for winner in winners for head in winner.heads}
         places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
         free = [place for place in places if place not in taken]
         rng = random.Random(self.seed)
         draws = []
-        for winner in winners:
+        for winner in [*winners] * _RANDOM_DRAWS:
             if len(winner.heads) > len(free):
                 raise UserError(f"{self.name} has too few heads for a random control of {len(winner.heads)} heads.")
             drawn = zip(rng.sample(free, len(winner.heads)), winner.heads, strict=True)

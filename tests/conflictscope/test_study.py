@@ -64,7 +64,7 @@ def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(make_st
     summary = make_study(tmp_path).run()
     winners = [summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")]
     draws = [draw["heads"] for draw in summary["random_heads"]["draws"]]
-    assert [[s for *_, s in drawn] for drawn in draws] == [[s for *_, s in heads] for heads in winners]
+    assert [[s for *_, s in drawn] for drawn in draws] == 2 * [[s for *_, s in heads] for heads in winners]
     for drawn in draws:
         assert not {tuple(h[:2]) for h in drawn} & {tuple(h[:2]) for heads in winners for h in heads}
 
