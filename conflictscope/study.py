@@ -97,7 +97,7 @@ class Candidate:
 
 
 def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> list[Candidate]:
-    """The candidates of one method, mildest first.
+    """The candidates of one method.
 
     ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
     logit difference, and by how much the wanted answer's probability gains without them. ``mean_ablation`` holds
