@@ -69,6 +69,21 @@ class Blueprint:
     mlp_post_norm: str | None = None
 
 
+@dataclass(frozen=True)
+class Observation:
+    """Where the values of a site pass by.
+
+    Attributes:
+        path: Module path in the transformers model.
+        is_input: Whether they are the module's input (z), not its output.
+        n_heads: Heads that the last dimension holds side by side, or ``None``.
+    """
+
+    path: str
+    is_input: bool
+    n_heads: int | None = None
+
+
 _LLAMA = Blueprint(
     embedding="model.embed_tokens",
     blocks="model.layers",
@@ -264,6 +279,27 @@ class Anatomy:
     def model_site(self, part: ModelPart) -> str:
         """The transformer_lens site of a part outside the blocks: its output."""
         return _MODEL_SITES[part]
+
+    def observed(self) -> dict[str, Observation]:
+        """Every site at which activations can be recorded, and where its values pass by, in the order of the layers.
+
+        Queries, keys and values are left out: some architectures compute them in one fused module.
+        """
+        found = {self.model_site("embedding"): Observation(self.model_path("embedding"), False)}
+        for layer in range(self.n_layers):
+            for part in self.parts:
+                if part not in ("query", "key", "value"):
+                    is_z = part == "output_projection"
+                    heads = self.n_heads if is_z else None
+                    found[self.site(part, layer)] = Observation(self.path(part, layer), is_z, heads)
+        found[self.model_site("final_norm")] = Observation(self.model_path("final_norm"), False)
+        return found
+
+    def written_site(self, part: Literal["attention", "mlp"], layer: int) -> str:
+        """The site of what attention or the MLP adds to the residual stream: after its post norm, where it has one."""
+        post = getattr(self.blueprint, f"{part}_post_norm")
+        written: Part = part if post is None else f"{part}_post_norm"
+        return self.site(written, layer)
 
     def _checked_part(self, part: Part) -> Part:
         if part not in self.parts:

@@ -86,6 +86,10 @@ def _question(relation: Relation) -> str:
     return f"Question: {relation.question}\nAnswer: {relation.stem}"
 
 
+def _in_short(relation: Relation) -> str:
+    return f"In short, {_lower_clause(relation.stem)}"
+
+
 def _lower(text: str) -> str:
     return text[0].lower() + text[1:]
 
@@ -117,10 +121,29 @@ PHRASINGS: dict[str, Phrasing] = {
             ask=lambda r: f"{r.question} {r.stem}",
             bare=lambda r: f"{r.question} {r.stem}",
         ),
+        Phrasing(
+            "note",
+            context=lambda r: f"Note: {r.inverse}.\n",
+            ask=lambda r: r.stem,
+            bare=lambda r: r.stem,
+        ),
+        Phrasing(
+            "dialogue",
+            context=lambda r: f"User: I read that {_lower_clause(r.inverse)}. ",
+            ask=lambda r: f"{r.question}\nAssistant: {r.stem}",
+            bare=lambda r: f"User: {r.question}\nAssistant: {r.stem}",
+        ),
+        Phrasing(
+            "passage",
+            context=lambda r: f"Here is what is known. {r.document}\n",
+            ask=_in_short,
+            bare=_in_short,
+        ),
     )
 }
 HELD_OUT_PHRASING = "according_to"
-SEEN_PHRASINGS = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASING)
+SEEN_PHRASINGS = ("statement", "question", "document")
+STUDY_PHRASINGS = (*SEEN_PHRASINGS, HELD_OUT_PHRASING)
 
 
 def _lower_clause(clause: str) -> str:
@@ -208,7 +231,11 @@ def known_facts(
 
 
 def build_conflicts(
-    facts: Mapping[str, Sequence[Fact]], *, seed: int = 0, kinds: Sequence[ContextKind] = CONTEXT_KINDS
+    facts: Mapping[str, Sequence[Fact]],
+    *,
+    seed: int = 0,
+    kinds: Sequence[ContextKind] = CONTEXT_KINDS,
+    phrasings: Sequence[str] = STUDY_PHRASINGS,
 ) -> ConflictSet:
     """Prompts for every fact, phrasing family and context kind.
 
@@ -216,6 +243,7 @@ def build_conflicts(
         facts: Facts by relation, for example from ``known_facts``.
         seed: Decides the splits and which answer conflicts with which.
         kinds: The context kinds to build.
+        phrasings: Names of the phrasing families, out of ``PHRASINGS``.
 
     Returns:
         The set, ordered by relation, subject, phrasing and kind. Facts that no other fact of their split can
@@ -232,7 +260,7 @@ def build_conflicts(
         for fact in known:
             if fact.subject not in conflicting:
                 continue
-            for phrasing in PHRASINGS.values():
+            for phrasing in (PHRASINGS[name] for name in phrasings):
                 for kind in kinds:
                     context, context_answers = {
                         "conflict": (

@@ -34,6 +34,28 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def _draws(clusters: Sequence[Hashable], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each cluster is drawn, ``(RESAMPLES, n_clusters)``, and which cluster each value is of, ``(n,)``."""
+    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    n_clusters = int(index.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=RESAMPLES)
+    return drawn.astype(float), index
+
+
+def bootstrap_weights(clusters: Sequence[Hashable], *, seed: int = 0) -> np.ndarray:
+    """How often each value is drawn under resampling of whole clusters, for statistics other than a mean.
+
+    Args:
+        clusters: ``n`` cluster labels.
+        seed: Seed of the resampling.
+
+    Returns:
+        ``(RESAMPLES, n)`` weights.
+    """
+    drawn, index = _draws(clusters, seed)
+    return drawn[:, index]
+
+
 def bootstrap_means(values: np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0) -> np.ndarray:
     """Means of ``values`` under resampling of whole clusters with replacement.
 
@@ -48,14 +70,11 @@ def bootstrap_means(values: np.ndarray, clusters: Sequence[Hashable], *, seed: i
     Returns:
         ``(RESAMPLES, ...)`` means.
     """
-    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
-    n_clusters = int(index.max()) + 1
-    sums = np.zeros((n_clusters, *values.shape[1:]))
+    drawn, index = _draws(clusters, seed)
+    sums = np.zeros((drawn.shape[1], *values.shape[1:]))
     np.add.at(sums, index, values)
-    counts = np.bincount(index, minlength=n_clusters).astype(float)
-    drawn = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=RESAMPLES)
-    totals = np.tensordot(drawn.astype(float), sums, axes=1)
-    return totals / (drawn @ counts).reshape(-1, *[1] * (values.ndim - 1))
+    totals = np.tensordot(drawn, sums, axes=1)
+    return totals / (drawn @ np.bincount(index)).reshape(-1, *[1] * (values.ndim - 1))
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0) -> Estimate:

@@ -1,0 +1,701 @@
+"""Record what a model holds at named sites and token positions, in memory or in a store on disk.
+
+One batch of prompts runs forward until the last wanted site has passed by, and no further: later layers and the
+unembedding are not computed. Of each site only the wanted positions are kept, on the device and in the dtype asked
+for; they move to the host in the background while the next batch runs.
+
+A store is a folder:
+
+    store.json                          what was recorded: model, data, seed, sites, positions, dtype
+    shards/00000/activations.safetensors    one tensor for each site, one row for each recorded token
+    shards/00000/index.parquet              the same rows: prompt, token, labels and metadata of the example
+
+A shard appears whole or not at all, and which prompts it holds and in which batches they run depends on the data
+alone. A recording that is killed and started again therefore ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import polars as pl
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy, Observation, transformers_model
+from interp.conflicts import ConflictExample, ConflictSet
+from interp.errors import UserError
+from interp.evaluation import measure_usage
+from interp.files import atomic_directory, read_json, write_json, write_parquet
+from interp.generation import BATCH_SIZE, encode
+from interp.models import DTYPES, fingerprint
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+SiteKind = Literal["residual", "attention", "mlp", "z"]
+SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
+Position = Literal["last", "last_context", "memory_answer", "context_answer", "all"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+
+SHARD_PROMPTS = 256
+SHARD_BYTES = 256 * 2**20
+
+_FORMAT = "conflictscope-activations"
+_VERSION = 1
+
+
+def sites_of(
+    model: Any, kinds: Sequence[SiteKind] = ("residual", "attention", "mlp"), layers: Sequence[int] | None = None
+) -> list[str]:
+    """The sites of the given kinds and layers, layer by layer.
+
+    ``residual`` is the residual stream after a block, ``attention`` and ``mlp`` are what these add to it, ``z`` is
+    the heads' output before the output projection.
+
+    Args:
+        model: The bridge, or a transformers model.
+        kinds: Which kinds.
+        layers: Which layers; ``None`` means all.
+
+    Raises:
+        UserError: If there is no such kind or layer.
+    """
+    if unknown := [kind for kind in kinds if kind not in SITE_KINDS]:
+        raise UserError(f"The kind of site {unknown[0]!r} is not known; known are {', '.join(SITE_KINDS)}.")
+    anatomy = Anatomy(model)
+    by_kind = {
+        "residual": lambda layer: anatomy.site("block", layer),
+        "attention": lambda layer: anatomy.written_site("attention", layer),
+        "mlp": lambda layer: anatomy.written_site("mlp", layer),
+        "z": lambda layer: anatomy.site("output_projection", layer),
+    }
+    wanted = range(anatomy.n_layers) if layers is None else layers
+    return [by_kind[kind](layer) for layer in wanted for kind in kinds]
+
+
+def observations(model: Any, sites: Sequence[str]) -> dict[str, Observation]:
+    """Where the values of each site pass by.
+
+    Raises:
+        UserError: If no site is given, or one does not exist; the message lists those that do.
+    """
+    if not sites:
+        raise UserError("No site is given; name at least one, for example with sites_of(model).")
+    known = Anatomy(model).observed()
+    if unknown := [site for site in sites if site not in known]:
+        raise UserError(f"The site {unknown[0]!r} does not exist in this model; there are {', '.join(known)}.")
+    return {site: known[site] for site in sites}
+
+
+@dataclass(frozen=True)
+class Activations(Mapping[str, Tensor]):
+    """Recorded values by site, one row for each recorded token.
+
+    Attributes:
+        by_site: Values, by site ``(n_rows, d)``; for z ``(n_rows, n_heads, d_head)``. On the host.
+        prompt: Number of the prompt that each row belongs to, ``(n_rows,)``.
+        position: Number of the token in that prompt, ``(n_rows,)``.
+    """
+
+    by_site: Mapping[str, Tensor]
+    prompt: Tensor
+    position: Tensor
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.by_site:
+            raise UserError(f"The site {site!r} was not recorded; recorded are {', '.join(self.by_site)}.")
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+
+def record(
+    model: TransformerBridge,
+    prompts: Sequence[str] | ConflictSet,
+    sites: Sequence[str],
+    positions: Position | Sequence[Sequence[int]] = "last",
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> Activations:
+    """Record activations of all prompts in memory.
+
+    Args:
+        model: The bridge, or a transformers model with a ``tokenizer`` attribute; interventions on it are seen.
+        prompts: Texts, or conflict examples.
+        sites: Names of sites, for example from ``sites_of``.
+        positions: ``last`` is the last token of the prompt; ``last_context`` the last one of the context;
+            ``memory_answer`` and ``context_answer`` the tokens of that answer, written after the prompt; ``all``
+            every token. Or token numbers for each prompt; negative ones count from its end. All but ``last``,
+            ``all`` and numbers need conflict examples.
+        dtype: What to keep: ``torch.float32``, ``float16`` or ``bfloat16``.
+        batch_size: Prompts per batch.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If a site or position does not exist, there is no prompt, or a value overflows ``dtype``.
+    """
+    source = _Source(model, prompts, positions)
+    where = observations(model, sites)
+    with _progress(progress, len(source)) as advance:
+        return _collected(model, source, range(len(source)), where, dtype, batch_size, advance).result()
+
+
+class _Wanted(NamedTuple):
+    """A text and the numbers of its tokens that are to be recorded."""
+
+    text: str
+    token_ids: list[int]
+    positions: list[int]
+
+
+class _Source:
+    """Texts and wanted positions of prompts, worked out for a few prompts at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[str] | ConflictSet,
+        positions: Position | Sequence[Sequence[int]],
+    ) -> None:
+        self.examples = prompts.examples if isinstance(prompts, ConflictSet) else None
+        self._texts = [] if isinstance(prompts, ConflictSet) else list(prompts)
+        self._positions = positions
+        self._tokenizer: Any = model.tokenizer
+        if not len(self):
+            raise UserError("There is no prompt to record; choose a split, kind or template that has examples.")
+        if not isinstance(positions, str):
+            if len(positions) != len(self):
+                raise UserError(f"There are {len(positions)} lists of positions for {len(self)} prompts; give as many.")
+        elif positions not in POSITIONS:
+            raise UserError(f"The position {positions!r} is not known; known are {', '.join(POSITIONS)}.")
+        elif self.examples is None and positions not in ("last", "all"):
+            raise UserError(f"The position {positions!r} needs conflict examples; texts alone have only last and all.")
+
+    def __len__(self) -> int:
+        return len(self._texts) if self.examples is None else len(self.examples)
+
+    def wanted(self, numbers: Sequence[int]) -> list[_Wanted]:
+        """Texts, tokens and wanted positions of some prompts."""
+        texts = [self._text(i) for i in numbers]
+        named = isinstance(self._positions, str) and self._positions not in ("last", "all")
+        tokens = self._tokenizer(texts, return_offsets_mapping=named)
+        offsets = tokens["offset_mapping"] if named else [None] * len(texts)
+        return [
+            _Wanted(text, ids, self._tokens_of(i, len(ids), spans))
+            for i, text, ids, spans in zip(numbers, texts, tokens["input_ids"], offsets, strict=True)
+        ]
+
+    def _text(self, i: int) -> str:
+        if self.examples is None:
+            return self._texts[i]
+        prompt = self.examples[i].prompt
+        return f"{prompt} {self._answer(i)}" if self._positions in ("memory_answer", "context_answer") else prompt
+
+    def _answer(self, i: int) -> str:
+        assert self.examples is not None
+        example = self.examples[i]
+        answers = example.memory_answers if self._positions == "memory_answer" else example.context_answers
+        if not answers:
+            raise UserError(
+                f"The example {example.id} has no {str(self._positions).replace('_', ' ')}; "
+                "leave out the kinds of context that have none."
+            )
+        return answers[0]
+
+    def _tokens_of(self, i: int, length: int, spans: Sequence[tuple[int, int]] | None) -> list[int]:
+        if self._positions == "last":
+            return [length - 1]
+        if self._positions == "all":
+            return list(range(length))
+        if not isinstance(self._positions, str):
+            chosen = list(self._positions[i])
+            if outside := [p for p in chosen if not -length <= p < length]:
+                raise UserError(f"Prompt {i} has no token {outside[0]}: it has {length} tokens.")
+            return [p % length for p in chosen]
+        assert self.examples is not None
+        assert spans is not None
+        example = self.examples[i]
+        if self._positions == "last_context":
+            end = _context_end(example)
+            return [max(t for t, (start, stop) in enumerate(spans) if start < end and stop > start)]
+        return [t for t, (_, stop) in enumerate(spans) if stop > len(example.prompt)]
+
+
+def _context_end(example: ConflictExample) -> int:
+    """Where the context ends in the prompt, in characters."""
+    start = example.prompt.lower().find(example.context.lower())
+    if not example.context or start < 0:
+        raise UserError(
+            f"The example {example.id} has no context in its prompt; leave out the kinds of context that have none."
+        )
+    return start + len(example.context)
+
+
+class _Enough(Exception):
+    """Ends a forward pass once all that is wanted has passed by."""
+
+
+@contextmanager
+def watching(model: Any, where: Mapping[str, Observation], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(site, values)`` with the values ``(n, n_tokens, d)`` of each site whenever they pass by."""
+    network: nn.Module = transformers_model(model)
+
+    def seen(site: str, values: Any) -> None:
+        see(site, values[0] if isinstance(values, tuple) else values)
+
+    with ExitStack() as stack:
+        for site, observation in where.items():
+            module = network.get_submodule(observation.path)
+            if observation.is_input:
+                handle = module.register_forward_pre_hook(lambda _, given, site=site: seen(site, given))
+            else:
+                handle = module.register_forward_hook(lambda _, __, given, site=site: seen(site, given))
+            stack.callback(handle.remove)
+        yield
+
+
+def observe(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    where: Mapping[str, Observation],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """One forward pass, up to the last site: the values at ``(rows[i], columns[i])`` of the batch, on the device.
+
+    Args:
+        model: The bridge, or a transformers model.
+        inputs: What ``encode`` gives.
+        rows: Row of the batch for each wanted token, ``(n,)``.
+        columns: Column of the batch for each wanted token, ``(n,)``.
+        where: From ``observations``.
+        dtype: What to keep.
+
+    Returns:
+        By site ``(n, d)``, for z ``(n, n_heads, d_head)``.
+    """
+    network: Any = transformers_model(model)
+    kept: dict[str, Tensor] = {}
+
+    def keep(site: str, values: Tensor) -> None:
+        chosen = values[rows.to(values.device), columns.to(values.device)].to(dtype)
+        heads = where[site].n_heads
+        kept[site] = chosen if heads is None else chosen.unflatten(-1, (heads, -1))
+        if len(kept) == len(where):
+            raise _Enough
+
+    with watching(model, where, keep), torch.inference_mode():
+        try:
+            network(**inputs, use_cache=False, logits_to_keep=1)
+        except _Enough:
+            return kept
+    raise RuntimeError(f"the forward pass never came by {', '.join(set(where) - set(kept))}")
+
+
+class _Collected:
+    """Batches of activations on their way to the host, and how to put them in the prompts' order."""
+
+    def __init__(self, sites: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        self._parts: dict[str, list[Tensor]] = {site: [] for site in sites}
+        self._prompts: list[int] = []
+        self._positions: list[int] = []
+        self._dtype = dtype
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def add(self, values: Mapping[str, Tensor], prompts: Sequence[int], positions: Sequence[int]) -> None:
+        """Take a batch; its copy to the host runs while the caller goes on."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for site, tensor in values.items():
+            self._parts[site].append(self._to_host(tensor))
+        self._prompts += prompts
+        self._positions += positions
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self._stream is None:
+            return tensor.cpu()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+        # The allocator must not give the memory to the next batch before the copy is done.
+        tensor.record_stream(self._stream)
+        return host
+
+    def result(self) -> Activations:
+        """Everything, ordered by prompt and position."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        keys = list(zip(self._prompts, self._positions, strict=True))
+        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+        values: dict[str, Tensor] = {}
+        for site, parts in self._parts.items():
+            values[site] = torch.cat(parts)[order]
+            parts.clear()
+            if not values[site].isfinite().all():
+                raise UserError(
+                    f"A value at {site} does not fit into {str(self._dtype).removeprefix('torch.')}; "
+                    "record in bfloat16 or float32."
+                )
+        return Activations(values, torch.tensor(self._prompts)[order], torch.tensor(self._positions)[order])
+
+
+def _collected(
+    model: Any,
+    source: _Source,
+    numbers: Sequence[int],
+    where: Mapping[str, Observation],
+    dtype: torch.dtype,
+    batch_size: int,
+    advance: Any,
+) -> _Collected:
+    """Run the prompts with these numbers, those of similar length together."""
+    wanted = dict(zip(numbers, source.wanted(numbers), strict=True))
+    device = next(transformers_model(model).parameters()).device
+    collected = _Collected(list(where), device, dtype)
+    order = sorted(numbers, key=lambda i: (-len(wanted[i].token_ids), i))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = encode(model, [wanted[i].text for i in batch])
+        width = inputs["input_ids"].shape[1]
+        places = [(row, i, p) for row, i in enumerate(batch) for p in wanted[i].positions]
+        if places:
+            rows = torch.tensor([row for row, _, _ in places], device=device)
+            columns = torch.tensor([width - len(wanted[i].token_ids) + p for _, i, p in places], device=device)
+            values = observe(model, inputs, rows, columns, where, dtype)
+            collected.add(values, [i for _, i, _ in places], [p for _, _, p in places])
+        advance(len(batch))
+    return collected
+
+
+class _progress:
+    """A progress bar on standard error that counts prompts; none without a label."""
+
+    def __init__(self, label: str | None, total: int, done: int = 0) -> None:
+        self._bar = None if label is None else Progress(console=Console(stderr=True), transient=True)
+        self._label, self._total, self._done = label or "", total, done
+
+    def __enter__(self) -> Any:
+        if self._bar is None:
+            return lambda _: None
+        bar = self._bar
+        bar.start()
+        task = bar.add_task(self._label, total=self._total, completed=self._done)
+        return lambda count: bar.advance(task, count)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class ActivationStore(Mapping[str, Tensor]):
+    """Recorded activations in a folder: a mapping from site to its values, read from memory-mapped shards.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: The folder.
+        basis: What was recorded, as ``store.json`` says: ``model`` (``name``, ``fingerprint``), ``data`` (``name``,
+            ``digest``, ``prompts``), ``seed``, ``sites``, ``positions``, ``dtype``, ``batch_size``, ``answers``.
+
+    Raises:
+        UserError: If the folder is not a store.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "store.json").is_file():
+            raise UserError(f"{path} is not an activation store; give a folder that `conflictscope record` wrote.")
+        self.basis: dict[str, Any] = read_json(self.path / "store.json")
+        if not isinstance(self.basis, dict) or (self.basis.get("format"), self.basis.get("version")) != (
+            _FORMAT,
+            _VERSION,
+        ):
+            raise UserError(f"{path}/store.json is not of format {_FORMAT}, version {_VERSION}; record it again.")
+
+    @property
+    def sites(self) -> list[str]:
+        """The recorded sites."""
+        return list(self.basis["sites"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether all prompts have been recorded."""
+        return self._recorded() == self.basis["data"]["prompts"]
+
+    @cached_property
+    def index(self) -> pl.DataFrame:
+        """One row for each row of the values, as far as recorded: ``prompt``, ``position``, ``token``, metadata."""
+        parts = [pl.read_parquet(shard / "index.parquet") for shard in self._shards()]
+        return pl.concat(parts, how="vertical_relaxed") if parts else pl.DataFrame()
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self.read(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def read(self, site: str, rows: Sequence[int] | None = None) -> Tensor:
+        """The values of one site, ``(n_rows, d)``, or only some rows of it; other rows are not read from disk.
+
+        Raises:
+            UserError: If the site was not recorded, or nothing was.
+        """
+        parts, first = [], 0
+        numbers = None if rows is None else torch.as_tensor(rows, dtype=torch.long)
+        order = []
+        for values in self.shards(site):
+            if numbers is None:
+                parts.append(values)
+            else:
+                here = ((numbers >= first) & (numbers < first + len(values))).nonzero().flatten()
+                parts.append(values[numbers[here] - first])
+                order.append(here)
+            first += len(values)
+        if not parts:
+            raise UserError(f"The store {self.path} has no rows yet; run the same `conflictscope record` again.")
+        read = torch.cat(parts)
+        return read if numbers is None else read[torch.cat(order).argsort()]
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:
+        """A mapping like the store itself, of some rows only; a site is read when it is asked for."""
+        return _Rows(self, list(numbers))
+
+    def shards(self, site: str) -> Iterator[Tensor]:
+        """The values of one site, shard by shard, each memory-mapped.
+
+        Raises:
+            UserError: If the site was not recorded.
+        """
+        if site not in self.sites:
+            raise UserError(f"The site {site!r} was not recorded in {self.path}; recorded are {', '.join(self.sites)}.")
+        for shard in self._shards():
+            with safe_open(shard / "activations.safetensors", "pt") as tensors:
+                yield tensors.get_tensor(site)
+
+    def _shards(self) -> list[Path]:
+        """The folders of finished shards, in order."""
+        return sorted(p for p in (self.path / "shards").glob("[0-9]*") if p.is_dir())
+
+    def _recorded(self) -> int:
+        """How many prompts have been recorded."""
+        shards = self._shards()
+        if not shards:
+            return 0
+        return 1 + pl.scan_parquet(shards[-1] / "index.parquet").select(pl.col("prompt").max()).collect().item()
+
+    @classmethod
+    def record(
+        cls,
+        path: str | Path,
+        model: TransformerBridge,
+        prompts: Sequence[str] | ConflictSet,
+        sites: Sequence[str],
+        positions: Position = "last",
+        *,
+        name: str,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        answers: bool = False,
+        batch_size: int = BATCH_SIZE,
+        progress: str | None = None,
+    ) -> ActivationStore:
+        """Record activations to a folder, or go on where an earlier call with the same arguments stopped.
+
+        Memory use does not depend on the number of prompts.
+
+        Args:
+            path: The folder.
+            model: The bridge.
+            prompts: Texts, or conflict examples.
+            sites: Names of sites, for example from ``sites_of``.
+            positions: See ``record``.
+            name: What the model is called.
+            seed: The seed that the data was made with.
+            dtype: What to keep.
+            answers: Answer each conflict prompt greedily too, and put ``answer`` and ``usage`` into the index.
+            batch_size: Prompts per batch.
+            progress: Label of a progress bar; ``None`` shows none.
+
+        Raises:
+            UserError: If the folder holds another recording (the message says what differs), another process is
+                writing to it, a site or position does not exist, or a value overflows ``dtype``.
+        """
+        source = _Source(model, prompts, positions)
+        where = observations(model, sites)
+        if answers and source.examples is None:
+            raise UserError("Answers are judged by what the examples say; give conflict examples, not texts alone.")
+        basis = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": {"name": name, "fingerprint": fingerprint(model)},
+            "data": {
+                "name": prompts.name if isinstance(prompts, ConflictSet) else "texts",
+                "digest": prompts.digest if isinstance(prompts, ConflictSet) else _digest(prompts),
+                "prompts": len(source),
+            },
+            "seed": seed,
+            "sites": list(where),
+            "positions": positions,
+            "dtype": next(key for key, value in DTYPES.items() if value == dtype),
+            "batch_size": batch_size,
+            "answers": answers,
+        }
+        folder = Path(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+                _prepare(folder, basis)
+                store = cls(folder)
+                store._continue(model, source, where, dtype, batch_size, answers, progress)
+        except Timeout as error:
+            raise UserError(f"Another process is recording to {path}; wait for it or choose another folder.") from error
+        return cls(folder)
+
+    def _continue(
+        self,
+        model: TransformerBridge,
+        source: _Source,
+        where: Mapping[str, Observation],
+        dtype: torch.dtype,
+        batch_size: int,
+        answers: bool,
+        progress: str | None,
+    ) -> None:
+        first, number = self._recorded(), len(self._shards())
+        bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in where.values())
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(1) as writer, _progress(progress, len(source), first) as advance:
+            while first < len(source):
+                numbers = _next_shard(source, first, bytes_per_row)
+                collected = _collected(model, source, numbers, where, dtype, batch_size, advance)
+                index = _index(model, source, numbers, answers, batch_size)
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(_write_shard, self.path / "shards" / f"{number:05d}", collected, index)
+                first, number = numbers[-1] + 1, number + 1
+            if pending is not None:
+                pending.result()
+
+
+class _Rows(Mapping[str, Tensor]):
+    """Some rows of a store, read when a site is asked for."""
+
+    def __init__(self, store: ActivationStore, numbers: list[int]) -> None:
+        self._store, self._numbers = store, numbers
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self._store.read(site, self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def _prepare(folder: Path, basis: dict[str, Any]) -> None:
+    """Make ``folder`` a store with this basis, or see that it is one, and clear what a killed run left half-written."""
+    if (folder / "store.json").exists():
+        found = ActivationStore(folder).basis
+        for key, value in basis.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{folder} holds another recording: its {key} is {_short(found.get(key))}, not {_short(value)}; "
+                    "give the name of a new folder, or the arguments it was recorded with."
+                )
+    else:
+        if folder.exists() and any(not p.name.startswith(".store.json.") for p in folder.iterdir()):
+            raise UserError(f"{folder} exists already and is not an activation store; give the name of a new folder.")
+        write_json(folder / "store.json", basis)
+    for leftover in (*folder.glob(".store.json.*"), *folder.glob("shards/.*")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _width(model: Any, observation: Observation) -> int:
+    anatomy = Anatomy(model)
+    return anatomy.d_model if observation.n_heads is None else anatomy.n_heads * anatomy.d_head
+
+
+def _next_shard(source: _Source, first: int, bytes_per_row: int) -> range:
+    """The prompts of the next shard: so many that neither their number nor their bytes exceed what a shard holds."""
+    numbers = range(first, min(first + SHARD_PROMPTS, len(source)))
+    size, count = 0, 0
+    for wanted in source.wanted(numbers):
+        size += len(wanted.positions) * bytes_per_row
+        if count and size > SHARD_BYTES:
+            break
+        count += 1
+    return numbers[:count]
+
+
+def _index(model: Any, source: _Source, numbers: range, answers: bool, batch_size: int) -> pl.DataFrame:
+    """The index rows of one shard, in the order of its values."""
+    wanted = source.wanted(numbers)
+    rows = [
+        {"prompt": i, "position": p, "token": w.token_ids[p]}
+        for i, w in zip(numbers, wanted, strict=True)
+        for p in sorted(w.positions)
+    ]
+    frame = pl.DataFrame(rows, schema={"prompt": pl.Int64, "position": pl.Int64, "token": pl.Int64})
+    if source.examples is None:
+        about = pl.DataFrame(
+            {"prompt": list(numbers), "id": [str(i) for i in numbers], "text": [w.text for w in wanted]}
+        )
+        return frame.join(about, on="prompt", how="left", maintain_order="left")
+    chosen = [source.examples[i] for i in numbers]
+    columns = ("id", "subject", "relation", "template", "kind", "split", "source")
+    about = pl.DataFrame({"prompt": list(numbers), **{c: [getattr(e, c) for e in chosen] for c in columns}})
+    about = about.with_columns(text=pl.Series([w.text for w in wanted], dtype=pl.String))
+    if answers:
+        conflicts = tuple(e for e in chosen if e.kind == "conflict")
+        schema = {"id": pl.String, "answer": pl.String, "usage": pl.String}
+        judged = pl.DataFrame(schema=schema)
+        if conflicts:
+            usage = measure_usage(model, ConflictSet("shard", conflicts), batch_size=batch_size)
+            judged = usage.frame.select("id", "answer", "usage")
+        about = about.join(judged, on="id", how="left", maintain_order="left")
+    return frame.join(about, on="prompt", how="left", maintain_order="left")
+
+
+def _write_shard(folder: Path, collected: _Collected, index: pl.DataFrame) -> None:
+    activations = collected.result()
+    with atomic_directory(folder) as partial:
+        write_parquet(partial / "index.parquet", index)
+        save_file(
+            {site: values.contiguous() for site, values in activations.items()}, partial / "activations.safetensors"
+        )
