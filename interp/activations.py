@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -57,6 +58,15 @@ SHARD_BYTES = 256 * 2**20
 
 _FORMAT = "conflictscope-activations"
 _VERSION = 1
+
+_SITE_NAMES: dict[str, SiteKind] = {
+    "hook_out": "residual",
+    "attn.hook_out": "attention",
+    "ln1_post.hook_out": "attention",
+    "mlp.hook_out": "mlp",
+    "ln2_post.hook_out": "mlp",
+    "attn.o.hook_in": "z",
+}
 
 
 def sites_of(
@@ -86,6 +96,13 @@ def sites_of(
     }
     wanted = range(anatomy.n_layers) if layers is None else layers
     return [by_kind[kind](layer) for layer in wanted for kind in kinds]
+
+
+def site_kind(site: str) -> tuple[SiteKind, int] | None:
+    """Kind and layer of a site, by its name alone: what ``sites_of`` made it from; ``None`` for any other site."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", site)
+    kind = _SITE_NAMES.get(match[2]) if match else None
+    return (kind, int(match[1])) if match and kind else None
 
 
 def observations(model: Any, sites: Sequence[str]) -> dict[str, Observation]:
@@ -120,6 +137,9 @@ class Activations(Mapping[str, Tensor]):
         if site not in self.by_site:
             raise UserError(f"The site {site!r} was not recorded; recorded are {', '.join(self.by_site)}.")
         return self.by_site[site]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.by_site
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.by_site)
@@ -187,6 +207,8 @@ class _Source:
         if not isinstance(positions, str):
             if len(positions) != len(self):
                 raise UserError(f"There are {len(positions)} lists of positions for {len(self)} prompts; give as many.")
+            if not any(len(chosen) for chosen in positions):
+                raise UserError("The lists of positions are all empty; name at least one token.")
         elif positions not in POSITIONS:
             raise UserError(f"The position {positions!r} is not known; known are {', '.join(POSITIONS)}.")
         elif self.examples is None and positions not in ("last", "all"):
@@ -224,6 +246,8 @@ class _Source:
         return answers[0]
 
     def _tokens_of(self, i: int, length: int, spans: Sequence[tuple[int, int]] | None) -> list[int]:
+        if not length:
+            raise UserError(f"Prompt {i} has no tokens; leave out empty prompts.")
         if self._positions == "last":
             return [length - 1]
         if self._positions == "all":
@@ -244,12 +268,13 @@ class _Source:
 
 def _context_end(example: ConflictExample) -> int:
     """Where the context ends in the prompt, in characters."""
-    start = example.prompt.lower().find(example.context.lower())
-    if not example.context or start < 0:
+    # Not by lowering both: some letters become two then.
+    found = re.search(re.escape(example.context), example.prompt, re.IGNORECASE)
+    if not example.context or found is None:
         raise UserError(
             f"The example {example.id} has no context in its prompt; leave out the kinds of context that have none."
         )
-    return start + len(example.context)
+    return found.end()
 
 
 class _Enough(Exception):
@@ -454,6 +479,9 @@ class ActivationStore(Mapping[str, Tensor]):
     def __getitem__(self, site: str) -> Tensor:
         return self.read(site)
 
+    def __contains__(self, site: object) -> bool:
+        return site in self.sites
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
 
@@ -464,7 +492,7 @@ class ActivationStore(Mapping[str, Tensor]):
         """The values of one site, ``(n_rows, d)``, or only some rows of it; other rows are not read from disk.
 
         Raises:
-            UserError: If the site was not recorded, or nothing was.
+            UserError: If the site was not recorded, nothing was, or there is no such row.
         """
         parts, first = [], 0
         numbers = None if rows is None else torch.as_tensor(rows, dtype=torch.long)
@@ -479,6 +507,8 @@ class ActivationStore(Mapping[str, Tensor]):
             first += len(values)
         if not parts:
             raise UserError(f"The store {self.path} has no rows yet; run the same `conflictscope record` again.")
+        if numbers is not None and len(outside := numbers[(numbers < 0) | (numbers >= first)]):
+            raise UserError(f"The store {self.path} has no row {outside[0].item()}; its rows are 0 to {first - 1}.")
         read = torch.cat(parts)
         return read if numbers is None else read[torch.cat(order).argsort()]
 
@@ -567,7 +597,10 @@ class ActivationStore(Mapping[str, Tensor]):
             "answers": answers,
         }
         folder = Path(path)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Could not write {path}: {error.strerror or error}; choose another folder.") from error
         try:
             with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
                 _prepare(folder, basis)
@@ -612,6 +645,9 @@ class _Rows(Mapping[str, Tensor]):
     def __getitem__(self, site: str) -> Tensor:
         return self._store.read(site, self._numbers)
 
+    def __contains__(self, site: object) -> bool:
+        return site in self._store
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._store)
 
@@ -634,7 +670,9 @@ def _prepare(folder: Path, basis: dict[str, Any]) -> None:
                     "give the name of a new folder, or the arguments it was recorded with."
                 )
     else:
-        if folder.exists() and any(not p.name.startswith(".store.json.") for p in folder.iterdir()):
+        if folder.exists() and (
+            not folder.is_dir() or any(not p.name.startswith(".store.json.") for p in folder.iterdir())
+        ):
             raise UserError(f"{folder} exists already and is not an activation store; give the name of a new folder.")
         write_json(folder / "store.json", basis)
     for leftover in (*folder.glob(".store.json.*"), *folder.glob("shards/.*")):
@@ -696,6 +734,11 @@ def _write_shard(folder: Path, collected: _Collected, index: pl.DataFrame) -> No
     activations = collected.result()
     with atomic_directory(folder) as partial:
         write_parquet(partial / "index.parquet", index)
-        save_file(
-            {site: values.contiguous() for site, values in activations.items()}, partial / "activations.safetensors"
-        )
+        try:
+            save_file(
+                {site: values.contiguous() for site, values in activations.items()}, partial / "activations.safetensors"
+            )
+        except SafetensorError as error:
+            raise UserError(
+                f"Could not write {folder}: {error}; free some space and record again, which goes on from here."
+            ) from error
