@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build, inspect and convert conflict data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+probe_app = typer.Typer(help="Fit, score and use probes on recorded activations.", no_args_is_help=True)
+app.add_typer(probe_app, name="probe")
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
@@ -35,6 +39,8 @@ DataOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of splits and conflicts built here, and of random choices.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+RecordingOption = Annotated[Path, typer.Option("--recording", help="A folder that `conflictscope record` wrote.")]
+ProbesOption = Annotated[Path, typer.Option("--probes", help="A folder that `conflictscope probe fit` wrote.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -172,6 +178,187 @@ def attribute(
 
 
 @app.command()
+def record(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the recording; the same command goes on where it stopped.")
+    ] = Path("out/recording"),
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Kinds of sites (residual, attention, mlp, z) or names of sites; repeatable."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers, for example 0-9,12; all by default.")] = None,
+    position: Annotated[
+        Literal["last", "last_context", "memory_answer", "context_answer", "all"],
+        typer.Option(help="The tokens that are kept: of the prompt, or of an answer written after it."),
+    ] = "last",
+    keep: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="The dtype that activations are kept in.")
+    ] = "float32",
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="Answer conflict prompts too; the source probe needs it.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
+
+    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them.
+    """
+    from conflictscope.probing import EMBEDDING, conflicts_for_probes
+    from interp.activations import SITE_KINDS, ActivationStore, sites_of
+    from interp.conflicts import ConflictSet
+    from interp.models import DTYPES, load_model
+
+    if data is not None and relation:
+        raise UserError("Give --data or --relation, not both.")
+    chosen = site or ["residual", "attention", "mlp"]
+    conflicts = None if data is None else ConflictSet.load(data)
+    bridge = load_model(model, device=device, dtype=dtype)
+    kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
+    sites = [name for name in chosen if name not in SITE_KINDS]
+    sites = [EMBEDDING, *sites_of(bridge, kinds, _layers(layers)), *sites] if kinds else sites
+    if conflicts is None:
+        conflicts = conflicts_for_probes(
+            bridge,
+            relation or [DEFAULT_RELATION],
+            folder=out.with_name(f"{out.name}-records"),
+            seed=seed,
+            kinds=("conflict", "aligned"),
+        )
+    store = ActivationStore.record(
+        out,
+        bridge,
+        conflicts,
+        list(dict.fromkeys(sites)),
+        position,
+        name=model,
+        seed=seed,
+        dtype=DTYPES[keep],
+        answers=answers,
+        batch_size=batch_size,
+        progress="Recording",
+    )
+    _say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
+
+
+@probe_app.command("fit")
+def probe_fit(
+    recording: Annotated[Path, typer.Option(help="A folder that `conflictscope record` wrote.")] = Path(
+        "out/recording"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for the probes, their controls and the detector.")] = Path(
+        "out/probes"
+    ),
+    label: Annotated[list[str] | None, typer.Option(help="conflict or source; repeatable; both by default.")] = None,
+    method: Annotated[
+        Literal["logistic", "discriminant", "mean_difference"], typer.Option(help="How probes are fitted.")
+    ] = "logistic",
+    held_out: Annotated[
+        str, typer.Option(help="Phrasing family that is neither trained nor chosen on.")
+    ] = "according_to",
+    false_positive_rate: Annotated[
+        float, typer.Option(help="Share of aligned prompts that the detector may call conflicts.")
+    ] = 0.05,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Fit the controls too; it takes several times as long.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffled labels.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit probes of conflict and source at every recorded site, and a detector."""
+    from conflictscope.probing import LABELS, fit_probes
+    from interp.activations import ActivationStore
+
+    if unknown := [name for name in label or () if name not in LABELS]:
+        raise UserError(f"There is no probe of {unknown[0]!r}; choose among {', '.join(LABELS)}.")
+    probes, detector = fit_probes(
+        ActivationStore(recording),
+        out,
+        labels=[name for name in LABELS if name in (label or LABELS)],
+        method=method,
+        held_out=held_out,
+        false_positive_rate=false_positive_rate,
+        controls=controls,
+        seed=seed,
+        device=device,
+    )
+    for name, probe_set in probes.items():
+        _say(f"{name}: chosen on dev is {probe_set.best.site}, AUROC {probe_set.best.validation_auroc:.3f} there")
+    if detector is not None:
+        hits = detector.settings["dev_true_positive_rate"]
+        _say(
+            f"detector: {detector.conflict.site} above {detector.threshold:.3f} finds {hits:.0%} of the conflicts "
+            f"on dev at a false-positive rate of {false_positive_rate:.0%}"
+        )
+    _say(f"Probes are in {out}")
+
+
+@probe_app.command("score")
+def probe_score(
+    recording: Annotated[Path, typer.Option(help="A folder that `conflictscope record` wrote.")] = Path(
+        "out/recording"
+    ),
+    probes: ProbesOption = Path("out/probes"),
+    out: Annotated[Path, typer.Option(help="Folder for scores.parquet and figures/.")] = Path("out/probe-scores"),
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Score probes and their controls on held-out subjects, and draw figures."""
+    from conflictscope.probing import score_probes, score_table
+    from interp.activations import ActivationStore
+
+    scores = score_probes(ActivationStore(recording), probes, out, seed=seed)
+    _print_frame(score_table(scores.frame))
+    _say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
+
+
+@probe_app.command("detect")
+def probe_detect(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
+    ] = None,
+    probes: ProbesOption = Path("out/probes"),
+    model: ModelOption = DEFAULT_MODEL,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Say of each prompt, before it is answered, whether its context conflicts with memory and which will win.
+
+    Writes one JSON object a line to standard output, in the order of the prompts.
+    """
+    from dataclasses import asdict
+
+    from conflictscope.probing import read_prompts
+    from interp.models import fingerprint, load_model
+    from probes.detector import ConflictDetector
+
+    detector = ConflictDetector.load(probes / "detector")
+    stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
+    with stream:
+        batches = read_prompts(stream, batch_size)
+        first = next(batches, None)
+        if first is None:
+            raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
+        bridge = load_model(model, device=device, dtype=dtype)
+        if fingerprint(bridge) != detector.settings["model"]["fingerprint"]:
+            raise UserError(
+                f"The probes were fitted on {detector.settings['model']['name']} with other weights or another dtype; "
+                "give that model, or record and fit with this one."
+            )
+        for batch in itertools.chain([first], batches):
+            detections = detector.detect(bridge, [prompt.text for prompt in batch], batch_size=batch_size)
+            for prompt, detection in zip(batch, detections, strict=True):
+                sys.stdout.write(json.dumps({"id": prompt.id, **asdict(detection)}) + "\n")
+            sys.stdout.flush()
+
+
+@app.command()
 def models() -> None:
     """List the registered models and whether they are cached."""
     from interp.models import REGISTERED, cached_path, is_cached
@@ -288,6 +475,18 @@ def _model_and_data(
         facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
         conflicts = build_conflicts(facts, seed=seed)
     return bridge, conflicts
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """The layers that a text like ``0-9,12`` names."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+            raise UserError(f"--layers takes numbers and ranges like 0-9,12, not {text!r}.")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return layers
 
 
 def _check_columns(columns: list[str]) -> None:

@@ -1,30 +1,37 @@
-"""The second job: record activations of conflict prompts, probe them, and say how good the probes are.
+"""The second job: record conflict prompts, probe what was recorded, and say how good the probes are.
 
-Probes train on the train split and choose strength, site and threshold on dev, in all phrasing families but one.
-They are scored on held-out subjects, in the families they know and in the one they do not, next to three controls:
-probes fitted to shuffled labels, a floor that sees nothing but what is no evidence (the last token's embedding, or
-phrasing and relation), and probes that have never seen the relation that they are scored on.
+Probes train on the train split; strength, site and threshold are chosen on dev; one phrasing family is left out of
+both. They are scored on held-out subjects, in the families they know and in the one they do not, next to what keeps
+the numbers honest:
+
+    shuffled labels     probes fitted to labels that were permuted within relation, phrasing and split
+    floor               for conflicts the embedding of the last token; for sources phrasing and relation
+    without a relation  fitted on the other relations, scored on this one
+    without a phrasing  fitted on the other phrasing families, scored on this one
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 import torch
+from plotly.graph_objects import Figure
 from torch import Tensor
 
 from conflictscope.records import Records
 from interp.activations import ActivationStore, site_kind
-from interp.conflicts import ConflictSet
+from interp.conflicts import ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import measure_usage
-from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, known_facts, relation_named
-from interp.files import write_json, write_parquet
+from interp.evaluation import answered_from_memory, measure_usage
+from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, known_facts, relation_named, usable_facts
+from interp.files import write_parquet
+from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
 from interp.statistics import Estimate
@@ -32,29 +39,397 @@ from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
 from probes.plots import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
-from probes.quality import ProbeScore
+from probes.quality import ProbeScore, pooled_auroc
 
 Label = Literal["conflict", "source"]
 LABELS: tuple[Label, ...] = get_args(Label)
 EMBEDDING = "embed.hook_out"
+SHUFFLES = 5
 
 _CLASSES: dict[Label, tuple[str, ...]] = {"conflict": CONFLICT_CLASSES, "source": SOURCE_CLASSES}
-_GROUPS = ("seen phrasings", "unseen phrasing")
+_PHRASING_GROUPS = ("seen phrasings", "unseen phrasing")
+_FLOOR = "phrasing and relation"
+_MEASURES = ("auroc", "auprc", "accuracy", "calibration_error")
 
 
 def conflicts_for_probes(
-    model: Any, folder: Path, relations: Sequence[str], *, seed: int, progress: bool = True
+    model: Any, relations: Sequence[str], *, folder: Path, seed: int, kinds: Sequence[ContextKind]
 ) -> ConflictSet:
-    """Conflicting and aligned prompts in every phrasing family in which the model itself gives the memory answer.
+    """Prompts of these kinds in every phrasing family in which the model itself gives the memory answer closed-book.
 
-    What it answers closed-book is kept under ``folder``, so that a second call does not ask again.
+    What it answers is kept under ``folder``, so that a call that is repeated does not ask again.
     """
-    records = Records(folder, model=fingerprint(model), seed=seed)
+    records = Records(folder, model=fingerprint(model))
     facts = {}
-    for relation in [relation_named(name).name for name in relations]:
-        label = f"Closed-book: {relation}" if progress else None
+    for relation in [relation_named(relation).name for relation in relations]:
+        usable = usable_facts(relation)
         known = records.json(
-            f"known-{relation}", [], lambda: [f.subject for f in known_facts(model, relation, progress=label)]
+            f"known-{relation}",
+            [[fact.subject, fact.answers] for fact in usable],
+            lambda relation=relation: [f.subject for f in known_facts(model, relation, progress=f"Known: {relation}")],
         )
-        facts[relation] = [fact for fact in load_facts(relation) if fact.subject in known]
-    everything = build_conflicts(facts, seed=seed, phrasings=tuple(PHRASINGS))
+        facts[relation] = [fact for fact in usable if fact.subject in known]
+    conflicts = build_conflicts(facts, seed=seed, kinds=("none", *kinds), phrasings=tuple(PHRASINGS))
+    closed_book = conflicts.select(kind="none")
+    report = records.usage(
+        "closed_book", closed_book.digest, lambda: measure_usage(model, closed_book, progress="Closed-book")
+    )
+    return answered_from_memory(conflicts, report)
+
+
+def examples_of(store: ActivationStore, label: Label) -> pl.DataFrame:
+    """The index rows that have the label, with their number in the store as ``row`` and the label as ``label``.
+
+    Raises:
+        UserError: If the recording has not finished, or has no such label.
+    """
+    if not store.complete:
+        raise UserError(f"The recording in {store.path} has not finished; run the same `conflictscope record` again.")
+    index = store.index.with_row_index("row")
+    needed = {"kind", "split", "template", "relation", "subject"} | ({"usage"} if label == "source" else set())
+    if missing := needed - set(index.columns):
+        raise UserError(
+            f"The recording in {store.path} lacks {', '.join(sorted(missing))}; record conflict examples, "
+            "with --answers for the source probe."
+        )
+    column = "kind" if label == "conflict" else "usage"
+    chosen = index.filter(pl.col(column).is_in(_CLASSES[label])).with_columns(label=pl.col(column))
+    return chosen if label == "conflict" else chosen.filter(kind="conflict")
+
+
+def fit_probes(
+    store: ActivationStore,
+    out: Path,
+    *,
+    labels: Sequence[Label] = LABELS,
+    method: Method = "logistic",
+    held_out: str = HELD_OUT_PHRASING,
+    false_positive_rate: float = 0.05,
+    controls: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+) -> tuple[dict[Label, ProbeSet], ConflictDetector | None]:
+    """Fit the probes of every site, their controls and a detector, and write them all to ``out``.
+
+    Args:
+        store: A finished recording.
+        out: Folder for ``conflict.safetensors``, ``source.safetensors`` (each with its JSON), ``detector/`` and
+            ``controls/``.
+        labels: Which probes to fit; the detector needs ``conflict``.
+        method: See ``ProbeSet.fit``.
+        held_out: The phrasing family that is left out.
+        false_positive_rate: What the detector allows; see ``ConflictDetector.from_probes``.
+        controls: Whether to fit the controls.
+        seed: Seed of the shuffled labels.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+
+    Raises:
+        UserError: If the recording does not serve, or has too few examples.
+    """
+    probes: dict[Label, ProbeSet] = {}
+    for label in labels:
+        task = _Task(store, label, held_out, method, device)
+        probes[label] = task.fit(progress=f"Probes: {label}")
+        probes[label].save(out / f"{label}.safetensors")
+        for name, control in _controls(task, probes[label], seed) if controls else ():
+            control.save(out / "controls" / f"{label}, {name}.safetensors")
+    if "conflict" not in probes:
+        return probes, None
+    dev = _Task(store, "conflict", held_out, method, device).known.filter(split="dev")
+    detector = ConflictDetector.from_probes(
+        probes["conflict"],
+        store.rows(dev["row"].to_list()),
+        dev["label"].to_list(),
+        source=probes.get("source"),
+        false_positive_rate=false_positive_rate,
+    )
+    detector.save(out / "detector")
+    return probes, detector
+
+
+class _Task:
+    """Fits probes for one label on what they may know: not the test split, not the held-out phrasing family."""
+
+    def __init__(self, store: ActivationStore, label: Label, held_out: str, method: Method, device: str) -> None:
+        self.store = store
+        self.label: Label = label
+        self.method: Method = method
+        self.device = device
+        self.known = examples_of(store, label).filter(pl.col("split") != "test", pl.col("template") != held_out)
+        self._settings = {
+            "label": label,
+            "held_out_template": held_out,
+            **{key: store.basis[key] for key in ("model", "data", "seed", "positions", "dtype")},
+        }
+
+    def fit(
+        self,
+        frame: pl.DataFrame | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        *,
+        progress: str | None = None,
+        **settings: Any,
+    ) -> ProbeSet:
+        """Fit on ``frame``: some of the known examples, or with other labels; ``None`` means all as they are."""
+        examples = self.known if frame is None else frame
+        return ProbeSet.fit(
+            self.store.rows(examples["row"].to_list()) if features is None else features,
+            examples["label"].to_list(),
+            validation=(examples["split"] == "dev").to_list(),
+            method=self.method,
+            classes=_CLASSES[self.label],
+            settings={**self._settings, **settings},
+            device=self.device,
+            progress=progress,
+        )
+
+    def at(self, kind: str, frame: pl.DataFrame) -> dict[str, Tensor]:
+        """Features at the sites of one kind only."""
+        sites = [site for site in self.store if (where := site_kind(site)) and where[0] == kind]
+        rows = self.store.rows(frame["row"].to_list())
+        return {site: rows[site] for site in sites}
+
+
+def _controls(task: _Task, probes: ProbeSet, seed: int) -> Iterator[tuple[str, ProbeSet]]:
+    known = task.known
+    for number in tracked(range(SHUFFLES), f"Shuffled labels: {task.label}"):
+        yield f"shuffled {number}", task.fit(_shuffled(known, f"{seed}/{number}"), control="shuffled")
+    if task.label == "source":
+        categories = _categories(known)
+        floor = task.fit(known, {_FLOOR: _one_hot(known, categories)}, control="floor", categories=categories)
+        yield "floor", floor
+    where = site_kind(probes.best.site)
+    if where is None:
+        return
+    parts = [(c, part) for c in ("relation", "template") for part in known[c].unique(maintain_order=True)]
+    for column, part in tracked(parts, f"Left out in turn: {task.label}"):
+        rest = known.filter(pl.col(column) != part)
+        if rest.is_empty():
+            continue
+        best = task.fit(rest, task.at(where[0], rest)).best
+        yield f"without {part}", ProbeSet({best.site: best}, {"control": "left out", "column": column, "part": part})
+
+
+def _shuffled(frame: pl.DataFrame, seed: str) -> pl.DataFrame:
+    """The examples with labels permuted within relation, phrasing and split, which leaves their shares as they are."""
+    rng = random.Random(seed)
+    labels = frame["label"].to_list()
+    strata: dict[tuple[Any, ...], list[int]] = {}
+    for i, key in enumerate(frame.select("relation", "template", "split").iter_rows()):
+        strata.setdefault(key, []).append(i)
+    for members in strata.values():
+        for i, j in zip(members, rng.sample(members, len(members)), strict=True):
+            labels[i] = frame["label"][j]
+    return frame.with_columns(label=pl.Series(labels))
+
+
+def _categories(frame: pl.DataFrame) -> list[list[str]]:
+    return [[column, part] for column in ("template", "relation") for part in sorted(frame[column].unique())]
+
+
+def _one_hot(frame: pl.DataFrame, categories: Sequence[Sequence[str]]) -> Tensor:
+    """Which phrasing and relation each example has, ``(n, n_categories)``; an unknown phrasing is all zeros."""
+    columns = [(frame[column] == part).cast(pl.Float32).to_numpy() for column, part in categories]
+    return torch.from_numpy(np.stack(columns, 1))
+
+
+class Scores(NamedTuple):
+    """What ``score_probes`` gives.
+
+    Attributes:
+        frame: Columns ``label``, ``probe`` (``fitted``, ``shuffled labels``, ``floor``, ``without ...``), ``group``,
+            ``site``, ``chosen`` (whether dev chose the site), ``measure``, ``value``, ``low``, ``high``, ``n``.
+        figures: By name, as saved.
+    """
+
+    frame: pl.DataFrame
+    figures: dict[str, Figure]
+
+
+def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int = 0) -> Scores:
+    """Score fitted probes and their controls on the test split, and draw the figures.
+
+    Args:
+        store: A finished recording; all but the figure of activation patterns uses its test split alone.
+        folder: What ``fit_probes`` wrote.
+        out: Folder for ``scores.parquet`` and ``figures/``.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        UserError: If there are no probes, or the recording lacks a site or a test split.
+    """
+    found: list[Label] = [label for label in LABELS if (folder / f"{label}.safetensors").exists()]
+    if not found:
+        raise UserError(f"There are no probes in {folder}; fit them with `conflictscope probe fit`.")
+    results = [_Scoring(store, folder, label, seed).result() for label in found]
+    scores = Scores(pl.concat([r.frame for r in results]), {k: f for r in results for k, f in r.figures.items()})
+    write_parquet(out / "scores.parquet", scores.frame)
+    for name, figure in scores.figures.items():
+        save_figure(figure, out / "figures" / f"{name}.html")
+    return scores
+
+
+class _Scoring:
+    """Scores the probes of one label and their controls."""
+
+    def __init__(self, store: ActivationStore, folder: Path, label: Label, seed: int) -> None:
+        self.store = store
+        self.label: Label = label
+        self.seed = seed
+        self.probes = ProbeSet.load(folder / f"{label}.safetensors")
+        self.controls = [ProbeSet.load(path) for path in sorted((folder / "controls").glob(f"{label}, *.safetensors"))]
+        self.examples = examples_of(store, label)
+        self.test = self.examples.filter(split="test")
+        if self.test["label"].n_unique() < 2:
+            raise UserError(
+                f"The test split of {store.path} has fewer than two classes of the {label} label; record all splits."
+            )
+        self._rows: list[dict[str, Any]] = []
+
+    def result(self) -> Scores:
+        chosen = self.probes.best
+        by_site = {
+            site: self._score("fitted", "test", probe, self.test)
+            for site, probe in tracked(list(self.probes.items()), f"Scoring: {self.label}")
+        }
+        by_group = {name: self._score("fitted", name, chosen, frame) for name, frame in self._groups().items()}
+        shuffled = self._shuffled()
+        floor = self._floor(by_site)
+        for control in self._of_kind("left out"):
+            column, part = control.settings["column"], control.settings["part"]
+            frame = self.test.filter(pl.col(column) == part)
+            if frame["label"].n_unique() > 1:
+                self._score(f"without {column} {part}", f"{column} {part}", control.best, frame)
+        figures: dict[str, Figure] = {
+            "auroc_by_layer": auroc_by_layer(
+                by_site,
+                shuffled=shuffled or None,
+                floor=floor,
+                floor_label=f"{'embedding' if self.label == 'conflict' else _FLOOR} floor",
+                chosen=chosen.site,
+            ),
+            "calibration": reliability_curve(
+                {k: v for k, v in by_group.items() if k.endswith(("phrasings", "phrasing"))}
+            ),
+        }
+        residual = [site for site in self.store if (where := site_kind(site)) and where[0] == "residual"]
+        if residual:
+            rows = self.store.rows(self.test["row"].to_list())
+            figures["projection"] = projection_by_layer(
+                {site: rows[site] for site in residual},
+                self.probes,
+                self.test["label"].to_list(),
+                self.test["text"].to_list(),
+            )
+            rows = self.store.rows(self.examples["row"].to_list())
+            figures["patterns"] = activation_patterns(
+                patterns_by_group(
+                    {site: rows[site] for site in residual},
+                    self.examples["label"].to_list(),
+                    self.examples["subject"].to_list(),
+                )
+            )
+        return Scores(self._frame(), {f"{self.label}_{name}": figure for name, figure in figures.items()})
+
+    def _groups(self) -> dict[str, pl.DataFrame]:
+        """Parts of the test examples in which both classes occur."""
+        held_out = pl.col("template") == self.probes.settings["held_out_template"]
+        groups = {"seen phrasings": self.test.filter(~held_out), "unseen phrasing": self.test.filter(held_out)}
+        for column in ("relation", "template"):
+            groups |= {
+                f"{column} {part}": self.test.filter(pl.col(column) == part)
+                for part in sorted(self.test[column].unique())
+            }
+        return {name: frame for name, frame in groups.items() if frame["label"].n_unique() > 1}
+
+    def _of_kind(self, kind: str) -> list[ProbeSet]:
+        return [control for control in self.controls if control.settings["control"] == kind]
+
+    def _score(
+        self, probe_name: str, group: str, probe: LinearProbe, frame: pl.DataFrame, features: Tensor | None = None
+    ) -> ProbeScore:
+        if features is None:
+            features = self.store.read(probe.site, frame["row"].to_list())
+        score = probe.score(features, frame["label"].to_list(), frame["subject"].to_list(), seed=self.seed)
+        for measure in _MEASURES:
+            self._note(probe_name, group, probe.site, measure, getattr(score, measure))
+        return score
+
+    def _floor(self, by_site: Mapping[str, ProbeScore]) -> ProbeScore | None:
+        """The floor on all test examples; for sources on each group too."""
+        if self.label == "conflict":
+            return by_site.get(EMBEDDING)
+        floor = None
+        for control in self._of_kind("floor"):
+            for name, frame in {**self._groups(), "test": self.test}.items():
+                features = _one_hot(frame, control.settings["categories"])
+                floor = self._score("floor", name, control[_FLOOR], frame, features)
+        return floor
+
+    def _shuffled(self) -> dict[str, Estimate]:
+        controls = self._of_kind("shuffled")
+        rows, positive = self.test["row"].to_list(), (self.test["label"] == self.probes.classes[1]).to_numpy()
+        result: dict[str, Estimate] = {}
+        for site in tracked(list(self.probes) if controls else [], f"Shuffled labels: {self.label}"):
+            features = self.store.read(site, rows)
+            logits = [control[site].logits(features)[:, 0].numpy() for control in controls]
+            result[site] = pooled_auroc(logits, positive, self.test["subject"].to_list(), seed=self.seed)
+            self._note("shuffled labels", "test", site, "auroc", result[site])
+        return result
+
+    def _note(self, probe: str, group: str, site: str, measure: str, estimate: Estimate) -> None:
+        about = {"label": self.label, "probe": probe, "group": group, "site": site}
+        self._rows.append(
+            {**about, "chosen": site == self.probes.best.site, "measure": measure, **estimate.to_record()}
+        )
+
+    def _frame(self) -> pl.DataFrame:
+        return pl.DataFrame(self._rows)
+
+
+def score_table(scores: pl.DataFrame) -> pl.DataFrame:
+    """AUROC of the chosen sites, their controls and floors, and calibration: a row for each probe and group."""
+    shown = scores.filter(pl.col("chosen") | (pl.col("probe") == "floor") | pl.col("probe").str.starts_with("without"))
+    interval = pl.format("{} [{}, {}]", *(pl.col(c).round(3) for c in ("value", "low", "high")))
+    return (
+        shown.with_columns(text=interval)
+        .pivot(on="measure", index=["label", "probe", "group", "site", "n"], values="text", maintain_order=True)
+        .fill_null("")
+    )
+
+
+class Prompt(NamedTuple):
+    """A prompt and what its reader calls it."""
+
+    id: str
+    text: str
+
+
+def read_prompts(lines: Iterable[str], batch_size: int) -> Iterator[list[Prompt]]:
+    """Prompts from lines, each a text or a JSON object with ``prompt`` and maybe ``id``, a few at a time.
+
+    Raises:
+        UserError: If a line that starts like a JSON object is none with a prompt; the message names it.
+    """
+    batch: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        batch.append(_prompt(line.rstrip("\n"), number))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _prompt(line: str, number: int) -> Prompt:
+    if not line.lstrip().startswith("{"):
+        return Prompt(str(number), line)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"Line {number} is not valid JSON ({error}); mend or remove it.") from error
+    if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise UserError(f"Line {number} has no text in a field named prompt; add one.")
+    return Prompt(str(row.get("id", number)), row["prompt"])

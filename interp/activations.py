@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -198,6 +198,8 @@ class _Source:
         prompts: Sequence[str] | ConflictSet,
         positions: Position | Sequence[Sequence[int]],
     ) -> None:
+        if isinstance(prompts, str):
+            raise UserError("The prompts are one text; give a list of texts, or conflict examples.")
         self.examples = prompts.examples if isinstance(prompts, ConflictSet) else None
         self._texts = [] if isinstance(prompts, ConflictSet) else list(prompts)
         self._positions = positions
@@ -286,17 +288,16 @@ def watching(model: Any, where: Mapping[str, Observation], see: Callable[[str, T
     """Call ``see(site, values)`` with the values ``(n, n_tokens, d)`` of each site whenever they pass by."""
     network: nn.Module = transformers_model(model)
 
-    def seen(site: str, values: Any) -> None:
+    def seen(site: str, _: nn.Module, *given: Any) -> None:
+        # A hook gets the input, and a hook on the output the output too; either may be a tuple.
+        values = given[-1]
         see(site, values[0] if isinstance(values, tuple) else values)
 
     with ExitStack() as stack:
         for site, observation in where.items():
             module = network.get_submodule(observation.path)
-            if observation.is_input:
-                handle = module.register_forward_pre_hook(lambda _, given, site=site: seen(site, given))
-            else:
-                handle = module.register_forward_hook(lambda _, __, given, site=site: seen(site, given))
-            stack.callback(handle.remove)
+            register = module.register_forward_pre_hook if observation.is_input else module.register_forward_hook
+            stack.callback(register(partial(seen, site)).remove)
         yield
 
 
@@ -381,7 +382,7 @@ class _Collected:
             if not values[site].isfinite().all():
                 raise UserError(
                     f"A value at {site} does not fit into {str(self._dtype).removeprefix('torch.')}; "
-                    "record in bfloat16 or float32."
+                    "record in bfloat16 or float32, or see why the model itself gives infinite values."
                 )
         return Activations(values, torch.tensor(self._prompts)[order], torch.tensor(self._positions)[order])
 
@@ -592,7 +593,7 @@ class ActivationStore(Mapping[str, Tensor]):
             "seed": seed,
             "sites": list(where),
             "positions": positions,
-            "dtype": next(key for key, value in DTYPES.items() if value == dtype),
+            "dtype": _dtype_name(dtype),
             "batch_size": batch_size,
             "answers": answers,
         }
@@ -653,6 +654,13 @@ class _Rows(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._store)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise UserError(f"Activations are kept as {', '.join(DTYPES)}, not as {str(dtype).removeprefix('torch.')}.")
 
 
 def _digest(texts: Sequence[str]) -> str:

@@ -297,9 +297,8 @@ class Anatomy:
 
     def written_site(self, part: Literal["attention", "mlp"], layer: int) -> str:
         """The site of what attention or the MLP adds to the residual stream: after its post norm, where it has one."""
-        post = getattr(self.blueprint, f"{part}_post_norm")
-        written: Part = part if post is None else f"{part}_post_norm"
-        return self.site(written, layer)
+        post: Part = "attention_post_norm" if part == "attention" else "mlp_post_norm"
+        return self.site(post if post in self.parts else part, layer)
 
     def _checked_part(self, part: Part) -> Part:
         if part not in self.parts:

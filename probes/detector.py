@@ -93,8 +93,8 @@ class ConflictDetector:
         """
         for probes, wanted in ((conflict, CONFLICT_CLASSES), (source, SOURCE_CLASSES)):
             if probes is not None and probes.classes != wanted:
-                found, needed = (" from ".join(classes) for classes in (probes.classes, wanted))
-                raise UserError(f"The detector needs a probe that tells {needed}, not {found}.")
+                needed, given = (" from ".join(classes) for classes in (wanted, probes.classes))
+                raise UserError(f"The detector needs a probe that tells {needed}, not {given}.")
         if not 0 < false_positive_rate < 1:
             raise UserError(f"The false-positive rate must lie between 0 and 1, not {false_positive_rate:g}.")
         is_conflict = torch.tensor([label == "conflict" for label in labels])

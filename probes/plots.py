@@ -63,7 +63,7 @@ _DIGITS = 3
 def auroc_by_layer(
     scores: Mapping[str, ProbeScore],
     *,
-    shuffled: Mapping[str, ProbeScore] | None = None,
+    shuffled: Mapping[str, Estimate] | None = None,
     floor: ProbeScore | None = None,
     floor_label: str = "embedding floor",
     chosen: str | None = None,
@@ -72,7 +72,7 @@ def auroc_by_layer(
 
     Args:
         scores: By site; sites that are not of a layer are left out.
-        shuffled: Scores of probes fitted to shuffled labels, drawn in grey for the residual stream, or for the first
+        shuffled: AUROC of probes fitted to shuffled labels, drawn in grey for the residual stream, or for the first
             kind of site there is.
         floor: What a probe reaches that sees too little, drawn as a dotted line.
         floor_label: What the floor is called.
@@ -81,7 +81,7 @@ def auroc_by_layer(
     Raises:
         UserError: If no site is of a layer, or ``chosen`` is not among the scores.
     """
-    by_kind = _by_kind(scores)
+    by_kind = _by_kind({site: score.auroc for site, score in scores.items()})
     if not by_kind:
         raise UserError("None of the scores is of a layer's site; give sites such as those of sites_of(model).")
     figure = go.Figure()
@@ -301,9 +301,9 @@ class _Views(NamedTuple):
     shares: tuple[float, float]
 
 
-def _by_kind(scores: Mapping[str, ProbeScore]) -> dict[SiteKind, dict[int, Estimate]]:
-    """AUROC by kind of site and layer, kinds in the order of ``SITE_KINDS``, layers ascending."""
-    found = {place: score.auroc for site, score in scores.items() if (place := site_kind(site))}
+def _by_kind(estimates: Mapping[str, Estimate]) -> dict[SiteKind, dict[int, Estimate]]:
+    """Estimates by kind of site and layer, kinds in the order of ``SITE_KINDS``, layers ascending."""
+    found = {place: estimate for site, estimate in estimates.items() if (place := site_kind(site))}
     kinds: list[SiteKind] = [kind for kind in SITE_KINDS if any(kind == each for each, _ in found)]
     return {kind: {layer: found[kind, layer] for each, layer in sorted(found) if each == kind} for kind in kinds}
 

@@ -118,6 +118,22 @@ def score_probabilities(
     )
 
 
+def pooled_auroc(
+    scores: Sequence[np.ndarray], positive: np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0
+) -> Estimate:
+    """The mean AUROC of several probes for the same examples; the interval holds the spread between them too.
+
+    Args:
+        scores: ``(n,)`` for each probe.
+        positive: ``(n,)`` booleans.
+        clusters: What is resampled together.
+        seed: Seed of the bootstrap.
+    """
+    drawn, once = bootstrap_weights(clusters, seed=seed), np.ones((1, len(positive)))
+    low, high = np.nanquantile([auroc(s, positive, drawn) for s in scores], [0.025, 0.975])
+    return Estimate(float(np.mean([auroc(s, positive, once) for s in scores])), float(low), float(high), len(positive))
+
+
 def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The probability that a random positive scores above a random negative, ties counting half.
 
@@ -165,8 +181,8 @@ def _bins(confidence: np.ndarray) -> np.ndarray:
 def _by_score(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weight of the positives and of the negatives at each distinct score, ascending."""
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    ordered, is_positive = weights[:, order], positive[order]
+    ascending, ordered, is_positive = scores[order], weights[:, order], positive[order]
+    starts = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
     return (
         np.add.reduceat(ordered * is_positive, starts, axis=1),
         np.add.reduceat(ordered * ~is_positive, starts, axis=1),

@@ -204,9 +204,8 @@ def _minimised(state: _State, targets: Tensor, weights: Tensor, tolerance: float
         curvature = (move * change).sum((1, 3))
         history.append((move, change, torch.where(curvature > 0, 1 / curvature.clamp(min=1e-38), 0)))
         history = history[-_HISTORY:]
-    hardest = state.penalty[:, 0][active].min().item()
     raise UserError(
-        f"The probe with regularisation strength {hardest:g} did not converge in {MAX_ITERATIONS} iterations; "
+        f"A probe with regularisation strength {state.penalty[:, 0].min():g} did not converge in {MAX_ITERATIONS} steps; "
         "leave out such weak strengths, or standardise the features."
     )
 

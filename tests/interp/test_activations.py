@@ -128,7 +128,7 @@ def test_a_value_too_large_for_float16_is_refused(tiny_llama):
     (z,) = sites_of(tiny_llama, ["z"], [1])
     with (
         applied(tiny_llama, HeadScaling.of([(1, 0)], 1e8)),
-        pytest.raises(UserError, match=f"A value at {z} does not fit into float16; record in bfloat16 or float32."),
+        pytest.raises(UserError, match=f"A value at {z} does not fit into float16; record in bfloat16 or float32"),
     ):
         record(tiny_llama, TEXTS, [z], dtype=torch.float16)
 

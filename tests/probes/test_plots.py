@@ -103,7 +103,7 @@ def test_auroc_says_layer_interval_and_n_on_hover() -> None:
 
 
 def test_shuffled_labels_are_one_grey_line_of_the_residual_stream() -> None:
-    shuffled = {site: score(0.5 + 0.01 * i) for i, site in enumerate(SCORES)}
+    shuffled = {site: score(0.5 + 0.01 * i).auroc for i, site in enumerate(SCORES)}
     figure: Any = auroc_by_layer(SCORES, shuffled=shuffled)
     control = trace(figure, name="shuffled labels")
     assert (list(control.x), list(control.y)) == ([2, 10], [0.52, 0.51])
@@ -112,7 +112,7 @@ def test_shuffled_labels_are_one_grey_line_of_the_residual_stream() -> None:
 
 def test_shuffled_labels_take_the_first_kind_where_there_is_no_residual_stream() -> None:
     attention = {"blocks.2.attn.hook_out": score(0.7)}
-    figure: Any = auroc_by_layer(attention, shuffled={"blocks.2.attn.hook_out": score(0.51)})
+    figure: Any = auroc_by_layer(attention, shuffled={"blocks.2.attn.hook_out": score(0.51).auroc})
     assert list(trace(figure, name="shuffled labels").y) == [0.51]
 
 
