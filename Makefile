@@ -23,6 +23,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.path_patching --json
+	$(BIN)/python -m benchmarks.recording --json
+	$(BIN)/python -m benchmarks.probes --json
+	$(BIN)/python -m benchmarks.detector --json
 
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt

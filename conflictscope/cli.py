@@ -207,7 +207,8 @@ def record(
 ) -> None:
     """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
 
-    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them.
+    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them; what it
+    was asked for that is kept in OUT-records.
     """
     from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activations import SITE_KINDS, ActivationStore, sites_of
@@ -445,7 +446,10 @@ def main() -> None:
         _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed; install what studies need with: pip install 'conflictscope[study]'", 2)
-    except KeyboardInterrupt:
+    except SystemExit as end:
+        # What typer makes of an interrupt.
+        if end.code != 130:
+            raise
         _fail("Interrupted; run the same command again to go on where it stopped.", 130)
 
 

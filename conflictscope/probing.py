@@ -409,16 +409,20 @@ def read_prompts(lines: Iterable[str], batch_size: int) -> Iterator[list[Prompt]
     """Prompts from lines, each a text or a JSON object with ``prompt`` and maybe ``id``, a few at a time.
 
     Raises:
-        UserError: If a line that starts like a JSON object is none with a prompt; the message names it.
+        UserError: If a line that starts like a JSON object is none with a prompt; the message names it. Or if the
+            lines are no text.
     """
     batch: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        batch.append(_prompt(line.rstrip("\n"), number))
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            batch.append(_prompt(line.rstrip("\n"), number))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompts are not UTF-8 text ({error}); convert them.") from error
     if batch:
         yield batch
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activations import observations, observe, watching
+from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.generation import BATCH_SIZE, encode, length_batches
@@ -154,8 +155,9 @@ class ConflictDetector:
     def listening(self, model: Any) -> Iterator[list[Detection]]:
         """Judge the prompts that the model reads anyway, in ``generate`` for instance, for the price of dot products.
 
-        The list fills with one detection for each row of every forward pass over more than one new token, so while
-        tokens are generated with a cache nothing is added. Batches must be padded on the left.
+        The list fills with one detection for each row of every forward pass over more than one new token, unless that
+        pass only reads the prompts judged last again to write one token more, as generation without a cache does. So
+        each call of ``generate`` adds one for each prompt of two tokens or more. Batches must be padded on the left.
 
         Args:
             model: The bridge, or the transformers model.
@@ -163,16 +165,23 @@ class ConflictDetector:
         where = observations(model, self._sites)
         heard: dict[str, Tensor] = {}
         detections: list[Detection] = []
+        reading = _Reading()
 
         def hear(site: str, values: Tensor) -> None:
-            if values.shape[1] > 1:
+            if reading.is_new and values.shape[1] > 1:
                 heard[site] = values[:, -1]
             if len(heard) == len(where):
                 detections.extend(self._judged(heard))
                 heard.clear()
 
-        with watching(model, where, hear):
-            yield detections
+        anatomy = Anatomy(model)
+        embedding = anatomy.model.get_submodule(anatomy.model_path("embedding"))
+        handle = embedding.register_forward_pre_hook(reading.see)
+        try:
+            with watching(model, where, hear):
+                yield detections
+        finally:
+            handle.remove()
 
     def save(self, folder: str | Path) -> None:
         """Write the probes and ``detector.json`` to ``folder``, each file atomically."""
@@ -192,11 +201,11 @@ class ConflictDetector:
         """
         place = Path(folder)
         record = read_json(place / "detector.json")
+        again = "make it again with `conflictscope probe fit`"
         if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (_FORMAT, _VERSION):
-            raise UserError(
-                f"{place / 'detector.json'} is not of format {_FORMAT}, version {_VERSION}; "
-                "make it again with `conflictscope probe fit`."
-            )
+            raise UserError(f"{place / 'detector.json'} is not of format {_FORMAT}, version {_VERSION}; {again}.")
+        if missing := [key for key in ("threshold", "source", "settings") if key not in record]:
+            raise UserError(f"{place / 'detector.json'} lacks {missing[0]!r}; {again}.")
         source = LinearProbe.load(place / _SOURCE_FILE) if record["source"] else None
         return cls(LinearProbe.load(place / _CONFLICT_FILE), record["threshold"], source, record["settings"])
 
@@ -220,6 +229,28 @@ class ConflictDetector:
             context_probability,
             None if context_probability is None else "context" if context_probability >= 0.5 else "memory",
         )
+
+
+class _Reading:
+    """Tells whether a forward pass reads prompts, or reads the last ones again to write one token more."""
+
+    def __init__(self) -> None:
+        self.is_new = True
+        self._prompts: Tensor | None = None
+        self._length = 0
+
+    def see(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Look at the tokens ``(n, n_tokens)`` of a pass; a hook of the embedding, which all else comes after."""
+        tokens = given[0]
+        old = self._prompts
+        self.is_new = (
+            old is None
+            or tokens.shape != (len(old), self._length + 1)
+            or not torch.equal(tokens[:, : old.shape[1]], old)
+        )
+        if self.is_new:
+            self._prompts = tokens
+        self._length = tokens.shape[1]
 
 
 def _probability(log_odds: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,13 @@ class ProbeSet(Mapping[str, LinearProbe]):
         probes: dict[str, LinearProbe] = {}
         chunks = _chunks(features, len(grid) * (1 if len(order) == 2 else len(order)))
         for sites, stacked in tracked(chunks, progress):
+            if stacked.shape[1] != len(numbers):
+                raise UserError(
+                    f"There are {stacked.shape[1]} rows of features at {sites[0]} for {len(numbers)} labels; "
+                    "give as many."
+                )
+            if not stacked.isfinite().all():
+                raise UserError(f"There are infinite features or NaN at {', '.join(sites)}; leave those examples out.")
             fitted = _fit(stacked.to(where), numbers.to(where), held.to(where), method, grid, len(order))
             for i, site in enumerate(sites):
                 weight, bias, strength, quality = (part[i] for part in fitted)
@@ -281,7 +289,7 @@ class ProbeSet(Mapping[str, LinearProbe]):
             content = target.read_bytes()
         except OSError as error:
             raise UserError(f"Could not read {target}: {error.strerror or error}; {again}.") from error
-        if hashlib.sha256(content).hexdigest() != record["weights_sha256"]:
+        if hashlib.sha256(content).hexdigest() != record.get("weights_sha256"):
             raise UserError(f"{target} is not the file that {target.with_suffix('.json').name} describes; {again}.")
         try:
             tensors = load(content)
@@ -291,9 +299,9 @@ class ProbeSet(Mapping[str, LinearProbe]):
                 )
                 for site, about in record["probes"].items()
             }
+            return cls(probes, record["settings"])
         except (SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"{target} and its JSON file do not hold probes ({error}); {again}.") from error
-        return cls(probes, record["settings"])
 
 
 def _numbered(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -321,7 +329,7 @@ def _grid(method: Method, strengths: Sequence[float] | None) -> tuple[float, ...
             raise UserError("The difference of means has no strength to choose; leave strengths out.")
         return (1.0,)
     grid = tuple(strengths or (STRENGTHS if method == "logistic" else SHRINKAGES))
-    if any(s <= 0 or (method == "discriminant" and s > 1) for s in grid):
+    if not all(0 < s <= (1 if method == "discriminant" else math.inf) for s in grid):
         allowed = "positive" if method == "logistic" else "above 0 and at most 1"
         raise UserError(f"Strengths of the {method} probe must be {allowed}, not {min(grid):g} to {max(grid):g}.")
     return grid

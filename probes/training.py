@@ -204,8 +204,9 @@ def _minimised(state: _State, targets: Tensor, weights: Tensor, tolerance: float
         curvature = (move * change).sum((1, 3))
         history.append((move, change, torch.where(curvature > 0, 1 / curvature.clamp(min=1e-38), 0)))
         history = history[-_HISTORY:]
+    weakest = state.penalty[:, 0].min().item()
     raise UserError(
-        f"A probe with regularisation strength {state.penalty[:, 0].min():g} did not converge in {MAX_ITERATIONS} steps; "
+        f"A probe with regularisation strength {weakest:g} did not converge in {MAX_ITERATIONS} iterations; "
         "leave out such weak strengths, or standardise the features."
     )
 

@@ -159,7 +159,7 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_mean():
 
 
 def test_one_class_alone_cannot_be_scored():
-    with pytest.raises(UserError, match="All 4 examples are of one class, .*score on examples of at least two"):
+    with pytest.raises(UserError, match=r"All 4 examples are of one class, .*score on examples of at least two"):
         score_probabilities(probabilities_of(np.arange(4.0)), np.ones(4, dtype=int), range(4))
 
 

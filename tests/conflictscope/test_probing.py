@@ -1,0 +1,496 @@
+import dataclasses
+import io
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from conflictscope import probing
+from conflictscope.probing import (
+    EMBEDDING,
+    SHUFFLES,
+    Prompt,
+    _categories,
+    _one_hot,
+    _shuffled,
+    conflicts_for_probes,
+    examples_of,
+    read_prompts,
+    score_table,
+)
+from interp import activations
+from interp.activations import ActivationStore
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.evaluation import UsageReport, answered_from_memory
+from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, usable_facts
+from probes.detector import ConflictDetector
+from probes.linear import ProbeSet
+from tests.conflictscope import test_cli
+from tests.conflictscope.test_cli import assert_one_sentence
+
+run = test_cli.run
+RELATIONS = ("capital", "currency")
+SITES = ["--layers", "0-1", "--site", "residual", "--site", "attention"]
+
+
+def conflict_set(n_subjects: int = 25) -> ConflictSet:
+    facts = {relation: usable_facts(relation)[:n_subjects] for relation in RELATIONS}
+    return build_conflicts(facts, kinds=("conflict", "aligned"), phrasings=tuple(PHRASINGS))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_directories: Any) -> Any:
+    """A finished recording without answers, and probes of conflict fitted on it, by the command line."""
+    from typer.testing import CliRunner
+
+    from conflictscope.cli import app
+
+    root = tmp_path_factory.mktemp("chain")
+    conflict_set().save(root / "data.jsonl")
+    arguments = ["record", "--model", tiny_directories["llama"], "--data", root / "data.jsonl", *SITES]
+    recorded = CliRunner().invoke(app, [*map(str, arguments), "--out", str(root / "rec"), "--no-answers"])
+    assert recorded.exit_code == 0, recorded.output
+    arguments = ["probe", "fit", "--recording", root / "rec", "--out", root / "probes", "--label", "conflict"]
+    fitted = CliRunner().invoke(app, [*map(str, arguments), "--false-positive-rate", "0.2"])
+    assert fitted.exit_code == 0, fitted.output
+    return root
+
+
+@pytest.fixture
+def llama(tiny_directories: Any) -> str:
+    return str(tiny_directories["llama"])
+
+
+def contents(folder: Any) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# The whole chain
+
+
+def test_record_keeps_every_prompt_at_every_site(chain):
+    store, data = ActivationStore(chain / "rec"), conflict_set()
+    assert store.complete
+    blocks = [f"blocks.{layer}.{name}" for layer in (0, 1) for name in ("hook_out", "attn.hook_out")]
+    assert list(store) == [EMBEDDING, *blocks]
+    assert store.index["id"].to_list() == [e.id for e in data]
+    assert store[EMBEDDING].shape == (len(data), 32)
+
+
+def test_a_second_record_changes_nothing(run, chain, llama):
+    before = contents(chain / "rec")
+    arguments = ["record", "--model", llama, "--data", chain / "data.jsonl", *SITES, "--out", chain / "rec"]
+    code, _, error = run(*arguments, "--no-answers")
+    assert code == 0
+    assert f"Recorded {len(conflict_set())} tokens of {len(conflict_set())} prompts at 5 sites" in error
+    assert contents(chain / "rec") == before
+
+
+def test_record_with_answers_says_which_source_each_conflict_used(run, tmp_path, llama):
+    conflict_set(6).save(tmp_path / "few.jsonl")
+    code, _, _ = run("record", "--model", llama, "--data", "few.jsonl", "--layers", "0", "--out", "rec")
+    assert code == 0
+    index = ActivationStore(tmp_path / "rec").index
+    assert index.filter(kind="conflict")["usage"].null_count() == 0
+    assert index.filter(kind="aligned")["usage"].null_count() == index.filter(kind="aligned").height > 0
+
+
+def test_fit_writes_probes_controls_and_a_detector(chain):
+    written = contents(chain / "probes")
+    parts = [*RELATIONS, *(p for p in PHRASINGS if p != HELD_OUT_PHRASING)]
+    controls = [f"shuffled {i}" for i in range(SHUFFLES)] + [f"without {part}" for part in parts]
+    stems = {
+        "conflict",
+        "detector/conflict",
+        *(f"controls/conflict, {name}" for name in controls),
+    }
+    assert set(written) == {f"{s}.{end}" for s in stems for end in ("safetensors", "json")} | {"detector/detector.json"}
+    probes = ProbeSet.load(chain / "probes" / "conflict.safetensors")
+    assert list(probes) == list(ActivationStore(chain / "rec"))
+    expected = conflict_set()
+    seen = [e for e in expected if e.template != HELD_OUT_PHRASING]
+    assert probes.settings["training_examples"] == sum(e.split == "train" for e in seen)
+    assert probes.settings["validation_examples"] == sum(e.split == "dev" for e in seen)
+    detector = ConflictDetector.load(chain / "probes" / "detector")
+    assert detector.settings["dev_aligned"] == sum(e.split == "dev" and e.kind == "aligned" for e in seen)
+    assert torch.equal(detector.conflict.weight, probes[detector.conflict.site].weight)
+
+
+def test_a_probe_without_a_relation_has_not_seen_it(chain):
+    """Fitted here on the other relation alone, by the public interface."""
+    control = ProbeSet.load(chain / "probes" / "controls" / "conflict, without capital.safetensors").best
+    store = ActivationStore(chain / "rec")
+    known = examples_of(store, "conflict").filter(
+        (pl.col("split") != "test") & (pl.col("template") != HELD_OUT_PHRASING) & (pl.col("relation") == "currency")
+    )
+    expected = ProbeSet.fit(
+        {control.site: store.read(control.site, known["row"].to_list())},
+        known["label"].to_list(),
+        validation=(known["split"] == "dev").to_list(),
+        classes=("aligned", "conflict"),
+    )[control.site]
+    assert control.strength == expected.strength
+    torch.testing.assert_close(control.weight, expected.weight, rtol=0, atol=1e-3)
+
+
+def test_score_writes_scores_of_probes_and_controls_and_figures(run, chain, tmp_path):
+    arguments = ["probe", "score", "--recording", chain / "rec", "--probes", chain / "probes", "--out", "scores"]
+    code, output, error = run(*arguments)
+    assert code == 0, error
+    assert "unseen phrasing" in output
+    figures = {f"figures/conflict_{name}.html" for name in ("auroc_by_layer", "calibration", "projection", "patterns")}
+    assert set(contents(tmp_path / "scores")) == {"scores.parquet", *figures}
+    scores = pl.read_parquet(tmp_path / "scores" / "scores.parquet")
+    assert set(scores["probe"]) == {
+        "fitted",
+        "shuffled labels",
+        *(f"without relation {r}" for r in RELATIONS),
+        *(f"without template {t}" for t in PHRASINGS if t != HELD_OUT_PHRASING),
+    }
+    test = [e for e in conflict_set() if e.split == "test"]
+    whole = scores.filter(probe="fitted", group="test", measure="auroc")
+    assert set(whole["site"]) == set(ActivationStore(chain / "rec"))
+    assert set(whole["n"]) == {len(test)}
+    unseen = scores.filter(probe="fitted", group="unseen phrasing", measure="auroc")
+    assert unseen["n"].to_list() == [sum(e.template == HELD_OUT_PHRASING for e in test)]
+    left_out = scores.filter(probe="without relation capital", measure="auroc")
+    assert left_out["n"].to_list() == [sum(e.relation == "capital" for e in test)]
+
+
+def test_scores_in_the_file_are_those_of_the_probes(run, chain, tmp_path):
+    from sklearn.metrics import roc_auc_score
+
+    arguments = ["probe", "score", "--recording", chain / "rec", "--probes", chain / "probes", "--out", "scores"]
+    assert run(*arguments)[0] == 0
+    scores = pl.read_parquet(tmp_path / "scores" / "scores.parquet").filter(measure="auroc")
+    store = ActivationStore(chain / "rec")
+    probes = ProbeSet.load(chain / "probes" / "conflict.safetensors")
+    test = examples_of(store, "conflict").filter(split="test")
+    parts = {
+        "test": test,
+        "unseen phrasing": test.filter(template=HELD_OUT_PHRASING),
+        "relation capital": test.filter(relation="capital"),
+    }
+    for group, frame in parts.items():
+        site = probes.best.site
+        logits = probes[site].logits(store.read(site, frame["row"].to_list()))[:, 0]
+        expected = roc_auc_score(frame["label"] == "conflict", logits)
+        found = scores.filter(probe="fitted", group=group, site=site)["value"].item()
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+PROMPTS = ["The capital of Italy is Paris. The capital of Italy is", "Peru, we hear, is"]
+LINES = f'{PROMPTS[0]}\n\n{{"id": "mine", "prompt": {json.dumps(PROMPTS[1])}, "more": 1}}\n{{"prompt": "Rome is"}}\nso'
+
+
+@pytest.mark.parametrize("way", ["file", "-", "nothing"])
+def test_detect_writes_a_json_line_for_each_prompt_of_a_file_or_standard_input(
+    run, chain, tmp_path, llama, tiny_llama, monkeypatch, way
+):
+    (tmp_path / "prompts.txt").write_text(LINES)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("" if way == "file" else LINES))
+    given = {"file": ["prompts.txt"], "-": ["-"], "nothing": []}[way]
+    arguments = ["probe", "detect", *given, "--probes", chain / "probes", "--model", llama, "--batch-size", "3"]
+    code, output, error = run(*arguments)
+    assert code == 0, error
+    detector = ConflictDetector.load(chain / "probes" / "detector")
+    expected = detector.detect(tiny_llama, [*PROMPTS, "Rome is", "so"])
+    assert [row["id"] for row in objects(output)] == ["1", "mine", "4", "5"]
+    for row, detection in zip(objects(output), expected, strict=True):
+        del row["id"]
+        assert row == pytest.approx(dataclasses.asdict(detection), abs=1e-4)
+
+
+def test_detect_writes_what_came_before_a_broken_line_and_names_it(run, chain, tmp_path, llama):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n{broken\n")
+    arguments = ["probe", "detect", "prompts.txt", "--probes", chain / "probes", "--model", llama, "--batch-size", "2"]
+    result = run(*arguments)
+    assert_one_sentence(result, "Line 3 is not valid JSON")
+    assert [row["id"] for row in objects(result[1])] == ["1", "2"]
+
+
+@pytest.mark.parametrize("option", [["--model", "gpt2"], ["--dtype", "bfloat16"]])
+def test_detect_refuses_another_model_or_dtype(run, chain, tmp_path, tiny_directories, option):
+    (tmp_path / "prompts.txt").write_text("one\n")
+    chosen = {"--model": "llama", **dict([option])}
+    chosen["--model"] = tiny_directories[chosen["--model"]]
+    options = [part for pair in chosen.items() for part in pair]
+    result = run("probe", "detect", "prompts.txt", "--probes", chain / "probes", *options)
+    assert_one_sentence(result, "fitted on", "with other weights or another dtype", "record and fit with this one")
+
+
+# Wrong inputs
+
+
+def test_an_unknown_label(run, chain):
+    result = run("probe", "fit", "--recording", chain / "rec", "--label", "truth")
+    assert_one_sentence(result, "no probe of 'truth'", "conflict, source")
+
+
+@pytest.mark.parametrize("layers", ["one", "1-", "0,,1", "-1", ""])
+def test_layers_that_are_no_numbers_or_ranges(run, chain, llama, layers):
+    result = run("record", "--model", llama, "--data", chain / "data.jsonl", f"--layers={layers}")
+    assert_one_sentence(result, "--layers takes numbers and ranges like 0-9,12", repr(layers))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "2-3"], "Layer 3 does not exist"),
+        (["--site", "value"], "The site 'value' does not exist in this model"),
+        (["--relation", "capital"], "Give --data or --relation, not both"),
+    ],
+)
+def test_wrong_options_of_record(run, chain, llama, tmp_path, options, message):
+    result = run("record", "--model", llama, "--data", chain / "data.jsonl", *options)
+    assert_one_sentence(result, message)
+    assert not (tmp_path / "out" / "recording").exists()
+
+
+def test_record_refuses_a_folder_with_another_recording(run, chain, llama):
+    arguments = ["record", "--model", llama, "--data", chain / "data.jsonl", "--out", chain / "rec", "--layers", "2"]
+    assert_one_sentence(run(*arguments, "--no-answers"), "holds another recording: its sites")
+
+
+def test_an_unknown_relation_is_refused_before_anything_is_written(run, llama, tmp_path):
+    assert_one_sentence(run("record", "--model", llama, "--relation", "capitol"), "'capitol' is not known", "capital")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("command", ["fit", "score"])
+def test_a_recording_that_does_not_exist(run, chain, command):
+    assert_one_sentence(run("probe", command, "--recording", "nowhere"), "nowhere")
+
+
+def test_probes_that_do_not_exist(run, chain, tmp_path):
+    result = run("probe", "score", "--recording", chain / "rec", "--probes", "nowhere")
+    assert_one_sentence(result, "There are no probes in nowhere; fit them with `conflictscope probe fit`")
+    assert_one_sentence(run("probe", "detect", "--probes", "nowhere"), "nowhere/detector/detector.json")
+    result = run("probe", "detect", "missing.txt", "--probes", chain / "probes")
+    assert_one_sentence(result, "No such file or directory: missing.txt")
+
+
+@pytest.mark.parametrize("command", ["fit", "score"])
+def test_an_unfinished_recording(run, chain, tmp_path, llama, monkeypatch, command):
+    monkeypatch.setattr(activations, "SHARD_PROMPTS", 100)
+    original, calls = activations.observe, []
+
+    def stopped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 12:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(activations, "observe", stopped)
+    arguments = ["record", "--model", llama, "--data", chain / "data.jsonl", "--layers", "0", "--out", "rec"]
+    code, _, error = run(*arguments, "--no-answers")
+    assert code == 130
+    assert "run the same command again to go on where it stopped" in error
+    result = run(
+        "probe", command, "--recording", "rec", *(["--probes", chain / "probes"] if command == "score" else [])
+    )
+    assert_one_sentence(result, "The recording in rec has not finished; run the same `conflictscope record` again")
+
+
+def test_a_recording_without_answers_has_no_source(run, chain):
+    result = run("probe", "fit", "--recording", chain / "rec", "--label", "source")
+    assert_one_sentence(result, "lacks usage", "with --answers for the source probe")
+
+
+def test_an_unknown_or_too_strict_choice_of_fit(run, chain, tmp_path):
+    fit = ["probe", "fit", "--recording", chain / "rec", "--label", "conflict", "--no-controls", "--out", "p"]
+    assert_one_sentence(run(*fit, "--false-positive-rate", "0.0001"), "too few for a false-positive rate of 0.0001")
+    assert_one_sentence(run(*fit, "--false-positive-rate", "1.5"), "must lie between 0 and 1, not 1.5")
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_no_prompts_to_detect(run, chain, tmp_path, llama, content):
+    (tmp_path / "prompts.txt").write_text(content)
+    result = run("probe", "detect", "prompts.txt", "--probes", chain / "probes", "--model", llama)
+    assert_one_sentence(result, "There are no prompts; give a file with one a line, or pipe them in")
+
+
+def test_prompts_that_are_not_utf8(run, chain, tmp_path, llama):
+    (tmp_path / "prompts.txt").write_bytes("São".encode("latin-1"))
+    result = run("probe", "detect", "prompts.txt", "--probes", chain / "probes", "--model", llama)
+    assert_one_sentence(result, "UTF-8")
+
+
+# read_prompts
+
+
+def test_prompts_come_in_batches_in_their_order():
+    lines = ["a\n", "\n", '{"prompt": "b"}\n', '  {"prompt": "c", "id": 7}\n', " d \n", "e"]
+    found = list(read_prompts(lines, 2))
+    assert found == [[Prompt("1", "a"), Prompt("3", "b")], [Prompt("7", "c"), Prompt("5", " d ")], [Prompt("6", "e")]]
+    assert list(read_prompts([], 2)) == []
+
+
+def test_prompts_are_read_no_further_than_asked_for():
+    def lines():
+        yield "a"
+        yield "b"
+        raise AssertionError("read too far")
+
+    assert next(read_prompts(lines(), 2)) == [Prompt("1", "a"), Prompt("2", "b")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Line 2 is not valid JSON"),
+        ('{"text": "a"}', "Line 2 has no text in a field named prompt; add one"),
+        ('{"prompt": 3}', "Line 2 has no text in a field named prompt"),
+        ('{"prompt": ""}', "Line 2 has no text in a field named prompt"),
+    ],
+)
+def test_a_wrong_line_is_named(line, message):
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(["fine\n", line], 8))
+
+
+# Labels and controls
+
+
+def index_frame(n: int = 240, seed: int = 0) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    draw = {"relation": ["capital", "currency"], "template": ["a", "b", "c"], "split": ["train", "dev"]}
+    frame = pl.DataFrame({column: rng.choice(choices, n).tolist() for column, choices in draw.items()})
+    labels = np.where(rng.random(n) < 0.3, "memory", "context").tolist()
+    return frame.with_columns(row=pl.arange(n, eager=True), label=pl.Series(labels))
+
+
+def test_shuffled_labels_are_permuted_within_relation_phrasing_and_split_only():
+    frame = index_frame()
+    shuffled = _shuffled(frame, "0/1")
+    assert shuffled.drop("label").equals(frame.drop("label"))
+    strata = ["relation", "template", "split"]
+
+    def counts(of: pl.DataFrame) -> Counter[Any]:
+        return Counter(of.select(*strata, "label").rows())
+
+    assert counts(shuffled) == counts(frame)
+    moved = (shuffled["label"] != frame["label"]).mean()
+    # Of a random permutation with shares p and 1 - p, 2 p (1 - p) = 0.42 change.
+    assert moved == pytest.approx(0.42, abs=0.1)
+
+
+def test_shuffles_depend_on_their_seed_alone():
+    frame = index_frame()
+    first, again, other = (_shuffled(frame, seed)["label"].to_list() for seed in ("0/1", "0/1", "0/2"))
+    assert first == again
+    assert first != other
+
+
+def test_a_label_that_is_the_same_throughout_a_stratum_stays():
+    frame = index_frame().with_columns(label=pl.col("template"))
+    assert _shuffled(frame, "0/0").equals(frame)
+
+
+def test_one_hot_marks_phrasing_and_relation_and_leaves_the_unknown_at_zero():
+    known = pl.DataFrame({"template": ["b", "a", "b"], "relation": ["y", "x", "x"]})
+    categories = _categories(known)
+    assert categories == [["template", "a"], ["template", "b"], ["relation", "x"], ["relation", "y"]]
+    new = pl.DataFrame({"template": ["a", "new", "b"], "relation": ["y", "x", "new"]})
+    expected = [[1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
+    assert _one_hot(new, categories).tolist() == expected
+    assert _one_hot(new, categories).dtype == torch.float32
+
+
+def test_the_score_table_shows_the_chosen_site_floors_and_probes_left_out():
+    def row(probe: str, site: str, chosen: bool, measure: str, value: float) -> dict[str, Any]:
+        about = {"label": "source", "probe": probe, "group": "test", "site": site, "chosen": chosen, "measure": measure}
+        return {**about, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
+
+    rows = [
+        row("fitted", "one", False, "auroc", 0.6),
+        row("fitted", "two", True, "auroc", 0.81234),
+        row("fitted", "two", True, "accuracy", 0.7),
+        row("shuffled labels", "one", False, "auroc", 0.5),
+        row("floor", "phrasing and relation", False, "auroc", 0.55),
+        row("without relation capital", "one", False, "auroc", 0.65),
+    ]
+    table = score_table(pl.DataFrame(rows))
+    assert table.columns == ["label", "probe", "group", "site", "n", "auroc", "accuracy"]
+    assert table.select("probe", "site", "auroc", "accuracy").rows() == [
+        ("fitted", "two", "0.812 [0.712, 0.912]", "0.7 [0.6, 0.8]"),
+        ("floor", "phrasing and relation", "0.55 [0.45, 0.65]", ""),
+        ("without relation capital", "one", "0.65 [0.55, 0.75]", ""),
+    ]
+
+
+# Which prompts are asked
+
+
+def stubbed_report(conflicts: ConflictSet) -> UsageReport:
+    """Every other prompt without a context gets the memory answer."""
+    asked = list(conflicts)
+    columns = {c: [getattr(e, c) for e in asked] for c in ("id", "subject", "relation", "template", "kind")}
+    return UsageReport(pl.DataFrame({**columns, "memory_span_match": [float(i % 2) for i in range(len(asked))]}))
+
+
+def test_only_what_is_answered_from_memory_in_the_same_phrasing_is_kept():
+    facts = {relation: usable_facts(relation)[:8] for relation in RELATIONS}
+    conflicts = build_conflicts(facts, kinds=("none", "conflict", "aligned"), phrasings=("statement", "question"))
+    report = stubbed_report(conflicts.select(kind="none"))
+    right = {e.id.removesuffix("/none") for i, e in enumerate(conflicts.select(kind="none")) if i % 2}
+    kept = answered_from_memory(conflicts, report)
+    assert {e.id for e in kept} == {f"{stem}/{kind}" for stem in right for kind in ("conflict", "aligned")}
+    wrong = UsageReport(report.frame.with_columns(memory_span_match=0.0))
+    with pytest.raises(UserError, match="answers none of these questions from memory; choose other relations"):
+        answered_from_memory(conflicts, wrong)
+
+
+@pytest.fixture
+def knows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes every model know ten facts of each relation; the list grows when one is asked."""
+    asked: list[str] = []
+
+    def known(model: Any, relation: str, **_: Any) -> Any:
+        asked.append(relation)
+        return usable_facts(relation)[:10]
+
+    def usage(model: Any, conflicts: ConflictSet, **_: Any) -> UsageReport:
+        asked.append("closed book")
+        return stubbed_report(conflicts)
+
+    monkeypatch.setattr(probing, "known_facts", known)
+    monkeypatch.setattr(probing, "measure_usage", usage)
+    return asked
+
+
+def test_prompts_about_known_facts_are_built_once_and_kept(tiny_llama, tmp_path, knows):
+    def build() -> ConflictSet:
+        return conflicts_for_probes(tiny_llama, RELATIONS, folder=tmp_path, seed=0, kinds=("conflict", "aligned"))
+
+    first = build()
+    assert knows == ["capital", "currency", "closed book"]
+    facts = {relation: usable_facts(relation)[:10] for relation in RELATIONS}
+    everything = build_conflicts(facts, kinds=("none", "conflict", "aligned"), phrasings=tuple(PHRASINGS))
+    expected = answered_from_memory(everything, stubbed_report(everything.select(kind="none")))
+    assert first == expected
+    assert {e.kind for e in first} == {"conflict", "aligned"}
+    assert build() == first
+    assert knows == ["capital", "currency", "closed book"]
+
+
+def test_record_without_data_asks_what_the_model_knows_once_and_records_it(run, tmp_path, llama, knows):
+    arguments = ["record", "--model", llama, "--layers", "0", "--no-answers"]
+    code, _, error = run(*arguments)
+    assert code == 0, error
+    assert knows == ["capital", "closed book"]
+    assert ActivationStore(tmp_path / "out" / "recording").complete
+    before = contents(tmp_path / "out")
+    assert run(*arguments)[0] == 0
+    assert knows == ["capital", "closed book"]
+    assert contents(tmp_path / "out") == before
