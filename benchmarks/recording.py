@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.path_patching import capital_prompts
-from interp.activations import ActivationStore, observations, observe, sites_of
+from interp.activation_store import ActivationStore
+from interp.activations import observations, observe, sites_of
 from interp.anatomy import Anatomy
 from interp.facts import PHRASINGS, closed_book_prompt, relations, usable_facts
 from interp.generation import encode, length_batches

@@ -211,7 +211,8 @@ def record(
     was asked for that is kept in OUT-records.
     """
     from conflictscope.probing import EMBEDDING, conflicts_for_probes
-    from interp.activations import SITE_KINDS, ActivationStore, sites_of
+    from interp.activation_store import ActivationStore
+    from interp.activations import SITE_KINDS, sites_of
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES, load_model
 
@@ -273,7 +274,7 @@ def probe_fit(
 ) -> None:
     """Fit probes of conflict and source at every recorded site, and a detector."""
     from conflictscope.probing import LABELS, fit_probes
-    from interp.activations import ActivationStore
+    from interp.activation_store import ActivationStore
 
     if unknown := [name for name in label or () if name not in LABELS]:
         raise UserError(f"There is no probe of {unknown[0]!r}; choose among {', '.join(LABELS)}.")
@@ -310,7 +311,7 @@ def probe_score(
 ) -> None:
     """Score probes and their controls on held-out subjects, and draw figures."""
     from conflictscope.probing import score_probes, score_table
-    from interp.activations import ActivationStore
+    from interp.activation_store import ActivationStore
 
     scores = score_probes(ActivationStore(recording), probes, out, seed=seed)
     _print_frame(score_table(scores.frame))

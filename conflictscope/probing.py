@@ -25,7 +25,8 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from conflictscope.records import Records
-from interp.activations import ActivationStore, site_kind
+from interp.activation_store import ActivationStore
+from interp.activations import site_kind
 from interp.conflicts import ConflictSet, ContextKind
 from interp.errors import UserError
 from interp.evaluation import answered_from_memory, measure_usage

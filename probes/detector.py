@@ -17,7 +17,7 @@ from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.generation import BATCH_SIZE, encode, length_batches
-from probes.linear import LinearProbe, ProbeSet
+from probes.linear import LinearProbe, ProbeSet, numbered
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -90,7 +90,7 @@ class ConflictDetector:
             false_positive_rate: Share of aligned prompts that may be called conflicts.
 
         Raises:
-            UserError: If the classes are others, or there are too few aligned examples for the rate.
+            UserError: If the classes or labels are others, or there are too few aligned examples for the rate.
         """
         for probes, wanted in ((conflict, CONFLICT_CLASSES), (source, SOURCE_CLASSES)):
             if probes is not None and probes.classes != wanted:
@@ -98,7 +98,7 @@ class ConflictDetector:
                 raise UserError(f"The detector needs a probe that tells {needed}, not {given}.")
         if not 0 < false_positive_rate < 1:
             raise UserError(f"The false-positive rate must lie between 0 and 1, not {false_positive_rate:g}.")
-        is_conflict = torch.tensor([label == "conflict" for label in labels])
+        is_conflict = torch.tensor(numbered(labels, CONFLICT_CLASSES)) == 1
         negatives, positives = int((~is_conflict).sum()), int(is_conflict.sum())
         rank = math.ceil((negatives + 1) * (1 - false_positive_rate))
         if rank > negatives or not positives:

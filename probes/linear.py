@@ -108,7 +108,12 @@ class LinearProbe:
             UserError: If a label is none of the classes, or only one of them occurs.
         """
         probabilities = self.predict_proba(features).cpu().numpy()
-        return score_probabilities(probabilities, _numbered(labels, self.classes), clusters, seed=seed)
+        if len(labels) != len(probabilities) or len(clusters) != len(probabilities):
+            raise UserError(
+                f"There are {len(probabilities)} rows of features at {self.site} for {len(labels)} labels and "
+                f"{len(clusters)} clusters; give as many."
+            )
+        return score_probabilities(probabilities, numbered(labels, self.classes), clusters, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (``.safetensors``) and a JSON file next to it."""
@@ -199,7 +204,7 @@ class ProbeSet(Mapping[str, LinearProbe]):
         if method not in METHODS:
             raise UserError(f"The method {method!r} is not known; known are {', '.join(METHODS)}.")
         order = tuple(sorted(set(labels)) if classes is None else classes)
-        numbers = torch.tensor(_numbered(labels, order))
+        numbers = torch.tensor(numbered(labels, order))
         held = torch.tensor(list(validation), dtype=torch.bool)
         if len(held) != len(numbers):
             raise UserError(f"There are {len(held)} validation marks for {len(numbers)} labels; give as many.")
@@ -304,7 +309,12 @@ class ProbeSet(Mapping[str, LinearProbe]):
             raise UserError(f"{target} and its JSON file do not hold probes ({error}); {again}.") from error
 
 
-def _numbered(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+def numbered(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """The place of each label among the classes, ``(n,)``.
+
+    Raises:
+        UserError: If a label is none of the classes, or there are fewer than two of these.
+    """
     place = {name: k for k, name in enumerate(classes)}
     if len(place) < 2:
         raise UserError(f"All labels are {classes[0]!r}; a probe needs at least two classes." if classes else _EMPTY)

@@ -24,7 +24,7 @@ from conflictscope.probing import (
     score_table,
 )
 from interp import activations
-from interp.activations import ActivationStore
+from interp.activation_store import ActivationStore
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport, answered_from_memory
