@@ -509,7 +509,8 @@ def _print_frame(frame: Any) -> None:
     table = Table(*frame.columns)
     for row in frame.iter_rows():
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(table)
+    # A pipe has no width; lines are then as long as they need to be.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

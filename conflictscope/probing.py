@@ -4,7 +4,8 @@ Probes train on the train split; strength, site and threshold are chosen on dev;
 both. They are scored on held-out subjects, in the families they know and in the one they do not, next to what keeps
 the numbers honest:
 
-    shuffled labels     probes fitted to labels that were permuted within relation, phrasing and split
+    shuffled labels     probes fitted to labels that were permuted within relation, phrasing and split; for sources,
+                        whose shares differ between these, that is a second floor
     floor               for conflicts the embedding of the last token; for sources phrasing and relation
     without a relation  fitted on the other relations, scored on this one
     without a phrasing  fitted on the other phrasing families, scored on this one
@@ -35,12 +36,12 @@ from interp.files import write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
-from interp.statistics import Estimate
+from interp.statistics import Estimate, bootstrap_mean
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
 from probes.plots import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
-from probes.quality import ProbeScore, pooled_auroc
+from probes.quality import ProbeScore, auroc_within, pooled_auroc
 
 Label = Literal["conflict", "source"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -50,6 +51,13 @@ SHUFFLES = 5
 _CLASSES: dict[Label, tuple[str, ...]] = {"conflict": CONFLICT_CLASSES, "source": SOURCE_CLASSES}
 _PHRASING_GROUPS = ("seen phrasings", "unseen phrasing")
 _FLOOR = "phrasing and relation"
+_SHORT = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "calibration_error": "ECE",
+    "true_positive_rate": "conflicts found",
+    "false_positive_rate": "false alarms",
+}
 _MEASURES = ("auroc", "auprc", "accuracy", "calibration_error")
 
 
@@ -275,6 +283,7 @@ class _Scoring:
 
     def __init__(self, store: ActivationStore, folder: Path, label: Label, seed: int) -> None:
         self.store = store
+        self.folder = folder
         self.label: Label = label
         self.seed = seed
         self.probes = ProbeSet.load(folder / f"{label}.safetensors")
@@ -294,6 +303,8 @@ class _Scoring:
             for site, probe in tracked(list(self.probes.items()), f"Scoring: {self.label}")
         }
         by_group = {name: self._score("fitted", name, chosen, frame) for name, frame in self._groups().items()}
+        self._score_within_strata()
+        self._score_detector()
         shuffled = self._shuffled()
         floor = self._floor(by_site)
         for control in self._of_kind("left out"):
@@ -335,12 +346,12 @@ class _Scoring:
     def _groups(self) -> dict[str, pl.DataFrame]:
         """Parts of the test examples in which both classes occur."""
         held_out = pl.col("template") == self.probes.settings["held_out_template"]
-        groups = {"seen phrasings": self.test.filter(~held_out), "unseen phrasing": self.test.filter(held_out)}
+        groups = dict(zip(_PHRASING_GROUPS, (self.test.filter(~held_out), self.test.filter(held_out)), strict=True))
         for column in ("relation", "template"):
-            groups |= {
-                f"{column} {part}": self.test.filter(pl.col(column) == part)
-                for part in sorted(self.test[column].unique())
-            }
+            for part in sorted(self.test[column].unique()):
+                groups[f"{column} {part}"] = self.test.filter(pl.col(column) == part)
+        for part in sorted(self.test["relation"].unique()):
+            groups[f"unseen phrasing, relation {part}"] = self.test.filter(held_out, relation=part)
         return {name: frame for name, frame in groups.items() if frame["label"].n_unique() > 1}
 
     def _of_kind(self, kind: str) -> list[ProbeSet]:
@@ -356,10 +367,37 @@ class _Scoring:
             self._note(probe_name, group, probe.site, measure, getattr(score, measure))
         return score
 
+    def _score_within_strata(self) -> None:
+        """What the chosen probe knows beyond phrasing and relation, which alone would reach .5 here."""
+        chosen = self.probes.best
+        logits = chosen.logits(self.store.read(chosen.site, self.test["row"].to_list()))[:, 0].numpy()
+        strata = self.test.select("relation", "template").rows()
+        positive, subjects = (self.test["label"] == self.probes.classes[1]).to_numpy(), self.test["subject"].to_list()
+        estimate = auroc_within(logits, positive, strata, subjects, seed=self.seed)
+        self._note("fitted", "within phrasing and relation", chosen.site, "auroc", estimate)
+
+    def _score_detector(self) -> None:
+        """How often the detector calls conflicting and aligned test prompts conflicts."""
+        if self.label != "conflict" or not (self.folder / "detector").is_dir():
+            return
+        detector = ConflictDetector.load(self.folder / "detector")
+        probe = detector.conflict
+        for name, frame in {"test": self.test, **self._groups()}.items():
+            probabilities = probe.predict_proba(self.store.read(probe.site, frame["row"].to_list()))[:, 1]
+            called = frame.with_columns(
+                called=pl.Series((probabilities > detector.threshold).tolist()).cast(pl.Float64)
+            )
+            for measure, kind in (("true_positive_rate", "conflict"), ("false_positive_rate", "aligned")):
+                part = called.filter(label=kind)
+                rate = bootstrap_mean(part["called"].to_numpy(), part["subject"].to_list(), seed=self.seed)
+                self._note("detector", name, probe.site, measure, rate)
+
     def _floor(self, by_site: Mapping[str, ProbeScore]) -> ProbeScore | None:
         """The floor on all test examples; for sources on each group too."""
         if self.label == "conflict":
-            return by_site.get(EMBEDDING)
+            if (embedding := by_site.get(EMBEDDING)) is not None:
+                self._note("floor", "test", EMBEDDING, "auroc", embedding.auroc)
+            return embedding
         floor = None
         for control in self._of_kind("floor"):
             for name, frame in {**self._groups(), "test": self.test}.items():
@@ -389,14 +427,16 @@ class _Scoring:
 
 
 def score_table(scores: pl.DataFrame) -> pl.DataFrame:
-    """AUROC of the chosen sites, their controls and floors, and calibration: a row for each probe and group."""
-    shown = scores.filter(pl.col("chosen") | (pl.col("probe") == "floor") | pl.col("probe").str.starts_with("without"))
-    interval = pl.format("{} [{}, {}]", *(pl.col(c).round(3) for c in ("value", "low", "high")))
-    return (
-        shown.with_columns(text=interval)
-        .pivot(on="measure", index=["label", "probe", "group", "site", "n"], values="text", maintain_order=True)
-        .fill_null("")
+    """The chosen sites, their controls and floors, and the detector, on the main groups: a row for each."""
+    left_out = pl.col("probe").str.starts_with("without")
+    main = pl.col("chosen") | pl.col("probe").is_in(["floor", "detector"])
+    groups = ("test", *_PHRASING_GROUPS, "within phrasing and relation")
+    shown = scores.filter(
+        pl.when(left_out).then(pl.col("measure") == "auroc").otherwise(main & pl.col("group").is_in(groups))
     )
+    interval = pl.format("{} [{}, {}]", *(pl.col(column).round(3) for column in ("value", "low", "high")))
+    measures = pl.col("measure").replace(_SHORT)
+    return shown.select("label", "probe", "group", measures.alias("measure"), interval.alias("value [95 %]"), "n")
 
 
 class Prompt(NamedTuple):

@@ -370,11 +370,13 @@ def _fit(
     train = features[:, ~held]
     centre = train.mean(1, keepdim=True)
     scale = train.std(1, keepdim=True, correction=0)
-    scale = torch.where(scale > 0, scale, 1)
+    # A feature that never changes may seem to by rounding; it is left out.
+    varies = scale > 1e-6 * train.abs().amax(1, keepdim=True)
+    scale = torch.where(varies, scale, 1)
     fit = fit_logistic if method == "logistic" else fit_discriminant
     strengths = torch.tensor(grid, device=features.device)
     weights = balanced_weights(labels[~held], n_classes)
-    fits = fit((train - centre) / scale, labels[~held], weights, strengths, n_classes=n_classes)
+    fits = fit((train - centre) / scale * varies, labels[~held], weights, strengths, n_classes=n_classes)
     # Back to the activations' own units.
     weight = fits.weight / scale.unsqueeze(1)
     fits = Fits(weight, fits.bias - (weight @ centre.unsqueeze(1).mT).squeeze(-1))

@@ -134,6 +134,33 @@ def pooled_auroc(
     return Estimate(float(np.mean([auroc(s, positive, once) for s in scores])), float(low), float(high), len(positive))
 
 
+def auroc_within(
+    scores: np.ndarray, positive: np.ndarray, strata: Sequence[Hashable], clusters: Sequence[Hashable], *, seed: int = 0
+) -> Estimate:
+    """AUROC over pairs of a positive and a negative of the same stratum: what a probe knows beyond the stratum.
+
+    Args:
+        scores: ``(n,)``.
+        positive: ``(n,)`` booleans.
+        strata: The stratum of each example.
+        clusters: What is resampled together.
+        seed: Seed of the bootstrap.
+    """
+    _, member = np.unique(np.asarray([str(s) for s in strata]), return_inverse=True)
+
+    def share(weights: np.ndarray) -> np.ndarray:
+        wins, pairs = np.zeros((2, len(weights)))
+        for stratum in range(member.max() + 1):
+            inside = member == stratum
+            n_pairs = (weights[:, inside & positive].sum(1)) * (weights[:, inside & ~positive].sum(1))
+            wins += np.nan_to_num(auroc(scores[inside], positive[inside], weights[:, inside])) * n_pairs
+            pairs += n_pairs
+        return _ratio(wins, pairs)
+
+    low, high = np.nanquantile(share(bootstrap_weights(clusters, seed=seed)), [0.025, 0.975])
+    return Estimate(float(share(np.ones((1, len(scores))))[0]), float(low), float(high), len(scores))
+
+
 def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The probability that a random positive scores above a random negative, ties counting half.
 

@@ -127,7 +127,7 @@ def fit_discriminant(features: Tensor, labels: Tensor, weights: Tensor, shrinkag
     means = torch.einsum("nk,pnd->pkd", member, features) / member.sum(0)[:, None]
     within = (features - means[:, labels]) * weights.sqrt().unsqueeze(-1)
     axes, variance = _principal_axes(within)
-    isotropic = variance.sum(1) / d
+    isotropic = (variance.sum(1) / d).clamp(min=1e-30)
     spread = means - means.mean(1, keepdim=True)
     if n_classes == 2:
         spread = spread[:, 1:] - spread[:, :1]

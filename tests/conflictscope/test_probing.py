@@ -23,7 +23,7 @@ from conflictscope.probing import (
     read_prompts,
     score_table,
 )
-from interp import activations
+from interp import activation_store, activations
 from interp.activation_store import ActivationStore
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -154,6 +154,8 @@ def test_score_writes_scores_of_probes_and_controls_and_figures(run, chain, tmp_
     assert set(scores["probe"]) == {
         "fitted",
         "shuffled labels",
+        "floor",
+        "detector",
         *(f"without relation {r}" for r in RELATIONS),
         *(f"without template {t}" for t in PHRASINGS if t != HELD_OUT_PHRASING),
     }
@@ -282,7 +284,7 @@ def test_probes_that_do_not_exist(run, chain, tmp_path):
 
 @pytest.mark.parametrize("command", ["fit", "score"])
 def test_an_unfinished_recording(run, chain, tmp_path, llama, monkeypatch, command):
-    monkeypatch.setattr(activations, "SHARD_PROMPTS", 100)
+    monkeypatch.setattr(activation_store, "SHARD_PROMPTS", 100)
     original, calls = activations.observe, []
 
     def stopped(*arguments: Any) -> Any:
@@ -421,11 +423,11 @@ def test_the_score_table_shows_the_chosen_site_floors_and_probes_left_out():
         row("without relation capital", "one", False, "auroc", 0.65),
     ]
     table = score_table(pl.DataFrame(rows))
-    assert table.columns == ["label", "probe", "group", "site", "n", "auroc", "accuracy"]
-    assert table.select("probe", "site", "auroc", "accuracy").rows() == [
-        ("fitted", "two", "0.812 [0.712, 0.912]", "0.7 [0.6, 0.8]"),
-        ("floor", "phrasing and relation", "0.55 [0.45, 0.65]", ""),
-        ("without relation capital", "one", "0.65 [0.55, 0.75]", ""),
+    assert table.drop("label", "n").rows() == [
+        ("fitted", "test", "AUROC", "0.812 [0.712, 0.912]"),
+        ("fitted", "test", "accuracy", "0.7 [0.6, 0.8]"),
+        ("floor", "test", "AUROC", "0.55 [0.45, 0.65]"),
+        ("without relation capital", "test", "AUROC", "0.65 [0.55, 0.75]"),
     ]
 
 

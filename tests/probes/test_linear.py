@@ -236,6 +236,15 @@ def test_a_feature_that_is_constant_in_training_has_no_weight(planted, method, v
     assert probe.weight[0, 3].abs() < 1e-2 * probe.weight.abs().max()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_at_which_all_examples_are_the_same_is_a_coin_toss(planted, method):
+    same = torch.randn(D).expand(len(planted.labels), D) * 0.3
+    probe = ProbeSet.fit({"same": same}, planted.labels, validation=planted.held, method=method)["same"]
+    assert probe.validation_auroc == 0.5
+    share = np.mean([label == "conflict" for label, held in zip(planted.labels, planted.held, strict=True) if not held])
+    assert probe.predict_proba(same)[:, 1].numpy() == pytest.approx(share, abs=1e-3)
+
+
 @pytest.mark.parametrize("size", [1, 200_000, 2**30])
 def test_the_size_of_chunks_changes_nothing(monkeypatch, size):
     case = Planted(200)

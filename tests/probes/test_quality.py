@@ -9,6 +9,7 @@ from interp.statistics import bootstrap_weights
 from probes.quality import (
     ProbeScore,
     auroc,
+    auroc_within,
     average_precision,
     expected_calibration_error,
     pooled_auroc,
@@ -227,3 +228,15 @@ def test_pooled_auroc_is_the_mean_and_its_interval_holds_all_probes_resamples():
     low, high = np.quantile(resampled, [0.025, 0.975])
     assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
     assert found.n == N
+
+
+def test_auroc_within_strata_counts_pairs_of_the_same_stratum_only():
+    rng = np.random.default_rng(3)
+    strata = rng.integers(0, 4, 60)
+    positive = rng.random(60) < 0.2 + 0.2 * strata
+    scores = np.round(rng.random(60) + strata, 1)
+    pairs = [(i, j) for i in range(60) for j in range(60) if positive[i] and not positive[j] and strata[i] == strata[j]]
+    expected = np.mean([float(scores[i] > scores[j]) + 0.5 * float(scores[i] == scores[j]) for i, j in pairs])
+    found = auroc_within(scores, positive, strata.tolist(), list(range(60)))
+    assert found.value == pytest.approx(expected)
+    assert found.low < expected < found.high
