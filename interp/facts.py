@@ -250,8 +250,10 @@ def build_conflicts(
         contradict are left out, for example most of a split that nearly all have the same answer.
 
     Raises:
-        UserError: If a relation is not known, or nothing is left.
+        UserError: If a relation or phrasing is not known, or nothing is left.
     """
+    if unknown := [name for name in phrasings if name not in PHRASINGS]:
+        raise UserError(f"The phrasing {unknown[0]!r} is not known; known are {', '.join(PHRASINGS)}.")
     examples: list[ConflictExample] = []
     for name, known in facts.items():
         relation = relation_named(name)

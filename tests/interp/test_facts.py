@@ -105,6 +105,25 @@ def test_every_phrasing_asks_in_its_own_words():
     assert len({phrasing.bare(capital) for phrasing in PHRASINGS.values()}) == len(PHRASINGS)
 
 
+def test_the_phrasings_asked_for_are_built():
+    facts = {"capital": usable_facts("capital")[:20]}
+    assert set(build_conflicts(facts, phrasings=tuple(PHRASINGS)).counts()["by_template"]) == set(PHRASINGS)
+    with pytest.raises(UserError, match="'poem' is not known; known are statement, question"):
+        build_conflicts(facts, phrasings=("note", "poem"))
+
+
+@pytest.mark.parametrize("name", PHRASINGS)
+def test_every_phrasing_states_the_context_and_ends_with_the_question(name):
+    facts = {relation: usable_facts(relation)[:20] for relation in relations()}
+    for example in build_conflicts(facts, kinds=("conflict", "none"), phrasings=(name,)):
+        stem = relation_named(example.relation).stem.format(subject=example.subject)
+        assert example.prompt.lower().endswith(stem.lower())
+        if example.kind == "conflict":
+            assert example.context_answers[0] in example.context
+            assert example.context.lower() in example.prompt.lower()
+        assert "{" not in example.prompt
+
+
 def test_unknown_relation_lists_the_known_ones():
     with pytest.raises(UserError, match="'capitol' is not known; known are author, capital"):
         relation_named("capitol")
