@@ -138,6 +138,8 @@ def fit_probes(
     probes: dict[Label, ProbeSet] = {}
     for label in labels:
         task = _Task(store, label, held_out, method, device)
+        for old in (out / "controls").glob(f"{label}, *"):
+            old.unlink()
         probes[label] = task.fit(progress=f"Probes: {label}")
         probes[label].save(out / f"{label}.safetensors")
         for name, control in _controls(task, probes[label], seed) if controls else ():
@@ -164,7 +166,10 @@ class _Task:
         self.label: Label = label
         self.method: Method = method
         self.device = device
-        self.known = examples_of(store, label).filter(pl.col("split") != "test", pl.col("template") != held_out)
+        examples = examples_of(store, label)
+        if held_out != HELD_OUT_PHRASING and held_out not in (phrasings := sorted(examples["template"].unique())):
+            raise UserError(f"There is no phrasing {held_out!r} to hold out; the recording has {', '.join(phrasings)}.")
+        self.known = examples.filter(pl.col("split") != "test", pl.col("template") != held_out)
         self._settings = {
             "label": label,
             "held_out_template": held_out,
@@ -213,7 +218,8 @@ def _controls(task: _Task, probes: ProbeSet, seed: int) -> Iterator[tuple[str, P
     parts = [(c, part) for c in ("relation", "template") for part in known[c].unique(maintain_order=True)]
     for column, part in tracked(parts, f"Left out in turn: {task.label}"):
         rest = known.filter(pl.col(column) != part)
-        if rest.is_empty():
+        # A single relation has no others, and what is left may lack a class in one of the splits.
+        if rest.select("split", "label").n_unique() < 2 * len(probes.classes):
             continue
         best = task.fit(rest, task.at(where[0], rest)).best
         yield f"without {part}", ProbeSet({best.site: best}, {"control": "left out", "column": column, "part": part})
@@ -287,6 +293,12 @@ class _Scoring:
         self.label: Label = label
         self.seed = seed
         self.probes = ProbeSet.load(folder / f"{label}.safetensors")
+        fitted = self.probes.settings["model"]
+        if fitted["fingerprint"] != store.basis["model"]["fingerprint"]:
+            raise UserError(
+                f"The probes in {folder} were fitted on {fitted['name']}, but {store.path} holds activations of "
+                f"{store.basis['model']['name']} with other weights; record and fit with the same model."
+            )
         self.controls = [ProbeSet.load(path) for path in sorted((folder / "controls").glob(f"{label}, *.safetensors"))]
         self.examples = examples_of(store, label)
         self.test = self.examples.filter(split="test")

@@ -313,6 +313,14 @@ def test_an_unknown_or_too_strict_choice_of_fit(run, chain, tmp_path):
     fit = ["probe", "fit", "--recording", chain / "rec", "--label", "conflict", "--no-controls", "--out", "p"]
     assert_one_sentence(run(*fit, "--false-positive-rate", "0.0001"), "too few for a false-positive rate of 0.0001")
     assert_one_sentence(run(*fit, "--false-positive-rate", "1.5"), "must lie between 0 and 1, not 1.5")
+    assert_one_sentence(run(*fit, "--held-out", "acording"), "no phrasing 'acording' to hold out", "according_to")
+
+
+def test_probes_are_not_scored_on_activations_of_another_model(run, chain, tmp_path, tiny_directories):
+    record = ["record", "--model", tiny_directories["mistral"], "--data", chain / "data.jsonl", "--out", "rec"]
+    assert run(*record, *SITES, "--no-answers")[0] == 0
+    result = run("probe", "score", "--recording", "rec", "--probes", chain / "probes")
+    assert_one_sentence(result, "were fitted on", "record and fit with the same model")
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n"])
