@@ -212,7 +212,7 @@ def record(
     """
     from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activation_store import ActivationStore
-    from interp.activations import SITE_KINDS, sites_of
+    from interp.activations import SITE_KINDS, observations, sites_of
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES, load_model
 
@@ -223,12 +223,17 @@ def record(
     bridge = load_model(model, device=device, dtype=dtype)
     kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
     sites = [name for name in chosen if name not in SITE_KINDS]
+    if layers is not None and not kinds:
+        raise UserError(
+            "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
+        )
     sites = [EMBEDDING, *sites_of(bridge, kinds, _layers(layers)), *sites] if kinds else sites
+    observations(bridge, sites)
     if conflicts is None:
         conflicts = conflicts_for_probes(
             bridge,
             relation or [DEFAULT_RELATION],
-            folder=out.with_name(f"{out.name}-records"),
+            folder=out.resolve().with_name(f"{out.resolve().name}-records"),
             seed=seed,
             kinds=("conflict", "aligned"),
         )
@@ -294,9 +299,11 @@ def probe_fit(
     if detector is not None:
         hits = detector.settings["dev_true_positive_rate"]
         _say(
-            f"detector: {detector.conflict.site} above {detector.threshold:.3f} finds {hits:.0%} of the conflicts "
-            f"on dev at a false-positive rate of {false_positive_rate:.0%}"
+            f"detector: {detector.conflict.site} above {detector.threshold:.3f}, chosen because it finds {hits:.0%} of "
+            f"the conflicts on dev at {false_positive_rate:.0%} false alarms; `probe score` says what it does on test"
         )
+    elif "conflict" in probes:
+        _say("No detector: it reads the last token of a prompt, and other positions were recorded")
     _say(f"Probes are in {out}")
 
 
@@ -348,10 +355,11 @@ def probe_detect(
         if first is None:
             raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
         bridge = load_model(model, device=device, dtype=dtype)
-        if fingerprint(bridge) != detector.settings["model"]["fingerprint"]:
+        fitted = detector.settings.get("model", {})
+        if fingerprint(bridge) != fitted.get("fingerprint"):
             raise UserError(
-                f"The probes were fitted on {detector.settings['model']['name']} with other weights or another dtype; "
-                "give that model, or record and fit with this one."
+                f"The probes were fitted on {fitted.get('name', 'an unknown model')} with other weights or in another "
+                "dtype; give that model, or record and fit with this one."
             )
         for batch in itertools.chain([first], batches):
             detections = detector.detect(bridge, [prompt.text for prompt in batch], batch_size=batch_size)
@@ -488,7 +496,8 @@ def _layers(text: str | None) -> list[int] | None:
         return None
     layers: list[int] = []
     for part in text.split(","):
-        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--layers takes numbers and ranges like 0-9,12, not {text!r}.")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
@@ -509,7 +518,7 @@ def _print_frame(frame: Any) -> None:
     table = Table(*frame.columns)
     for row in frame.iter_rows():
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    # A pipe has no width; lines are then as long as they need to be.
+    # A pipe has no width of its own.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

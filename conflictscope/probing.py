@@ -6,7 +6,8 @@ the numbers honest:
 
     shuffled labels     probes fitted to labels that were permuted within relation, phrasing and split; for sources,
                         whose shares differ between these, that is a second floor
-    floor               for conflicts the embedding of the last token; for sources phrasing and relation
+    floors              the embedding of the last token; and what is known without reading the model: phrasing and
+                        relation, for conflicts also which answer the context gives
     without a relation  fitted on the other relations, scored on this one
     without a phrasing  fitted on the other phrasing families, scored on this one
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,10 +30,18 @@ from torch import Tensor
 from conflictscope.records import Records
 from interp.activation_store import ActivationStore
 from interp.activations import site_kind
-from interp.conflicts import ConflictSet, ContextKind
+from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import answered_from_memory, measure_usage
-from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, known_facts, relation_named, usable_facts
+from interp.evaluation import UsageReport, measure_usage
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    PHRASINGS,
+    Fact,
+    build_conflicts,
+    known_facts,
+    relation_named,
+    usable_facts,
+)
 from interp.files import write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
@@ -49,8 +59,12 @@ EMBEDDING = "embed.hook_out"
 SHUFFLES = 5
 
 _CLASSES: dict[Label, tuple[str, ...]] = {"conflict": CONFLICT_CLASSES, "source": SOURCE_CLASSES}
-_PHRASING_GROUPS = ("seen phrasings", "unseen phrasing")
-_FLOOR = "phrasing and relation"
+_PHRASING_GROUPS: tuple[str, str] = ("seen phrasings", "unseen phrasing")
+_FLOOR = "known beforehand"
+_FLOORS: dict[Label, tuple[str, ...]] = {
+    "conflict": ("template", "relation", "context_answer"),
+    "source": ("template", "relation"),
+}
 _SHORT = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -78,12 +92,42 @@ def conflicts_for_probes(
             lambda relation=relation: [f.subject for f in known_facts(model, relation, progress=f"Known: {relation}")],
         )
         facts[relation] = [fact for fact in usable if fact.subject in known]
-    conflicts = build_conflicts(facts, seed=seed, kinds=("none", *kinds), phrasings=tuple(PHRASINGS))
-    closed_book = conflicts.select(kind="none")
+    closed_book = build_conflicts(facts, seed=seed, kinds=("none",), phrasings=tuple(PHRASINGS))
     report = records.usage(
         "closed_book", closed_book.digest, lambda: measure_usage(model, closed_book, progress="Closed-book")
     )
-    return answered_from_memory(conflicts, report)
+    return conflicts_by_phrasing(facts, report, seed=seed, kinds=kinds)
+
+
+def conflicts_by_phrasing(
+    facts: Mapping[str, Sequence[Fact]], closed_book: UsageReport, *, seed: int, kinds: Sequence[ContextKind]
+) -> ConflictSet:
+    """Each phrasing family's prompts about those facts that were answered right in that family.
+
+    Conflicts are made family by family, so that in each of them, within relation and split, the conflict answers are a
+    permutation of the right ones, and an answer does not tell whether it is a conflict.
+
+    Args:
+        facts: Facts by relation.
+        closed_book: What was answered to their prompts without a context, in all families.
+        seed: Decides the splits and which answer conflicts with which.
+        kinds: The context kinds to build.
+
+    Raises:
+        UserError: If too few facts are known in every family.
+    """
+    asked = closed_book.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template")
+    right = set(asked.rows())
+    examples: list[ConflictExample] = []
+    for phrasing in PHRASINGS:
+        known = {r: [fact for fact in some if (r, fact.subject, phrasing) in right] for r, some in facts.items()}
+        if any(len({fact.answers[0] for fact in some}) > 1 for some in known.values()):
+            examples += build_conflicts(known, seed=seed, kinds=kinds, phrasings=(phrasing,))
+    if not examples:
+        raise UserError(
+            f"The model knows too few facts of {', '.join(facts)}; choose other relations or a model that knows more."
+        )
+    return ConflictSet("+".join(facts), tuple(examples))
 
 
 def examples_of(store: ActivationStore, label: Label) -> pl.DataFrame:
@@ -95,7 +139,9 @@ def examples_of(store: ActivationStore, label: Label) -> pl.DataFrame:
     if not store.complete:
         raise UserError(f"The recording in {store.path} has not finished; run the same `conflictscope record` again.")
     index = store.index.with_row_index("row")
-    needed = {"kind", "split", "template", "relation", "subject"} | ({"usage"} if label == "source" else set())
+    needed = {"kind", "split", "template", "relation", "subject", "context_answer"} | (
+        {"usage"} if label == "source" else set()
+    )
     if missing := needed - set(index.columns):
         raise UserError(
             f"The recording in {store.path} lacks {', '.join(sorted(missing))}; record conflict examples, "
@@ -120,6 +166,8 @@ def fit_probes(
 ) -> tuple[dict[Label, ProbeSet], ConflictDetector | None]:
     """Fit the probes of every site, their controls and a detector, and write them all to ``out``.
 
+    An earlier fit in ``out`` is replaced. The detector reads last tokens, so it needs a recording of these.
+
     Args:
         store: A finished recording.
         out: Folder for ``conflict.safetensors``, ``source.safetensors`` (each with its JSON), ``detector/`` and
@@ -135,18 +183,21 @@ def fit_probes(
     Raises:
         UserError: If the recording does not serve, or has too few examples.
     """
+    tasks = {label: _Task(store, label, held_out, method, device) for label in labels}
+    # What is left of an earlier fit would be scored as if it belonged to this one.
+    shutil.rmtree(out / "controls", ignore_errors=True)
+    shutil.rmtree(out / "detector", ignore_errors=True)
+    for label in LABELS:
+        (out / f"{label}.json").unlink(missing_ok=True)
     probes: dict[Label, ProbeSet] = {}
-    for label in labels:
-        task = _Task(store, label, held_out, method, device)
-        for old in (out / "controls").glob(f"{label}, *"):
-            old.unlink()
+    for label, task in tasks.items():
         probes[label] = task.fit(progress=f"Probes: {label}")
+        for number, control in enumerate(_controls(task, probes[label], seed) if controls else ()):
+            control.save(out / "controls" / f"{label}-{number:02d}.safetensors")
         probes[label].save(out / f"{label}.safetensors")
-        for name, control in _controls(task, probes[label], seed) if controls else ():
-            control.save(out / "controls" / f"{label}, {name}.safetensors")
-    if "conflict" not in probes:
+    if "conflict" not in probes or store.basis["positions"] != "last":
         return probes, None
-    dev = _Task(store, "conflict", held_out, method, device).known.filter(split="dev")
+    dev = tasks["conflict"].known.filter(split="dev")
     detector = ConflictDetector.from_probes(
         probes["conflict"],
         store.rows(dev["row"].to_list()),
@@ -173,6 +224,7 @@ class _Task:
         self._settings = {
             "label": label,
             "held_out_template": held_out,
+            "subjects": sorted(self.known["subject"].unique()),
             **{key: store.basis[key] for key in ("model", "data", "seed", "positions", "dtype")},
         }
 
@@ -204,14 +256,12 @@ class _Task:
         return {site: rows[site] for site in sites}
 
 
-def _controls(task: _Task, probes: ProbeSet, seed: int) -> Iterator[tuple[str, ProbeSet]]:
+def _controls(task: _Task, probes: ProbeSet, seed: int) -> Iterator[ProbeSet]:
     known = task.known
     for number in tracked(range(SHUFFLES), f"Shuffled labels: {task.label}"):
-        yield f"shuffled {number}", task.fit(_shuffled(known, f"{seed}/{number}"), control="shuffled")
-    if task.label == "source":
-        categories = _categories(known)
-        floor = task.fit(known, {_FLOOR: _one_hot(known, categories)}, control="floor", categories=categories)
-        yield "floor", floor
+        yield task.fit(_shuffled(known, f"{seed}/{number}"), control="shuffled")
+    categories = _categories(known, _FLOORS[task.label])
+    yield task.fit(known, {_FLOOR: _one_hot(known, categories)}, control="floor", categories=categories)
     where = site_kind(probes.best.site)
     if where is None:
         return
@@ -222,7 +272,7 @@ def _controls(task: _Task, probes: ProbeSet, seed: int) -> Iterator[tuple[str, P
         if rest.select("split", "label").n_unique() < 2 * len(probes.classes):
             continue
         best = task.fit(rest, task.at(where[0], rest)).best
-        yield f"without {part}", ProbeSet({best.site: best}, {"control": "left out", "column": column, "part": part})
+        yield ProbeSet({best.site: best}, {"control": "left out", "column": column, "part": part})
 
 
 def _shuffled(frame: pl.DataFrame, seed: str) -> pl.DataFrame:
@@ -238,13 +288,13 @@ def _shuffled(frame: pl.DataFrame, seed: str) -> pl.DataFrame:
     return frame.with_columns(label=pl.Series(labels))
 
 
-def _categories(frame: pl.DataFrame) -> list[list[str]]:
-    return [[column, part] for column in ("template", "relation") for part in sorted(frame[column].unique())]
+def _categories(frame: pl.DataFrame, columns: Sequence[str]) -> list[list[str]]:
+    return [[column, part] for column in columns for part in sorted(frame[column].drop_nulls().unique())]
 
 
 def _one_hot(frame: pl.DataFrame, categories: Sequence[Sequence[str]]) -> Tensor:
-    """Which phrasing and relation each example has, ``(n, n_categories)``; an unknown phrasing is all zeros."""
-    columns = [(frame[column] == part).cast(pl.Float32).to_numpy() for column, part in categories]
+    """Which of the categories each example is of, ``(n, n_categories)``; an unknown phrasing is all zeros."""
+    columns = [(frame[column] == part).fill_null(False).cast(pl.Float32).to_numpy() for column, part in categories]
     return torch.from_numpy(np.stack(columns, 1))
 
 
@@ -265,7 +315,7 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
     """Score fitted probes and their controls on the test split, and draw the figures.
 
     Args:
-        store: A finished recording; all but the figure of activation patterns uses its test split alone.
+        store: A finished recording; only test subjects on which nothing was fitted are used.
         folder: What ``fit_probes`` wrote.
         out: Folder for ``scores.parquet`` and ``figures/``.
         seed: Seed of the bootstrap.
@@ -273,7 +323,7 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
     Raises:
         UserError: If there are no probes, or the recording lacks a site or a test split.
     """
-    found: list[Label] = [label for label in LABELS if (folder / f"{label}.safetensors").exists()]
+    found: list[Label] = [label for label in LABELS if (folder / f"{label}.json").exists()]
     if not found:
         raise UserError(f"There are no probes in {folder}; fit them with `conflictscope probe fit`.")
     results = [_Scoring(store, folder, label, seed).result() for label in found]
@@ -299,12 +349,20 @@ class _Scoring:
                 f"The probes in {folder} were fitted on {fitted['name']}, but {store.path} holds activations of "
                 f"{store.basis['model']['name']} with other weights; record and fit with the same model."
             )
-        self.controls = [ProbeSet.load(path) for path in sorted((folder / "controls").glob(f"{label}, *.safetensors"))]
+        self.controls = [ProbeSet.load(path) for path in sorted((folder / "controls").glob(f"{label}-*.safetensors"))]
         self.examples = examples_of(store, label)
-        self.test = self.examples.filter(split="test")
+        if self.probes.settings["positions"] != store.basis["positions"]:
+            raise UserError(
+                f"The probes in {folder} read {self.probes.settings['positions']} tokens, but {store.path} holds "
+                f"{store.basis['positions']} ones; score on a recording of the same positions."
+            )
+        # The splits of another recording may be others.
+        fitted_on = pl.col("subject").is_in(self.probes.settings["subjects"])
+        self.test = self.examples.filter(pl.col("split") == "test", ~fitted_on)
         if self.test["label"].n_unique() < 2:
             raise UserError(
-                f"The test split of {store.path} has fewer than two classes of the {label} label; record all splits."
+                f"{store.path} has no two classes of the {label} label among test subjects that the probes were not "
+                "fitted on; record all splits, with the seed of the recording that they were fitted on."
             )
         self._rows: list[dict[str, Any]] = []
 
@@ -328,8 +386,8 @@ class _Scoring:
             "auroc_by_layer": auroc_by_layer(
                 by_site,
                 shuffled=shuffled or None,
-                floor=floor,
-                floor_label=f"{'embedding' if self.label == 'conflict' else _FLOOR} floor",
+                floor=floor[1] if floor else None,
+                floor_label=floor[0] if floor else "",
                 chosen=chosen.site,
             ),
             "calibration": reliability_curve(
@@ -339,28 +397,20 @@ class _Scoring:
         residual = [site for site in self.store if (where := site_kind(site)) and where[0] == "residual"]
         if residual:
             rows = self.store.rows(self.test["row"].to_list())
-            figures["projection"] = projection_by_layer(
-                {site: rows[site] for site in residual},
-                self.probes,
-                self.test["label"].to_list(),
-                self.test["text"].to_list(),
-            )
-            rows = self.store.rows(self.examples["row"].to_list())
-            figures["patterns"] = activation_patterns(
-                patterns_by_group(
-                    {site: rows[site] for site in residual},
-                    self.examples["label"].to_list(),
-                    self.examples["subject"].to_list(),
-                )
-            )
+            features = {site: rows[site] for site in residual}
+            labels, subjects, texts = (self.test[column].to_list() for column in ("label", "subject", "text"))
+            figures["projection"] = projection_by_layer(features, self.probes, labels, texts)
+            figures["patterns"] = activation_patterns(patterns_by_group(features, labels, subjects))
         return Scores(self._frame(), {f"{self.label}_{name}": figure for name, figure in figures.items()})
 
     def _groups(self) -> dict[str, pl.DataFrame]:
         """Parts of the test examples in which both classes occur."""
         held_out = pl.col("template") == self.probes.settings["held_out_template"]
-        groups = dict(zip(_PHRASING_GROUPS, (self.test.filter(~held_out), self.test.filter(held_out)), strict=True))
+        groups: dict[str, pl.DataFrame] = dict(
+            zip(_PHRASING_GROUPS, (self.test.filter(~held_out), self.test.filter(held_out)), strict=True)
+        )
         for column in ("relation", "template"):
-            for part in sorted(self.test[column].unique()):
+            for part in sorted(set(self.test[column]) - {self.probes.settings["held_out_template"]}):
                 groups[f"{column} {part}"] = self.test.filter(pl.col(column) == part)
         for part in sorted(self.test["relation"].unique()):
             groups[f"unseen phrasing, relation {part}"] = self.test.filter(held_out, relation=part)
@@ -404,18 +454,18 @@ class _Scoring:
                 rate = bootstrap_mean(part["called"].to_numpy(), part["subject"].to_list(), seed=self.seed)
                 self._note("detector", name, probe.site, measure, rate)
 
-    def _floor(self, by_site: Mapping[str, ProbeScore]) -> ProbeScore | None:
-        """The floor on all test examples; for sources on each group too."""
-        if self.label == "conflict":
-            if (embedding := by_site.get(EMBEDDING)) is not None:
-                self._note("floor", "test", EMBEDDING, "auroc", embedding.auroc)
-            return embedding
-        floor = None
+    def _floor(self, by_site: Mapping[str, ProbeScore]) -> tuple[str, ProbeScore] | None:
+        """Scores the floors; the one to draw, with its name."""
+        drawn = None
         for control in self._of_kind("floor"):
             for name, frame in {**self._groups(), "test": self.test}.items():
                 features = _one_hot(frame, control.settings["categories"])
-                floor = self._score("floor", name, control[_FLOOR], frame, features)
-        return floor
+                drawn = f"{_FLOOR} floor", self._score("floor", name, control[_FLOOR], frame, features)
+        if (embedding := by_site.get(EMBEDDING)) is not None:
+            self._note("floor", "test", EMBEDDING, "auroc", embedding.auroc)
+            if self.label == "conflict":
+                drawn = "embedding floor", embedding
+        return drawn
 
     def _shuffled(self) -> dict[str, Estimate]:
         controls = self._of_kind("shuffled")

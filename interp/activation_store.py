@@ -170,7 +170,8 @@ class ActivationStore(Mapping[str, Tensor]):
     ) -> ActivationStore:
         """Record activations to a folder, or go on where an earlier call with the same arguments stopped.
 
-        Memory use does not depend on the number of prompts.
+        Memory use does not depend on the number of prompts. What is recorded is the model as it is: a store knows its
+        weights, but not the interventions on it, so give each edit a folder of its own.
 
         Args:
             path: The folder.
@@ -338,7 +339,10 @@ def _index(model: Any, source: PromptSource, numbers: range, answers: bool, batc
     chosen = [source.examples[i] for i in numbers]
     columns = ("id", "subject", "relation", "template", "kind", "split", "source")
     about = pl.DataFrame({"prompt": list(numbers), **{c: [getattr(e, c) for e in chosen] for c in columns}})
-    about = about.with_columns(text=pl.Series([w.text for w in wanted], dtype=pl.String))
+    about = about.with_columns(
+        context_answer=pl.Series([next(iter(e.context_answers), None) for e in chosen], dtype=pl.String),
+        text=pl.Series([w.text for w in wanted], dtype=pl.String),
+    )
     if answers:
         conflicts = tuple(e for e in chosen if e.kind == "conflict")
         schema = {"id": pl.String, "answer": pl.String, "usage": pl.String}

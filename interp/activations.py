@@ -316,36 +316,37 @@ def observe(
 class Collected:
     """Batches of activations on their way to the host, and how to put them in the prompts' order."""
 
-    def __init__(self, sites: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sites: Sequence[str], dtype: torch.dtype) -> None:
         self._parts: dict[str, list[Tensor]] = {site: [] for site in sites}
         self._prompts: list[int] = []
         self._positions: list[int] = []
         self._dtype = dtype
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def add(self, values: Mapping[str, Tensor], prompts: Sequence[int], positions: Sequence[int]) -> None:
         """Take a batch; its copy to the host runs while the caller goes on."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         for site, tensor in values.items():
             self._parts[site].append(self._to_host(tensor))
         self._prompts += prompts
         self._positions += positions
 
     def _to_host(self, tensor: Tensor) -> Tensor:
-        if self._stream is None:
+        if tensor.device.type != "cuda":
             return tensor.cpu()
+        # A model may lie on several devices; each has a stream for its copies.
+        stream = self._streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
         # The allocator must not give the memory to the next batch before the copy is done.
-        tensor.record_stream(self._stream)
+        tensor.record_stream(stream)
         return host
 
     def result(self) -> Activations:
         """Everything, ordered by prompt and position."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()
         keys = list(zip(self._prompts, self._positions, strict=True))
         order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
         values: dict[str, Tensor] = {}
@@ -372,7 +373,7 @@ def collected_activations(
     """Run the prompts with these numbers, those of similar length together."""
     wanted = dict(zip(numbers, source.wanted(numbers), strict=True))
     device = next(transformers_model(model).parameters()).device
-    collected = Collected(list(where), device, dtype)
+    collected = Collected(list(where), dtype)
     order = sorted(numbers, key=lambda i: (-len(wanted[i].token_ids), i))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

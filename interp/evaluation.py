@@ -189,26 +189,6 @@ def measure_usage(
     return UsageReport(pl.DataFrame(rows, schema_overrides={"logit_difference": pl.Float64}))
 
 
-def answered_from_memory(conflicts: ConflictSet, closed_book: UsageReport) -> ConflictSet:
-    """The examples with a context whose question, asked without one in the same phrasing, gets the memory answer.
-
-    Args:
-        conflicts: Examples of several kinds.
-        closed_book: What was answered to those of kind ``none``.
-
-    Raises:
-        UserError: If none is left.
-    """
-    asked = closed_book.frame.filter(pl.col("memory_span_match") > 0).select("subject", "relation", "template").rows()
-    right = set(asked)
-    kept = tuple(e for e in conflicts if e.kind != "none" and (e.subject, e.relation, e.template) in right)
-    if not kept:
-        raise UserError(
-            "The model answers none of these questions from memory; choose other relations or a model that knows more."
-        )
-    return ConflictSet(conflicts.name, kept)
-
-
 def answer_starts(
     model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
 ) -> UsageReport:

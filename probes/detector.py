@@ -79,8 +79,10 @@ class ConflictDetector:
         """Choose site and threshold on examples of the dev split.
 
         At each site the threshold is the score that a new aligned prompt exceeds with at most the wanted probability,
-        whatever the scores' distribution: the ``ceil((n + 1) * (1 - rate))``-th smallest of the ``n`` aligned ones
-        (Vovk et al. 2005, "Algorithmic Learning in a Random World"). The site is the one that finds most conflicts.
+        whatever the scores' distribution, if it is exchangeable with those of dev (not so if phrased in a new way):
+        the ``ceil((n + 1) * (1 - rate))``-th smallest of the ``n`` aligned ones (Vovk et al. 2005, "Algorithmic
+        Learning in a Random World"). The site is the one that finds most conflicts. Both
+        were chosen on these examples, so that only others can say what they are worth.
 
         Args:
             conflict: Probes with the classes ``aligned`` and ``conflict``.

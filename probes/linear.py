@@ -107,13 +107,16 @@ class LinearProbe:
         Raises:
             UserError: If a label is none of the classes, or only one of them occurs.
         """
-        probabilities = self.predict_proba(features).cpu().numpy()
+        logits = self.logits(features).double()
+        probabilities = log_probabilities(logits).exp().cpu().numpy()
         if len(labels) != len(probabilities) or len(clusters) != len(probabilities):
             raise UserError(
                 f"There are {len(probabilities)} rows of features at {self.site} for {len(labels)} labels and "
                 f"{len(clusters)} clusters; give as many."
             )
-        return score_probabilities(probabilities, numbered(labels, self.classes), clusters, seed=seed)
+        # Probabilities of 1 and nearly 1 are the same number; log odds still rank them.
+        ranking = logits.cpu().numpy()[:, 0] if len(self.classes) == 2 else None
+        return score_probabilities(probabilities, numbered(labels, self.classes), clusters, ranking=ranking, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (``.safetensors``) and a JSON file next to it."""

@@ -66,7 +66,12 @@ class ProbeScore:
 
 
 def score_probabilities(
-    probabilities: np.ndarray, labels: np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    ranking: np.ndarray | None = None,
+    seed: int = 0,
 ) -> ProbeScore:
     """Score predicted probabilities.
 
@@ -74,6 +79,8 @@ def score_probabilities(
         probabilities: ``(n, n_classes)``.
         labels: The right class of each example, ``(n,)`` integers.
         clusters: What is resampled together, for example the subjects, ``n`` of them.
+        ranking: For two classes, what orders the examples by the second one's probability, for example the log odds,
+            ``(n,)``; ``None`` takes the probability.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -86,6 +93,7 @@ def score_probabilities(
             f"All {n} examples are of one class, so nothing can be told apart; score on examples of at least two."
         )
     judged = [1] if n_classes == 2 else present.tolist()
+    scores = probabilities if ranking is None else np.stack([-ranking, ranking], 1)
     drawn = bootstrap_weights(clusters, seed=seed)
     predicted = probabilities.argmax(1)
     right = (predicted == labels).astype(float)
@@ -99,7 +107,7 @@ def score_probabilities(
         return Estimate(float(measure(np.ones((1, n)))[0]), float(low), float(high), n)
 
     def averaged(measure: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
-        return estimate(lambda w: np.mean([measure(probabilities[:, c], labels == c, w) for c in judged], axis=0))
+        return estimate(lambda w: np.mean([measure(scores[:, c], labels == c, w) for c in judged], axis=0))
 
     bins = _bins(confidence)
     return ProbeScore(

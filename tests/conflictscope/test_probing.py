@@ -18,6 +18,7 @@ from conflictscope.probing import (
     _categories,
     _one_hot,
     _shuffled,
+    conflicts_by_phrasing,
     conflicts_for_probes,
     examples_of,
     read_prompts,
@@ -27,7 +28,7 @@ from interp import activation_store, activations
 from interp.activation_store import ActivationStore
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
-from interp.evaluation import UsageReport, answered_from_memory
+from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, usable_facts
 from probes.detector import ConflictDetector
 from probes.linear import ProbeSet
@@ -108,12 +109,11 @@ def test_record_with_answers_says_which_source_each_conflict_used(run, tmp_path,
 def test_fit_writes_probes_controls_and_a_detector(chain):
     written = contents(chain / "probes")
     parts = [*RELATIONS, *(p for p in PHRASINGS if p != HELD_OUT_PHRASING)]
-    controls = [f"shuffled {i}" for i in range(SHUFFLES)] + [f"without {part}" for part in parts]
-    stems = {
-        "conflict",
-        "detector/conflict",
-        *(f"controls/conflict, {name}" for name in controls),
-    }
+    numbered = [f"controls/conflict-{i:02d}" for i in range(SHUFFLES + 1 + len(parts))]
+    stems = {"conflict", "detector/conflict", *numbered}
+    controls = [ProbeSet.load(chain / "probes" / f"{stem}.safetensors").settings for stem in numbered]
+    assert [c["control"] for c in controls] == ["shuffled"] * SHUFFLES + ["floor"] + ["left out"] * len(parts)
+    assert {c["part"] for c in controls if c["control"] == "left out"} == set(parts)
     assert set(written) == {f"{s}.{end}" for s in stems for end in ("safetensors", "json")} | {"detector/detector.json"}
     probes = ProbeSet.load(chain / "probes" / "conflict.safetensors")
     assert list(probes) == list(ActivationStore(chain / "rec"))
@@ -128,7 +128,8 @@ def test_fit_writes_probes_controls_and_a_detector(chain):
 
 def test_a_probe_without_a_relation_has_not_seen_it(chain):
     """Fitted here on the other relation alone, by the public interface."""
-    control = ProbeSet.load(chain / "probes" / "controls" / "conflict, without capital.safetensors").best
+    controls = [ProbeSet.load(path) for path in (chain / "probes" / "controls").glob("*.safetensors")]
+    control = next(c for c in controls if c.settings.get("part") == "capital").best
     store = ActivationStore(chain / "rec")
     known = examples_of(store, "conflict").filter(
         (pl.col("split") != "test") & (pl.col("template") != HELD_OUT_PHRASING) & (pl.col("relation") == "currency")
@@ -228,7 +229,7 @@ def test_detect_refuses_another_model_or_dtype(run, chain, tmp_path, tiny_direct
     chosen["--model"] = tiny_directories[chosen["--model"]]
     options = [part for pair in chosen.items() for part in pair]
     result = run("probe", "detect", "prompts.txt", "--probes", chain / "probes", *options)
-    assert_one_sentence(result, "fitted on", "with other weights or another dtype", "record and fit with this one")
+    assert_one_sentence(result, "fitted on", "with other weights or in another dtype", "record and fit with this one")
 
 
 # Wrong inputs
@@ -409,7 +410,7 @@ def test_a_label_that_is_the_same_throughout_a_stratum_stays():
 
 def test_one_hot_marks_phrasing_and_relation_and_leaves_the_unknown_at_zero():
     known = pl.DataFrame({"template": ["b", "a", "b"], "relation": ["y", "x", "x"]})
-    categories = _categories(known)
+    categories = _categories(known, ("template", "relation"))
     assert categories == [["template", "a"], ["template", "b"], ["relation", "x"], ["relation", "y"]]
     new = pl.DataFrame({"template": ["a", "new", "b"], "relation": ["y", "x", "new"]})
     expected = [[1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
@@ -449,16 +450,27 @@ def stubbed_report(conflicts: ConflictSet) -> UsageReport:
     return UsageReport(pl.DataFrame({**columns, "memory_span_match": [float(i % 2) for i in range(len(asked))]}))
 
 
-def test_only_what_is_answered_from_memory_in_the_same_phrasing_is_kept():
+def test_conflict_answers_are_a_permutation_of_the_right_ones_in_each_phrasing_relation_and_split():
+    facts = {relation: usable_facts(relation)[:40] for relation in RELATIONS}
+    closed_book = build_conflicts(facts, kinds=("none",), phrasings=tuple(PHRASINGS))
+    report = stubbed_report(closed_book)
+    conflicts = conflicts_by_phrasing(facts, report, seed=0, kinds=("conflict", "aligned"))
+    stated: dict[Any, dict[str, list[str]]] = {}
+    for example in conflicts:
+        answers = stated.setdefault((example.template, example.relation, example.split), {})
+        answers.setdefault(example.kind, []).append(example.context_answers[0])
+    assert {phrasing for phrasing, _, _ in stated} == set(PHRASINGS)
+    assert all(sorted(answers["conflict"]) == sorted(answers["aligned"]) for answers in stated.values())
+    right = set(report.frame.filter(memory_span_match=1.0).select("subject", "relation", "template").rows())
+    assert {(e.subject, e.relation, e.template) for e in conflicts} <= right
+
+
+def test_a_model_that_knows_nothing_is_one_sentence():
     facts = {relation: usable_facts(relation)[:8] for relation in RELATIONS}
-    conflicts = build_conflicts(facts, kinds=("none", "conflict", "aligned"), phrasings=("statement", "question"))
-    report = stubbed_report(conflicts.select(kind="none"))
-    right = {e.id.removesuffix("/none") for i, e in enumerate(conflicts.select(kind="none")) if i % 2}
-    kept = answered_from_memory(conflicts, report)
-    assert {e.id for e in kept} == {f"{stem}/{kind}" for stem in right for kind in ("conflict", "aligned")}
+    report = stubbed_report(build_conflicts(facts, kinds=("none",), phrasings=tuple(PHRASINGS)))
     wrong = UsageReport(report.frame.with_columns(memory_span_match=0.0))
-    with pytest.raises(UserError, match="answers none of these questions from memory; choose other relations"):
-        answered_from_memory(conflicts, wrong)
+    with pytest.raises(UserError, match="knows too few facts of capital, currency; choose other relations"):
+        conflicts_by_phrasing(facts, wrong, seed=0, kinds=("conflict",))
 
 
 @pytest.fixture
@@ -485,10 +497,6 @@ def test_prompts_about_known_facts_are_built_once_and_kept(tiny_llama, tmp_path,
 
     first = build()
     assert knows == ["capital", "currency", "closed book"]
-    facts = {relation: usable_facts(relation)[:10] for relation in RELATIONS}
-    everything = build_conflicts(facts, kinds=("none", "conflict", "aligned"), phrasings=tuple(PHRASINGS))
-    expected = answered_from_memory(everything, stubbed_report(everything.select(kind="none")))
-    assert first == expected
     assert {e.kind for e in first} == {"conflict", "aligned"}
     assert build() == first
     assert knows == ["capital", "currency", "closed book"]
