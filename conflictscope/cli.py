@@ -187,12 +187,16 @@ def record(
     ] = Path("out/recording"),
     site: Annotated[
         list[str] | None,
-        typer.Option(help="Kinds of sites (residual, attention, mlp, z) or names of sites; repeatable."),
+        typer.Option(
+            help="Kinds of sites (residual, attention, mlp, z) or names of sites; repeatable. All but z by default."
+        ),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers, for example 0-9,12; all by default.")] = None,
     position: Annotated[
         Literal["last", "last_context", "memory_answer", "context_answer", "all"],
-        typer.Option(help="The tokens that are kept: of the prompt, or of an answer written after it."),
+        typer.Option(
+            help="The tokens that are kept: the prompt's last, its context's last, those of an answer written after it."
+        ),
     ] = "last",
     keep: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="The dtype that activations are kept in.")
@@ -207,8 +211,8 @@ def record(
 ) -> None:
     """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
 
-    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them; what it
-    was asked for that is kept in OUT-records.
+    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them. To find
+    them it is asked closed-book first; its answers are kept in OUT-records.
     """
     from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activation_store import ActivationStore
@@ -343,10 +347,11 @@ def probe_detect(
     """
     from dataclasses import asdict
 
-    from conflictscope.probing import read_prompts
+    from conflictscope.probing import check_finished, read_prompts
     from interp.models import fingerprint, load_model
     from probes.detector import ConflictDetector
 
+    check_finished(probes)
     detector = ConflictDetector.load(probes / "detector")
     stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
     with stream:

@@ -42,7 +42,7 @@ from interp.facts import (
     relation_named,
     usable_facts,
 )
-from interp.files import write_parquet
+from interp.files import write_json, write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
@@ -57,6 +57,8 @@ Label = Literal["conflict", "source"]
 LABELS: tuple[Label, ...] = get_args(Label)
 EMBEDDING = "embed.hook_out"
 SHUFFLES = 5
+
+_FINISHED = "fit.json"
 
 _CLASSES: dict[Label, tuple[str, ...]] = {"conflict": CONFLICT_CLASSES, "source": SOURCE_CLASSES}
 _PHRASING_GROUPS: tuple[str, str] = ("seen phrasings", "unseen phrasing")
@@ -185,6 +187,7 @@ def fit_probes(
     """
     tasks = {label: _Task(store, label, held_out, method, device) for label in labels}
     # What is left of an earlier fit would be scored as if it belonged to this one.
+    (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "controls", ignore_errors=True)
     shutil.rmtree(out / "detector", ignore_errors=True)
     for label in LABELS:
@@ -195,18 +198,29 @@ def fit_probes(
         for number, control in enumerate(_controls(task, probes[label], seed) if controls else ()):
             control.save(out / "controls" / f"{label}-{number:02d}.safetensors")
         probes[label].save(out / f"{label}.safetensors")
-    if "conflict" not in probes or store.basis["positions"] != "last":
-        return probes, None
-    dev = tasks["conflict"].known.filter(split="dev")
-    detector = ConflictDetector.from_probes(
-        probes["conflict"],
-        store.rows(dev["row"].to_list()),
-        dev["label"].to_list(),
-        source=probes.get("source"),
-        false_positive_rate=false_positive_rate,
-    )
-    detector.save(out / "detector")
+    detector = None
+    if "conflict" in probes and store.basis["positions"] == "last":
+        dev = tasks["conflict"].known.filter(split="dev")
+        detector = ConflictDetector.from_probes(
+            probes["conflict"],
+            store.rows(dev["row"].to_list()),
+            dev["label"].to_list(),
+            source=probes.get("source"),
+            false_positive_rate=false_positive_rate,
+        )
+        detector.save(out / "detector")
+    write_json(out / _FINISHED, {"labels": list(probes), "detector": detector is not None})
     return probes, detector
+
+
+def check_finished(folder: Path) -> None:
+    """See that ``fit_probes`` wrote ``folder`` and came to its end.
+
+    Raises:
+        UserError: If not.
+    """
+    if not (folder / _FINISHED).exists():
+        raise UserError(f"There are no finished probes in {folder}; fit them with `conflictscope probe fit`.")
 
 
 class _Task:
@@ -323,9 +337,8 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
     Raises:
         UserError: If there are no probes, or the recording lacks a site or a test split.
     """
+    check_finished(folder)
     found: list[Label] = [label for label in LABELS if (folder / f"{label}.json").exists()]
-    if not found:
-        raise UserError(f"There are no probes in {folder}; fit them with `conflictscope probe fit`.")
     results = [_Scoring(store, folder, label, seed).result() for label in found]
     scores = Scores(pl.concat([r.frame for r in results]), {k: f for r in results for k, f in r.figures.items()})
     write_parquet(out / "scores.parquet", scores.frame)
@@ -496,9 +509,10 @@ def score_table(scores: pl.DataFrame) -> pl.DataFrame:
     shown = scores.filter(
         pl.when(left_out).then(pl.col("measure") == "auroc").otherwise(main & pl.col("group").is_in(groups))
     )
-    interval = pl.format("{} [{}, {}]", *(pl.col(column).round(3) for column in ("value", "low", "high")))
+    intervals = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in shown.select("value", "low", "high").rows()]
     measures = pl.col("measure").replace(_SHORT)
-    return shown.select("label", "probe", "group", measures.alias("measure"), interval.alias("value [95 %]"), "n")
+    table = shown.select("label", "probe", pl.col("group").alias("scored on"), measures.alias("measure"), "n")
+    return table.insert_column(4, pl.Series("value [95 %]", intervals))
 
 
 class Prompt(NamedTuple):

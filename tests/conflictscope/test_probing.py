@@ -114,7 +114,8 @@ def test_fit_writes_probes_controls_and_a_detector(chain):
     controls = [ProbeSet.load(chain / "probes" / f"{stem}.safetensors").settings for stem in numbered]
     assert [c["control"] for c in controls] == ["shuffled"] * SHUFFLES + ["floor"] + ["left out"] * len(parts)
     assert {c["part"] for c in controls if c["control"] == "left out"} == set(parts)
-    assert set(written) == {f"{s}.{end}" for s in stems for end in ("safetensors", "json")} | {"detector/detector.json"}
+    alone = {"detector/detector.json", "fit.json"}
+    assert set(written) == {f"{s}.{end}" for s in stems for end in ("safetensors", "json")} | alone
     probes = ProbeSet.load(chain / "probes" / "conflict.safetensors")
     assert list(probes) == list(ActivationStore(chain / "rec"))
     expected = conflict_set()
@@ -277,8 +278,8 @@ def test_a_recording_that_does_not_exist(run, chain, command):
 
 def test_probes_that_do_not_exist(run, chain, tmp_path):
     result = run("probe", "score", "--recording", chain / "rec", "--probes", "nowhere")
-    assert_one_sentence(result, "There are no probes in nowhere; fit them with `conflictscope probe fit`")
-    assert_one_sentence(run("probe", "detect", "--probes", "nowhere"), "nowhere/detector/detector.json")
+    assert_one_sentence(result, "There are no finished probes in nowhere; fit them with `conflictscope probe fit`")
+    assert_one_sentence(run("probe", "detect", "--probes", "nowhere"), "There are no finished probes in nowhere")
     result = run("probe", "detect", "missing.txt", "--probes", chain / "probes")
     assert_one_sentence(result, "No such file or directory: missing.txt")
 
@@ -434,9 +435,9 @@ def test_the_score_table_shows_the_chosen_site_floors_and_probes_left_out():
     table = score_table(pl.DataFrame(rows))
     assert table.drop("label", "n").rows() == [
         ("fitted", "test", "AUROC", "0.812 [0.712, 0.912]"),
-        ("fitted", "test", "accuracy", "0.7 [0.6, 0.8]"),
-        ("floor", "test", "AUROC", "0.55 [0.45, 0.65]"),
-        ("without relation capital", "test", "AUROC", "0.65 [0.55, 0.75]"),
+        ("fitted", "test", "accuracy", "0.700 [0.600, 0.800]"),
+        ("floor", "test", "AUROC", "0.550 [0.450, 0.650]"),
+        ("without relation capital", "test", "AUROC", "0.650 [0.550, 0.750]"),
     ]
 
 
