@@ -185,7 +185,7 @@ def fit_probes(
     Raises:
         UserError: If the recording does not serve, or has too few examples.
     """
-    tasks = {label: _Task(store, label, held_out, method, device) for label in labels}
+    tasks: dict[Label, _Task] = {label: _Task(store, label, held_out, method, device) for label in labels}
     # What is left of an earlier fit would be scored as if it belonged to this one.
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "controls", ignore_errors=True)
