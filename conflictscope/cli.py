@@ -287,6 +287,10 @@ def probe_fit(
 
     if unknown := [name for name in label or () if name not in LABELS]:
         raise UserError(f"There is no probe of {unknown[0]!r}; choose among {', '.join(LABELS)}.")
+    if label and "conflict" not in label and false_positive_rate != 0.05:
+        raise UserError(
+            "--false-positive-rate belongs to the detector, which needs --label conflict; give both or none."
+        )
     probes, detector = fit_probes(
         ActivationStore(recording),
         out,

@@ -47,7 +47,7 @@ from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
 from interp.statistics import Estimate, bootstrap_mean
-from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector
+from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
 from probes.plots import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
@@ -186,6 +186,11 @@ def fit_probes(
         UserError: If the recording does not serve, or has too few examples.
     """
     tasks: dict[Label, _Task] = {label: _Task(store, label, held_out, method, device) for label in labels}
+    dev = None
+    if "conflict" in tasks and store.basis["positions"] == "last":
+        dev = tasks["conflict"].known.filter(split="dev")
+        # Before the minutes that the fit takes.
+        threshold_rank(*(dev.filter(label=name).height for name in CONFLICT_CLASSES), false_positive_rate)
     # What is left of an earlier fit would be scored as if it belonged to this one.
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "controls", ignore_errors=True)
@@ -199,8 +204,7 @@ def fit_probes(
             control.save(out / "controls" / f"{label}-{number:02d}.safetensors")
         probes[label].save(out / f"{label}.safetensors")
     detector = None
-    if "conflict" in probes and store.basis["positions"] == "last":
-        dev = tasks["conflict"].known.filter(split="dev")
+    if dev is not None:
         detector = ConflictDetector.from_probes(
             probes["conflict"],
             store.rows(dev["row"].to_list()),
@@ -403,9 +407,7 @@ class _Scoring:
                 floor_label=floor[0] if floor else "",
                 chosen=chosen.site,
             ),
-            "calibration": reliability_curve(
-                {k: v for k, v in by_group.items() if k.endswith(("phrasings", "phrasing"))}
-            ),
+            "calibration": reliability_curve({name: by_group[name] for name in _PHRASING_GROUPS if name in by_group}),
         }
         residual = [site for site in self.store if (where := site_kind(site)) and where[0] == "residual"]
         if residual:
@@ -419,9 +421,8 @@ class _Scoring:
     def _groups(self) -> dict[str, pl.DataFrame]:
         """Parts of the test examples in which both classes occur."""
         held_out = pl.col("template") == self.probes.settings["held_out_template"]
-        groups: dict[str, pl.DataFrame] = dict(
-            zip(_PHRASING_GROUPS, (self.test.filter(~held_out), self.test.filter(held_out)), strict=True)
-        )
+        seen, unseen = _PHRASING_GROUPS
+        groups = {seen: self.test.filter(~held_out), unseen: self.test.filter(held_out)}
         for column in ("relation", "template"):
             for part in sorted(set(self.test[column]) - {self.probes.settings["held_out_template"]}):
                 groups[f"{column} {part}"] = self.test.filter(pl.col(column) == part)

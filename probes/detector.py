@@ -98,16 +98,9 @@ class ConflictDetector:
             if probes is not None and probes.classes != wanted:
                 needed, given = (" from ".join(classes) for classes in (wanted, probes.classes))
                 raise UserError(f"The detector needs a probe that tells {needed}, not {given}.")
-        if not 0 < false_positive_rate < 1:
-            raise UserError(f"The false-positive rate must lie between 0 and 1, not {false_positive_rate:g}.")
         is_conflict = torch.tensor(numbered(labels, CONFLICT_CLASSES)) == 1
         negatives, positives = int((~is_conflict).sum()), int(is_conflict.sum())
-        rank = math.ceil((negatives + 1) * (1 - false_positive_rate))
-        if rank > negatives or not positives:
-            raise UserError(
-                f"There are {negatives} aligned and {positives} conflict examples to choose a threshold on, too few "
-                f"for a false-positive rate of {false_positive_rate:g}; record more, or allow a higher rate."
-            )
+        rank = threshold_rank(negatives, positives, false_positive_rate)
         found: dict[str, tuple[float, float, float]] = {}
         for site, probe in conflict.items():
             scores = probe.logits(features[site])[:, 0].cpu()
@@ -231,6 +224,23 @@ class ConflictDetector:
             context_probability,
             None if context_probability is None else "context" if context_probability >= 0.5 else "memory",
         )
+
+
+def threshold_rank(negatives: int, positives: int, false_positive_rate: float) -> int:
+    """Which of the ``negatives`` aligned examples, by ascending score from 1, is the threshold for the rate.
+
+    Raises:
+        UserError: If the rate is none, or there are too few examples for it.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise UserError(f"The false-positive rate must lie between 0 and 1, not {false_positive_rate:g}.")
+    rank = math.ceil((negatives + 1) * (1 - false_positive_rate))
+    if rank > negatives or not positives:
+        raise UserError(
+            f"There are {negatives} aligned and {positives} conflict examples to choose a threshold on, too few "
+            f"for a false-positive rate of {false_positive_rate:g}; record more, or allow a higher rate."
+        )
+    return rank
 
 
 class _Reading:

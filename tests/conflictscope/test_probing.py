@@ -315,6 +315,9 @@ def test_an_unknown_or_too_strict_choice_of_fit(run, chain, tmp_path):
     fit = ["probe", "fit", "--recording", chain / "rec", "--label", "conflict", "--no-controls", "--out", "p"]
     assert_one_sentence(run(*fit, "--false-positive-rate", "0.0001"), "too few for a false-positive rate of 0.0001")
     assert_one_sentence(run(*fit, "--false-positive-rate", "1.5"), "must lie between 0 and 1, not 1.5")
+    assert not (tmp_path / "p").exists()
+    source = ["probe", "fit", "--recording", chain / "rec", "--label", "source", "--false-positive-rate", "0.1"]
+    assert_one_sentence(run(*source), "--false-positive-rate belongs to the detector")
     assert_one_sentence(run(*fit, "--held-out", "acording"), "no phrasing 'acording' to hold out", "according_to")
 
 
