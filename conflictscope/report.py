@@ -17,8 +17,7 @@ from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead
-from interp.facts import assets_directory
-from interp.files import write_text
+from interp.files import assets_directory, write_text
 from interp.plots import (
     CONTEXT_COLOUR,
     DARK_THEME,

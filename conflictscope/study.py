@@ -48,7 +48,7 @@ from interp.files import write_json
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
 from interventions.base import applied
-from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.config import InterventionFile, ModelShape
 from interventions.heads import HeadScaling, ScaledHead
 
 if TYPE_CHECKING:
@@ -365,11 +365,11 @@ class Study:
         (self.out / "summary.json").unlink(missing_ok=True)
         for towards in DIRECTIONS:
             result = summary[f"towards_{towards}"]
-            InterventionFile(
+            InterventionFile.of(
+                [edits[towards].scaling(self.mean_outputs)],
                 name=f"{self.name} towards {towards}",
                 towards=towards,
                 model=ModelShape.of(self.model, self.name),
-                interventions=[HeadScalingEntry.of(edits[towards].scaling(self.mean_outputs))],
                 provenance={
                     "method": result["method"],
                     "chosen_on": "dev",

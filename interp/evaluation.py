@@ -21,8 +21,7 @@ from interp.anatomy import transformers_model
 from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.facts import assets_directory
-from interp.files import write_parquet
+from interp.files import assets_directory, write_parquet
 from interp.generation import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,

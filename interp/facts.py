@@ -20,13 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interp.answers import contains_answer
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictExample, ConflictSet, ContextKind, split_of
 from interp.errors import UserError
-from interp.files import read_json
+from interp.files import assets_directory, read_json
 from interp.generation import continue_greedily
 
 if TYPE_CHECKING:
@@ -149,12 +148,6 @@ STUDY_PHRASINGS = (*SEEN_PHRASINGS, HELD_OUT_PHRASING)
 def _lower_clause(clause: str) -> str:
     """Lower the first letter, unless the clause starts with the answer itself."""
     return clause if clause.startswith("{") else _lower(clause)
-
-
-def assets_directory() -> Path:
-    """Where the package's data lies: inside an installed wheel, or at the root of a checkout."""
-    packaged = Path(__file__).parent / "_assets"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "assets"
 
 
 @cache

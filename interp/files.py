@@ -114,3 +114,9 @@ def write_parquet(path: str | Path, frame: pl.DataFrame) -> None:
     frame.write_parquet(buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def assets_directory() -> Path:
+    """Where the package's data lies: inside an installed wheel, or at the root of a checkout."""
+    packaged = Path(__file__).parent / "_assets"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "assets"

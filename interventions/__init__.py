@@ -1,4 +1,4 @@
-"""Change a forward pass: scale heads; save, load and apply such changes on any transformers model.
+"""Change a forward pass: scale heads, steer, edit features; save, load and apply such changes on any transformers model.
 
 Import from the submodules. Nothing here imports transformer_lens or sae_lens: serving needs only torch,
 transformers, safetensors and pydantic.

@@ -2,25 +2,49 @@
 
 {"format": "conflictscope-intervention", "version": 1, "name": ..., "towards": "context" | "memory" | null,
  "model": {"name", "architecture", "n_layers", "n_heads", "d_head", "d_model"},
- "interventions": [{"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]}],
+ "interventions": [
+   {"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]},
+   {"kind": "steering", "layer", "vector", "strength", "tokens", "mode"},
+   {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]}],
+ "tensors": {"file", "sha256"} | null,
  "provenance": {...}, "measured": {...}}
+
+Vectors and weights lie in a safetensors file next to the document, which names them and holds the file's hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
-from torch import nn
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.files import write_json
+from interp.files import atomic_path, write_json
+from interp.sae import Architecture, Normalization, SparseAutoencoder
 from interventions.base import Handle
+from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.steering import Steering, SteeringMode
+from interventions.tokens import Tokens
 
 FORMAT = "conflictscope-intervention"
 VERSION = 1
@@ -95,11 +119,145 @@ class HeadScalingEntry(_Strict):
             ]
         )
 
-    def build(self) -> HeadScaling:
+    def build(self, _: Mapping[str, Tensor]) -> HeadScaling:
         """The intervention that this entry describes."""
         return HeadScaling(
             tuple(ScaledHead(h.layer, h.head, h.scale, None if h.mean is None else tuple(h.mean)) for h in self.heads)
         )
+
+
+class SteeringEntry(_Strict):
+    """A ``Steering``; ``vector`` is the name of its tensor."""
+
+    kind: Literal["steering"] = "steering"
+    layer: NonNegativeInt
+    vector: str
+    strength: FiniteFloat
+    tokens: Tokens
+    mode: SteeringMode
+
+    @classmethod
+    def of(cls, steering: Steering, name: str, tensors: dict[str, Tensor]) -> SteeringEntry:
+        """The entry for ``steering``, whose vector is put into ``tensors`` under a name that begins with ``name``."""
+        tensors[f"{name}.vector"] = steering.vector.float()
+        return cls(
+            layer=steering.layer,
+            vector=f"{name}.vector",
+            strength=steering.strength,
+            tokens=steering.tokens,
+            mode=steering.mode,
+        )
+
+    def build(self, tensors: Mapping[str, Tensor]) -> Steering:
+        """The intervention that this entry describes."""
+        return Steering(self.layer, _tensor(tensors, self.vector), self.strength, self.tokens, self.mode)
+
+
+class EditedFeaturesEntry(_Strict):
+    """An ``EditedFeatures``; ``weights`` maps the names of its weights to those of their tensors.
+
+    The tensor ``targets`` holds the targets of the removed features first, then those of the added ones.
+    """
+
+    layer: NonNegativeInt
+    architecture: Architecture
+    normalization: Normalization
+    subtracts_b_dec: bool
+    k: PositiveInt | None
+    residual_threshold: FiniteFloat
+    max_iterations: PositiveInt | None
+    stop_on_duplicate_support: bool
+    removed: list[NonNegativeInt]
+    added: list[NonNegativeInt]
+    targets: str
+    weights: dict[str, str]
+
+    @classmethod
+    def of(cls, edit: EditedFeatures, name: str, tensors: dict[str, Tensor]) -> EditedFeaturesEntry:
+        """The entry for ``edit``, whose tensors are put into ``tensors`` under names that begin with ``name``."""
+        sae = edit.sae
+        features = list(sae.kept or range(sae.d_sae))
+        order = [*(~edit.added).nonzero().flatten().tolist(), *edit.added.nonzero().flatten().tolist()]
+        sorted_sae = sae.restricted(order)
+        tensors[f"{name}.targets"] = edit.targets[order].float()
+        weights = {key: f"{name}.{key}" for key in sorted_sae.weights}
+        tensors |= {weights[key]: values for key, values in sorted_sae.weights.items()}
+        removed = len(order) - int(edit.added.sum())
+        return cls(
+            layer=sae.layer,
+            architecture=sae.architecture,
+            normalization=sae.normalization,
+            subtracts_b_dec=sae.subtracts_b_dec,
+            k=sae.k,
+            residual_threshold=sae.residual_threshold,
+            max_iterations=sae.max_iterations,
+            stop_on_duplicate_support=sae.stop_on_duplicate_support,
+            removed=[features[i] for i in order[:removed]],
+            added=[features[i] for i in order[removed:]],
+            targets=f"{name}.targets",
+            weights=weights,
+        )
+
+    def build(self, tensors: Mapping[str, Tensor]) -> EditedFeatures:
+        """The edit that this entry describes."""
+        features = (*self.removed, *self.added)
+        sae = SparseAutoencoder(
+            architecture=self.architecture,
+            weights={key: _tensor(tensors, name) for key, name in self.weights.items()},
+            layer=self.layer,
+            k=self.k,
+            normalization=self.normalization,
+            subtracts_b_dec=self.subtracts_b_dec,
+            residual_threshold=self.residual_threshold,
+            max_iterations=self.max_iterations,
+            stop_on_duplicate_support=self.stop_on_duplicate_support,
+            kept=features,
+            name=f"of layer {self.layer}",
+        )
+        added = torch.arange(len(features)) >= len(self.removed)
+        return EditedFeatures(sae, _tensor(tensors, self.targets), added)
+
+
+class FeatureEditEntry(_Strict):
+    """A ``FeatureEdit``."""
+
+    kind: Literal["feature_edit"] = "feature_edit"
+    alpha: FiniteFloat
+    alpha_form: AlphaForm
+    tokens: Tokens
+    layers: Annotated[list[EditedFeaturesEntry], Field(min_length=1)]
+
+    @classmethod
+    def of(cls, edit: FeatureEdit, name: str, tensors: dict[str, Tensor]) -> FeatureEditEntry:
+        """The entry for ``edit``, whose tensors are put into ``tensors`` under names that begin with ``name``."""
+        layers = [EditedFeaturesEntry.of(part, f"{name}.{part.sae.layer}", tensors) for part in edit.layers]
+        return cls(alpha=edit.alpha, alpha_form=edit.alpha_form, tokens=edit.tokens, layers=layers)
+
+    def build(self, tensors: Mapping[str, Tensor]) -> FeatureEdit:
+        """The intervention that this entry describes."""
+        layers = tuple(layer.build(tensors) for layer in self.layers)
+        return FeatureEdit(layers, self.alpha, self.alpha_form, self.tokens)
+
+
+Entry = Annotated[HeadScalingEntry | SteeringEntry | FeatureEditEntry, Field(discriminator="kind")]
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"The intervention's tensor file lacks {name!r}; export the intervention again.")
+    return tensors[name]
+
+
+class TensorFile(_Strict):
+    """Where the tensors lie.
+
+    Attributes:
+        file: A file name; the file lies next to the document.
+        sha256: Its hash.
+    """
+
+    file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]
+    sha256: str
 
 
 class InterventionFile(_Strict):
@@ -110,6 +268,7 @@ class InterventionFile(_Strict):
         towards: Which source it strengthens, if that is its purpose.
         model: The model it is for.
         interventions: What to change, in order.
+        tensors: The file with the entries' tensors, once saved, if they have any.
         provenance: Where it comes from: data, method, seed, versions.
         measured: What it was measured to gain and to damage.
     """
@@ -119,9 +278,31 @@ class InterventionFile(_Strict):
     name: str
     towards: Literal["context", "memory"] | None = None
     model: ModelShape
-    interventions: Annotated[list[HeadScalingEntry], Field(min_length=1)]
+    interventions: Annotated[list[Entry], Field(min_length=1)]
+    tensors: TensorFile | None = None
     provenance: dict[str, Any] = {}
     measured: dict[str, Any] = {}
+    _values: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def of(cls, interventions: Sequence[HeadScaling | Steering | FeatureEdit], **about: Any) -> InterventionFile:
+        """The file for some interventions, in order; ``about`` are its other fields."""
+        values: dict[str, Tensor] = {}
+        entries: list[Entry] = []
+        for number, intervention in enumerate(interventions):
+            if isinstance(intervention, HeadScaling):
+                entries.append(HeadScalingEntry.of(intervention))
+            elif isinstance(intervention, Steering):
+                entries.append(SteeringEntry.of(intervention, str(number), values))
+            else:
+                entries.append(FeatureEditEntry.of(intervention, str(number), values))
+        file = cls(interventions=entries, **about)
+        file._values.update(values)
+        return file
+
+    def build(self) -> list[HeadScaling | Steering | FeatureEdit]:
+        """The interventions that the file describes, in order."""
+        return [entry.build(self._values) for entry in self.interventions]
 
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.
@@ -131,13 +312,24 @@ class InterventionFile(_Strict):
         """
         self.model.check(model)
         with ExitStack() as stack:
-            handles = [stack.enter_context(entry.build().attach(model)) for entry in self.interventions]
+            handles = [stack.enter_context(intervention.attach(model)) for intervention in self.build()]
             stack.pop_all()
         return Handle([hook for handle in handles for hook in handle.hooks])
 
     def save(self, path: str | Path) -> None:
-        """Write the file as JSON, atomically."""
-        write_json(path, self.model_dump(mode="json"))
+        """Write the file as JSON, and its tensors next to it under the same name, each atomically.
+
+        A document whose tensors were replaced in between is refused when it is loaded: their hash would be another.
+        """
+        record = self.model_dump(mode="json") | {"tensors": None}
+        if self._values:
+            # One copy of each: a view would keep all it is a view of.
+            content = save({name: values.detach().cpu().clone() for name, values in self._values.items()})
+            place = Path(path).with_suffix(".safetensors")
+            with atomic_path(place) as temporary:
+                temporary.write_bytes(content)
+            record["tensors"] = {"file": place.name, "sha256": hashlib.sha256(content).hexdigest()}
+        write_json(path, record)
 
     @classmethod
     def load(cls, path: str | Path) -> InterventionFile:
@@ -163,8 +355,9 @@ class InterventionFile(_Strict):
             )
         try:
             loaded = cls.model_validate(record)
-            for entry in loaded.interventions:
-                entry.build()
+            if loaded.tensors is not None:
+                loaded._values.update(_read_tensors(Path(path).parent / loaded.tensors.file, loaded.tensors.sha256))
+            loaded.build()
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -172,3 +365,19 @@ class InterventionFile(_Strict):
                 f"{path} is not a valid intervention file: {where}: {first['msg']}; export it again."
             ) from error
         return loaded
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"Could not read the intervention's tensors {path}: {error.strerror or error}; the file belongs next to "
+            "the JSON document."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{path} is not the file that the intervention was saved with; export the intervention again.")
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); export the intervention again.") from error

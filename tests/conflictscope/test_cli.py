@@ -8,7 +8,7 @@ import pytest
 from conflictscope import study as study_module
 from conflictscope.cli import main
 from interp.facts import usable_facts
-from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.config import InterventionFile, ModelShape
 from interventions.heads import HeadScaling
 from tests.tiny import tiny_conflicts
 
@@ -51,11 +51,8 @@ def assert_one_sentence(result, *parts):
 
 
 def save_edit(path, bridge, heads):
-    InterventionFile(
-        name="edit",
-        model=ModelShape.of(bridge, "tiny"),
-        interventions=[HeadScalingEntry.of(HeadScaling.of(heads, 0.0))],
-    ).save(path)
+    edit = HeadScaling.of(heads, 0.0)
+    InterventionFile.of([edit], name="edit", model=ModelShape.of(bridge, "tiny")).save(path)
 
 
 def test_a_wrong_model_name(run):

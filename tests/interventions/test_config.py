@@ -15,11 +15,11 @@ SCALING = HeadScaling((ScaledHead(0, 1, 0.0), ScaledHead(2, 3, -1.5, tuple(0.1 *
 
 @pytest.fixture
 def file(tiny_llama):
-    return InterventionFile(
+    return InterventionFile.of(
+        [SCALING],
         name="test",
         towards="context",
         model=ModelShape.of(tiny_llama, "tiny"),
-        interventions=[HeadScalingEntry.of(SCALING)],
         measured={"context_rate": 0.5},
     )
 
@@ -28,7 +28,7 @@ def test_a_saved_file_loads_as_it_was(file, tmp_path):
     file.save(tmp_path / "edit.json")
     again = InterventionFile.load(tmp_path / "edit.json")
     assert again == file
-    assert again.interventions[0].build() == SCALING
+    assert again.build() == [SCALING]
 
 
 def test_a_loaded_file_does_what_the_intervention_did(file, tiny_llama, tmp_path):

@@ -4,7 +4,16 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["interventions.base", "interventions.heads", "interventions.config"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "interventions.base",
+        "interventions.config",
+        "interventions.features",
+        "interventions.heads",
+        "interventions.steering",
+    ],
+)
 def test_serving_needs_neither_transformer_lens_nor_sae_lens(module):
     code = (
         "import sys\n"

@@ -1,0 +1,99 @@
+"""Which tokens an edit acts on, also while text is generated.
+
+``generate`` reads the whole prompt once and then, with a KV cache, one token a step; without a cache it reads prompt
+and text again at every step. An edit that is meant for the prompt's last token has to know which call it is in, so
+that both give the same text.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from interp.anatomy import transformers_model
+from interp.errors import UserError
+
+Tokens = Literal["last_prompt", "answer", "generated", "prompt", "all"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+
+
+class TokenTracker:
+    """Follows a model's forward passes and tells, inside each of them, which of its tokens are meant.
+
+    - ``last_prompt``: the last token of the prompt, once
+    - ``answer``: that token and every generated one: those from which answers are predicted
+    - ``generated``: generated tokens only
+    - ``prompt``: the prompt's tokens
+    - ``all``: all tokens
+
+    A forward pass reads a new prompt unless it goes on from the last one: with a cache, by one token after as many as
+    were read so far; without one, when it begins with the same prompt and is longer by one token than the pass before.
+    Padding is never meant. Each thread is followed by itself.
+
+    Args:
+        tokens: Which tokens are meant.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        if tokens not in TOKENS:
+            raise UserError(f"There is no choice of tokens {tokens!r}; choose among {', '.join(TOKENS)}.")
+        self.tokens: Tokens = tokens
+        self._thread = threading.local()
+
+    def attach(self, model: nn.Module) -> RemovableHandle:
+        """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
+        return transformers_model(model).register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Which tokens of the pass that is under way are meant: boolean, ``(n_rows, n_tokens)``; ``None`` is none."""
+        mask: Tensor | None = self._thread.mask
+        return None if mask is None else mask.to(device)
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs["inputs_embeds"] if given is None else given
+        rows, new = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        before = 0 if cache is None else cache.get_seq_length()
+        state = self._thread
+        seen: int | None = getattr(state, "seen", None)
+        goes_on = new == 1 and before == seen if before else seen is not None and new == seen + 1 and self._again(given)
+        real = _real_tokens(kwargs.get("attention_mask"), rows, before, new, tokens.device)
+        if not goes_on:
+            state.prompt = given
+            state.length = before + new
+            # Counted in the whole sequence. Padding on the right puts it before the last column.
+            columns = torch.arange(before, before + new, device=tokens.device)
+            state.last = torch.where(real, columns, -1).amax(-1, keepdim=True)
+        state.seen = before + new
+        if goes_on and before and self.tokens in ("last_prompt", "prompt"):
+            # Known without a look at the device, so that a decoding step costs nothing.
+            state.mask = None
+            return
+        columns = torch.arange(before, before + new, device=tokens.device)
+        last = columns == state.last.to(tokens.device)
+        generated = (columns >= state.length).expand(rows, new)
+        state.mask = {
+            "last_prompt": last,
+            "answer": last | generated,
+            "generated": generated,
+            "prompt": real & ~generated,
+            "all": real,
+        }[self.tokens]
+
+    def _again(self, given: Tensor | None) -> bool:
+        prompt: Tensor | None = self._thread.prompt
+        if prompt is None or given is None or len(prompt) != len(given):
+            return False
+        return torch.equal(given[:, : prompt.shape[1]], prompt)
+
+
+def _real_tokens(attention_mask: Tensor | None, rows: int, before: int, new: int, device: torch.device) -> Tensor:
+    """Which of the pass's tokens are no padding, ``(rows, new)``."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return torch.ones(rows, new, dtype=torch.bool, device=device)
+    return attention_mask[:, before : before + new].bool().to(device)
