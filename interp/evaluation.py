@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -25,6 +25,7 @@ from interp.files import assets_directory, write_parquet
 from interp.generation import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
+    ReadPrompts,
     continue_greedily,
     encode,
     first_token_id,
@@ -196,9 +197,33 @@ def answer_starts(
     Returns:
         A report with the columns ``id, subject, template, usage``; ``other`` where the two answers start alike.
     """
-    tokens = [answer_token_ids(model, example) for example in conflicts]
     prompts = [example.prompt for example in conflicts]
     first = continue_greedily(model, prompts, max_new_tokens=1, batch_size=batch_size, progress=progress).first_tokens
+    return _starts_report(conflicts, [answer_token_ids(model, example) for example in conflicts], first)
+
+
+class AnswerStarts:
+    """``answer_starts`` for many edits of the last prompt token: the prompts are read once, up to that token.
+
+    Args:
+        model: The bridge, unedited.
+        conflicts: What to ask.
+        batch_size: Prompts per batch.
+    """
+
+    def __init__(self, model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE) -> None:
+        self._conflicts = conflicts
+        self._tokens = [answer_token_ids(model, example) for example in conflicts]
+        self._prompts = ReadPrompts(model, [example.prompt for example in conflicts], batch_size=batch_size)
+
+    def report(self) -> UsageReport:
+        """What the answers start with now, under whatever edits are applied."""
+        return _starts_report(self._conflicts, self._tokens, self._prompts.next_tokens())
+
+
+def _starts_report(
+    conflicts: ConflictSet, tokens: Sequence[tuple[int, int] | None], first: torch.Tensor
+) -> UsageReport:
     usages = [
         "other" if pair is None or token not in pair else "context" if token == pair[0] else "memory"
         for token, pair in zip(first.tolist(), tokens, strict=True)
@@ -269,10 +294,11 @@ def neutral_kl(
     edit: Callable[[], AbstractContextManager[Any]],
     *,
     texts: Sequence[str] | None = None,
+    position: Literal["all", "last"] = "all",
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
 ) -> np.ndarray:
-    """Mean KL(unedited || edited) in nats of the next-token distributions at every position of neutral texts.
+    """Mean KL(unedited || edited) in nats of the next-token distributions of neutral texts.
 
     Both distributions are computed batch by batch, so memory does not grow with the number of texts.
 
@@ -280,11 +306,13 @@ def neutral_kl(
         model: The bridge, unedited.
         edit: Makes a context manager that edits the model while it is entered.
         texts: The texts; ``None`` takes ``neutral_texts()``.
+        position: Every position of a text, or its last: for edits that act on a prompt's last token alone, which no
+            other position could show.
         batch_size: Texts per batch.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
-        ``(n_texts,)``: for each text the mean over its positions.
+        ``(n_texts,)``: for each text the mean over these positions.
     """
     chosen = neutral_texts() if texts is None else list(texts)
     network: Any = transformers_model(model)
@@ -297,5 +325,7 @@ def neutral_kl(
                 edited = network(**inputs).logits.float().log_softmax(-1)
             divergence = (clean.exp() * (clean - edited)).sum(-1)
         mask = inputs["attention_mask"].to(divergence.dtype)
+        if position == "last":
+            mask[:, :-1] = 0
         values[batch] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
     return values.numpy()

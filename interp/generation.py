@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
+from interp.errors import UserError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -138,3 +139,49 @@ def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:
         return full[len(bare)]
     # The tokenizer merges across the border; what it makes of the answer alone is the next best.
     return model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0]
+
+
+class ReadPrompts:
+    """Prompts that were read up to their last token, so that only that one is left to run.
+
+    Edits that act on the last token alone can then be compared at the price of one token for each prompt. The prompts
+    are read as the model is when this is made: without edits.
+
+    Args:
+        model: The bridge.
+        prompts: Full prompts of two tokens or more.
+        batch_size: Prompts per batch.
+
+    Raises:
+        UserError: If a prompt has one token only.
+    """
+
+    def __init__(self, model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> None:
+        self._network: Any = transformers_model(model)
+        self._count = len(prompts)
+        self._batches: list[tuple[list[int], dict[str, Tensor], Any]] = []
+        for batch in length_batches(model, prompts, batch_size):
+            inputs = encode(model, [prompts[i] for i in batch])
+            if int(inputs["attention_mask"].sum(-1).min()) < 2:
+                raise UserError("A prompt has one token only, which leaves nothing to read before it; leave it out.")
+            with torch.inference_mode():
+                prefix = {name: values[:, :-1] for name, values in inputs.items()}
+                cache = self._network(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+            last = {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
+            self._batches.append((batch, last, cache))
+
+    def next_logits(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Run the last tokens: for each batch the numbers of its prompts and their logits ``(n, d_vocab)``."""
+        for batch, last, cache in self._batches:
+            length = cache.get_seq_length()
+            with torch.inference_mode():
+                logits = self._network(**last, past_key_values=cache, use_cache=True).logits[:, -1]
+            cache.crop(length)
+            yield batch, logits
+
+    def next_tokens(self) -> Tensor:
+        """The greedy next token of every prompt, ``(n_prompts,)``."""
+        tokens = torch.zeros(self._count, dtype=torch.long)
+        for batch, logits in self.next_logits():
+            tokens[batch] = logits.argmax(-1).cpu()
+        return tokens

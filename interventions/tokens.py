@@ -8,6 +8,7 @@ that both give the same text.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,9 +31,9 @@ class TokenTracker:
     - ``prompt``: the prompt's tokens
     - ``all``: all tokens
 
-    A forward pass reads a new prompt unless it goes on from the last one: with a cache, by one token after as many as
-    were read so far; without one, when it begins with the same prompt and is longer by one token than the pass before.
-    Padding is never meant. Each thread is followed by itself.
+    A forward pass reads a new prompt unless it goes on from the last one: with the same cache, by one token after as
+    many as were read so far; without one, when it begins with the same prompt and is longer by one token than the pass
+    before. Padding is never meant. Each thread is followed by itself.
 
     Args:
         tokens: Which tokens are meant.
@@ -61,10 +62,14 @@ class TokenTracker:
         before = 0 if cache is None else cache.get_seq_length()
         state = self._thread
         seen: int | None = getattr(state, "seen", None)
-        goes_on = new == 1 and before == seen if before else seen is not None and new == seen + 1 and self._again(given)
+        if before:
+            goes_on = new == 1 and before == seen and state.cache() is cache
+        else:
+            goes_on = seen is not None and new == seen + 1 and self._again(given)
         real = _real_tokens(kwargs.get("attention_mask"), rows, before, new, tokens.device)
         if not goes_on:
             state.prompt = given
+            state.cache = weakref.ref(cache) if cache is not None else lambda: None
             state.length = before + new
             # Counted in the whole sequence. Padding on the right puts it before the last column.
             columns = torch.arange(before, before + new, device=tokens.device)

@@ -45,17 +45,16 @@ def mutual_information(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def _information(features: Tensor, labels: Tensor) -> Tensor:
-    if not features.isfinite().all():
-        raise UserError("The features hold NaN or infinity; encode them again.")
     n, n_features = features.shape
     n_classes = int(labels.max()) + 1
-    feature, row = features.T.nonzero(as_tuple=True)
-    label = labels[row]
+    row, feature = features.nonzero(as_tuple=True)
+    values, label = features[row, feature], labels[row]
+    if not values.isfinite().all():
+        raise UserError("The features hold NaN or infinity; encode them again.")
     fired = _counts(feature * n_classes + label, n_features, n_classes)
     silent = labels.bincount(minlength=n_classes) - fired
     presence = _plug_in(torch.stack([fired, silent], 1))
 
-    values = features.T[feature, row]
     order = values.argsort()
     order = order[feature[order].argsort(stable=True)]
     feature, label, values = feature[order], label[order], values[order]
@@ -69,7 +68,7 @@ def _information(features: Tensor, labels: Tensor) -> Tensor:
     bins = (count / _PER_BIN).sqrt().floor().long().clamp(1, MAX_BINS)
     place = feature * MAX_BINS + rank * bins[feature] // count[feature]
     table = _counts(place * n_classes + label, n_features * MAX_BINS, n_classes).view(n_features, MAX_BINS, n_classes)
-    return presence + count / n * _plug_in(table)
+    return presence + count.double() / n * _plug_in(table)
 
 
 def _counts(places: Tensor, n_rows: int, n_classes: int) -> Tensor:
@@ -80,11 +79,11 @@ def _plug_in(table: Tensor) -> Tensor:
     """Information between rows and columns of contingency tables ``(n, rows, columns)``, less its bias: ``(n,)``."""
     counts = table.double()
     rows, columns, total = counts.sum(2), counts.sum(1), counts.sum((1, 2))
-    plain = (_xlogx(counts).sum((1, 2)) - _xlogx(rows).sum(1) - _xlogx(columns).sum(1) + _xlogx(total)) / total.clamp(
-        min=1
-    )
+    total_or_one = total.clamp(min=1)
+    plain = (_xlogx(counts).sum((1, 2)) - _xlogx(rows).sum(1) - _xlogx(columns).sum(1) + _xlogx(total)) / total_or_one
     freedom = ((rows > 0).sum(1) - 1) * ((columns > 0).sum(1) - 1)
-    return (plain - freedom.clamp(min=0) / (2 * total.clamp(min=1))).clamp(min=0)
+    # Without any freedom the information is zero, of which the sums above may leave 1e-15.
+    return torch.where(freedom > 0, (plain - freedom / (2 * total_or_one)).clamp(min=0), 0)
 
 
 def _xlogx(x: Tensor) -> Tensor:

@@ -1,0 +1,489 @@
+"""The third job: control the source of answers by features (SpARE) and by directions (steering), on the same prompts.
+
+1. Keep the facts that the model knows; build prompts in the phrasings in which it knows them.
+2. Record the residual stream at the last token of conflict prompts of the train and dev split, and answer them.
+3. Fit on train: what features and directions have to do with the source of the answers.
+4. For both directions and every method let candidates (layers, strength, ...) compete on dev by the first token of the
+   answers. Of those that are as good as the best within one standard error take the one that keeps most facts
+   closed-book.
+5. Measure the winners on test: held-out subjects, phrasings of which one is unseen; and what they damage.
+
+``fit_spare`` and ``fit_steering`` do this for their methods and add to the same ``results.json``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from conflictscope.probing import conflicts_for_probes
+from conflictscope.records import Records
+from conflictscope.saes import check_unseen
+from conflictscope.study import as_good_as_the_best, condition_record, versions
+from interp.activation_store import ActivationStore
+from interp.activations import record
+from interp.anatomy import Anatomy
+from interp.attribution.scores import DIRECTIONS, Direction
+from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.errors import UserError
+from interp.evaluation import AnswerStarts, UsageReport, measure_usage, neutral_kl, neutral_texts
+from interp.facts import HELD_OUT_PHRASING, STUDY_PHRASINGS
+from interp.files import read_json, write_json
+from interp.generation import ReadPrompts, first_token_id, tracked
+from interp.models import fingerprint
+from interp.sae import SparseAutoencoder
+from interventions.base import applied
+from interventions.config import InterventionFile, ModelShape
+from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
+from interventions.steering import Steering
+from interventions.tokens import Tokens
+from probes.detector import SOURCE_CLASSES
+from probes.features import FeatureStatistics, matched_random_features, select_features
+from probes.linear import ProbeSet
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+SteeringMethod = Literal["actadd", "caa", "probe", "task_vector"]
+STEERING_METHODS: tuple[SteeringMethod, ...] = ("actadd", "caa", "probe", "task_vector")
+SPARE_METHODS = ("spare", "remove_only", "add_only", "random_features", "constant")
+METHODS = (*STEERING_METHODS, *SPARE_METHODS)
+
+SHARES = (0.05, 0.1, 0.2, 0.4)
+ALPHAS = (1.0, 2.0, 3.0, 5.0)
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+REPLACED = (0.25, 0.5, 0.75, 1.0)
+
+_RANDOM_DRAWS = 2
+_CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
+_CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Something that is done to the model.
+
+    Attributes:
+        interventions: What is applied, in order.
+        settings: What tells it from other edits of the same method, as it is reported.
+    """
+
+    interventions: tuple[Steering | FeatureEdit, ...]
+    settings: Mapping[str, Any]
+
+
+class Control:
+    """Data, fitting and measurement that all methods share; finished steps are kept in ``out/records``.
+
+    Args:
+        model: The bridge.
+        name: What the model was loaded by.
+        relations: Relations to build conflicts from; not used with ``conflicts``.
+        out: The folder.
+        conflicts: Conflict data of every kind to use instead, with its splits.
+        test_subjects: How many subjects are tested at most; a random sample of the test split.
+        tokens: The tokens that SpARE, ActAdd, probe direction and task vector act on.
+        seed: Decides splits, conflicts, the tested subjects and the random control.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        name: str,
+        *,
+        relations: Sequence[str],
+        out: Path,
+        conflicts: ConflictSet | None = None,
+        test_subjects: int = 64,
+        tokens: Tokens = "last_prompt",
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.out = out
+        self.seed = seed
+        self.tokens: Tokens = tokens
+        self.anatomy = Anatomy(model)
+        self.records = Records(out / "records", model=fingerprint(model))
+        if conflicts is None:
+            conflicts = conflicts_for_probes(model, relations, folder=out / "records", seed=seed, kinds=CONTEXT_KINDS)
+        self.conflicts = conflicts
+        subjects = sorted({example.subject for example in conflicts.select(split="test")})
+        self._tested = set(random.Random(seed).sample(subjects, min(test_subjects, len(subjects))))
+        self._basis = {
+            "model": {"name": name, "fingerprint": fingerprint(model)},
+            "data": {"name": conflicts.name, "digest": conflicts.digest, "test_subjects": len(self._tested)},
+            "seed": seed,
+            "tokens": tokens,
+        }
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """Last-token residual streams of the conflict prompts of train and dev, and what each was answered from."""
+        known = [e for e in self.conflicts.select(kind="conflict") if e.split != "test"]
+        prompts = ConflictSet(self.conflicts.name, tuple(e for e in known if e.template != HELD_OUT_PHRASING))
+        sites = [self.anatomy.site("block", layer) for layer in range(self.anatomy.n_layers)]
+        return ActivationStore.record(
+            self.out / "recording",
+            self.model,
+            prompts,
+            sites,
+            "last",
+            name=self.name,
+            seed=self.seed,
+            answers=True,
+            progress="Recording and answering",
+        )
+
+    @cached_property
+    def answered(self) -> pl.DataFrame:
+        """The rows of the recording that were answered from one source, with their number as ``row``."""
+        index = self.store.index.with_row_index("row")
+        return index.filter(pl.col("usage").is_in(SOURCE_CLASSES))
+
+    def train_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Residual streams ``(n, d_model)`` of the train split after a block, and whether the context was followed."""
+        chosen = self.answered.filter(split="train")
+        states = self.store.read(self.anatomy.site("block", layer), chosen["row"].to_list())
+        return states, torch.tensor((chosen["usage"] == "context").to_list())
+
+    def best(self, edits: Sequence[Edit], towards: Direction, label: str) -> Edit:
+        """The winner on dev."""
+        settings = [dict(edit.settings) for edit in edits]
+        conflicts = self._dev("conflict")
+
+        def usages() -> list[list[str]]:
+            answers = []
+            for edit in tracked(edits, f"{label} towards {towards}"):
+                with applied(self.model, *edit.interventions):
+                    answers.append(self._dev_starts.report().frame["usage"].to_list())
+            return answers
+
+        step = f"dev-{label}-{towards}"
+        frame = pl.DataFrame({"subject": [example.subject for example in conflicts]})
+        answers = self.records.json(step, [self._basis, settings], usages)
+        reports = [UsageReport(frame.with_columns(usage=pl.Series(usage))) for usage in answers]
+        rates = [float((report.frame["usage"] == towards).mean() or 0.0) for report in reports]
+        kept = {
+            index: self.records.json(
+                f"{step}-guard", [self._basis, settings[index]], lambda edit=edits[index]: self._kept(edit)
+            )
+            for index in as_good_as_the_best(reports, towards)
+        }
+        return edits[max(kept, key=lambda index: (kept[index], rates[index]))]
+
+    def measured(self, method: str, edit: Edit | None) -> tuple[UsageReport, np.ndarray]:
+        """Answers on test, and the KL at the end of every neutral text."""
+        interventions = () if edit is None else edit.interventions
+        key = [self._basis, method, edit and dict(edit.settings)]
+
+        def answers() -> UsageReport:
+            with applied(self.model, *interventions):
+                return measure_usage(self.model, self._test(), progress=f"Test: {method}")
+
+        def divergences() -> list[float]:
+            return neutral_kl(self.model, lambda: applied(self.model, *interventions), position="last").tolist()
+
+        kl = self.records.json("neutral_kl", [*key, neutral_texts()], divergences)
+        return self.records.usage("test", [*key, self._test().digest], answers), np.array(kl)
+
+    def unedited(self) -> dict[str, Any]:
+        """What the model does without an edit, on test."""
+        return condition_record(*self.measured("unedited", None))
+
+    def verify(self, method: str, towards: Direction, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Measure a method's edit on test, or several draws of it together, and write the first as a file."""
+        measured = [self.measured(f"{method} towards {towards}", edit) for edit in edits]
+        result = {
+            "settings": dict(edits[0].settings),
+            "draws": len(edits),
+            "test": condition_record(
+                UsageReport(pl.concat([report.frame for report, _ in measured])), np.mean([kl for _, kl in measured], 0)
+            ),
+        }
+        InterventionFile.of(
+            edits[0].interventions,
+            name=f"{self.name}: {method} towards {towards}",
+            towards=towards,
+            model=ModelShape.of(self.model, self.name),
+            provenance={"method": method, "chosen_on": "dev", **self._basis, "versions": versions()},
+            measured={"test": result["test"], "unedited": self.unedited()},
+        ).save(self.out / "interventions" / f"{method}-towards_{towards}.json")
+        return result
+
+    def add_results(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Put results by method into ``out/results.json``, next to those of other methods on the same data.
+
+        Raises:
+            UserError: If the file holds results on other data.
+        """
+        path = self.out / "results.json"
+        kept = read_json(path) if path.exists() else {"basis": self._basis, "unedited": self.unedited(), "methods": {}}
+        if kept["basis"] != self._basis:
+            raise UserError(
+                f"{path} holds results of another model, other data or settings; give another --out, or the options "
+                "it was made with."
+            )
+        kept["methods"] |= results
+        write_json(path, kept)
+        return kept
+
+    def _dev(self, *kinds: str) -> ConflictSet:
+        chosen = (e for e in self.conflicts.select(split="dev") if e.kind in kinds and e.template != HELD_OUT_PHRASING)
+        return ConflictSet(self.conflicts.name, tuple(chosen))
+
+    def _test(self) -> ConflictSet:
+        templates = {
+            "conflict": STUDY_PHRASINGS,
+            "aligned": _CONTEXT_GUARDS,
+            "irrelevant": _CONTEXT_GUARDS,
+            "none": _CLOSED_BOOK_GUARDS,
+        }
+        test = self.conflicts.select(split="test")
+        chosen = (e for e in test if e.subject in self._tested and e.template in templates[e.kind])
+        return ConflictSet(self.conflicts.name, tuple(chosen))
+
+    @cached_property
+    def _dev_starts(self) -> AnswerStarts:
+        return AnswerStarts(self.model, self._dev("conflict"))
+
+    @cached_property
+    def _dev_guard(self) -> tuple[ReadPrompts, Tensor]:
+        """Closed-book and aligned prompts, and the first token of the right answer to each."""
+        guard = self._dev("none", "aligned")
+        right = [first_token_id(self.model, example.prompt, example.memory_answers[0]) for example in guard]
+        return ReadPrompts(self.model, [example.prompt for example in guard]), torch.tensor(right)
+
+    def _kept(self, edit: Edit) -> float:
+        prompts, right = self._dev_guard
+        with applied(self.model, *edit.interventions):
+            return (prompts.next_tokens() == right).float().mean().item()
+
+
+def fit_steering(control: Control, methods: Sequence[SteeringMethod] = STEERING_METHODS) -> dict[str, Any]:
+    """Fit, choose and measure the steering baselines; see ``Control.add_results``."""
+    results: dict[str, Any] = {}
+    for method in methods:
+        candidates = _steering_candidates(control, method)
+        results[method] = {
+            f"towards_{towards}": control.verify(method, towards, [control.best(candidates[towards], towards, method)])
+            for towards in DIRECTIONS
+        }
+        control.add_results({method: results[method]})
+    return control.add_results(results)
+
+
+def _steering_candidates(control: Control, method: SteeringMethod) -> dict[Direction, list[Edit]]:
+    """Every layer but the first and last few, with every strength."""
+    n_layers = control.anatomy.n_layers
+    layers = range(n_layers // 6, n_layers - n_layers // 10)
+    vectors: dict[Direction, dict[int, Tensor]] = {"context": {}, "memory": {}}
+    if method == "caa":
+        vectors["context"] = _contrastive_vectors(control, layers)
+    elif method == "probe":
+        vectors["context"] = _probe_vectors(control, layers)
+    for layer in layers:
+        states, follows = control.train_states(layer)
+        context, memory = states[follows].mean(0), states[~follows].mean(0)
+        if method == "task_vector":
+            vectors["context"][layer], vectors["memory"][layer] = context, memory
+        elif method == "actadd":
+            vectors["context"][layer] = context - memory
+    if method != "task_vector":
+        vectors["memory"] = {layer: -vector for layer, vector in vectors["context"].items()}
+    replaces = method == "task_vector"
+    tokens: Tokens = "answer" if method == "caa" else control.tokens
+    return {
+        towards: [
+            Edit(
+                (Steering(layer, vector, strength, tokens, "replace" if replaces else "add"),),
+                {"layer": layer, "strength": strength, "tokens": tokens},
+            )
+            for layer, vector in by_layer.items()
+            for strength in (REPLACED if replaces else STRENGTHS)
+        ]
+        for towards, by_layer in vectors.items()
+    }
+
+
+def _contrastive_vectors(control: Control, layers: Iterable[int]) -> dict[int, Tensor]:
+    """Mean activation over the tokens of the context's answer less that over memory's, after the same prompts."""
+    sites = {layer: control.anatomy.site("block", layer) for layer in layers}
+    known = control.conflicts.select(kind="conflict", split="train")
+    prompts = ConflictSet(known.name, tuple(e for e in known if e.template != HELD_OUT_PHRASING))
+    context, memory = (
+        record(control.model, prompts, list(sites.values()), position, progress=f"Recording {position}")
+        for position in ("context_answer", "memory_answer")
+    )
+    return {layer: context[site].mean(0) - memory[site].mean(0) for layer, site in sites.items()}
+
+
+def _probe_vectors(control: Control, layers: Iterable[int]) -> dict[int, Tensor]:
+    """The source probe's direction, as long as the difference of the means is along it."""
+    sites = {layer: control.anatomy.site("block", layer) for layer in layers}
+    rows = control.store.rows(control.answered["row"].to_list())
+    probes = ProbeSet.fit(
+        {site: rows[site] for site in sites.values()},
+        control.answered["usage"].to_list(),
+        validation=(control.answered["split"] == "dev").to_list(),
+        classes=SOURCE_CLASSES,
+        progress="Source probes",
+    )
+    vectors = {}
+    for layer, site in sites.items():
+        states, follows = control.train_states(layer)
+        difference = states[follows].mean(0) - states[~follows].mean(0)
+        vectors[layer] = probes[site].direction * difference.norm()
+    return vectors
+
+
+def fit_spare(
+    control: Control,
+    saes: Sequence[SparseAutoencoder],
+    *,
+    shares: Sequence[float] = SHARES,
+    alphas: Sequence[float] = ALPHAS,
+    alpha_form: AlphaForm = "targets",
+) -> dict[str, Any]:
+    """Fit SpARE, choose layers, share and alpha on dev, and measure it and its ablations; see ``Control.add_results``.
+
+    The ablations use what was chosen for SpARE itself:
+
+        remove_only, add_only   one half of the edit
+        random_features         as many features that fire as often, twice
+        constant                what the edit does on average, added whatever the input
+
+    Args:
+        control: The data.
+        saes: Autoencoders of the model's layers; all runs of neighbouring ones compete.
+        shares: Shares of information to choose among: the published K.
+        alphas: To choose among.
+        alpha_form: What alpha multiplies.
+
+    Raises:
+        UserError: If an autoencoder does not fit the model, or was trained on subjects that are tested here.
+    """
+    for sae in saes:
+        sae.check(control.model, control.name)
+    check_unseen(saes, control.seed)
+    fitted = [_FittedFeatures.of(control, sae) for sae in saes]
+    runs = [fitted[i:j] for i in range(len(fitted)) for j in range(i + 1, len(fitted) + 1)]
+    results: dict[str, Any] = {method: {} for method in SPARE_METHODS}
+    for towards in DIRECTIONS:
+
+        def edit(run: Sequence[_FittedFeatures], share: float, alpha: float, towards: Direction = towards) -> Edit:
+            layers = tuple(features.edited(share, towards) for features in run)
+            return Edit(
+                (FeatureEdit(layers, alpha, alpha_form, control.tokens),),
+                {
+                    "layers": [features.sae.layer for features in run],
+                    "share": share,
+                    "alpha": alpha,
+                    "alpha_form": alpha_form,
+                    "tokens": control.tokens,
+                    "features": [part.sae.d_sae for part in layers],
+                    "saes": [features.sae.card.get("data", {}).get("digest", features.sae.name) for features in run],
+                },
+            )
+
+        candidates = {
+            (tuple(features.sae.layer for features in run), share, alpha): edit(run, share, alpha)
+            for run, share, alpha in itertools.product(runs, shares, alphas)
+        }
+        best = control.best(list(candidates.values()), towards, "spare")
+        run = [features for features in fitted if features.sae.layer in best.settings["layers"]]
+        variants = _ablations(best, run, towards, control.seed)
+        for method, edits in {"spare": [best], **variants}.items():
+            results[method][f"towards_{towards}"] = control.verify(method, towards, edits)
+    return control.add_results(results)
+
+
+@dataclass(frozen=True, eq=False)
+class _FittedFeatures:
+    """An autoencoder and what its features have to do with the source, on train."""
+
+    sae: SparseAutoencoder
+    states: Tensor
+    statistics: FeatureStatistics
+
+    @classmethod
+    def of(cls, control: Control, sae: SparseAutoencoder) -> _FittedFeatures:
+        states, follows = control.train_states(sae.layer)
+        return cls(sae, states, FeatureStatistics.of(sae.encode(states), follows))
+
+    def edited(self, share: float, towards: Direction) -> EditedFeatures:
+        return self.edited_as(*self.sets(share, towards), towards)
+
+    def sets(self, share: float, towards: Direction) -> tuple[list[int], list[int]]:
+        """Features to remove and features to add."""
+        selected = select_features(self.statistics.information, self.statistics.expectation, share)
+        return (selected.memory, selected.context) if towards == "context" else (selected.context, selected.memory)
+
+    def edited_as(self, removed: list[int], added: list[int], towards: Direction) -> EditedFeatures:
+        means = (self.statistics.memory_mean, self.statistics.context_mean)
+        away, to = means if towards == "context" else reversed(means)
+        return EditedFeatures.of(self.sae, removed, away[removed], added, to[added])
+
+
+def _ablations(best: Edit, run: Sequence[_FittedFeatures], towards: Direction, seed: int) -> dict[str, list[Edit]]:
+    (spare,) = best.interventions
+    assert isinstance(spare, FeatureEdit)
+    share = best.settings["share"]
+    sets = {features.sae.layer: features.sets(share, towards) for features in run}
+
+    def variant(name: str, layers: Iterable[EditedFeatures]) -> Edit:
+        kept = tuple(layer for layer in layers if layer.sae.d_sae)
+        settings = {**best.settings, "variant": name, "features": [layer.sae.d_sae for layer in kept]}
+        return Edit((replace(spare, layers=kept),), settings)
+
+    def random_layer(features: _FittedFeatures, draw: int) -> EditedFeatures:
+        removed, added = sets[features.sae.layer]
+        drawn = matched_random_features(features.statistics, [*removed, *added], [], seed + draw)
+        return features.edited_as(drawn[: len(removed)], drawn[len(removed) :], towards)
+
+    constant = []
+    for features, layer in zip(run, spare.layers, strict=True):
+        change = layer.change(features.states, spare.alpha, spare.alpha_form).mean(0)
+        constant.append(Steering(features.sae.layer, change, 1.0, spare.tokens))
+    return {
+        "remove_only": [variant("remove_only", (f.edited_as(sets[f.sae.layer][0], [], towards) for f in run))],
+        "add_only": [variant("add_only", (f.edited_as([], sets[f.sae.layer][1], towards) for f in run))],
+        "random_features": [
+            variant(f"random {draw}", (random_layer(features, draw) for features in run))
+            for draw in range(_RANDOM_DRAWS)
+        ],
+        "constant": [Edit(tuple(constant), {**best.settings, "variant": "constant"})],
+    }
+
+
+def results_table(results: Mapping[str, Any]) -> pl.DataFrame:
+    """Results as a table of text: a row for each method and direction."""
+    measures = (
+        "memory_rate",
+        "context_rate",
+        "closed_book_accuracy",
+        "aligned_accuracy",
+        "irrelevant_accuracy",
+        "neutral_kl",
+    )
+
+    def cells(test: Mapping[str, Any]) -> dict[str, str]:
+        return {name: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**test[name]) for name in measures}
+
+    rows = [{"method": "unedited", "towards": "", **cells(results["unedited"])}]
+    for towards in DIRECTIONS:
+        for method in METHODS:
+            if method in results["methods"]:
+                found = results["methods"][method][f"towards_{towards}"]
+                rows.append({"method": method, "towards": towards, **cells(found["test"])})
+    return pl.DataFrame(rows)

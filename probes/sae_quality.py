@@ -1,0 +1,181 @@
+"""How good an autoencoder is: how few features it takes, what they explain, and what the model loses with them alone.
+
+The first token of a text is left out everywhere: it is an attention sink whose norm dwarfs all others, and an
+autoencoder that is trained without it cannot be asked about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.activations import observations, watching
+from interp.anatomy import Anatomy, transformers_model
+from interp.errors import UserError
+from interp.generation import encode, length_batches, tracked
+from interp.sae import SparseAutoencoder
+from interp.statistics import Estimate, bootstrap_mean
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class SAEQuality:
+    """Quality of one autoencoder on some texts; intervals are bootstrapped by text.
+
+    Attributes:
+        tokens: Tokens that were encoded.
+        active: Features that fire for a token, on average (L0).
+        explained_variance: 1 - squared error / variance of the residual stream.
+        dead_features: Features that fired for none of these tokens.
+        loss: The model's cross-entropy, nats per token.
+        loss_spliced: The same when the reconstruction takes the residual stream's place.
+        loss_ablated: The same when zeros do.
+        loss_recovered: (ablated - spliced) / (ablated - loss): 1 loses nothing.
+        loss_increase: Spliced less unspliced loss, mean over texts.
+        same_next_token: Share of texts after which the greedy next token is the same with the reconstruction.
+    """
+
+    tokens: int
+    active: float
+    explained_variance: float
+    dead_features: int
+    loss: float
+    loss_spliced: float
+    loss_ablated: float
+    loss_recovered: float
+    loss_increase: Estimate
+    same_next_token: Estimate
+
+    def to_record(self) -> dict[str, Any]:
+        """As plain dictionaries for JSON."""
+        return {name: value.to_record() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
+
+
+def evaluate_saes(
+    model: TransformerBridge,
+    saes: Sequence[SparseAutoencoder],
+    texts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> list[SAEQuality]:
+    """Measure autoencoders on texts that they have not seen.
+
+    Args:
+        model: The model they read.
+        saes: The autoencoders.
+        texts: The texts, of two tokens or more.
+        batch_size: Texts per batch.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If an autoencoder does not fit the model, or a text has fewer than two tokens.
+    """
+    device = Anatomy(model).device
+    tallies = [_Tally(sae.to(device)) for sae in saes]
+    for sae in saes:
+        sae.check(model)
+    network: Any = transformers_model(model)
+    for batch in tracked(length_batches(model, texts, batch_size), progress):
+        inputs = encode(model, [texts[i] for i in batch])
+        real = inputs["attention_mask"].bool()
+        if int(real.sum(-1).min()) < 2:
+            raise UserError("A text has fewer than two tokens, which leaves nothing to predict; leave it out.")
+        inner = real & (inputs["position_ids"] > 0)
+
+        def logits(inputs: dict[str, Tensor] = inputs) -> Tensor:
+            return network(**inputs).logits
+
+        with torch.inference_mode():
+            residuals: dict[str, Tensor] = {}
+            with watching(model, observations(model, [sae.site for sae in saes]), residuals.__setitem__):
+                clean = _Predictions(logits(), inputs["input_ids"], inner)
+            for tally in tallies:
+                tally.count(residuals[tally.sae.site][inner])
+                with _replaced(model, tally.sae.layer, inner, tally.sae.reconstruct):
+                    spliced = _Predictions(logits(), inputs["input_ids"], inner)
+                with _replaced(model, tally.sae.layer, inner, torch.zeros_like):
+                    ablated = _Predictions(logits(), inputs["input_ids"], inner)
+                tally.compare(clean, spliced, ablated)
+    return [tally.quality() for tally in tallies]
+
+
+@contextmanager
+def _replaced(model: nn.Module, layer: int, where: Tensor, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the residual stream after a block at the tokens ``where`` for the length of a ``with`` block."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        residual = output[0] if isinstance(output, tuple) else output
+        replaced = residual.clone()
+        replaced[where] = replacement(residual[where]).to(residual.dtype)
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    handle = Anatomy(model).module("block", layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Predictions:
+    """Of one batch: each text's summed loss over the tokens after the first, and its greedy next token."""
+
+    def __init__(self, logits: Tensor, input_ids: Tensor, inner: Tensor) -> None:
+        # The token at a column is predicted one column before.
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+        ).view(input_ids[:, 1:].shape)
+        self.loss = (losses * inner[:, 1:]).sum(-1).double().cpu()
+        self.tokens = inner[:, 1:].sum(-1).cpu()
+        self.next = logits[:, -1].argmax(-1).cpu()
+
+
+class _Tally:
+    """Sums over batches for one autoencoder."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+        self.tokens = 0
+        self.fired = torch.zeros(sae.d_sae, dtype=torch.long)
+        self.error = 0.0
+        self.total = torch.zeros(sae.d_in, dtype=torch.float64)
+        self.square = 0.0
+        self.losses: list[Tensor] = []
+        self.same: list[Tensor] = []
+
+    def count(self, residual: Tensor) -> None:
+        x = residual.float()
+        self.tokens += len(x)
+        self.fired += (self.sae.encode(x) != 0).sum(0).cpu()
+        self.error += (x - self.sae.reconstruct(x)).double().square().sum().item()
+        self.total += x.double().sum(0).cpu()
+        self.square += x.double().square().sum().item()
+
+    def compare(self, clean: _Predictions, spliced: _Predictions, ablated: _Predictions) -> None:
+        self.losses.append(torch.stack([clean.loss, spliced.loss, ablated.loss, clean.tokens.double()], 1))
+        self.same.append((clean.next == spliced.next).double())
+
+    def quality(self) -> SAEQuality:
+        by_text = torch.cat(self.losses)
+        clean, spliced, ablated, tokens = by_text.sum(0).tolist()
+        variance = self.square - (self.total.square().sum().item()) / self.tokens
+        increase = (by_text[:, 1] - by_text[:, 0]) / by_text[:, 3]
+        return SAEQuality(
+            tokens=self.tokens,
+            active=self.fired.sum().item() / self.tokens,
+            explained_variance=1 - self.error / variance,
+            dead_features=int((self.fired == 0).sum()),
+            loss=clean / tokens,
+            loss_spliced=spliced / tokens,
+            loss_ablated=ablated / tokens,
+            loss_recovered=(ablated - spliced) / (ablated - clean),
+            loss_increase=bootstrap_mean(increase.numpy(), range(len(increase))),
+            same_next_token=bootstrap_mean(torch.cat(self.same).numpy(), range(len(increase))),
+        )
