@@ -26,6 +26,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.recording --json
 	$(BIN)/python -m benchmarks.probes --json
 	$(BIN)/python -m benchmarks.detector --json
+	$(BIN)/python -m benchmarks.mutual_information --json
 
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt

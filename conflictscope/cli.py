@@ -26,6 +26,12 @@ data_app = typer.Typer(help="Build, inspect and convert conflict data.", no_args
 app.add_typer(data_app, name="data")
 probe_app = typer.Typer(help="Fit, score and use probes on recorded activations.", no_args_is_help=True)
 app.add_typer(probe_app, name="probe")
+sae_app = typer.Typer(help="Train, measure and look into sparse autoencoders.", no_args_is_help=True)
+app.add_typer(sae_app, name="sae")
+spare_app = typer.Typer(help="Control the source of answers by features of sparse autoencoders.", no_args_is_help=True)
+app.add_typer(spare_app, name="spare")
+steer_app = typer.Typer(help="Control the source of answers by directions.", no_args_is_help=True)
+app.add_typer(steer_app, name="steer")
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
@@ -41,6 +47,19 @@ SeedOption = Annotated[int, typer.Option(help="Seed of splits and conflicts buil
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
 RecordingOption = Annotated[Path, typer.Option("--recording", help="A folder that `conflictscope record` wrote.")]
 ProbesOption = Annotated[Path, typer.Option("--probes", help="A folder that `conflictscope probe fit` wrote.")]
+SaeOption = Annotated[
+    str,
+    typer.Option(
+        "--sae",
+        help="SAEs: a model they are shipped for, a folder (sae_lens or sparsify), or RELEASE:ID as sae_lens has them.",
+    ),
+]
+ControlOption = Annotated[
+    Path, typer.Option("--out", help="Folder of results and intervention files; finished steps in it are reused.")
+]
+TokensOption = Annotated[
+    Literal["last_prompt", "answer", "generated", "prompt", "all"], typer.Option(help="The tokens that are edited.")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -377,6 +396,253 @@ def probe_detect(
             sys.stdout.flush()
 
 
+@sae_app.command("train")
+def sae_train(
+    model: ModelOption = DEFAULT_MODEL,
+    layers: Annotated[str, typer.Option(help="Layers whose output is to be explained, for example 12,16,20-22.")] = (
+        "12,14,16,18,20,22"
+    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for layer_N/, text and activations; the same command goes on in it.")
+    ] = Path("out/saes"),
+    architecture: Annotated[
+        Literal["batchtopk", "topk", "jumprelu", "standard"],
+        typer.Option(help="How features compete; batchtopk ends as a JumpReLU autoencoder."),
+    ] = "batchtopk",
+    features: Annotated[int, typer.Option(min=2, help="Features of each autoencoder.")] = 4096,
+    active: Annotated[
+        int | None, typer.Option(min=1, help="Features that are to fire for a token, 32 by default; not for standard.")
+    ] = None,
+    l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty, 5 by default; for standard only.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 1_200_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Adam's learning rate.")] = 3e-3,
+    texts: Annotated[int, typer.Option(min=0, help="Texts to sample from the model, of some 100 tokens.")] = 2048,
+    prompts: Annotated[int, typer.Option(min=0, help="Conflict prompts of the train split to mix with them.")] = 6000,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to train on instead of sampled text: one text a line.")
+    ] = None,
+    recording: Annotated[
+        Path | None, typer.Option(help="A recording of all tokens (`record --position all`) to train on instead.")
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Train sparse autoencoders of the residual stream with sae_lens, and write a card of quality for each.
+
+    Needs no download: text is sampled from the model itself.
+    """
+    from conflictscope.saes import sae_table, train_saes
+    from interp.activation_store import ActivationStore
+    from interp.models import load_model
+    from probes.sae_training import SAETraining
+
+    if (l1 if architecture != "standard" else active) is not None:
+        raise UserError("--l1 belongs to --architecture standard, --active to all others; give the one that applies.")
+    if text is not None and recording is not None:
+        raise UserError("Give --text or --recording, not both.")
+    settings = SAETraining(
+        architecture=architecture,
+        features=features,
+        active=active or 32,
+        l1=5.0 if l1 is None else l1,
+        tokens=tokens,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    lines = None if text is None else _lines(text)
+    saes = train_saes(
+        load_model(model, device=device, dtype=dtype),
+        model,
+        _layers(layers) or [],
+        out,
+        settings,
+        n_texts=texts,
+        n_prompts=prompts,
+        texts=lines,
+        recording=None if recording is None else ActivationStore(recording),
+        seed=seed,
+        device=device,
+    )
+    _print_frame(sae_table(saes))
+    _say(f"SAEs and their cards are in {out}; {out / 'activations'} may be deleted")
+
+
+@sae_app.command("evaluate")
+def sae_evaluate(
+    sae: SaeOption = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for quality.json and the sampled text.")] = Path("out/sae-quality"),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Measure autoencoders on text and conflict prompts that they were not trained on."""
+    from conflictscope.saes import check_unseen, measure_saes, quality_table
+    from interp.files import write_json
+    from interp.models import load_model
+    from interp.sae import load_saes
+
+    saes = load_saes(sae)
+    check_unseen(saes, seed)
+    bridge = load_model(model, device=device, dtype=dtype)
+    for one in saes:
+        one.check(bridge, model)
+    qualities = measure_saes(bridge, saes, out, seed=seed)
+    records = {part: [quality.to_record() for quality in found] for part, found in qualities.items()}
+    write_json(out / "quality.json", {"saes": [one.name for one in saes], "layers": [s.layer for s in saes], **records})
+    _print_frame(quality_table([one.layer for one in saes], records))
+    _say(f"Everything measured is in {out / 'quality.json'}")
+
+
+@sae_app.command("features")
+def sae_features(
+    sae: SaeOption = DEFAULT_MODEL,
+    layer: Annotated[int | None, typer.Option(help="Which of several SAEs; its layer.")] = None,
+    feature: Annotated[
+        list[int] | None,
+        typer.Option(help="A feature; repeatable. By default those that tell most about the source of answers."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many features, where none are given.")] = 4,
+    recording: Annotated[Path, typer.Option(help="A recording of conflict prompts' last tokens, with answers.")] = Path(
+        "out/control/recording"
+    ),
+    model: ModelOption = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for features.json and a figure of each.")] = Path("out/features"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Look at features: which prompts they fire for, with which source, and which tokens they promote."""
+    from conflictscope.features import look_at_features
+    from interp.activation_store import ActivationStore
+    from interp.models import load_model
+    from interp.sae import load_saes
+
+    found = [one for one in load_saes(sae) if layer is None or one.layer == layer]
+    if len(found) != 1:
+        raise UserError(f"{len(found)} SAEs of {sae} fit; give --layer, one of {_listed(load_saes(sae))}.")
+    bridge = load_model(model, device=device, dtype=dtype)
+    found[0].check(bridge, model)
+    table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
+    _print_frame(table)
+    _say(f"More about each is in {out / 'features.json'}, figures next to it")
+
+
+@spare_app.command("fit")
+def spare_fit(
+    sae: SaeOption = DEFAULT_MODEL,
+    layers: Annotated[str | None, typer.Option(help="Only the SAEs of these layers, for example 14-18.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of the information that is edited (K); repeatable: dev chooses.")
+    ] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="How far; repeatable: dev chooses.")] = None,
+    alpha_form: Annotated[
+        Literal["targets", "change"],
+        typer.Option(help="What alpha multiplies: the targets (published code) or the change (published equation)."),
+    ] = "targets",
+    tokens: TokensOption = "last_prompt",
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    out: ControlOption = Path("out/control"),
+    test_subjects: Annotated[int, typer.Option(min=1, help="Subjects to test on, at most.")] = 64,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fit SpARE in both directions, and measure it with its ablations on held-out subjects."""
+    from conflictscope.control import ALPHAS, SHARES, fit_spare, results_table
+    from interp.sae import load_saes
+
+    saes = load_saes(sae)
+    if layers is not None:
+        wanted = _layers(layers) or []
+        if absent := [number for number in wanted if number not in {one.layer for one in saes}]:
+            raise UserError(f"{sae} has no SAE of layer {absent[0]}; it has {_listed(saes)}.")
+        saes = [one for one in saes if one.layer in wanted]
+    control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
+    results = fit_spare(control, saes, shares=share or SHARES, alphas=alpha or ALPHAS, alpha_form=alpha_form)
+    _print_frame(results_table(results))
+    _say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+
+
+@steer_app.command("fit")
+def steer_fit(
+    method: Annotated[
+        list[str] | None, typer.Option(help="actadd, caa, probe or task_vector; repeatable; all by default.")
+    ] = None,
+    tokens: Annotated[
+        Literal["last_prompt", "answer", "generated", "prompt", "all"],
+        typer.Option(help="The tokens that are edited; caa always edits all that predict the answer."),
+    ] = "last_prompt",
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    out: ControlOption = Path("out/control"),
+    test_subjects: Annotated[int, typer.Option(min=1, help="Subjects to test on, at most.")] = 64,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fit steering vectors in both directions, and measure them on held-out subjects."""
+    from conflictscope.control import STEERING_METHODS, fit_steering, results_table
+
+    if unknown := [name for name in method or () if name not in STEERING_METHODS]:
+        raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(STEERING_METHODS)}.")
+    control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
+    results = fit_steering(control, [name for name in STEERING_METHODS if name in (method or STEERING_METHODS)])
+    _print_frame(results_table(results))
+    _say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+
+
+@spare_app.command("apply")
+@steer_app.command("apply")
+def apply_edit(
+    config: Annotated[Path, typer.Argument(help="An intervention file.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Factor on alpha or strength: 0 leaves the model as it is, 1 is the file's own.")
+    ] = 1.0,
+    save: Annotated[Path | None, typer.Option(help="Intervention file to write with that strength.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer prompts without and with an edit; one JSON object a line to standard output."""
+    from conflictscope.probing import read_prompts
+    from interp.generation import continue_greedily
+    from interp.models import load_model
+    from interventions.base import applied
+    from interventions.config import InterventionFile
+
+    edit = InterventionFile.load(config).scaled(strength)
+    stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
+    with stream:
+        batches = read_prompts(stream, batch_size)
+        first = next(batches, None)
+        if first is None:
+            raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
+        bridge = load_model(model, device=device, dtype=dtype)
+        edit.model.check(bridge)
+        if save is not None:
+            edit.save(save)
+        for batch in itertools.chain([first], batches):
+            texts = [prompt.text for prompt in batch]
+            plain = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
+            with applied(bridge, edit):
+                edited = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
+            for prompt, before, after in zip(batch, plain, edited, strict=True):
+                sys.stdout.write(json.dumps({"id": prompt.id, "unedited": before, "edited": after}) + "\n")
+            sys.stdout.flush()
+
+
 @app.command()
 def models() -> None:
     """List the registered models and whether they are cached."""
@@ -463,7 +729,8 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed; install what studies need with: pip install 'conflictscope[study]'", 2)
+        extra = "sae" if error.name in ("sae_lens", "sklearn") else "study"
+        _fail(f"{error.name} is not installed; install what this needs with: pip install 'conflictscope[{extra}]'", 2)
     except SystemExit as end:
         # What typer makes of an interrupt.
         if end.code != 130:
@@ -497,6 +764,51 @@ def _model_and_data(
         facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
         conflicts = build_conflicts(facts, seed=seed)
     return bridge, conflicts
+
+
+def _control(
+    model: str,
+    relation: list[str] | None,
+    data: Path | None,
+    out: Path,
+    test_subjects: int,
+    tokens: Any,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> Any:
+    """What `spare fit` and `steer fit` share: the model, its data and the folder."""
+    from conflictscope.control import Control
+    from interp.conflicts import ConflictSet
+    from interp.facts import relation_named
+    from interp.models import load_model
+
+    if data is not None and relation:
+        raise UserError("Give --data or --relation, not both.")
+    conflicts = None if data is None else ConflictSet.load(data)
+    relations = [relation_named(name).name for name in relation or [DEFAULT_RELATION]]
+    return Control(
+        load_model(model, device=device, dtype=dtype),
+        model,
+        relations=relations,
+        out=out,
+        conflicts=conflicts,
+        test_subjects=test_subjects,
+        tokens=tokens,
+        seed=seed,
+    )
+
+
+def _listed(saes: Any) -> str:
+    return ", ".join(str(sae.layer) for sae in saes)
+
+
+def _lines(path: Path) -> list[str]:
+    """The texts of a file, one a line."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no text; give one text a line.")
+    return lines
 
 
 def _layers(text: str | None) -> list[int] | None:

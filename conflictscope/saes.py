@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import torch
 
 from conflictscope import __version__
@@ -44,7 +45,7 @@ def train_saes(
     out: Path,
     settings: SAETraining,
     *,
-    n_texts: int = 2560,
+    n_texts: int = 2048,
     n_prompts: int = 6000,
     texts: Sequence[str] | None = None,
     recording: ActivationStore | None = None,
@@ -162,6 +163,33 @@ def measure_saes(
         "text": evaluate_saes(model, saes, text, progress="Measuring on text"),
         "conflict_prompts": evaluate_saes(model, saes, prompts, progress="Measuring on conflict prompts"),
     }
+
+
+def sae_table(saes: Sequence[SparseAutoencoder]) -> pl.DataFrame:
+    """What the cards say about quality, a row for each autoencoder and kind of text."""
+    parts = ("text", "conflict_prompts")
+    records = {part: [sae.card["quality"][part] for sae in saes] for part in parts}
+    return quality_table([sae.layer for sae in saes], records)
+
+
+def quality_table(layers: Sequence[int], records: Mapping[str, Sequence[Mapping[str, Any]]]) -> pl.DataFrame:
+    """Records of quality by kind of text, a row for each layer and kind."""
+    return pl.DataFrame(
+        [
+            {
+                "layer": layer,
+                "on": part.replace("_", " "),
+                "active": f"{record['active']:.1f}",
+                "explained variance": f"{record['explained_variance']:.3f}",
+                "loss recovered": f"{record['loss_recovered']:.3f}",
+                "loss increase": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**record["loss_increase"]),
+                "same next token": "{value:.2f} [{low:.2f}, {high:.2f}]".format(**record["same_next_token"]),
+                "dead": record["dead_features"],
+            }
+            for part, found in records.items()
+            for layer, record in zip(layers, found, strict=True)
+        ]
+    )
 
 
 def check_unseen(saes: Sequence[SparseAutoencoder], seed: int) -> None:

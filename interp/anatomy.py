@@ -174,6 +174,7 @@ _MODEL_SITES: dict[ModelPart, str] = {
     "final_norm": "ln_final.hook_out",
     "unembedding": "unembed.hook_out",
 }
+_ROWS_AT_ONCE = 2**15
 
 
 def transformers_model(model: nn.Module) -> nn.Module:
@@ -438,6 +439,25 @@ class Anatomy:
             direction = direction - direction.mean(-1, keepdim=True)
         return direction
 
+    def direction_logits(self, direction: Tensor) -> Tensor:
+        """What a direction in the final residual stream adds to the logits, per unit and up to a positive factor.
+
+        The final norm is held linear: its weight is applied (after centring, for a layer norm), its scale is not,
+        which depends on the input and is the factor. Soft-capping is left out. A constant added to all logits changes
+        nothing, so the mean over the vocabulary is taken off.
+
+        Args:
+            direction: ``(..., d_model)``.
+
+        Returns:
+            ``(..., d_vocab)`` float32.
+        """
+        normed = self._centred(direction) * self._norm_weight(self.final_norm).float()
+        rows = self._matrix(self.blueprint.unembedding).split(_ROWS_AT_ONCE)
+        # A float32 copy of the unembedding of a large half-precision model would not fit beside it.
+        logits = torch.cat([normed @ some.float().T for some in rows], dim=-1)
+        return logits - logits.mean(-1, keepdim=True)
+
     def logit_difference_offset(self, token_ids: Tensor) -> Tensor:
         """What final norm and unembedding biases add to the logit difference, whatever the residual: ``(n,)``."""
         columns = self._matrix(self.blueprint.unembedding)[token_ids]
@@ -456,13 +476,18 @@ class Anatomy:
         epsilon: Any = next(
             value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None
         )
-        weight: Any = norm.weight
+        scale = torch.rsqrt(self._centred(x).square().mean(-1, keepdim=True) + epsilon)
+        return (self._norm_weight(norm) * scale).to(x.dtype)
+
+    def _norm_weight(self, norm: nn.Module) -> Tensor:
+        """The part of the gain of ``norm`` that is the same for all inputs, ``(d_model,)``."""
+        weight: Any = _unwrapped(norm).weight
+        return 1 + weight.float() if self.blueprint.norm == "rms_plus_one" else weight
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """What a norm scales: ``x`` in float32, less its mean where the norm is a layer norm."""
         values = x.float()
-        if self.blueprint.norm == "layer":
-            values = values - values.mean(-1, keepdim=True)
-        if self.blueprint.norm == "rms_plus_one":
-            weight = 1 + weight.float()
-        return (weight * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        return values - values.mean(-1, keepdim=True) if self.blueprint.norm == "layer" else values
 
     def _block_part(self, layer: int, path: str) -> nn.Module:
         return self.model.get_submodule(f"{self.blueprint.blocks}.{layer}.{path}")

@@ -6,6 +6,7 @@ go with it, so that a prompt's answer does not depend on its batch (up to float 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -173,11 +174,10 @@ class ReadPrompts:
     def next_logits(self) -> Iterator[tuple[list[int], Tensor]]:
         """Run the last tokens: for each batch the numbers of its prompts and their logits ``(n, d_vocab)``."""
         for batch, last, cache in self._batches:
-            length = cache.get_seq_length()
+            # A pass writes into its cache, and a sliding window forgets what it would take to undo that.
+            copied = copy.deepcopy(cache)
             with torch.inference_mode():
-                logits = self._network(**last, past_key_values=cache, use_cache=True).logits[:, -1]
-            cache.crop(length)
-            yield batch, logits
+                yield batch, self._network(**last, past_key_values=copied, use_cache=True).logits[:, -1]
 
     def next_tokens(self) -> Tensor:
         """The greedy next token of every prompt, ``(n_prompts,)``."""

@@ -330,8 +330,12 @@ def _weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _from_release(release: str, sae_id: str, dtype: torch.dtype) -> SparseAutoencoder:
     """One of the public autoencoders that sae_lens knows how to get and to convert."""
-    from sae_lens import SAE
-
+    try:
+        from sae_lens import SAE
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Getting {release}:{sae_id} needs sae_lens; install it with: pip install 'conflictscope[sae]'"
+        ) from error
     try:
         loaded: Any = SAE.from_pretrained(release, sae_id)
     # Whatever sae_lens or the hub raise, they say what is wrong; a name that does not exist is the usual reason.

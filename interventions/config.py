@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -303,6 +304,26 @@ class InterventionFile(_Strict):
     def build(self) -> list[HeadScaling | Steering | FeatureEdit]:
         """The interventions that the file describes, in order."""
         return [entry.build(self._values) for entry in self.interventions]
+
+    def scaled(self, factor: float) -> InterventionFile:
+        """The same with every strength and alpha multiplied; what was measured no longer holds and is left out.
+
+        Raises:
+            UserError: If the file scales heads, which have no common strength.
+        """
+        if factor == 1:
+            return self
+        scaled: list[Steering | FeatureEdit] = []
+        for intervention in self.build():
+            if isinstance(intervention, HeadScaling):
+                raise UserError(f"{self.name} scales heads, which have no strength to multiply; apply it as it is.")
+            if isinstance(intervention, Steering):
+                scaled.append(replace(intervention, strength=intervention.strength * factor))
+            else:
+                scaled.append(replace(intervention, alpha=intervention.alpha * factor))
+        provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
+        about = {"name": self.name, "towards": self.towards, "model": self.model, "provenance": provenance}
+        return InterventionFile.of(scaled, **about)
 
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.
