@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
-from probes.feature_views import view_features
 
 from interp.activation_store import ActivationStore
 from interp.errors import UserError
 from interp.files import write_json
 from interp.plots import save_figure
 from interp.sae import SparseAutoencoder
+from probes.feature_views import view_features
 from probes.features import FeatureStatistics
 from probes.plots import feature_view
 

@@ -7,8 +7,8 @@ alone, so that a figure changes from light to dark with ``figure.update_layout(t
 
 from __future__ import annotations
 
+import html
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -450,3 +450,8 @@ def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -
         f"<br>mean score {head.score:+.3f} [{head.low:+.3f}, {head.high:+.3f}]<br>{_unit(scores)}"
         f"<br>95% interval by subject, n = {len(scores.example_ids)} examples of {len(set(scores.subjects))} subjects"
     )
+
+
+def escape(text: str) -> str:
+    """Text that plotly shows as it is: of HTML's entities it knows few, and none for quotes."""
+    return html.escape(text, quote=False)

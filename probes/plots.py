@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import accumulate, cycle, pairwise
 from math import ceil, floor, log10
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from interp.plots import (
     OTHER_COLOUR,
     _integer_ticks,
     _interval,
+    escape,
     percent,
 )
 from interp.statistics import Estimate
@@ -62,7 +62,7 @@ _LOG_RATIO = 10
 _DIGITS = 3
 _PROMOTED_COLOUR, _SUPPRESSED_COLOUR = "#44AA99", "#AA4499"
 # Of a feature's view: its texts are set for a screen of 390 pixels, its heights are in pixels.
-_PROMPT_WIDTH = 52
+_PROMPT_WIDTH = 50
 _PROMPT_LINES = 4
 _TOKEN_WIDTH = 20
 _LINE = 16
@@ -589,11 +589,6 @@ def _scale(panel: pl.DataFrame) -> dict[str, Any]:
     return {"type": "log", "tickvals": [step * 10.0**n for n in decades for step in steps], "tickformat": "~s"}
 
 
-def _plain(text: str) -> str:
-    """Text that plotly shows as it is: of HTML's entities it knows few, and none for quotes."""
-    return escape(text, quote=False)
-
-
 def _add_text(figure: go.Figure, text: str, yref: str, y: float, **properties: Any) -> None:
     """Text at the left edge of a feature's view."""
     place = {"x": 0, "xref": "paper", "xanchor": "left", "y": y, "yref": yref, "align": "left"}
@@ -609,7 +604,7 @@ def _prompt_block(prompt: Mapping[str, Any]) -> list[str]:
         half = _PROMPT_LINES // 2
         end = lines[-half:]
         lines = [*lines[:half], f"\N{HORIZONTAL ELLIPSIS} {end[0]}", *end[1:]]
-    return [f"<b>{prompt['activation']:#.3g}</b> {_plain(kind)}", *(_plain(line) for line in lines)]
+    return [f"<b>{prompt['activation']:#.3g}</b> {escape(kind)}", *(escape(line) for line in lines)]
 
 
 def _block_height(block: Sequence[str]) -> int:
@@ -670,7 +665,7 @@ def _add_tokens(figure: go.Figure, view: FeatureView) -> None:
     ):
         y = [_TOKEN_ROW * (first + i + 0.5) for i in range(len(frame))]
         first += len(frame)
-        tokens = [_plain(token) for token in frame["token"]]
+        tokens = [escape(token) for token in frame["token"]]
         figure.add_bar(
             x=frame["effect"].to_list(),
             y=y,
@@ -690,7 +685,7 @@ def _add_tokens(figure: go.Figure, view: FeatureView) -> None:
             x=[0.0] * len(frame),
             y=y,
             mode="text",
-            text=[f" {_plain(_cut(token))} " for token in frame["token"]],
+            text=[f" {escape(_cut(token))} " for token in frame["token"]],
             textposition=f"middle {side}",
             textfont_size=12,
             name=name,

@@ -1,14 +1,23 @@
+import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from interp.errors import UserError
 from interp.generation import encode
 from interp.models import load_model
+from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
 from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.features import EditedFeatures, FeatureEdit
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.steering import Steering
+from tests.interp.test_sae import random_sae, save_sparsify
 
 SCALING = HeadScaling((ScaledHead(0, 1, 0.0), ScaledHead(2, 3, -1.5, tuple(0.1 * i for i in range(8)))))
 
@@ -98,3 +107,257 @@ def test_a_file_of_which_one_entry_does_not_fit_leaves_nothing_attached(file, ti
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="Could not read the intervention file"):
         InterventionFile.load(tmp_path / "none.json")
+
+
+# Files with tensors
+
+
+def feature_edit(folder: Path, architecture: str, **options: Any) -> FeatureEdit:
+    """An edit of two layers, with random targets."""
+    parts = []
+    for layer in (0, 2):
+        sae = random_sae(architecture, d_in=32, hook_name=f"blocks.{layer}.hook_out", seed=layer, **options)
+        sae.save_model(folder / f"sae{layer}")
+        targets = torch.rand(6, generator=torch.Generator().manual_seed(layer)) * 2
+        parts.append(
+            EditedFeatures.of(load_sae(folder / f"sae{layer}"), [5, 30, 1], targets[:3], [8, 2, 39], targets[3:])
+        )
+    return FeatureEdit(tuple(parts), 1.5, "change", "answer")
+
+
+def sparsify_edit(folder: Path) -> FeatureEdit:
+    save_sparsify(folder / "layers.1", d_in=32)
+    sae = load_sae(folder / "layers.1")
+    return FeatureEdit((EditedFeatures.of(sae, [5, 30], torch.ones(2), [8], torch.ones(1)),))
+
+
+def assert_does_the_same(interventions: list[Any], model: Any, path: Path) -> InterventionFile:
+    """Save, load, and compare the logits of both, bit for bit."""
+    InterventionFile.of(interventions, name="test", model=ModelShape.of(model, "tiny")).save(path)
+    loaded = InterventionFile.load(path)
+    batch = encode(model, ["The capital of France is", "The capital of Italy is Rome. The capital of Italy is"])
+    with torch.inference_mode():
+        before = model.original_model(**batch).logits
+        with applied(model, *interventions):
+            expected = model.original_model(**batch).logits
+        with applied(model, loaded):
+            found = model.original_model(**batch).logits
+    assert not torch.equal(expected, before)
+    assert torch.equal(found, expected)
+    return loaded
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_a_loaded_steering_does_what_it_did(tiny_llama, tmp_path, mode):
+    steering = Steering(1, torch.randn(32, generator=torch.Generator().manual_seed(0)), 0.7, "prompt", mode)
+    loaded = assert_does_the_same([steering], tiny_llama, tmp_path / "edit.json")
+    (again,) = loaded.build()
+    assert isinstance(again, Steering)
+    assert (again.layer, again.strength, again.tokens, again.mode) == (1, 0.7, "prompt", mode)
+    assert torch.equal(again.vector, steering.vector)
+
+
+def test_a_steering_by_a_view_of_a_larger_tensor_is_saved_alone(tiny_llama, tmp_path):
+    directions = torch.randn(32, 1000, generator=torch.Generator().manual_seed(0))
+    assert_does_the_same([Steering(1, directions[:, 3])], tiny_llama, tmp_path / "edit.json")
+    assert (tmp_path / "edit.safetensors").stat().st_size < 2000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize_activations": "layer_norm"}, {"apply_b_dec_to_input": False}],
+    ids=["plain", "layer_norm", "b_dec kept"],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_loaded_feature_edit_does_what_it_did(tiny_llama, tmp_path, architecture, options):
+    edit = feature_edit(tmp_path, architecture, **options)
+    loaded = assert_does_the_same([edit], tiny_llama, tmp_path / "edit.json")
+    (again,) = loaded.build()
+    assert isinstance(again, FeatureEdit)
+    assert (again.alpha, again.alpha_form, again.tokens) == (1.5, "change", "answer")
+    for found, given in zip(again.layers, edit.layers, strict=True):
+        assert found.sae.kept == given.sae.kept
+        assert torch.equal(found.targets, given.targets)
+        assert torch.equal(found.added, given.added)
+
+
+def test_a_loaded_edit_of_a_sparsify_autoencoder_does_what_it_did(tiny_llama, tmp_path):
+    assert_does_the_same([sparsify_edit(tmp_path)], tiny_llama, tmp_path / "edit.json")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_iterations": 3}, {"stop_on_duplicate_support": False}, {"residual_threshold": 2.0}]
+)
+def test_how_far_matching_pursuit_goes_is_saved(tiny_llama, tmp_path, options):
+    edit = feature_edit(tmp_path, "matching_pursuit", **options)
+    (again,) = assert_does_the_same([edit], tiny_llama, tmp_path / "edit.json").build()
+    assert isinstance(again, FeatureEdit)
+    for part in again.layers:
+        assert {name: getattr(part.sae, name) for name in options} == options
+
+
+def test_several_interventions_in_one_file_do_what_they_did(tiny_llama, tmp_path):
+    first = Steering(0, torch.ones(32), 0.5, "all")
+    second = Steering(0, torch.linspace(-1, 1, 32), 2.0)
+    interventions = [first, SCALING, feature_edit(tmp_path, "jumprelu"), second]
+    loaded = assert_does_the_same(interventions, tiny_llama, tmp_path / "edit.json")
+    assert [type(found) for found in loaded.build()] == [Steering, HeadScaling, FeatureEdit, Steering]
+
+
+def test_a_file_that_is_saved_again_is_the_same(tiny_llama, tmp_path):
+    loaded = assert_does_the_same([feature_edit(tmp_path, "gated")], tiny_llama, tmp_path / "edit.json")
+    loaded.save(tmp_path / "again" / "edit.json")
+    for name in ("edit.json", "edit.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_feature_edit_without_features_is_saved_and_loaded(tiny_llama, tmp_path):
+    random_sae("standard", d_in=32, hook_name="blocks.1.hook_out").save_model(tmp_path / "sae")
+    nothing = EditedFeatures.of(load_sae(tmp_path / "sae"), [], torch.zeros(0), [], torch.zeros(0))
+    InterventionFile.of([FeatureEdit((nothing,))], name="test", model=ModelShape.of(tiny_llama, "tiny")).save(
+        tmp_path / "edit.json"
+    )
+    (again,) = InterventionFile.load(tmp_path / "edit.json").build()
+    assert isinstance(again, FeatureEdit)
+    assert len(again) == 0
+
+
+@pytest.fixture
+def saved(tiny_llama, tmp_path):
+    """The path of a file with tensors."""
+    interventions = [Steering(1, torch.ones(32)), feature_edit(tmp_path, "topk")]
+    InterventionFile.of(interventions, name="test", model=ModelShape.of(tiny_llama, "tiny")).save(
+        tmp_path / "edit.json"
+    )
+    InterventionFile.load(tmp_path / "edit.json")
+    return tmp_path / "edit.json"
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a saved file, and its record of their hash with them."""
+    place = path.with_suffix(".safetensors")
+    tensors = load_file(place)
+    change(tensors)
+    save_file(tensors, place)
+    set_hash(path)
+
+
+def set_hash(path: Path) -> None:
+    record = json.loads(path.read_text())
+    content = path.with_suffix(".safetensors").read_bytes()
+    record["tensors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(record))
+
+
+def test_tensors_that_are_missing_are_an_error(saved):
+    saved.with_suffix(".safetensors").unlink()
+    with pytest.raises(UserError, match=r"Could not read the intervention's tensors .*edit\.safetensors"):
+        InterventionFile.load(saved)
+
+
+@pytest.mark.parametrize("length", [0, 7, 500, -1])
+def test_truncated_tensors_are_refused(saved, length):
+    place = saved.with_suffix(".safetensors")
+    place.write_bytes(place.read_bytes()[:length])
+    with pytest.raises(UserError, match="is not the file that the intervention was saved with"):
+        InterventionFile.load(saved)
+    set_hash(saved)
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        InterventionFile.load(saved)
+
+
+def test_tensors_with_another_hash_are_refused(saved):
+    place = saved.with_suffix(".safetensors")
+    content = bytearray(place.read_bytes())
+    content[-1] ^= 1
+    place.write_bytes(content)
+    with pytest.raises(UserError, match="is not the file that the intervention was saved with"):
+        InterventionFile.load(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../edit.safetensors",
+        "/tmp/edit.safetensors",
+        "sub/edit.safetensors",
+        "..\\edit.safetensors",
+        "edit.bin",
+        ".safetensors/../edit",
+        "edit.safetensors\n",
+        "",
+    ],
+)
+def test_tensors_in_another_folder_are_refused(saved, name):
+    (saved.parent.parent / "edit.safetensors").write_bytes(saved.with_suffix(".safetensors").read_bytes())
+    record = json.loads(saved.read_text())
+    record["tensors"]["file"] = name
+    saved.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"tensors\.file"):
+        InterventionFile.load(saved)
+
+
+def test_a_file_that_does_not_say_where_its_tensors_are_is_refused(saved):
+    record = json.loads(saved.read_text())
+    record["tensors"] = None
+    saved.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"lacks '0\.vector'"):
+        InterventionFile.load(saved)
+
+
+TENSORS = [
+    "0.vector",
+    *(f"1.{layer}.{name}" for layer in (0, 2) for name in ("W_dec", "W_enc", "b_dec", "b_enc", "targets")),
+]
+
+
+def test_the_tensors_are_those_that_are_tested(saved):
+    assert set(load_file(saved.with_suffix(".safetensors"))) == set(TENSORS)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_that_is_missing_is_an_error(saved, name):
+    change_tensors(saved, lambda tensors: tensors.pop(name))
+    with pytest.raises(UserError, match=f"lacks '{name}'"):
+        InterventionFile.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_that_holds_no_number_is_refused(saved, name, value):
+    change_tensors(saved, lambda tensors: tensors[name].view(-1)[1].fill_(value))
+    with pytest.raises(UserError, match=r"NaN or infinity|finite numbers"):
+        InterventionFile.load(saved)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 5), (6, 1)], ids=str)
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "0.vector"])
+def test_a_tensor_of_another_shape_is_refused(saved, name, shape):
+    change_tensors(saved, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    with pytest.raises(UserError):
+        InterventionFile.load(saved)
+
+
+def test_a_weight_that_the_record_does_not_name_is_an_error(saved):
+    record = json.loads(saved.read_text())
+    del record["interventions"][1]["layers"][0]["weights"]["W_enc"]
+    saved.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="has no weights W_enc"):
+        InterventionFile.load(saved)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_layer_that_is_edited_twice_is_refused(saved, layer):
+    record = json.loads(saved.read_text())
+    layers = record["interventions"][1]["layers"]
+    layers.append(next(part for part in layers if part["layer"] == layer))
+    saved.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"Layer {layer} is edited twice"):
+        InterventionFile.load(saved)
+
+
+def test_a_steering_for_another_width_is_refused_when_it_is_attached(saved, tiny_llama):
+    change_tensors(saved, lambda tensors: tensors.update({"0.vector": torch.ones(31)}))
+    loaded = InterventionFile.load(saved)
+    with pytest.raises(UserError, match="has 31 numbers"):
+        loaded.attach(tiny_llama)

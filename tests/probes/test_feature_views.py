@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -26,7 +27,7 @@ def test_logits_of_a_direction_are_the_derivative_of_the_models_own(tiny_bridge:
     residual, direction = 100 * torch.randn(2, anatomy.d_model, generator=generator)
     residual = residual - residual.mean()
     direction = direction - direction @ residual / residual.square().sum() * residual
-    _, derivative = torch.func.jvp(lambda x: head(norm(x)), (residual,), (direction,))
+    derivative = torch.func.jvp(lambda x: head(norm(x)), (residual,), (direction,))[1]
     expected = derivative * residual.square().mean().sqrt()
     found = anatomy.direction_logits(direction)
     torch.testing.assert_close(found, expected - expected.mean(), rtol=1e-4, atol=1e-4)
@@ -118,6 +119,13 @@ def test_tokens_are_those_that_the_decoder_direction_moves_most(tiny_llama: Any)
     for frame, ids in ((view.promoted, order[:-4:-1]), (view.suppressed, order[:3])):
         assert frame["token"].to_list() == [visible_token(tiny_llama.tokenizer, i) for i in ids]
         assert frame["effect"].to_list() == pytest.approx([effects[i] for i in ids], rel=1e-4)
+
+
+def test_rows_of_a_padded_unembedding_are_no_tokens(tiny_llama: Any) -> None:
+    tokenizer = tokenizer_of(["a", "b", "c"], decoders.ByteLevel())
+    padded: Any = SimpleNamespace(original_model=tiny_llama.original_model, tokenizer=tokenizer)
+    (view,) = view_features(padded, identity_sae(), [4], states(), INDEX)
+    assert sorted(view.promoted["token"]) == ["a", "b", "c"]
 
 
 def test_views_come_in_the_order_asked_for(tiny_llama: Any) -> None:

@@ -354,10 +354,11 @@ def test_a_long_prompt_keeps_its_start_and_its_end_and_is_whole_on_hover() -> No
     assert all(f"word{i}" in trace(figure, name="prompts").hovertext[1] for i in range(100))
 
 
-def test_no_two_prompts_of_a_feature_overlap() -> None:
-    bars = trace(feature_view(view(PROMPTS)), name="prompts")
+def test_no_two_prompts_of_a_feature_overlap_and_all_lie_in_their_panel() -> None:
+    figure: Any = feature_view(view(PROMPTS))
+    bars, (bottom, top) = trace(figure, name="prompts"), figure.layout.yaxis2.range
     edges = [edge for y, width in zip(bars.y, bars.width, strict=True) for edge in (y - width / 2, y + width / 2)]
-    assert edges == sorted(edges)
+    assert [top, *edges, bottom] == sorted([top, *edges, bottom])
 
 
 def test_the_panels_of_a_feature_do_not_overlap() -> None:
