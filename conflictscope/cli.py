@@ -414,7 +414,7 @@ def sae_train(
         int | None, typer.Option(min=1, help="Features that are to fire for a token, 32 by default; not for standard.")
     ] = None,
     l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty, 5 by default; for standard only.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 1_200_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 800_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048,
     learning_rate: Annotated[float, typer.Option(min=0, help="Adam's learning rate.")] = 3e-3,
     texts: Annotated[int, typer.Option(min=0, help="Texts to sample from the model, of some 100 tokens.")] = 2048,

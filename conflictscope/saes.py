@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CARD = "card.json"
 
 _HELD_OUT_TEXTS = 128
-_HELD_OUT_PROMPTS = 256
+_HELD_OUT_PROMPTS = 128
 
 
 def train_saes(

@@ -50,9 +50,9 @@ class SAETraining:
     features: int = 4096
     active: int = 32
     l1: float = 5.0
-    tokens: int = 1_500_000
+    tokens: int = 800_000
     batch_size: int = 2048
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
