@@ -94,12 +94,10 @@ class SparseAutoencoder:
         wanted = ("W_dec", "b_dec", *_WEIGHTS[self.architecture])
         if missing := [name for name in wanted if name not in self.weights]:
             raise UserError(f"The {self.architecture} SAE {self.name} has no weights {missing[0]}; export it again.")
-        decoder = self.weights["W_dec"]
-        if decoder.ndim != 2:
-            raise UserError(
-                f"W_dec of the SAE {self.name} has {decoder.ndim} dimensions, not 2: features x width; export it again."
-            )
-        width = decoder.shape[1]
+        for name in ("W_dec", "W_enc"):
+            if (dimensions := self.weights[name].ndim) != 2:
+                raise UserError(f"{name} of the SAE {self.name} has {dimensions} dimensions, not 2; export it again.")
+        width = self.weights["W_dec"].shape[1]
         d_sae = self.weights["W_enc"].shape[-1]
         features = len(self.kept) if self.kept is not None else d_sae
         shapes = {"W_dec": (features, width), "W_enc": (width, d_sae), "b_dec": (width,)}
@@ -279,16 +277,15 @@ def load_saes(source: str | Path, *, dtype: torch.dtype = torch.float32) -> list
     Raises:
         UserError: If nothing is there, it cannot be read, or it is not an autoencoder of a residual stream.
     """
-    shipped = assets_directory() / "saes" / str(source)
-    folder = shipped if shipped.is_dir() else Path(source)
+    shipped = {place.name: place for place in sorted((assets_directory() / "saes").glob("*")) if place.is_dir()}
+    folder = shipped.get(str(source), Path(source))
     if not folder.exists():
         release, colon, sae_id = str(source).partition(":")
         if colon:
             return [_from_release(release, sae_id, dtype)]
-        known = sorted(p.name for p in (assets_directory() / "saes").glob("*") if p.is_dir())
         raise UserError(
             f"There are no SAEs in {source}: give a folder with {_CONFIG}, an id of sae_lens like "
-            f"gpt2-small-res-jb:blocks.8.hook_resid_pre, or one of {', '.join(known) or '(none shipped)'}."
+            f"gpt2-small-res-jb:blocks.8.hook_resid_pre, or one of {', '.join(shipped) or '(none shipped)'}."
         )
     folders = [folder] if (folder / _CONFIG).is_file() else sorted(p.parent for p in folder.glob(f"*/{_CONFIG}"))
     if not folders:
@@ -312,6 +309,8 @@ def load_sae(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Spars
     if not isinstance(config, dict):
         raise UserError(f"{folder / _CONFIG} is not the configuration of an SAE; export it again.")
     card = read_json(folder / _CARD) if (folder / _CARD).is_file() else {}
+    if not isinstance(card, dict):
+        raise UserError(f"{folder / _CARD} is not the card of an SAE; train it again or take the file away.")
     if (folder / _SAE_LENS_WEIGHTS).is_file():
         return _from_sae_lens(config, _weights(folder / _SAE_LENS_WEIGHTS, dtype), str(source), card)
     if (folder / _SPARSIFY_WEIGHTS).is_file():
@@ -373,7 +372,8 @@ def _from_sae_lens(
     if normalization not in get_args(Normalization):
         raise UserError(f"The SAE {name} normalises its input by {normalization!r}, which is not known here.")
     state = {key: values for key, values in weights.items() if key in ("W_dec", "b_dec", *_WEIGHTS[architecture])}
-    if config.get("rescale_acts_by_decoder_norm") and "W_dec" in state:
+    competing = architecture in ("topk", "abstopk")
+    if config.get("rescale_acts_by_decoder_norm") and competing and {"W_dec", "W_enc", "b_enc"} <= state.keys():
         norms = state["W_dec"].norm(dim=-1)
         state |= {
             "W_enc": state["W_enc"] * norms,
@@ -381,13 +381,13 @@ def _from_sae_lens(
             "W_dec": state["W_dec"] / norms[:, None],
         }
     if architecture == "matching_pursuit" and "W_dec" in state:
-        state["W_enc"] = state["W_dec"].T
+        state["W_enc"] = state["W_dec"].T.contiguous()
     k = config.get("k") or (about.get("activation_fn_kwargs") or {}).get("k")
     return SparseAutoencoder(
         architecture=architecture,
         weights=state,
         layer=_layer_of(about.get("hook_name"), name),
-        k=None if k is None or architecture not in ("topk", "abstopk") else int(k),
+        k=int(k) if competing and isinstance(k, int | float) else None,
         normalization=normalization,
         subtracts_b_dec=bool(config.get("apply_b_dec_to_input", True)),
         residual_threshold=float(config.get("residual_threshold") or 0.0),
@@ -420,9 +420,9 @@ def _from_sparsify(folder: Path, config: Mapping[str, Any], weights: Mapping[str
         what = unknown[0] if unknown else f"activation {config['activation']}"
         raise UserError(f"The SAE {folder} was made with {what}; only plain top-k autoencoders of sparsify are read.")
     try:
-        encoder, decoder = weights["encoder.weight"], weights["W_dec"]
-        state = {"W_enc": encoder.T, "b_enc": weights["encoder.bias"], "W_dec": decoder, "b_dec": weights["b_dec"]}
+        state = {name: weights[name] for name in ("W_dec", "b_dec")} | {"b_enc": weights["encoder.bias"]}
+        state["W_enc"] = weights["encoder.weight"].T.contiguous()
         k = int(config["k"])
-    except KeyError as error:
-        raise UserError(f"The SAE {folder} lacks {error}; get it again.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The SAE {folder} is not as sparsify writes it ({error!r}); get it again.") from error
     return SparseAutoencoder("topk", state, int(match[1]), k=k, name=str(folder))

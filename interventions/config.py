@@ -345,7 +345,7 @@ class InterventionFile(_Strict):
         record = self.model_dump(mode="json") | {"tensors": None}
         if self._values:
             # One copy of each: a view would keep all it is a view of.
-            content = save({name: values.detach().cpu().clone() for name, values in self._values.items()})
+            content = save({name: values.detach().cpu().contiguous().clone() for name, values in self._values.items()})
             place = Path(path).with_suffix(".safetensors")
             with atomic_path(place) as temporary:
                 temporary.write_bytes(content)

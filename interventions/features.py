@@ -48,10 +48,11 @@ class EditedFeatures:
     added: Tensor
 
     def __post_init__(self) -> None:
-        if not len(self.targets) == len(self.added) == self.sae.d_sae:
+        if not self.targets.shape == self.added.shape == (self.sae.d_sae,):
             raise UserError(
-                f"The edit of layer {self.sae.layer} has {self.sae.d_sae} features, {len(self.targets)} targets and "
-                f"{len(self.added)} marks of what is added; give one of each for each feature."
+                f"The edit of layer {self.sae.layer} has {self.sae.d_sae} features, targets of shape "
+                f"{tuple(self.targets.shape)} and marks of what is added of shape {tuple(self.added.shape)}; give one "
+                "of each for each feature."
             )
         if not self.targets.isfinite().all():
             raise UserError(f"The targets of layer {self.sae.layer} hold NaN or infinity; fit the edit again.")
@@ -98,7 +99,7 @@ class FeatureEdit:
 
     Attributes:
         layers: What happens in each layer; each layer at most once.
-        alpha: How far; 0 changes nothing.
+        alpha: How far; with features that are never negative (all but ``abstopk``) 0 changes nothing.
         alpha_form: What alpha multiplies: see the module.
         tokens: The tokens whose features are edited; published is ``last_prompt``.
 
@@ -113,7 +114,7 @@ class FeatureEdit:
 
     def __post_init__(self) -> None:
         numbers = [edit.sae.layer for edit in self.layers]
-        if twice := next((layer for layer in numbers if numbers.count(layer) > 1), None):
+        if (twice := next((layer for layer in numbers if numbers.count(layer) > 1), None)) is not None:
             raise UserError(f"Layer {twice} is edited twice; give each layer once.")
         if self.alpha_form not in ALPHA_FORMS:
             raise UserError(f"There is no form of alpha {self.alpha_form!r}; choose among {', '.join(ALPHA_FORMS)}.")

@@ -63,17 +63,19 @@ class TokenTracker:
         state = self._thread
         seen: int | None = getattr(state, "seen", None)
         if before:
-            goes_on = new == 1 and before == seen and state.cache() is cache
+            # Where the prompt's pass was given no cache, the model made one, which comes with the next pass.
+            known = None if seen is None or state.cache is None else state.cache()
+            goes_on = new == 1 and before == seen and known in (None, cache)
         else:
             goes_on = seen is not None and new == seen + 1 and self._again(given)
         real = _real_tokens(kwargs.get("attention_mask"), rows, before, new, tokens.device)
         if not goes_on:
             state.prompt = given
-            state.cache = weakref.ref(cache) if cache is not None else lambda: None
             state.length = before + new
             # Counted in the whole sequence. Padding on the right puts it before the last column.
             columns = torch.arange(before, before + new, device=tokens.device)
             state.last = torch.where(real, columns, -1).amax(-1, keepdim=True)
+        state.cache = None if cache is None else weakref.ref(cache)
         state.seen = before + new
         if goes_on and before and self.tokens in ("last_prompt", "prompt"):
             # Known without a look at the device, so that a decoding step costs nothing.
@@ -97,8 +99,16 @@ class TokenTracker:
         return torch.equal(given[:, : prompt.shape[1]], prompt)
 
 
-def _real_tokens(attention_mask: Tensor | None, rows: int, before: int, new: int, device: torch.device) -> Tensor:
-    """Which of the pass's tokens are no padding, ``(rows, new)``."""
-    if attention_mask is None or attention_mask.ndim != 2:
+def _real_tokens(attention_mask: Any, rows: int, before: int, new: int, device: torch.device) -> Tensor:
+    """Which of the pass's tokens are no padding, ``(rows, new)``.
+
+    ``generate`` with a static cache prepares masks ``(rows, 1, new, n_all)`` itself, where it must by kind of layer. In
+    these a token is real if it may look at itself.
+    """
+    mask = next(iter(attention_mask.values()), None) if isinstance(attention_mask, dict) else attention_mask
+    if not isinstance(mask, Tensor):
         return torch.ones(rows, new, dtype=torch.bool, device=device)
-    return attention_mask[:, before : before + new].bool().to(device)
+    if mask.ndim == 2:
+        return mask[:, before : before + new].bool().to(device)
+    itself = mask[:, 0, :, before : before + new].diagonal(dim1=-2, dim2=-1)
+    return (itself if mask.dtype == torch.bool else itself == 0).expand(rows, new).to(device)

@@ -190,8 +190,8 @@ def test_without_selected_features_no_bit_changes(architecture, form, tiny_llama
 
 
 @pytest.mark.parametrize("form", ALPHA_FORMS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_alpha_zero_changes_nothing(architecture, form, tiny_llama, inputs, tmp_path):
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "abstopk"])
+def test_alpha_zero_changes_nothing_where_features_are_never_negative(architecture, form, tiny_llama, inputs, tmp_path):
     before = logits(tiny_llama, inputs)
     with applied(tiny_llama, FeatureEdit((case(tmp_path, architecture, 1).edit,), 0.0, form)):
         assert torch.equal(logits(tiny_llama, inputs), before)
