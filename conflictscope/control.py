@@ -34,7 +34,7 @@ from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
-from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import AnswerStarts, UsageReport, measure_usage, neutral_kl, neutral_texts
 from interp.facts import HELD_OUT_PHRASING, STUDY_PHRASINGS
@@ -59,11 +59,12 @@ STEERING_METHODS: tuple[SteeringMethod, ...] = ("actadd", "caa", "probe", "task_
 SPARE_METHODS = ("spare", "remove_only", "add_only", "random_features", "constant")
 METHODS = (*STEERING_METHODS, *SPARE_METHODS)
 
-SHARES = (0.05, 0.1, 0.2, 0.4)
-ALPHAS = (1.0, 2.0, 3.0, 5.0)
-STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
-REPLACED = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.1, 0.3)
+ALPHAS = (1.0, 2.0, 4.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+REPLACED = (0.5, 1.0)
 
+_DEV_SUBJECTS = 40
 _RANDOM_DRAWS = 2
 _CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
 _CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
@@ -118,8 +119,8 @@ class Control:
         if conflicts is None:
             conflicts = conflicts_for_probes(model, relations, folder=out / "records", seed=seed, kinds=CONTEXT_KINDS)
         self.conflicts = conflicts
-        subjects = sorted({example.subject for example in conflicts.select(split="test")})
-        self._tested = set(random.Random(seed).sample(subjects, min(test_subjects, len(subjects))))
+        self._chosen_on = self._sampled("dev", _DEV_SUBJECTS)
+        self._tested = self._sampled("test", test_subjects)
         self._basis = {
             "model": {"name": name, "fingerprint": fingerprint(model)},
             "data": {"name": conflicts.name, "digest": conflicts.digest, "test_subjects": len(self._tested)},
@@ -154,6 +155,11 @@ class Control:
     def train_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Residual streams ``(n, d_model)`` of the train split after a block, and whether the context was followed."""
         chosen = self.answered.filter(split="train")
+        if (sources := chosen["usage"].n_unique()) < 2:
+            raise UserError(
+                f"The answers to {chosen.height} prompts of the train split follow {sources} of the two sources; both "
+                "sources are needed: give more prompts, other relations, or another model."
+            )
         states = self.store.read(self.anatomy.site("block", layer), chosen["row"].to_list())
         return states, torch.tensor((chosen["usage"] == "context").to_list())
 
@@ -238,8 +244,14 @@ class Control:
         write_json(path, kept)
         return kept
 
+    def _sampled(self, split: Split, count: int) -> set[str]:
+        """At most ``count`` subjects of a split, at random."""
+        subjects = self.conflicts.select(split=split).subjects
+        return set(random.Random(self.seed).sample(subjects, min(count, len(subjects))))
+
     def _dev(self, *kinds: str) -> ConflictSet:
-        chosen = (e for e in self.conflicts.select(split="dev") if e.kind in kinds and e.template != HELD_OUT_PHRASING)
+        dev = (e for e in self.conflicts.select(split="dev") if e.subject in self._chosen_on)
+        chosen = (e for e in dev if e.kind in kinds and e.template != HELD_OUT_PHRASING)
         return ConflictSet(self.conflicts.name, tuple(chosen))
 
     def _test(self) -> ConflictSet:
@@ -284,9 +296,8 @@ def fit_steering(control: Control, methods: Sequence[SteeringMethod] = STEERING_
 
 
 def _steering_candidates(control: Control, method: SteeringMethod) -> dict[Direction, list[Edit]]:
-    """Every layer but the first and last few, with every strength."""
-    n_layers = control.anatomy.n_layers
-    layers = range(n_layers // 6, n_layers - n_layers // 10)
+    """Every steered layer with every strength."""
+    layers = _steered_layers(control.anatomy.n_layers)
     vectors: dict[Direction, dict[int, Tensor]] = {"context": {}, "memory": {}}
     if method == "caa":
         vectors["context"] = _contrastive_vectors(control, layers)
@@ -314,6 +325,11 @@ def _steering_candidates(control: Control, method: SteeringMethod) -> dict[Direc
         ]
         for towards, by_layer in vectors.items()
     }
+
+
+def _steered_layers(n_layers: int) -> range:
+    """Every second one, but for the first and last few."""
+    return range(n_layers // 6, n_layers - n_layers // 10, 2)
 
 
 def _contrastive_vectors(control: Control, layers: Iterable[int]) -> dict[int, Tensor]:

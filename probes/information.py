@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.errors import UserError
 
-MAX_BINS = 16
+MAX_BINS = 32
 _PER_BIN = 8
 _CHUNK_VALUES = 2**25
 

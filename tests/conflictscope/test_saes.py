@@ -1,0 +1,241 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from conflictscope import saes as job
+from conflictscope.cli import app
+from conflictscope.saes import check_unseen, measure_saes
+from interp import corpus
+from interp.activation_store import ActivationStore
+from interp.conflicts import split_of
+from interp.errors import UserError
+from interp.facts import HELD_OUT_PHRASING, PHRASINGS, relations, usable_facts
+from interp.files import assets_directory
+from interp.sae import load_sae, load_saes
+from probes.sae_quality import evaluate_saes
+from tests.conflictscope import test_cli
+from tests.conflictscope.test_cli import assert_one_sentence
+
+run = test_cli.run
+SHORT = [
+    "--features",
+    "48",
+    "--active",
+    "4",
+    "--tokens",
+    "1280",
+    "--batch-size",
+    "64",
+    "--texts",
+    "40",
+    "--prompts",
+    "60",
+]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    for name in ("_HELD_OUT_TEXTS", "_HELD_OUT_PROMPTS"):
+        monkeypatch.setattr(job, name, 6)
+    monkeypatch.setattr(corpus, "_BATCH_SIZE", 20)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_directories):
+    """Autoencoders of two layers of the tiny Llama, from nothing, by the command line."""
+    from typer.testing import CliRunner
+
+    out = tmp_path_factory.mktemp("trained") / "saes"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_HELD_OUT_TEXTS", "_HELD_OUT_PROMPTS"):
+            patch.setattr(job, name, 6)
+        patch.setattr(corpus, "_BATCH_SIZE", 20)
+        command = ["sae", "train", "--model", tiny_directories["llama"], "--layers", "0,2", *SHORT, "--out", out]
+        result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def train(run, tiny_directories, out, *options):
+    return run("sae", "train", "--model", tiny_directories["llama"], *SHORT, "--out", out, *options)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: (path / "sae_weights.safetensors").read_bytes() for path in folder.glob("layer_*")}
+
+
+def test_training_from_nothing_writes_an_autoencoder_and_its_card_for_each_layer(trained, tiny_llama):
+    found = load_saes(trained)
+    assert [(sae.layer, sae.d_in, sae.d_sae, sae.architecture) for sae in found] == [
+        (layer, 32, 48, "jumprelu") for layer in (0, 2)
+    ]
+    for sae in found:
+        sae.check(tiny_llama)
+        assert sae.card["settings"]["active"] == 4
+        assert sae.card["data"]["conflict_prompts"] == 60
+        assert sae.card["data"]["tokens"] == ActivationStore(trained / "activations").index.height
+        for part in ("text", "conflict_prompts"):
+            assert {"active", "explained_variance", "loss_recovered", "dead_features"} <= sae.card["quality"][
+                part
+            ].keys()
+
+
+def test_the_card_says_what_measuring_the_written_file_says(trained, tiny_llama):
+    (sae, _) = load_saes(trained)
+    again = measure_saes(tiny_llama, [sae], trained)
+    assert {part: found[0].to_record() for part, found in again.items()} == sae.card["quality"]
+
+
+def test_training_text_holds_no_subject_and_no_phrasing_that_is_held_out(trained):
+    texts = set(ActivationStore(trained / "activations").index["text"])
+    held_out = {e.prompt for e in job._prompts("test", tuple(PHRASINGS), 0)}
+    held_out |= {e.prompt for e in job._prompts("train", (HELD_OUT_PHRASING,), 0)}
+    known = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASING)
+    assert not texts & (held_out - {e.prompt for e in job._prompts("train", known, 0)})
+    sampled = json.loads((trained / "texts" / "train" / "00000.json").read_text())
+    assert set(sampled) <= texts
+    train_subjects = {f.subject for r in relations() for f in usable_facts(r) if split_of(f.subject, 0) == "train"}
+    assert all(any(text.startswith(subject) for subject in train_subjects) for text in sampled[1::2])
+
+
+def test_a_second_call_trains_nothing(run, trained, tiny_directories, monkeypatch):
+    before = weights(trained)
+    monkeypatch.setattr(job, "train_sae", None)
+    code, out, _ = train(run, tiny_directories, trained, "--layers", "0,2")
+    assert code == 0
+    assert "explained variance" in out
+    assert weights(trained) == before
+
+
+def test_a_training_that_was_killed_between_layers_goes_on(run, trained, tiny_directories, tmp_path, monkeypatch):
+    train_one = job.train_sae
+
+    def killed_in_the_second(store, site, settings, *, device):
+        if site.startswith("blocks.2"):
+            raise KeyboardInterrupt
+        return train_one(store, site, settings, device=device)
+
+    monkeypatch.setattr(job, "train_sae", killed_in_the_second)
+    code, _, error = train(run, tiny_directories, tmp_path / "again", "--layers", "0,2")
+    assert code == 130
+    assert "run the same command again" in error
+    assert [sae.layer for sae in load_saes(tmp_path / "again")] == [0]
+    monkeypatch.setattr(job, "train_sae", train_one)
+    code, _, _ = train(run, tiny_directories, tmp_path / "again", "--layers", "0,2")
+    assert code == 0
+    # The same seed gives the same weights, in another folder too.
+    assert weights(tmp_path / "again") == weights(trained)
+
+
+def test_other_settings_in_the_same_folder_are_refused(run, trained, tiny_directories):
+    result = train(run, tiny_directories, trained, "--layers", "0,2", "--learning-rate", "0.5")
+    assert_one_sentence(result, "holds an SAE of other settings")
+
+
+def test_given_text_takes_the_place_of_sampled_text(run, tiny_directories, tmp_path):
+    (tmp_path / "mine.txt").write_text("\n".join(f"Rome is the capital of Italy {i}" for i in range(200)))
+    code, _, error = train(run, tiny_directories, "mine", "--layers", "1", "--text", "mine.txt", "--prompts", "0")
+    assert code == 0, error
+    assert load_sae(tmp_path / "mine").card["data"]["sampled"] is False
+    assert set(ActivationStore(tmp_path / "mine" / "activations").index["text"]) == set(
+        (tmp_path / "mine.txt").read_text().splitlines()
+    )
+
+
+def test_a_recording_of_all_tokens_can_be_trained_on(run, trained, tiny_directories, tmp_path):
+    code, _, error = train(run, tiny_directories, "other", "--layers", "2", "--recording", trained / "activations")
+    assert code == 0, error
+    assert weights(tmp_path / "other")["layer_2"] == weights(trained)["layer_2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "3"], "Layer 3 does not exist"),
+        (["--layers", "x"], "--layers takes numbers"),
+        (["--layers", "0", "--l1", "2"], "--l1 belongs to --architecture standard"),
+        (["--layers", "0", "--architecture", "standard"], "--active to all others"),
+        (["--layers", "0", "--prompts", "1000000"], "fewer than 1000000"),
+        (["--layers", "0", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["--layers", "0", "--recording", "nowhere"], "is not an activation store"),
+        (["--layers", "0", "--active", "48"], "48 active of 48 features"),
+        (["--layers", "0", "--tokens", "100"], "fewer than 20 steps"),
+    ],
+)
+def test_input_that_cannot_work_is_refused_before_anything_is_trained(
+    run, tiny_directories, tmp_path, options, message
+):
+    assert_one_sentence(train(run, tiny_directories, "saes", *options), message)
+    assert not list(tmp_path.glob("saes/layer_*"))
+
+
+def test_evaluate_measures_what_it_is_given(run, trained, tiny_directories, tmp_path):
+    code, out, _ = run("sae", "evaluate", "--sae", trained, "--model", tiny_directories["llama"], "--out", "q")
+    assert code == 0
+    assert "loss recovered" in out
+    found = json.loads((tmp_path / "q" / "quality.json").read_text())
+    assert found["layers"] == [0, 2]
+    assert found["text"][0] == load_saes(trained)[0].card["quality"]["text"]
+
+
+def test_another_seed_whose_test_subjects_were_trained_on_is_refused(run, trained, tiny_directories):
+    result = run("sae", "evaluate", "--sae", trained, "--model", tiny_directories["llama"], "--seed", "1")
+    assert_one_sentence(result, "some of which seed 1 keeps for the test", "--seed 0")
+    with pytest.raises(UserError, match="seed 1 keeps"):
+        check_unseen(load_saes(trained), 1)
+
+
+def test_features_are_looked_at_with_a_recording_of_answers(run, trained, tiny_directories, tmp_path, tiny_llama):
+    model = tiny_directories["llama"]
+    record = ["record", "--model", model, "--layers", "2", "--site", "residual", "--out", "rec", "--data"]
+    from tests.tiny import tiny_conflicts
+
+    tiny_conflicts().save(tmp_path / "data.jsonl")
+    assert run(*record, "data.jsonl")[0] == 0
+    look = ["sae", "features", "--sae", trained, "--model", model, "--recording", "rec", "--out", "looks"]
+    assert_one_sentence(run(*look, "--feature", "3"), "2 SAEs of", "--layer")
+    assert_one_sentence(run(*look, "--layer", "2", "--feature", "99"), "99")
+    code, out, error = run(*look, "--layer", "2", "--feature", "3", "--feature", "5")
+    assert code == 0, error
+    assert "promotes" in out
+    assert {path.name for path in (tmp_path / "looks").glob("*.html")} == {
+        f"layer_2-feature_{feature}.html" for feature in (3, 5)
+    }
+
+
+# What the package ships
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_saes("smollm2-135m")
+
+
+def test_shipped_autoencoders_are_four_or_more_in_bfloat16_and_at_most_60_mib(shipped):
+    files = list((assets_directory() / "saes" / "smollm2-135m").rglob("*"))
+    assert len(shipped) >= 4
+    assert sum(path.stat().st_size for path in files if path.is_file()) <= 60 * 2**20
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_shipped_autoencoders_are_of_the_default_model_and_nearly_as_good_as_their_cards_on_other_prompts(
+    shipped, smollm2, capital_conflicts
+):
+    prompts = [example.prompt for example in capital_conflicts.select(kind="conflict", templates=["question"])]
+    for sae in shipped:
+        sae.check(smollm2)
+    for sae, quality in zip(shipped, evaluate_saes(smollm2, shipped, prompts), strict=True):
+        card = sae.card["quality"]["conflict_prompts"]
+        assert quality.explained_variance == pytest.approx(card["explained_variance"], abs=0.15)
+        assert quality.loss_recovered > 0.9
+
+
+def test_shipped_autoencoders_are_refused_for_another_model(shipped, tiny_llama):
+    with pytest.raises(UserError, match="layers 0 to 2"):
+        shipped[0].check(tiny_llama)
