@@ -66,8 +66,13 @@ REPLACED = (0.5, 1.0)
 
 _DEV_SUBJECTS = 40
 _RANDOM_DRAWS = 2
-_CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
-_CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
+# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
+_TEST_PHRASINGS = {
+    "conflict": STUDY_PHRASINGS,
+    "aligned": (HELD_OUT_PHRASING,),
+    "irrelevant": (HELD_OUT_PHRASING,),
+    "none": ("question", HELD_OUT_PHRASING),
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,13 @@ class Control:
         name: What the model was loaded by.
         relations: Relations to build conflicts from; not used with ``conflicts``.
         out: The folder.
-        conflicts: Conflict data of every kind to use instead, with its splits.
+        conflicts: Conflict data of every kind to use instead, with its splits; all of its phrasings are tested.
         test_subjects: How many subjects are tested at most; a random sample of the test split.
         tokens: The tokens that SpARE, ActAdd, probe direction and task vector act on.
         seed: Decides splits, conflicts, the tested subjects and the random control.
+
+    Raises:
+        UserError: If the dev or test split lacks a kind of prompts.
     """
 
     def __init__(
@@ -116,7 +124,9 @@ class Control:
         self.tokens: Tokens = tokens
         self.anatomy = Anatomy(model)
         self.records = Records(out / "records", model=fingerprint(model))
+        self._test_phrasings: Mapping[str, Sequence[str]] | None = None
         if conflicts is None:
+            self._test_phrasings = _TEST_PHRASINGS
             conflicts = conflicts_for_probes(model, relations, folder=out / "records", seed=seed, kinds=CONTEXT_KINDS)
         self.conflicts = conflicts
         self._chosen_on = self._sampled("dev", _DEV_SUBJECTS)
@@ -127,6 +137,12 @@ class Control:
             "seed": seed,
             "tokens": tokens,
         }
+        for split, part in (("dev", self._dev(*CONTEXT_KINDS)), ("test", self._test())):
+            if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
+                raise UserError(
+                    f"The {split} split has no prompts of the kind {missing[0]!r}, which gain or damage is measured on; "
+                    "give data of every kind and split, or relations that the model knows more of."
+                )
 
     @cached_property
     def store(self) -> ActivationStore:
@@ -255,14 +271,9 @@ class Control:
         return ConflictSet(self.conflicts.name, tuple(chosen))
 
     def _test(self) -> ConflictSet:
-        templates = {
-            "conflict": STUDY_PHRASINGS,
-            "aligned": _CONTEXT_GUARDS,
-            "irrelevant": _CONTEXT_GUARDS,
-            "none": _CLOSED_BOOK_GUARDS,
-        }
         test = self.conflicts.select(split="test")
-        chosen = (e for e in test if e.subject in self._tested and e.template in templates[e.kind])
+        by_kind = self._test_phrasings
+        chosen = (e for e in test if e.subject in self._tested and (by_kind is None or e.template in by_kind[e.kind]))
         return ConflictSet(self.conflicts.name, tuple(chosen))
 
     @cached_property

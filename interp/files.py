@@ -61,6 +61,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
+                file.chmod(0o644)
         temporary.chmod(0o755)
         temporary.replace(target)
     except OSError as error:
