@@ -140,7 +140,7 @@ class Control:
         for split, part in (("dev", self._dev(*CONTEXT_KINDS)), ("test", self._test())):
             if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
                 raise UserError(
-                    f"The {split} split has no prompts of the kind {missing[0]!r}, which gain or damage is measured on; "
+                    f"The {split} split has no prompts of the kind {missing[0]!r}, to measure gain and damage on; "
                     "give data of every kind and split, or relations that the model knows more of."
                 )
 

@@ -148,7 +148,7 @@ def test_autoencoders_of_another_split_or_model_are_refused(fitted, smollm2, tin
     other = Control(smollm2, "smollm2-135m", relations=[], out=tmp_path, conflicts=control.conflicts, seed=7)
     with pytest.raises(UserError, match="seed 7 keeps"):
         fit_spare(other, saes)
-    tiny = Control(tiny_llama, "tiny", relations=[], out=tmp_path, conflicts=tiny_conflicts())
+    tiny = Control(tiny_llama, "tiny", relations=[], out=tmp_path, conflicts=control.conflicts)
     with pytest.raises(UserError, match="give an SAE of this model"):
         fit_spare(tiny, saes)
 
@@ -191,7 +191,14 @@ def test_a_wrong_input_is_one_sentence(run, command, message):
     assert_one_sentence(run(*command), message)
 
 
-def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_directories, tmp_path):
-    tiny_conflicts().save(tmp_path / "data.jsonl")
+def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_directories, tmp_path, capital_conflicts):
+    capital_conflicts.save(tmp_path / "data.jsonl")
     result = run("steer", "fit", "--model", tiny_directories["llama"], "--data", "data.jsonl", "--out", "c")
     assert_one_sentence(result, "both sources are needed")
+
+
+def test_data_without_a_kind_of_prompts_is_told_so_before_anything_runs(run, tiny_directories, tmp_path):
+    tiny_conflicts().save(tmp_path / "data.jsonl")
+    result = run("steer", "fit", "--model", tiny_directories["llama"], "--data", "data.jsonl", "--out", "c")
+    assert_one_sentence(result, "The dev split has no prompts of the kind 'aligned'")
+    assert not (tmp_path / "c").exists()
