@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -58,7 +59,10 @@ ControlOption = Annotated[
     Path, typer.Option("--out", help="Folder of results and intervention files; finished steps in it are reused.")
 ]
 TokensOption = Annotated[
-    Literal["last_prompt", "answer", "generated", "prompt", "all"], typer.Option(help="The tokens that are edited.")
+    Literal["last_prompt", "answer"],
+    typer.Option(
+        help="The tokens that are edited: the prompt's last, or all that predict the answer, as caa always does."
+    ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
@@ -417,8 +421,12 @@ def sae_train(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 800_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048,
     learning_rate: Annotated[float, typer.Option(min=0, help="Adam's learning rate.")] = 3e-3,
-    texts: Annotated[int, typer.Option(min=0, help="Texts to sample from the model, of some 100 tokens.")] = 2048,
-    prompts: Annotated[int, typer.Option(min=0, help="Conflict prompts of the train split to mix with them.")] = 6000,
+    texts: Annotated[
+        int | None, typer.Option(min=0, help="Texts of some 100 tokens to sample from the model; 2048 by default.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=0, help="Conflict prompts of the train split to mix in; 6000 by default.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to train on instead of sampled text: one text a line.")
     ] = None,
@@ -440,8 +448,10 @@ def sae_train(
 
     if (l1 if architecture != "standard" else active) is not None:
         raise UserError("--l1 belongs to --architecture standard, --active to all others; give the one that applies.")
-    if text is not None and recording is not None:
-        raise UserError("Give --text or --recording, not both.")
+    if recording is not None and not texts is prompts is text is None:
+        raise UserError("--recording takes the place of --text, --texts and --prompts; leave these out.")
+    if text is not None and texts is not None:
+        raise UserError("--text takes the place of --texts; leave one out.")
     settings = SAETraining(
         architecture=architecture,
         features=features,
@@ -459,8 +469,8 @@ def sae_train(
         _layers(layers) or [],
         out,
         settings,
-        n_texts=texts,
-        n_prompts=prompts,
+        n_texts=2048 if texts is None else texts,
+        n_prompts=6000 if prompts is None else prompts,
         texts=lines,
         recording=None if recording is None else ActivationStore(recording),
         seed=seed,
@@ -480,13 +490,13 @@ def sae_evaluate(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Measure autoencoders on text and conflict prompts that they were not trained on."""
-    from conflictscope.saes import check_unseen, measure_saes, quality_table
+    from conflictscope.saes import check_unseen, measure_saes, quality_table, test_subjects
     from interp.files import write_json
     from interp.models import load_model
     from interp.sae import load_saes
 
     saes = load_saes(sae)
-    check_unseen(saes, seed)
+    check_unseen(saes, test_subjects(seed))
     bridge = load_model(model, device=device, dtype=dtype)
     for one in saes:
         one.check(bridge, model)
@@ -556,6 +566,10 @@ def spare_fit(
     from conflictscope.control import ALPHAS, SHARES, fit_spare, results_table
     from interp.sae import load_saes
 
+    if outside := [value for value in share or () if not 0 < value < 1]:
+        raise UserError(f"--share is a share of the information, between 0 and 1, not {outside[0]:g}.")
+    if endless := [value for value in alpha or () if not math.isfinite(value)]:
+        raise UserError(f"--alpha is a finite number, not {endless[0]}.")
     saes = load_saes(sae)
     if layers is not None:
         wanted = _layers(layers) or []
@@ -573,10 +587,7 @@ def steer_fit(
     method: Annotated[
         list[str] | None, typer.Option(help="actadd, caa, probe or task_vector; repeatable; all by default.")
     ] = None,
-    tokens: Annotated[
-        Literal["last_prompt", "answer", "generated", "prompt", "all"],
-        typer.Option(help="The tokens that are edited; caa always edits all that predict the answer."),
-    ] = "last_prompt",
+    tokens: TokensOption = "last_prompt",
     model: ModelOption = DEFAULT_MODEL,
     relation: RelationOption = None,
     data: DataOption = None,
@@ -821,7 +832,7 @@ def _layers(text: str | None) -> list[int] | None:
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--layers takes numbers and ranges like 0-9,12, not {text!r}.")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return layers
+    return list(dict.fromkeys(layers))
 
 
 def _check_columns(columns: list[str]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 SteeringMethod = Literal["actadd", "caa", "probe", "task_vector"]
-STEERING_METHODS: tuple[SteeringMethod, ...] = ("actadd", "caa", "probe", "task_vector")
+STEERING_METHODS: tuple[SteeringMethod, ...] = get_args(SteeringMethod)
 SPARE_METHODS = ("spare", "remove_only", "add_only", "random_features", "constant")
-METHODS = (*STEERING_METHODS, *SPARE_METHODS)
+METHODS = (*STEERING_METHODS, "random_direction", *SPARE_METHODS)
 
 SHARES = (0.1, 0.3)
 ALPHAS = (1.0, 2.0, 4.0)
@@ -65,6 +65,7 @@ STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 REPLACED = (0.5, 1.0)
 
 _DEV_SUBJECTS = 40
+_ROWS_AT_ONCE = 512
 _RANDOM_DRAWS = 2
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
 _TEST_PHRASINGS = {
@@ -98,11 +99,12 @@ class Control:
         out: The folder.
         conflicts: Conflict data of every kind to use instead, with its splits; all of its phrasings are tested.
         test_subjects: How many subjects are tested at most; a random sample of the test split.
-        tokens: The tokens that SpARE, ActAdd, probe direction and task vector act on.
+        tokens: The tokens that SpARE, ActAdd, probe direction and task vector act on: ``last_prompt`` or ``answer``,
+            whose first token is decided by the last of the prompt, as the choice on dev assumes.
         seed: Decides splits, conflicts, the tested subjects and the random control.
 
     Raises:
-        UserError: If the dev or test split lacks a kind of prompts.
+        UserError: If ``out`` holds results on other data, or the dev or test split lacks a kind of prompts.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Control:
         out: Path,
         conflicts: ConflictSet | None = None,
         test_subjects: int = 64,
-        tokens: Tokens = "last_prompt",
+        tokens: Literal["last_prompt", "answer"] = "last_prompt",
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -137,6 +139,13 @@ class Control:
             "seed": seed,
             "tokens": tokens,
         }
+        path = out / "results.json"
+        self._results = read_json(path) if path.exists() else {}
+        if self._results and self._results.get("basis") != self._basis:
+            raise UserError(
+                f"{path} holds results of another model, other data or settings; give another --out, or the options "
+                "it was made with."
+            )
         for split, part in (("dev", self._dev(*CONTEXT_KINDS)), ("test", self._test())):
             if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
                 raise UserError(
@@ -244,21 +253,11 @@ class Control:
         return result
 
     def add_results(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Put results by method into ``out/results.json``, next to those of other methods on the same data.
-
-        Raises:
-            UserError: If the file holds results on other data.
-        """
-        path = self.out / "results.json"
-        kept = read_json(path) if path.exists() else {"basis": self._basis, "unedited": self.unedited(), "methods": {}}
-        if kept["basis"] != self._basis:
-            raise UserError(
-                f"{path} holds results of another model, other data or settings; give another --out, or the options "
-                "it was made with."
-            )
-        kept["methods"] |= results
-        write_json(path, kept)
-        return kept
+        """Put results by method into ``out/results.json``, next to those of other methods on the same data."""
+        kept = self._results or {"basis": self._basis, "unedited": self.unedited(), "methods": {}}
+        self._results = {**kept, "methods": {**kept["methods"], **results}}
+        write_json(self.out / "results.json", self._results)
+        return self._results
 
     def _sampled(self, split: Split, count: int) -> set[str]:
         """At most ``count`` subjects of a split, at random."""
@@ -293,22 +292,55 @@ class Control:
             return (prompts.next_tokens() == right).float().mean().item()
 
 
-def fit_steering(control: Control, methods: Sequence[SteeringMethod] = STEERING_METHODS) -> dict[str, Any]:
-    """Fit, choose and measure the steering baselines; see ``Control.add_results``."""
+def fit_steering(
+    control: Control,
+    methods: Sequence[SteeringMethod] = STEERING_METHODS,
+    *,
+    layers: Sequence[int] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+) -> dict[str, Any]:
+    """Fit, choose and measure the steering baselines; see ``Control.add_results``.
+
+    With ``actadd`` comes its control: two random directions of the same length in the same place.
+
+    Args:
+        control: The data.
+        methods: The methods.
+        layers: Layers that compete; ``None`` takes every second one, but for the first and last few.
+        strengths: Strengths that compete. A task vector replaces half or all of what is there instead.
+    """
+    n_layers = control.anatomy.n_layers
+    competing = range(n_layers // 6, n_layers - n_layers // 10, 2) if layers is None else layers
     results: dict[str, Any] = {}
     for method in methods:
-        candidates = _steering_candidates(control, method)
-        results[method] = {
-            f"towards_{towards}": control.verify(method, towards, [control.best(candidates[towards], towards, method)])
-            for towards in DIRECTIONS
-        }
-        control.add_results({method: results[method]})
-    return control.add_results(results)
+        candidates = _steering_candidates(control, method, competing, strengths)
+        found: dict[str, dict[str, Any]] = {method: {}}
+        for towards in DIRECTIONS:
+            best = control.best(candidates[towards], towards, method)
+            found[method][f"towards_{towards}"] = control.verify(method, towards, [best])
+            if method == "actadd":
+                drawn = [_random_direction(best, control.seed, draw) for draw in range(_RANDOM_DRAWS)]
+                measured = control.verify("random_direction", towards, drawn)
+                found.setdefault("random_direction", {})[f"towards_{towards}"] = measured
+        results = control.add_results(found)
+    return results
 
 
-def _steering_candidates(control: Control, method: SteeringMethod) -> dict[Direction, list[Edit]]:
-    """Every steered layer with every strength."""
-    layers = _steered_layers(control.anatomy.n_layers)
+def _random_direction(edit: Edit, seed: int, draw: int) -> Edit:
+    """The same with vectors of the same length that point anywhere."""
+    generator = torch.Generator().manual_seed(2 * seed + draw)
+    replaced = []
+    for steering in edit.interventions:
+        assert isinstance(steering, Steering)
+        direction = torch.randn(len(steering.vector), generator=generator)
+        replaced.append(replace(steering, vector=direction * steering.vector.norm() / direction.norm()))
+    return Edit(tuple(replaced), {**edit.settings, "variant": f"random {draw}"})
+
+
+def _steering_candidates(
+    control: Control, method: SteeringMethod, layers: Sequence[int], strengths: Sequence[float]
+) -> dict[Direction, list[Edit]]:
+    """Every layer with every strength."""
     vectors: dict[Direction, dict[int, Tensor]] = {"context": {}, "memory": {}}
     if method == "caa":
         vectors["context"] = _contrastive_vectors(control, layers)
@@ -332,15 +364,10 @@ def _steering_candidates(control: Control, method: SteeringMethod) -> dict[Direc
                 {"layer": layer, "strength": strength, "tokens": tokens},
             )
             for layer, vector in by_layer.items()
-            for strength in (REPLACED if replaces else STRENGTHS)
+            for strength in (REPLACED if replaces else strengths)
         ]
         for towards, by_layer in vectors.items()
     }
-
-
-def _steered_layers(n_layers: int) -> range:
-    """Every second one, but for the first and last few."""
-    return range(n_layers // 6, n_layers - n_layers // 10, 2)
 
 
 def _contrastive_vectors(control: Control, layers: Iterable[int]) -> dict[int, Tensor]:
@@ -388,7 +415,7 @@ def fit_spare(
 
         remove_only, add_only   one half of the edit
         random_features         as many features that fire as often, twice
-        constant                what the edit does on average, added whatever the input
+        constant                what the edit of each layer does to unedited streams on average, whatever the input
 
     Args:
         control: The data.
@@ -402,7 +429,9 @@ def fit_spare(
     """
     for sae in saes:
         sae.check(control.model, control.name)
-    check_unseen(saes, control.seed)
+    if repeated := [sae.layer for sae in saes if [other.layer for other in saes].count(sae.layer) > 1]:
+        raise UserError(f"There are several SAEs of layer {repeated[0]}; give one for each layer.")
+    check_unseen(saes, (example.subject for example in control.conflicts if example.split != "train"))
     fitted = [_FittedFeatures.of(control, sae) for sae in saes]
     runs = [fitted[i:j] for i in range(len(fitted)) for j in range(i + 1, len(fitted) + 1)]
     results: dict[str, Any] = {method: {} for method in SPARE_METHODS}
@@ -419,7 +448,7 @@ def fit_spare(
                     "alpha_form": alpha_form,
                     "tokens": control.tokens,
                     "features": [part.sae.d_sae for part in layers],
-                    "saes": [features.sae.card.get("data", {}).get("digest", features.sae.name) for features in run],
+                    "saes": [features.sae.digest[:12] for features in run],
                 },
             )
 
@@ -446,7 +475,10 @@ class _FittedFeatures:
     @classmethod
     def of(cls, control: Control, sae: SparseAutoencoder) -> _FittedFeatures:
         states, follows = control.train_states(sae.layer)
-        return cls(sae, states, FeatureStatistics.of(sae.encode(states), follows))
+        there = sae.to(control.anatomy.device)
+        encoded = torch.cat([there.encode(part.to(control.anatomy.device)) for part in states.split(_ROWS_AT_ONCE)])
+        statistics = FeatureStatistics.of(encoded, follows)
+        return cls(sae, states, replace(statistics, **{k: v.cpu() for k, v in vars(statistics).items()}))
 
     def edited(self, share: float, towards: Direction) -> EditedFeatures:
         return self.edited_as(*self.sets(share, towards), towards)
@@ -469,13 +501,13 @@ def _ablations(best: Edit, run: Sequence[_FittedFeatures], towards: Direction, s
     sets = {features.sae.layer: features.sets(share, towards) for features in run}
 
     def variant(name: str, layers: Iterable[EditedFeatures]) -> Edit:
-        kept = tuple(layer for layer in layers if layer.sae.d_sae)
-        settings = {**best.settings, "variant": name, "features": [layer.sae.d_sae for layer in kept]}
-        return Edit((replace(spare, layers=kept),), settings)
+        edited = tuple(layers)
+        settings = {**best.settings, "variant": name, "features": [layer.sae.d_sae for layer in edited]}
+        return Edit((replace(spare, layers=edited),), settings)
 
     def random_layer(features: _FittedFeatures, draw: int) -> EditedFeatures:
         removed, added = sets[features.sae.layer]
-        drawn = matched_random_features(features.statistics, [*removed, *added], [], seed + draw)
+        drawn = matched_random_features(features.statistics, [*removed, *added], seed + draw)
         return features.edited_as(drawn[: len(removed)], drawn[len(removed) :], towards)
 
     constant = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 import torch
 
+from conflictscope.saes import check_recording
 from interp.activation_store import ActivationStore
 from interp.errors import UserError
 from interp.files import write_json
@@ -47,6 +48,7 @@ def look_at_features(
     Raises:
         UserError: If the recording does not serve, or there is no such feature.
     """
+    check_recording(recording, model)
     index = recording.index
     if recording.basis["positions"] != "last" or "usage" not in index.columns:
         raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import polars as pl
 import torch
 
 from conflictscope import __version__
-from interp.activation_store import ActivationStore
+from interp.activation_store import ActivationStore, texts_digest
 from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet, Split, split_of
 from interp.corpus import sampled_texts
@@ -64,7 +64,8 @@ def train_saes(
         n_texts: How many texts to sample for training.
         n_prompts: How many conflict prompts to mix with them.
         texts: Texts to train on instead of sampled ones.
-        recording: A recording of all tokens to train on instead of texts and prompts.
+        recording: A recording of all tokens to train on instead of texts and prompts. Of conflict examples only those
+            of the train split that are not in the held-out phrasing are used.
         seed: Decides the split by subject, and what is sampled.
         device: Where to train.
 
@@ -76,8 +77,25 @@ def train_saes(
     """
     anatomy = Anatomy(model)
     sites = {layer: anatomy.site("block", layer) for layer in layers}
+    mixture: list[str] = []
     if recording is None:
         mixture = training_texts(model, out, n_texts=n_texts, n_prompts=n_prompts, texts=texts, seed=seed)
+        data: dict[str, Any] = {
+            "texts": len(mixture) - n_prompts,
+            "sampled": texts is None,
+            "conflict_prompts": n_prompts,
+            "digest": texts_digest(mixture),
+            "split_seed": seed,
+        }
+    else:
+        data = _recorded_data(recording, model, list(sites.values()))
+    made_by = {
+        "model": {"name": name, "fingerprint": fingerprint(model), "dtype": _dtype(anatomy)},
+        "data": data,
+        "settings": settings_record(settings),
+    }
+    missing = [layer for layer in layers if not _finished(out / f"layer_{layer}", made_by)]
+    if missing and recording is None:
         recording = ActivationStore.record(
             out / "activations",
             model,
@@ -89,28 +107,16 @@ def train_saes(
             dtype=torch.bfloat16,
             progress="Recording",
         )
-        data = {"texts": len(mixture) - n_prompts, "sampled": texts is None, "conflict_prompts": n_prompts}
-    else:
-        if recording.basis["positions"] != "all" or not recording.complete:
-            raise UserError(
-                f"{recording.path} is no finished recording of all tokens; record with --position all, to the end."
-            )
-        if recording.basis["model"]["fingerprint"] != fingerprint(model):
-            raise UserError(f"{recording.path} is a recording of another model; record this one.")
-        data = {"recording": recording.basis["data"]["name"]}
-    data |= {"digest": recording.basis["data"]["digest"], "tokens": recording.index.height, "split_seed": seed}
-    made_by = {"data": data, "settings": settings_record(settings)}
-    missing = [layer for layer in layers if not _finished(out / f"layer_{layer}", made_by)]
     for layer in missing:
-        trained = train_sae(recording, sites[layer], settings, device=device)
+        assert recording is not None
+        trained = train_sae(recording, sites[layer], settings, rows=_training_rows(recording), device=device)
         with atomic_directory(out / f"layer_{layer}") as folder:
             save_trained(trained, folder)
             # What is measured is what is written: weights in bfloat16.
-            qualities = measure_saes(model, [load_sae(folder)], out, seed=seed)
+            qualities = measure_saes(model, [load_sae(folder)], out, seed=data["split_seed"])
             card = {
-                "model": {"name": name, "fingerprint": fingerprint(model), "dtype": _dtype(anatomy)},
-                "layer": layer,
                 **made_by,
+                "layer": layer,
                 "quality": {part: quality[0].to_record() for part, quality in qualities.items()},
                 "versions": {
                     "conflictscope": __version__,
@@ -119,6 +125,46 @@ def train_saes(
             }
             write_json(folder / CARD, card)
     return [load_sae(out / f"layer_{layer}") for layer in layers]
+
+
+def _recorded_data(recording: ActivationStore, model: TransformerBridge, sites: Sequence[str]) -> dict[str, Any]:
+    """What the card says about a recording that is trained on; refuses one that does not serve."""
+    if recording.basis["positions"] != "all":
+        raise UserError(f"{recording.path} is no recording of all tokens; record with --position all.")
+    check_recording(recording, model)
+    if unrecorded := [site for site in sites if site not in recording]:
+        raise UserError(f"{recording.path} lacks {unrecorded[0]}; it has {', '.join(recording.sites)}.")
+    rows = _training_rows(recording)
+    used = recording.index if rows is None else recording.index.filter(pl.Series(rows.numpy()))
+    return {
+        "recording": recording.basis["data"]["name"],
+        "conflict_prompts": 0 if rows is None else used["prompt"].n_unique(),
+        "digest": recording.basis["data"]["digest"],
+        "split_seed": recording.basis["seed"],
+    }
+
+
+def _training_rows(recording: ActivationStore) -> torch.Tensor | None:
+    """Of a recording of conflict examples the rows that may be trained on; ``None`` where it is of texts."""
+    if "split" not in recording.index.columns:
+        return None
+    usable = (pl.col("split") == "train") & (pl.col("template") != HELD_OUT_PHRASING)
+    return torch.tensor(recording.index.select(usable.fill_null(False)).to_series().to_list())
+
+
+def check_recording(recording: ActivationStore, model: TransformerBridge) -> None:
+    """Refuse a recording that has not finished, or is of another model.
+
+    Raises:
+        UserError: If it is one.
+    """
+    if not recording.complete:
+        raise UserError(f"The recording in {recording.path} has not finished; run the command that made it again.")
+    if recording.basis["model"]["fingerprint"] != fingerprint(model):
+        raise UserError(
+            f"{recording.path} is a recording of {recording.basis['model']['name']} with other weights or in another "
+            "dtype; record this model."
+        )
 
 
 def training_texts(
@@ -134,6 +180,9 @@ def training_texts(
     prompts = [example.prompt for example in _prompts("train", known, seed)]
     if len(prompts) < n_prompts:
         raise UserError(f"There are {len(prompts)} conflict prompts of the train split, fewer than {n_prompts}.")
+    free = texts
+    if free is None:
+        free = sampled_texts(model, n_texts, out / "texts", split="train", seed=seed, progress="Sampling text")
     rng = random.Random(seed)
     mixture = [*free, *rng.sample(prompts, n_prompts)]
     rng.shuffle(mixture)
@@ -155,13 +204,19 @@ def measure_saes(
         For ``text`` and for ``conflict_prompts`` the quality of each.
     """
     text = sampled_texts(
-        model, _HELD_OUT_TEXTS, folder / "texts" / "dev", split="dev", seed=seed, progress="Sampling held-out text"
+        model, _HELD_OUT_TEXTS, folder / "texts", split="dev", seed=seed, progress="Sampling held-out text"
     )
     conflicts = _prompts("test", STUDY_PHRASINGS, seed).select(kind="conflict")
-    prompts = random.Random(seed).sample([example.prompt for example in conflicts], _HELD_OUT_PROMPTS)
+    asked = random.Random(seed).sample(conflicts.examples, _HELD_OUT_PROMPTS)
     return {
         "text": evaluate_saes(model, saes, text, progress="Measuring on text"),
-        "conflict_prompts": evaluate_saes(model, saes, prompts, progress="Measuring on conflict prompts"),
+        "conflict_prompts": evaluate_saes(
+            model,
+            saes,
+            [example.prompt for example in asked],
+            clusters=[example.subject for example in asked],
+            progress="Measuring on conflict prompts",
+        ),
     }
 
 
@@ -192,20 +247,31 @@ def quality_table(layers: Sequence[int], records: Mapping[str, Sequence[Mapping[
     )
 
 
-def check_unseen(saes: Sequence[SparseAutoencoder], seed: int) -> None:
-    """Refuse autoencoders that were trained on conflict prompts about subjects that ``seed`` keeps for dev and test.
+def check_unseen(saes: Sequence[SparseAutoencoder], held_out: Iterable[str]) -> None:
+    """Refuse autoencoders that were trained on conflict prompts about subjects that are held out now.
+
+    Args:
+        saes: The autoencoders.
+        held_out: Subjects of the dev and test split.
 
     Raises:
         UserError: If one was.
     """
+    subjects = set(held_out)
     for sae in saes:
         data = sae.card.get("data", {})
         trained_with = data.get("split_seed")
-        if data.get("conflict_prompts") and trained_with != seed:
+        seen = [subject for subject in sorted(subjects) if split_of(subject, trained_with or 0) == "train"]
+        if data.get("conflict_prompts") and seen:
             raise UserError(
-                f"The SAE {sae.name} was trained on subjects of the train split of seed {trained_with}, some of which "
-                f"seed {seed} keeps for the test; use --seed {trained_with}, or train SAEs with --seed {seed}."
+                f"The SAE {sae.name} was trained on prompts about {len(seen)} of the subjects that are held out here, "
+                f"{seen[0]} for one; use data of --seed {trained_with}, or train SAEs with the seed of these."
             )
+
+
+def test_subjects(seed: int) -> list[str]:
+    """The subjects of the fact tables that ``seed`` keeps for the test."""
+    return _prompts("test", STUDY_PHRASINGS, seed).subjects
 
 
 def _prompts(split: Split, phrasings: Sequence[str], seed: int) -> ConflictSet:
@@ -218,13 +284,13 @@ def _prompts(split: Split, phrasings: Sequence[str], seed: int) -> ConflictSet:
 
 def _finished(folder: Path, made_by: dict[str, Any]) -> bool:
     """Whether ``folder`` holds an autoencoder that was made so."""
-    if not (folder / CARD).is_file():
+    if not folder.exists():
         return False
-    card = read_json(folder / CARD)
-    found = {key: card.get(key) for key in made_by}
-    if found != made_by:
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    if {key: card.get(key) for key in made_by} != made_by:
         raise UserError(
-            f"{folder} holds an SAE of other settings or data; give another --out, or the settings it was made with."
+            f"{folder} holds something else, or an SAE of another model, other settings or data; give another --out, "
+            "or the settings it was made with."
         )
     return True
 

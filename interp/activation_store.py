@@ -200,7 +200,7 @@ class ActivationStore(Mapping[str, Tensor]):
             "model": {"name": name, "fingerprint": fingerprint(model)},
             "data": {
                 "name": prompts.name if isinstance(prompts, ConflictSet) else "texts",
-                "digest": prompts.digest if isinstance(prompts, ConflictSet) else _digest(prompts),
+                "digest": prompts.digest if isinstance(prompts, ConflictSet) else texts_digest(prompts),
                 "prompts": len(source),
             },
             "seed": seed,
@@ -276,7 +276,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     raise UserError(f"Activations are kept as {', '.join(DTYPES)}, not as {str(dtype).removeprefix('torch.')}.")
 
 
-def _digest(texts: Sequence[str]) -> str:
+def texts_digest(texts: Sequence[str]) -> str:
+    """What the basis of a recording of texts says about them."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 

@@ -6,7 +6,9 @@ fact tables, so that what the model says about such subjects is well represented
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.files import read_json, write_json
 from interp.generation import encode, tracked
+from interp.models import fingerprint
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -42,13 +45,13 @@ def sampled_texts(
 ) -> list[str]:
     """Texts that the model writes when nobody asks, sampled at temperature 0.8.
 
-    Each batch has a seed of its own and is kept in ``folder`` when it is there, so a call that is repeated goes on
-    where it stopped, and the first texts are the same whatever the ``count``.
+    Each batch has a seed of its own and is kept below ``folder``, in a place that belongs to the model and the other
+    arguments: a repeated call goes on where it stopped, and the first texts are the same whatever the ``count``.
 
     Args:
         model: The bridge.
         count: How many texts.
-        folder: Where batches are kept. It belongs to one model and one set of arguments other than ``count``.
+        folder: Below it batches are kept.
         split: The texts that start from a subject's name start from subjects of this split.
         seed: Decides the split, the subjects and the texts.
         new_tokens: Sampled tokens of each text; a text does not stop before.
@@ -58,9 +61,11 @@ def sampled_texts(
         UserError: If the model's tokenizer has no special token that a text can start with.
     """
     starts = _starts(model, split, seed)
+    decided_by = [fingerprint(model), split, seed, new_tokens, TEMPERATURE, _BATCH_SIZE]
+    place = folder / f"{split}-{hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:12]}"
     batches: list[list[str]] = []
     for number in tracked(range(-(-count // _BATCH_SIZE)), progress):
-        path = folder / f"{number:05d}.json"
+        path = place / f"{number:05d}.json"
         if not path.exists():
             chosen = list(itertools.islice(itertools.cycle(starts), number * _BATCH_SIZE, (number + 1) * _BATCH_SIZE))
             write_json(path, _sampled(model, chosen, new_tokens, hash_seed(seed, split, number)))

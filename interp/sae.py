@@ -1,6 +1,6 @@
 """Sparse autoencoders (SAEs): a residual stream as a sum of few out of many features.
 
-    x'   = x, or x normalised                              ("layer_norm", "constant_norm_rescale")
+    x'   = x, or x normalised                              ("centred", "layer_norm", "constant_norm_rescale")
     pre  = (x' - b_dec) W_enc + b_enc                      without "- b_dec" where the SAE was trained so
     z    = activation(pre)                                 (..., d_sae), mostly zeros
     x    ~ z W_dec + b_dec, scaled back
@@ -11,10 +11,11 @@ edits features must run where sae_lens is not installed. Training is done by sae
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit"]
-Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
+Normalization = Literal["none", "centred", "layer_norm", "constant_norm_rescale"]
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
@@ -127,6 +128,16 @@ class SparseAutoencoder:
         """The transformer_lens site it reads."""
         return f"blocks.{self.layer}.hook_out"
 
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides what ``encode`` and ``decoded_change`` compute."""
+        about = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "name", "card")}
+        digest = hashlib.sha256(repr(sorted(about.items())).encode())
+        for name, values in sorted(self.weights.items()):
+            digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseAutoencoder:
         """The same autoencoder on another device, or with its weights in another dtype."""
         return replace(self, weights={name: values.to(device, dtype) for name, values in self.weights.items()})
@@ -164,7 +175,7 @@ class SparseAutoencoder:
         _, scale = self._scaled(given)
         if scale is not None:
             written = written * scale
-        return written + given.mean(-1, keepdim=True) if self.normalization == "layer_norm" else written
+        return written + given.mean(-1, keepdim=True) if self.normalization in ("centred", "layer_norm") else written
 
     def restricted(self, features: Sequence[int]) -> SparseAutoencoder:
         """The same autoencoder with some of its features only, in the given order; all else it does not need is gone.
@@ -218,6 +229,8 @@ class SparseAutoencoder:
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input as the encoder wants it, and what a reconstruction is multiplied with."""
+        if self.normalization == "centred":
+            return x - x.mean(-1, keepdim=True), None
         if self.normalization == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / math.sqrt(self.d_in)
             return x / scale, scale
@@ -369,6 +382,13 @@ def _from_sae_lens(
             f"The SAE {name} wants its input scaled by a factor that its files do not hold; fold it into the weights "
             "with sae_lens (fold_activation_norm_scaling_factor) and save it again."
         )
+    if (about.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+        # Such an SAE was trained on a model whose every write to the residual stream has mean zero.
+        if normalization != "none":
+            raise UserError(
+                f"The SAE {name} wants a centred residual stream and {normalization}; both is not known here."
+            )
+        normalization = "centred"
     if normalization not in get_args(Normalization):
         raise UserError(f"The SAE {name} normalises its input by {normalization!r}, which is not known here.")
     state = {key: values for key, values in weights.items() if key in ("W_dec", "b_dec", *_WEIGHTS[architecture])}
@@ -414,7 +434,9 @@ def _from_sparsify(folder: Path, config: Mapping[str, Any], weights: Mapping[str
     """Of the files that EleutherAI's sparsify writes: ``layers.N/cfg.json`` and ``sae.safetensors``."""
     match = re.search(r"layers[._](\d+)$", folder.name)
     if match is None:
-        raise UserError(f"{folder} does not tell which layer its SAE reads; its folder must be called layers.N.")
+        raise UserError(
+            f"{folder} does not tell which layer's output its SAE reads, as layers.N does; give one that does."
+        )
     unknown = [key for key in ("transcode", "skip_connection", "signed") if config.get(key)]
     if unknown or config.get("activation", "topk") != "topk":
         what = unknown[0] if unknown else f"activation {config['activation']}"

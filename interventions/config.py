@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -309,10 +310,12 @@ class InterventionFile(_Strict):
         """The same with every strength and alpha multiplied; what was measured no longer holds and is left out.
 
         Raises:
-            UserError: If the file scales heads, which have no common strength.
+            UserError: If the factor is not finite, or the file scales heads, which have no common strength.
         """
         if factor == 1:
             return self
+        if not math.isfinite(factor):
+            raise UserError(f"A strength is multiplied by a finite number, not by {factor}.")
         scaled: list[Steering | FeatureEdit] = []
         for intervention in self.build():
             if isinstance(intervention, HeadScaling):
@@ -346,7 +349,7 @@ class InterventionFile(_Strict):
         if self._values:
             # One copy of each: a view would keep all it is a view of.
             content = save({name: values.detach().cpu().contiguous().clone() for name, values in self._values.items()})
-            place = Path(path).with_suffix(".safetensors")
+            place = Path(path).with_suffix(".tensors.safetensors")
             with atomic_path(place) as temporary:
                 temporary.write_bytes(content)
             record["tensors"] = {"file": place.name, "sha256": hashlib.sha256(content).hexdigest()}

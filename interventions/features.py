@@ -15,6 +15,7 @@ are edited in one pass, each on what the edits below made of it. ``probes.featur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -104,7 +105,7 @@ class FeatureEdit:
         tokens: The tokens whose features are edited; published is ``last_prompt``.
 
     Raises:
-        UserError: If a layer occurs twice, or a choice does not exist.
+        UserError: If a layer occurs twice, alpha is not finite, or a choice does not exist.
     """
 
     layers: tuple[EditedFeatures, ...]
@@ -116,6 +117,8 @@ class FeatureEdit:
         numbers = [edit.sae.layer for edit in self.layers]
         if (twice := next((layer for layer in numbers if numbers.count(layer) > 1), None)) is not None:
             raise UserError(f"Layer {twice} is edited twice; give each layer once.")
+        if not math.isfinite(self.alpha):
+            raise UserError(f"alpha must be a finite number, not {self.alpha}.")
         if self.alpha_form not in ALPHA_FORMS:
             raise UserError(f"There is no form of alpha {self.alpha_form!r}; choose among {', '.join(ALPHA_FORMS)}.")
         if self.tokens not in TOKENS:

@@ -11,6 +11,7 @@ difference of mean activations to the prompt's last token, contrastive activatio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -39,7 +40,7 @@ class Steering:
         mode: ``add`` or ``replace``.
 
     Raises:
-        UserError: If the vector is not a row of finite numbers, or a choice does not exist.
+        UserError: If vector or strength are not finite, or a choice does not exist.
     """
 
     layer: int
@@ -53,6 +54,8 @@ class Steering:
             raise UserError(
                 f"A steering vector is a row of finite numbers, not of shape {tuple(self.vector.shape)}; fit it again."
             )
+        if not math.isfinite(self.strength):
+            raise UserError(f"The strength of steering must be a finite number, not {self.strength}.")
         if self.tokens not in TOKENS:
             raise UserError(f"There is no choice of tokens {self.tokens!r}; choose among {', '.join(TOKENS)}.")
         if self.mode not in ("add", "replace"):

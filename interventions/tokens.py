@@ -64,10 +64,9 @@ class TokenTracker:
         seen: int | None = getattr(state, "seen", None)
         if before:
             # Where the prompt's pass was given no cache, the model made one, which comes with the next pass.
-            known = None if seen is None or state.cache is None else state.cache()
-            goes_on = new == 1 and before == seen and known in (None, cache)
+            goes_on = new == 1 and before == seen and (state.cache is None or state.cache() is cache)
         else:
-            goes_on = seen is not None and new == seen + 1 and self._again(given)
+            goes_on = cache is None and seen is not None and new == seen + 1 and self._again(given)
         real = _real_tokens(kwargs.get("attention_mask"), rows, before, new, tokens.device)
         if not goes_on:
             state.prompt = given

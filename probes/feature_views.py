@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
+from interp.answers import USAGES
 from interp.errors import UserError
 from interp.sae import SparseAutoencoder
 from interp.statistics import bootstrap_mean
@@ -24,7 +25,6 @@ from interp.statistics import bootstrap_mean
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-USAGES = ("memory", "context", "both", "other")
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = ("usage", "relation", "template", "text")

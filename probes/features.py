@@ -100,15 +100,12 @@ def select_features(information: Tensor, expectation: Tensor, share: float) -> S
     return SelectedFeatures(walked[positive].tolist(), walked[~positive].tolist())
 
 
-def matched_random_features(
-    statistics: FeatureStatistics, features: list[int], taken: list[int], seed: int
-) -> list[int]:
+def matched_random_features(statistics: FeatureStatistics, features: list[int], seed: int) -> list[int]:
     """For each feature another one that fires about as often, drawn at random: the control of a selection.
 
     Args:
         statistics: Of the autoencoder.
-        features: The features to be matched.
-        taken: Features that may not be drawn.
+        features: The features to be matched; none of them is drawn.
         seed: Of the draws.
 
     Raises:
@@ -117,7 +114,7 @@ def matched_random_features(
     generator = torch.Generator().manual_seed(seed)
     frequency = statistics.frequency.cpu()
     free = torch.ones(len(frequency), dtype=torch.bool)
-    free[torch.tensor([*taken, *features], dtype=torch.long)] = False
+    free[torch.tensor(features, dtype=torch.long)] = False
     if int(free.sum()) < len(features):
         raise UserError(f"There are too few other features for a random control of {len(features)}.")
     drawn = []

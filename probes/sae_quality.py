@@ -6,7 +6,7 @@ autoencoder that is trained without it cannot be asked about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SAEQuality:
-    """Quality of one autoencoder on some texts; intervals are bootstrapped by text.
+    """Quality of one autoencoder on some texts; intervals are bootstrapped by text or, given clusters, by these.
 
     Attributes:
         tokens: Tokens that were encoded.
@@ -63,6 +63,7 @@ def evaluate_saes(
     saes: Sequence[SparseAutoencoder],
     texts: Sequence[str],
     *,
+    clusters: Sequence[Hashable] | None = None,
     batch_size: int = 16,
     progress: str | None = None,
 ) -> list[SAEQuality]:
@@ -72,6 +73,7 @@ def evaluate_saes(
         model: The model they read.
         saes: The autoencoders.
         texts: The texts, of two tokens or more.
+        clusters: For each text what the bootstrap resamples together (its subject); ``None`` is each by itself.
         batch_size: Texts per batch.
         progress: Label of a progress bar; ``None`` shows none.
 
@@ -83,7 +85,9 @@ def evaluate_saes(
     for sae in saes:
         sae.check(model)
     network: Any = transformers_model(model)
+    order: list[int] = []
     for batch in tracked(length_batches(model, texts, batch_size), progress):
+        order += batch
         inputs = encode(model, [texts[i] for i in batch])
         real = inputs["attention_mask"].bool()
         if int(real.sum(-1).min()) < 2:
@@ -104,7 +108,8 @@ def evaluate_saes(
                 with _replaced(model, tally.sae.layer, inner, torch.zeros_like):
                     ablated = _Predictions(logits(), inputs["input_ids"], inner)
                 tally.compare(clean, spliced, ablated)
-    return [tally.quality() for tally in tallies]
+    drawn = order if clusters is None else [clusters[i] for i in order]
+    return [tally.quality(drawn) for tally in tallies]
 
 
 @contextmanager
@@ -132,7 +137,7 @@ class _Predictions:
         losses = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
         ).view(input_ids[:, 1:].shape)
-        self.loss = (losses * inner[:, 1:]).sum(-1).double().cpu()
+        self.loss = (losses * inner[:, 1:]).sum(-1).cpu().double()
         self.tokens = inner[:, 1:].sum(-1).cpu()
         self.next = logits[:, -1].argmax(-1).cpu()
 
@@ -154,15 +159,15 @@ class _Tally:
         x = residual.float()
         self.tokens += len(x)
         self.fired += (self.sae.encode(x) != 0).sum(0).cpu()
-        self.error += (x - self.sae.reconstruct(x)).double().square().sum().item()
-        self.total += x.double().sum(0).cpu()
-        self.square += x.double().square().sum().item()
+        self.error += (x - self.sae.reconstruct(x)).square().sum().item()
+        self.total += x.sum(0).cpu().double()
+        self.square += x.square().sum().item()
 
     def compare(self, clean: _Predictions, spliced: _Predictions, ablated: _Predictions) -> None:
         self.losses.append(torch.stack([clean.loss, spliced.loss, ablated.loss, clean.tokens.double()], 1))
         self.same.append((clean.next == spliced.next).double())
 
-    def quality(self) -> SAEQuality:
+    def quality(self, clusters: Sequence[Hashable]) -> SAEQuality:
         by_text = torch.cat(self.losses)
         clean, spliced, ablated, tokens = by_text.sum(0).tolist()
         variance = self.square - (self.total.square().sum().item()) / self.tokens
@@ -176,6 +181,6 @@ class _Tally:
             loss_spliced=spliced / tokens,
             loss_ablated=ablated / tokens,
             loss_recovered=(ablated - spliced) / (ablated - clean),
-            loss_increase=bootstrap_mean(increase.numpy(), range(len(increase))),
-            same_next_token=bootstrap_mean(torch.cat(self.same).numpy(), range(len(increase))),
+            loss_increase=bootstrap_mean(increase.numpy(), clusters),
+            same_next_token=bootstrap_mean(torch.cat(self.same).numpy(), clusters),
         )

@@ -56,14 +56,23 @@ class SAETraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.active < self.features:
+        if self.architecture != "standard" and not 0 < self.active < self.features:
             raise UserError(f"{self.active} active of {self.features} features is no sparse autoencoder; give fewer.")
         if self.tokens < 20 * self.batch_size:
             raise UserError(f"{self.tokens} tokens are fewer than 20 steps of {self.batch_size}; train on more.")
 
 
-def shuffled_batches(store: ActivationStore, site: str, batch_size: int, seed: int) -> Iterator[Tensor]:
+def shuffled_batches(
+    store: ActivationStore, site: str, batch_size: int, seed: int, *, rows: Tensor | None = None
+) -> Iterator[Tensor]:
     """Batches ``(batch_size, d)`` float32 of the values of ``site`` without first tokens, in random order, endlessly.
+
+    Args:
+        store: A recording of all tokens.
+        site: One of its sites.
+        batch_size: Tokens per batch.
+        seed: Decides the order.
+        rows: Which rows of the recording may be used, boolean ``(n_rows,)``; ``None`` means all.
 
     Raises:
         UserError: If the store has fewer rows than one batch.
@@ -72,7 +81,9 @@ def shuffled_batches(store: ActivationStore, site: str, batch_size: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     # Memory-mapped: nothing is read yet.
     shards = list(store.shards(site))
-    inner = (torch.from_numpy(store.index["position"].to_numpy().copy()) > 0).split([len(values) for values in shards])
+    usable = torch.from_numpy(store.index["position"].to_numpy().copy()) > 0
+    usable = usable if rows is None else usable & rows
+    inner = usable.split([len(values) for values in shards])
     if sum(int(part.sum()) for part in inner) < batch_size:
         raise UserError(f"{store.path} has fewer tokens than one batch of {batch_size}; record more text.")
     left: Tensor | None = None
@@ -91,8 +102,10 @@ def shuffled_batches(store: ActivationStore, site: str, batch_size: int, seed: i
             left = buffer[shuffled[whole:]]
 
 
-def train_sae(store: ActivationStore, site: str, settings: SAETraining, *, device: str = "auto") -> TrainingSAE[Any]:
-    """Train one autoencoder on one site of a recording of all tokens.
+def train_sae(
+    store: ActivationStore, site: str, settings: SAETraining, *, rows: Tensor | None = None, device: str = "auto"
+) -> TrainingSAE[Any]:
+    """Train one autoencoder on one site of a recording of all tokens; ``rows`` as in ``shuffled_batches``.
 
     sae_lens scales the activations to an average norm of sqrt(d) while it trains and folds the factor into the weights.
 
@@ -121,7 +134,7 @@ def train_sae(store: ActivationStore, site: str, settings: SAETraining, *, devic
             n_batches_for_norm_estimate=min(50, steps),
         ),
         sae,
-        shuffled_batches(store, site, settings.batch_size, settings.seed),
+        shuffled_batches(store, site, settings.batch_size, settings.seed, rows=rows),
     ).fit()
 
 

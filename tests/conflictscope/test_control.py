@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -27,14 +28,10 @@ run = test_cli.run
 def fitted(smollm2, capital_conflicts, tmp_path_factory):
     """Every method on SmolLM2 and twelve capitals, with few candidates, by the functions that the commands call."""
     out = tmp_path_factory.mktemp("control")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "STRENGTHS", (1.0, 4.0))
-        patch.setattr(job, "REPLACED", (1.0,))
-        patch.setattr(job, "_steered_layers", lambda _: range(16, 19, 2))
-        control = Control(smollm2, "smollm2-135m", relations=[], out=out, conflicts=capital_conflicts)
-        fit_steering(control)
-        saes = [sae for sae in load_saes("smollm2-135m") if sae.layer in (16, 18)]
-        results = fit_spare(control, saes, shares=(0.1,), alphas=(2.0,))
+    control = Control(smollm2, "smollm2-135m", relations=[], out=out, conflicts=capital_conflicts)
+    fit_steering(control, layers=(16, 18), strengths=(1.0, 4.0))
+    saes = [sae for sae in load_saes("smollm2-135m") if sae.layer in (16, 18)]
+    results = fit_spare(control, saes, shares=(0.1,), alphas=(2.0,))
     return control, results
 
 
@@ -43,7 +40,7 @@ def test_every_method_is_measured_in_both_directions_on_held_out_subjects_alone(
     assert set(results["methods"]) == set(METHODS)
     test = {e.id for e in capital_conflicts if e.split == "test"}
     reports = list((control.out / "records").glob("test-*.parquet"))
-    assert len(reports) == 1 + 2 * (len(METHODS) + 1)
+    assert len(reports) == 1 + 2 * (len(METHODS) + 2)
     for path in reports:
         assert set(pl.read_parquet(path)["id"]) <= test
     table = results_table(results)
@@ -89,10 +86,7 @@ def test_the_winner_is_as_good_on_dev_as_any_candidate_in_full_passes(fitted, sm
     """Within the paired standard error of the best, by ``answer_starts`` on all dev prompts."""
     control, results = fitted
     dev = control._dev("conflict")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "STRENGTHS", (1.0, 4.0))
-        patch.setattr(job, "_steered_layers", lambda _: range(16, 19, 2))
-        candidates = job._steering_candidates(control, "actadd")["context"]
+    candidates = job._steering_candidates(control, "actadd", (16, 18), (1.0, 4.0))["context"]
     hits = {}
     for edit in candidates:
         with applied(smollm2, *edit.interventions):
@@ -129,25 +123,50 @@ def test_random_features_are_as_many_and_none_of_the_selected(fitted):
 def test_a_second_fit_measures_nothing_again(fitted, monkeypatch):
     control, results = fitted
     monkeypatch.setattr(job, "measure_usage", None)
-    monkeypatch.setattr(job, "STRENGTHS", (1.0, 4.0))
-    monkeypatch.setattr(job, "_steered_layers", lambda _: range(16, 19, 2))
-    again = fit_steering(control, ["actadd"])
+    again = fit_steering(control, ["actadd"], layers=(16, 18), strengths=(1.0, 4.0))
     assert again["methods"]["actadd"] == results["methods"]["actadd"]
+
+
+def test_another_autoencoder_is_measured_anew(fitted):
+    """The same layer, width and name, one weight changed: nothing kept of the old one is taken."""
+    control, _ = fitted
+    (sae,) = (sae for sae in load_saes("smollm2-135m") if sae.layer == 16)
+    changed = dataclasses.replace(sae, weights={**sae.weights, "W_dec": -sae.weights["W_dec"]})
+    assert changed.digest != sae.digest
+    before = set((control.out / "records").iterdir())
+    fit_spare(control, [changed], shares=(0.1,), alphas=(2.0,))
+    new = {path.name.split("-")[0] for path in set((control.out / "records").iterdir()) - before}
+    assert {"dev", "test", "neutral_kl"} <= new
+
+
+def test_a_selection_of_one_source_alone_still_gives_all_results(fitted, smollm2, capital_conflicts, tmp_path):
+    """So small a share that a single feature is edited: one of the halves is empty."""
+    control = Control(smollm2, "m", relations=[], out=tmp_path, conflicts=capital_conflicts)
+    (sae,) = (sae for sae in load_saes("smollm2-135m") if sae.layer == 16)
+    results = fit_spare(control, [sae], shares=(1e-6,), alphas=(2.0,))
+    assert results["methods"]["spare"]["towards_context"]["settings"]["features"] == [1]
+    sizes = {
+        results["methods"][name]["towards_context"]["settings"]["features"][0] for name in ("add_only", "remove_only")
+    }
+    assert sizes == {0, 1}
 
 
 def test_results_on_other_data_are_not_mixed(fitted, smollm2, capital_conflicts):
     control, _ = fitted
-    other = Control(smollm2, "smollm2-135m", relations=[], out=control.out, conflicts=capital_conflicts, tokens="all")
     with pytest.raises(UserError, match="holds results of another model, other data or settings"):
-        other.add_results({})
+        Control(smollm2, "m", relations=[], out=control.out, conflicts=capital_conflicts, tokens="answer")
 
 
 def test_autoencoders_of_another_split_or_model_are_refused(fitted, smollm2, tiny_llama, tmp_path):
     control, _ = fitted
     saes = load_saes("smollm2-135m")
-    other = Control(smollm2, "smollm2-135m", relations=[], out=tmp_path, conflicts=control.conflicts, seed=7)
-    with pytest.raises(UserError, match="seed 7 keeps"):
+    moved = {"train": "test", "test": "train", "dev": "dev"}
+    swapped = tuple(dataclasses.replace(e, split=moved[e.split]) for e in control.conflicts)
+    other = Control(smollm2, "m", relations=[], out=tmp_path, conflicts=ConflictSet("swapped", swapped))
+    with pytest.raises(UserError, match=r"was trained on prompts about \d+ of the subjects that are held out here"):
         fit_spare(other, saes)
+    with pytest.raises(UserError, match="several SAEs of layer 12"):
+        fit_spare(control, [saes[0], *saes])
     tiny = Control(tiny_llama, "tiny", relations=[], out=tmp_path, conflicts=control.conflicts)
     with pytest.raises(UserError, match="give an SAE of this model"):
         fit_spare(tiny, saes)
@@ -184,6 +203,8 @@ def test_apply_answers_prompts_without_and_with_the_edit(run, fitted, smollm2, t
         (["spare", "fit", "--layers", "3"], "smollm2-135m has no SAE of layer 3; it has 12"),
         (["spare", "fit", "--relation", "capitol"], "'capitol' is not known"),
         (["spare", "fit", "--relation", "capital", "--data", "x.jsonl"], "Give --data or --relation, not both"),
+        (["spare", "fit", "--share", "1.5"], "--share is a share of the information, between 0 and 1, not 1.5"),
+        (["spare", "fit", "--alpha", "nan"], "--alpha is a finite number, not nan"),
         (["spare", "apply", "nowhere.json"], "Could not read the intervention file nowhere.json"),
     ],
 )

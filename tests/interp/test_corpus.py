@@ -12,6 +12,7 @@ from interp.corpus import TEMPERATURE, sampled_texts
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.generation import encode
+from interp.models import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,8 @@ def test_a_second_call_reads_what_the_first_sampled(tiny_llama, tmp_path, monkey
 
 def test_a_batch_that_is_missing_is_sampled_as_it_was(tiny_llama, tmp_path):
     texts = sampled_texts(tiny_llama, 12, tmp_path, split="train", seed=0, new_tokens=5)
-    (tmp_path / "00001.json").unlink()
+    (batch,) = tmp_path.glob("train-*/00001.json")
+    batch.unlink()
     assert sampled_texts(tiny_llama, 12, tmp_path, split="train", seed=0, new_tokens=5) == texts
 
 
@@ -92,4 +94,12 @@ def test_a_tokenizer_without_a_first_token_is_refused(tmp_path):
 
 def test_batches_are_plain_json(tiny_llama, tmp_path):
     texts = sampled_texts(tiny_llama, 4, tmp_path, split="train", seed=0, new_tokens=3)
-    assert json.loads((tmp_path / "00000.json").read_text()) == texts
+    (batch,) = tmp_path.glob("train-*/00000.json")
+    assert json.loads(batch.read_text()) == texts
+
+
+def test_texts_of_another_model_or_seed_in_the_same_folder_are_not_taken(tiny_llama, tiny_directories, tmp_path):
+    other = load_model(str(tiny_directories["mistral"]), device="cpu")
+    for model, seed in ((tiny_llama, 0), (other, 0), (tiny_llama, 1)):
+        fresh = sampled_texts(model, 4, tmp_path / f"alone {id(model)} {seed}", split="train", seed=seed, new_tokens=3)
+        assert sampled_texts(model, 4, tmp_path / "shared", split="train", seed=seed, new_tokens=3) == fresh
