@@ -160,7 +160,7 @@ def test_a_loaded_steering_does_what_it_did(tiny_llama, tmp_path, mode):
 def test_a_steering_by_a_view_of_a_larger_tensor_is_saved_alone(tiny_llama, tmp_path):
     directions = torch.randn(32, 1000, generator=torch.Generator().manual_seed(0))
     assert_does_the_same([Steering(1, directions[:, 3])], tiny_llama, tmp_path / "edit.json")
-    assert (tmp_path / "edit.safetensors").stat().st_size < 2000
+    assert (tmp_path / "edit.tensors.safetensors").stat().st_size < 2000
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_several_interventions_in_one_file_do_what_they_did(tiny_llama, tmp_path
 def test_a_file_that_is_saved_again_is_the_same(tiny_llama, tmp_path):
     loaded = assert_does_the_same([feature_edit(tmp_path, "gated")], tiny_llama, tmp_path / "edit.json")
     loaded.save(tmp_path / "again" / "edit.json")
-    for name in ("edit.json", "edit.safetensors"):
+    for name in ("edit.json", "edit.tensors.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
@@ -235,7 +235,7 @@ def saved(tiny_llama, tmp_path):
 
 def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a saved file, and its record of their hash with them."""
-    place = path.with_suffix(".safetensors")
+    place = path.with_suffix(".tensors.safetensors")
     tensors = load_file(place)
     change(tensors)
     save_file(tensors, place)
@@ -244,20 +244,20 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 def set_hash(path: Path) -> None:
     record = json.loads(path.read_text())
-    content = path.with_suffix(".safetensors").read_bytes()
+    content = path.with_suffix(".tensors.safetensors").read_bytes()
     record["tensors"]["sha256"] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(record))
 
 
 def test_tensors_that_are_missing_are_an_error(saved):
-    saved.with_suffix(".safetensors").unlink()
-    with pytest.raises(UserError, match=r"Could not read the intervention's tensors .*edit\.safetensors"):
+    saved.with_suffix(".tensors.safetensors").unlink()
+    with pytest.raises(UserError, match=r"Could not read the intervention's tensors .*edit\.tensors\.safetensors"):
         InterventionFile.load(saved)
 
 
 @pytest.mark.parametrize("length", [0, 7, 500, -1])
 def test_truncated_tensors_are_refused(saved, length):
-    place = saved.with_suffix(".safetensors")
+    place = saved.with_suffix(".tensors.safetensors")
     place.write_bytes(place.read_bytes()[:length])
     with pytest.raises(UserError, match="is not the file that the intervention was saved with"):
         InterventionFile.load(saved)
@@ -267,7 +267,7 @@ def test_truncated_tensors_are_refused(saved, length):
 
 
 def test_tensors_with_another_hash_are_refused(saved):
-    place = saved.with_suffix(".safetensors")
+    place = saved.with_suffix(".tensors.safetensors")
     content = bytearray(place.read_bytes())
     content[-1] ^= 1
     place.write_bytes(content)
@@ -279,7 +279,7 @@ def test_tensors_with_another_hash_are_refused(saved):
     "name",
     [
         "../edit.safetensors",
-        "/tmp/edit.safetensors",
+        "/absolute/edit.safetensors",
         "sub/edit.safetensors",
         "..\\edit.safetensors",
         "edit.bin",
@@ -289,7 +289,7 @@ def test_tensors_with_another_hash_are_refused(saved):
     ],
 )
 def test_tensors_in_another_folder_are_refused(saved, name):
-    (saved.parent.parent / "edit.safetensors").write_bytes(saved.with_suffix(".safetensors").read_bytes())
+    (saved.parent.parent / "edit.safetensors").write_bytes(saved.with_suffix(".tensors.safetensors").read_bytes())
     record = json.loads(saved.read_text())
     record["tensors"]["file"] = name
     saved.write_text(json.dumps(record))
@@ -312,7 +312,7 @@ TENSORS = [
 
 
 def test_the_tensors_are_those_that_are_tested(saved):
-    assert set(load_file(saved.with_suffix(".safetensors"))) == set(TENSORS)
+    assert set(load_file(saved.with_suffix(".tensors.safetensors"))) == set(TENSORS)
 
 
 @pytest.mark.parametrize("name", TENSORS)
