@@ -105,7 +105,8 @@ def _real_tokens(attention_mask: Any, rows: int, before: int, new: int, device: 
     these a token is real if it may look at itself.
     """
     mask = next(iter(attention_mask.values()), None) if isinstance(attention_mask, dict) else attention_mask
-    if not isinstance(mask, Tensor):
+    # Behind a sliding window columns are no longer tokens; by then there is no padding among the new ones.
+    if not isinstance(mask, Tensor) or mask.shape[-1] < before + new:
         return torch.ones(rows, new, dtype=torch.bool, device=device)
     if mask.ndim == 2:
         return mask[:, before : before + new].bool().to(device)
