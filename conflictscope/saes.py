@@ -1,7 +1,8 @@
 """Sparse autoencoders from nothing: sample text, record it, train, and say on a card how good they are.
 
-Training text is sampled from the model itself, with a seed, and mixed with conflict prompts about subjects of the train
-split, in every phrasing family but the held-out one; contexts that are irrelevant to them may be about any subject. Quality is measured on text sampled from other starts, and on
+Training text is sampled from the model itself, with a seed, and mixed with conflict prompts about subjects of the
+train split, in every phrasing family but the held-out one; their irrelevant contexts may be about any subject.
+Quality is measured on text sampled from other starts, and on
 conflict prompts about subjects of the test split in all phrasings of the study.
 """
 
