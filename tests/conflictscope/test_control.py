@@ -40,7 +40,7 @@ def test_every_method_is_measured_in_both_directions_on_held_out_subjects_alone(
     assert set(results["methods"]) == set(METHODS)
     test = {e.id for e in capital_conflicts if e.split == "test"}
     reports = list((control.out / "records").glob("test-*.parquet"))
-    assert len(reports) == 1 + 2 * (len(METHODS) + 2)
+    assert len(reports) == 1 + 2 * (len(METHODS) + 1)
     for path in reports:
         assert set(pl.read_parquet(path)["id"]) <= test
     table = results_table(results)
