@@ -204,7 +204,7 @@ class Control:
         frame = pl.DataFrame({"subject": [example.subject for example in conflicts]})
         answers = self.records.json(step, [self._basis, settings], usages)
         reports = [UsageReport(frame.with_columns(usage=pl.Series(usage))) for usage in answers]
-        rates = [float((report.frame["usage"] == towards).mean() or 0.0) for report in reports]
+        rates = [usage.count(towards) / len(usage) for usage in answers]
         kept = {
             index: self.records.json(
                 f"{step}-guard", [self._basis, settings[index]], lambda edit=edits[index]: self._kept(edit)

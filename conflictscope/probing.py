@@ -190,7 +190,8 @@ def fit_probes(
     if "conflict" in tasks and store.basis["positions"] == "last":
         dev = tasks["conflict"].known.filter(split="dev")
         # Before the minutes that the fit takes.
-        threshold_rank(*(dev.filter(label=name).height for name in CONFLICT_CLASSES), false_positive_rate)
+        aligned, conflict = (dev.filter(label=name).height for name in CONFLICT_CLASSES)
+        threshold_rank(aligned, conflict, false_positive_rate)
     # What is left of an earlier fit would be scored as if it belonged to this one.
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "controls", ignore_errors=True)

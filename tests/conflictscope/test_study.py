@@ -11,6 +11,7 @@ from interp.evaluation import UsageReport
 from interp.facts import usable_facts
 from interp.models import load_model
 from interventions.config import InterventionFile
+from interventions.heads import HeadScaling
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ def test_a_study_writes_every_file(make_study, tmp_path):
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     for towards in ("context", "memory"):
         file = InterventionFile.load(tmp_path / "interventions" / f"towards_{towards}.json")
-        heads = [[h.layer, h.head, h.scale] for h in file.interventions[0].heads]
+        (edit,) = file.build()
+        assert isinstance(edit, HeadScaling)
+        heads = [[h.layer, h.head, h.scale] for h in edit.heads]
         assert heads == summary[f"towards_{towards}"]["heads"]
     assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
     assert "<html" in (tmp_path / "report.html").read_text()
