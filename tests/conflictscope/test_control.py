@@ -11,7 +11,7 @@ from conflictscope.control import METHODS, Control, fit_spare, fit_steering, res
 from interp.activations import record
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
-from interp.evaluation import AnswerStarts, answer_starts, measure_usage, neutral_kl
+from interp.evaluation import AnswerStarts, answer_starts, measure_usage, neutral_kl, neutral_texts
 from interp.facts import HELD_OUT_PHRASING
 from interp.sae import load_saes
 from interventions.base import applied
@@ -22,6 +22,14 @@ from tests.conflictscope.test_cli import assert_one_sentence
 from tests.tiny import tiny_conflicts
 
 run = test_cli.run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_neutral_texts():
+    with pytest.MonkeyPatch.context() as patch:
+        few = neutral_texts()[:4]
+        patch.setattr("interp.evaluation.neutral_texts", lambda: few)
+        yield
 
 
 @pytest.fixture(scope="module")
