@@ -445,6 +445,8 @@ def _from_sparsify(folder: Path, config: Mapping[str, Any], weights: Mapping[str
         state = {name: weights[name] for name in ("W_dec", "b_dec")} | {"b_enc": weights["encoder.bias"]}
         state["W_enc"] = weights["encoder.weight"].T.contiguous()
         k = int(config["k"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The SAE {folder} is not as sparsify writes it ({error!r}); get it again.") from error
+    except KeyError as error:
+        raise UserError(f"The SAE {folder} lacks {error}; get it again.") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / _CONFIG} says k is {config['k']!r}, which is no number; get it again.") from error
     return SparseAutoencoder("topk", state, int(match[1]), k=k, name=str(folder))

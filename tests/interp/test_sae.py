@@ -350,7 +350,7 @@ def test_another_kind_of_sparsify_is_refused(changes, message, tmp_path):
 
 def test_a_sparsify_folder_that_does_not_tell_its_layer_is_refused(tmp_path):
     save_sparsify(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"its folder must be called layers\.N"):
+    with pytest.raises(UserError, match=r"does not tell which layer's output its SAE reads"):
         load_sae(tmp_path / "mine")
 
 
