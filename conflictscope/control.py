@@ -382,7 +382,7 @@ def _contrastive_vectors(control: Control, layers: Iterable[int]) -> dict[int, T
 
 
 def _probe_vectors(control: Control, layers: Iterable[int]) -> dict[int, Tensor]:
-    """The source probe's direction, as long as the difference of the means is along it."""
+    """The source probe's direction, as long as the difference of the means."""
     sites = {layer: control.anatomy.site("block", layer) for layer in layers}
     rows = control.store.rows(control.answered["row"].to_list())
     probes = ProbeSet.fit(

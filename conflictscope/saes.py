@@ -2,8 +2,8 @@
 
 Training text is sampled from the model itself, with a seed, and mixed with conflict prompts about subjects of the
 train split, in every phrasing family but the held-out one; their irrelevant contexts may be about any subject.
-Quality is measured on text sampled from other starts, and on
-conflict prompts about subjects of the test split in all phrasings of the study.
+Quality is measured on text sampled from other starts, and on conflict prompts about subjects of the test split in all
+phrasings of the study.
 """
 
 from __future__ import annotations

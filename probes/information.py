@@ -4,8 +4,8 @@ With B = [Z != 0], and Z = 0 whenever B = 0, the chain rule gives exactly
 
     I(Z; Y) = I(B; Y) + P(B = 1) I(Z; Y | B = 1)
 
-The first term needs only counts. For the second, the active values of a feature are cut into bins of equally many
-(Tukey's mentality: equal counts, whatever the scale). Both are corrected for their bias on finite samples (Miller
+The first term needs only counts. For the second, the active values of a feature are cut into bins of equally
+many. Both are corrected for their bias on finite samples (Miller
 1955), and cut off at zero. A feature that never fires has exactly no information, and so has one that is constant.
 
 The estimator that SpARE was published with (Ross 2014, as in scikit-learn's ``mutual_info_classif``) adds noise to
