@@ -7,6 +7,8 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -374,18 +376,13 @@ def probe_detect(
     """
     from dataclasses import asdict
 
-    from conflictscope.probing import check_finished, read_prompts
+    from conflictscope.probing import check_finished
     from interp.models import fingerprint, load_model
     from probes.detector import ConflictDetector
 
     check_finished(probes)
     detector = ConflictDetector.load(probes / "detector")
-    stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
-    with stream:
-        batches = read_prompts(stream, batch_size)
-        first = next(batches, None)
-        if first is None:
-            raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
+    with _prompt_batches(file, batch_size) as batches:
         bridge = load_model(model, device=device, dtype=dtype)
         fitted = detector.settings.get("model", {})
         if fingerprint(bridge) != fitted.get("fingerprint"):
@@ -393,7 +390,7 @@ def probe_detect(
                 f"The probes were fitted on {fitted.get('name', 'an unknown model')} with other weights or in another "
                 "dtype; give that model, or record and fit with this one."
             )
-        for batch in itertools.chain([first], batches):
+        for batch in batches:
             detections = detector.detect(bridge, [prompt.text for prompt in batch], batch_size=batch_size)
             for prompt, detection in zip(batch, detections, strict=True):
                 sys.stdout.write(json.dumps({"id": prompt.id, **asdict(detection)}) + "\n")
@@ -627,24 +624,18 @@ def apply_edit(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Answer prompts without and with an edit; one JSON object a line to standard output."""
-    from conflictscope.probing import read_prompts
     from interp.generation import continue_greedily
     from interp.models import load_model
     from interventions.base import applied
     from interventions.config import InterventionFile
 
     edit = InterventionFile.load(config).scaled(strength)
-    stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
-    with stream:
-        batches = read_prompts(stream, batch_size)
-        first = next(batches, None)
-        if first is None:
-            raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
+    with _prompt_batches(file, batch_size) as batches:
         bridge = load_model(model, device=device, dtype=dtype)
         edit.model.check(bridge)
         if save is not None:
             edit.save(save)
-        for batch in itertools.chain([first], batches):
+        for batch in batches:
             texts = [prompt.text for prompt in batch]
             plain = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
             with applied(bridge, edit):
@@ -775,6 +766,20 @@ def _model_and_data(
         facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
         conflicts = build_conflicts(facts, seed=seed)
     return bridge, conflicts
+
+
+@contextmanager
+def _prompt_batches(file: Path | None, batch_size: int) -> Iterator[Iterator[list[Any]]]:
+    """The prompts of a file, or of standard input, in batches; refuses a file without any before all else."""
+    from conflictscope.probing import read_prompts
+
+    stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
+    with stream:
+        batches = read_prompts(stream, batch_size)
+        first = next(batches, None)
+        if first is None:
+            raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
+        yield itertools.chain([first], batches)
 
 
 def _control(
