@@ -172,11 +172,6 @@ def training_texts(
     model: TransformerBridge, out: Path, *, n_texts: int, n_prompts: int, texts: Sequence[str] | None, seed: int
 ) -> list[str]:
     """Sampled (or given) texts and conflict prompts of the train split, shuffled together."""
-    free = texts
-    if free is None:
-        free = sampled_texts(
-            model, n_texts, out / "texts" / "train", split="train", seed=seed, progress="Sampling text"
-        )
     known = tuple(phrasing for phrasing in PHRASINGS if phrasing != HELD_OUT_PHRASING)
     prompts = [example.prompt for example in _prompts("train", known, seed)]
     if len(prompts) < n_prompts:
