@@ -401,7 +401,7 @@ def probe_detect(
 def sae_train(
     model: ModelOption = DEFAULT_MODEL,
     layers: Annotated[str, typer.Option(help="Layers whose output is to be explained, for example 12,16,20-22.")] = (
-        "12,16,18,20"
+        "12,16,18,20,22"
     ),
     out: Annotated[
         Path, typer.Option(help="Folder for layer_N/, text and activations; the same command goes on in it.")

@@ -4,6 +4,9 @@
  "model": {"name", "architecture", "n_layers", "n_heads", "d_head", "d_model"},
  "interventions": [
    {"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]},
+   {"kind": "feed_forward_scaling", "layers": [{"layer", "scale"}]},
+   {"kind": "trust_dial", "trust", "gates": [{"layer", "head", "memory", "context"}],
+    "calibration": [{"trust", "memory_rate", "context_rate"}]},
    {"kind": "steering", "layer", "vector", "strength", "tokens", "mode"},
    {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]}],
  "tensors": {"file", "sha256"} | null,
@@ -44,12 +47,16 @@ from interp.files import atomic_path, write_json
 from interp.sae import Architecture, Normalization, SparseAutoencoder
 from interventions.base import Handle
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
+from interventions.feedforward import FeedForwardScaling
+from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.steering import Steering, SteeringMode
 from interventions.tokens import Tokens
 
 FORMAT = "conflictscope-intervention"
 VERSION = 1
+
+AnyIntervention = HeadScaling | FeedForwardScaling | TrustDial | Steering | FeatureEdit
 
 
 class _Strict(BaseModel):
@@ -125,6 +132,72 @@ class HeadScalingEntry(_Strict):
         """The intervention that this entry describes."""
         return HeadScaling(
             tuple(ScaledHead(h.layer, h.head, h.scale, None if h.mean is None else tuple(h.mean)) for h in self.heads)
+        )
+
+
+class ScaledLayerEntry(_Strict):
+    """One scaled feed-forward layer."""
+
+    layer: NonNegativeInt
+    scale: FiniteFloat
+
+
+class FeedForwardScalingEntry(_Strict):
+    """A ``FeedForwardScaling``."""
+
+    kind: Literal["feed_forward_scaling"] = "feed_forward_scaling"
+    layers: Annotated[list[ScaledLayerEntry], Field(min_length=1)]
+
+    @classmethod
+    def of(cls, scaling: FeedForwardScaling) -> FeedForwardScalingEntry:
+        """The entry for ``scaling``."""
+        return cls(layers=[ScaledLayerEntry(layer=layer, scale=scale) for layer, scale in scaling.scales])
+
+    def build(self, _: Mapping[str, Tensor]) -> FeedForwardScaling:
+        """The intervention that this entry describes."""
+        return FeedForwardScaling(tuple((entry.layer, entry.scale) for entry in self.layers))
+
+
+class GateEntry(_Strict):
+    """A ``Gate``."""
+
+    layer: NonNegativeInt
+    head: NonNegativeInt | None
+    memory: FiniteFloat
+    context: FiniteFloat
+
+
+class DialPointEntry(_Strict):
+    """A ``DialPoint``."""
+
+    trust: FiniteFloat
+    memory_rate: FiniteFloat
+    context_rate: FiniteFloat
+
+
+class TrustDialEntry(_Strict):
+    """A ``TrustDial``."""
+
+    kind: Literal["trust_dial"] = "trust_dial"
+    trust: FiniteFloat
+    gates: Annotated[list[GateEntry], Field(min_length=1)]
+    calibration: list[DialPointEntry] = []
+
+    @classmethod
+    def of(cls, dial: TrustDial) -> TrustDialEntry:
+        """The entry for ``dial``."""
+        return cls(
+            trust=dial.trust,
+            gates=[GateEntry(**vars(gate)) for gate in dial.gates],
+            calibration=[DialPointEntry(**vars(point)) for point in dial.calibration],
+        )
+
+    def build(self, _: Mapping[str, Tensor]) -> TrustDial:
+        """The intervention that this entry describes."""
+        return TrustDial(
+            tuple(Gate(**dict(gate)) for gate in self.gates),
+            self.trust,
+            tuple(DialPoint(**dict(point)) for point in self.calibration),
         )
 
 
@@ -241,7 +314,10 @@ class FeatureEditEntry(_Strict):
         return FeatureEdit(layers, self.alpha, self.alpha_form, self.tokens)
 
 
-Entry = Annotated[HeadScalingEntry | SteeringEntry | FeatureEditEntry, Field(discriminator="kind")]
+Entry = Annotated[
+    HeadScalingEntry | FeedForwardScalingEntry | TrustDialEntry | SteeringEntry | FeatureEditEntry,
+    Field(discriminator="kind"),
+]
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -287,13 +363,17 @@ class InterventionFile(_Strict):
     _values: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def of(cls, interventions: Sequence[HeadScaling | Steering | FeatureEdit], **about: Any) -> InterventionFile:
+    def of(cls, interventions: Sequence[AnyIntervention], **about: Any) -> InterventionFile:
         """The file for some interventions, in order; ``about`` are its other fields."""
         values: dict[str, Tensor] = {}
         entries: list[Entry] = []
         for number, intervention in enumerate(interventions):
             if isinstance(intervention, HeadScaling):
                 entries.append(HeadScalingEntry.of(intervention))
+            elif isinstance(intervention, FeedForwardScaling):
+                entries.append(FeedForwardScalingEntry.of(intervention))
+            elif isinstance(intervention, TrustDial):
+                entries.append(TrustDialEntry.of(intervention))
             elif isinstance(intervention, Steering):
                 entries.append(SteeringEntry.of(intervention, str(number), values))
             else:
@@ -302,7 +382,7 @@ class InterventionFile(_Strict):
         file._values.update(values)
         return file
 
-    def build(self) -> list[HeadScaling | Steering | FeatureEdit]:
+    def build(self) -> list[AnyIntervention]:
         """The interventions that the file describes, in order."""
         return [entry.build(self._values) for entry in self.interventions]
 
@@ -310,7 +390,7 @@ class InterventionFile(_Strict):
         """The same with every strength and alpha multiplied; what was measured no longer holds and is left out.
 
         Raises:
-            UserError: If the factor is not finite, or the file scales heads, which have no common strength.
+            UserError: If the factor is not finite, or the file scales heads or layers, which have no common strength.
         """
         if factor == 1:
             return self
@@ -318,15 +398,40 @@ class InterventionFile(_Strict):
             raise UserError(f"A strength is multiplied by a finite number, not by {factor}.")
         scaled: list[Steering | FeatureEdit] = []
         for intervention in self.build():
-            if isinstance(intervention, HeadScaling):
-                raise UserError(f"{self.name} scales heads, which have no strength to multiply; apply it as it is.")
+            if isinstance(intervention, TrustDial):
+                raise UserError(f"{self.name} is a dial; it is set with --trust, or with `dialed`.")
             if isinstance(intervention, Steering):
                 scaled.append(replace(intervention, strength=intervention.strength * factor))
-            else:
+            elif isinstance(intervention, FeatureEdit):
                 scaled.append(replace(intervention, alpha=intervention.alpha * factor))
+            else:
+                raise UserError(f"{self.name} scales heads, which have no strength to multiply; apply it as it is.")
         provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
         about = {"name": self.name, "towards": self.towards, "model": self.model, "provenance": provenance}
         return InterventionFile.of(scaled, **about)
+
+    @property
+    def dial(self) -> TrustDial:
+        """The dial that the file holds.
+
+        Raises:
+            UserError: If it holds none.
+        """
+        dials = [intervention for intervention in self.build() if isinstance(intervention, TrustDial)]
+        if len(dials) != 1:
+            raise UserError(f"{self.name} holds no trust dial; give a file that `conflictscope dial fit` wrote.")
+        return dials[0]
+
+    def dialed(self, trust: float) -> InterventionFile:
+        """The same with its dial at ``trust``; what was measured no longer holds and is left out.
+
+        Raises:
+            UserError: If the file holds no dial, or trust lies outside -1 to 1.
+        """
+        dial = self.dial
+        towards: Literal["context", "memory"] | None = "context" if trust > 0 else "memory" if trust < 0 else None
+        parts = [part.at(trust) if part == dial else part for part in self.build()]
+        return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=self.provenance)
 
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.

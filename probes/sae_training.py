@@ -39,6 +39,8 @@ class SAETraining:
         features: How many features.
         active: How many of them are to be active for a token: exactly (topk), on average (batchtopk), or as the target
             of the sparsity loss (jumprelu). ``standard`` has the penalty ``l1`` instead.
+        auxiliary: Weight of the loss that revives silent features of ``topk`` and ``batchtopk``. Gao et al. use 1/32;
+            with sae_lens's 1 the error doubles for a while when the first features fall silent.
         l1: Weight of the L1 penalty of ``standard``.
         tokens: Tokens to train on; where there are fewer, they are seen several times.
         batch_size: Tokens per step.
@@ -49,6 +51,7 @@ class SAETraining:
     architecture: TrainedArchitecture = "batchtopk"
     features: int = 4096
     active: int = 32
+    auxiliary: float = 1 / 32
     l1: float = 5.0
     tokens: int = 800_000
     batch_size: int = 2048
@@ -159,10 +162,11 @@ def _untrained(settings: SAETraining, d_in: int, store: ActivationStore, site: s
         "normalize_activations": "expected_average_only_in",
         "metadata": SAEMetadata(model_name=store.basis["model"]["name"], hook_name=site),
     }
-    if settings.architecture == "batchtopk":
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**common, k=settings.active))
-    if settings.architecture == "topk":
-        return TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=settings.active))
+    if settings.architecture in ("batchtopk", "topk"):
+        top = {**common, "k": settings.active, "aux_loss_coefficient": settings.auxiliary}
+        if settings.architecture == "topk":
+            return TopKTrainingSAE(TopKTrainingSAEConfig(**top))
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**top))
     if settings.architecture == "jumprelu":
         return JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig(
@@ -186,6 +190,5 @@ def save_trained(sae: TrainingSAE[Any], folder: Path) -> None:
 
 def settings_record(settings: SAETraining) -> dict[str, Any]:
     """The settings as the card says them, without those that the architecture does not use."""
-    record = asdict(settings)
-    record.pop("active" if settings.architecture == "standard" else "l1")
-    return record
+    unused = {"standard": {"active", "auxiliary"}, "jumprelu": {"l1", "auxiliary"}}.get(settings.architecture, {"l1"})
+    return {name: value for name, value in asdict(settings).items() if name not in unused}

@@ -15,6 +15,8 @@ from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
 from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
 from interventions.features import EditedFeatures, FeatureEdit
+from interventions.feedforward import FeedForwardScaling
+from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.steering import Steering
 from tests.interp.test_sae import random_sae, save_sparsify
@@ -361,3 +363,37 @@ def test_a_steering_for_another_width_is_refused_when_it_is_attached(saved, tiny
     loaded = InterventionFile.load(saved)
     with pytest.raises(UserError, match="has 31 numbers"):
         loaded.attach(tiny_llama)
+
+
+DIAL = TrustDial(
+    (Gate(0, 1, 0.5, 2.0), Gate(2, None, 1.0, 0.25)),
+    0.5,
+    (DialPoint(-1.0, 0.75, 0.0), DialPoint(0.0, 0.5, 0.5), DialPoint(1.0, 0.0, 0.75)),
+)
+
+
+def dial_file(model, **about):
+    parts = [DIAL, FeedForwardScaling(((1, 0.5),))]
+    return InterventionFile.of(parts, name="dial", model=ModelShape.of(model, "tiny"), **about)
+
+
+def test_a_dial_and_a_feed_forward_scaling_load_as_they_were_saved(tiny_llama, tmp_path):
+    dial_file(tiny_llama).save(tmp_path / "dial.json")
+    loaded = InterventionFile.load(tmp_path / "dial.json")
+    assert loaded.build() == [DIAL, FeedForwardScaling(((1, 0.5),))]
+    assert loaded.dial == DIAL
+
+
+def test_a_dialed_file_has_the_dial_at_the_wanted_setting_and_forgets_what_was_measured(tiny_llama):
+    file = dial_file(tiny_llama, towards="context", measured={"context_rate": 0.5}).dialed(-0.75)
+    assert file.build() == [DIAL.at(-0.75), FeedForwardScaling(((1, 0.5),))]
+    assert (file.towards, file.measured) == ("memory", {})
+
+
+def test_files_without_a_dial_cannot_be_dialed_and_dials_cannot_be_scaled(file, tiny_llama):
+    with pytest.raises(UserError, match="test holds no trust dial"):
+        file.dialed(0.5)
+    with pytest.raises(UserError, match="is set with --trust"):
+        dial_file(tiny_llama).scaled(0.5)
+    with pytest.raises(UserError, match="between -1"):
+        dial_file(tiny_llama).dialed(2.0)

@@ -1,0 +1,56 @@
+"""Scale what feed-forward layers write to the residual stream: x' = x + scale * mlp_write.
+
+Scale 0 takes a layer's MLP out, 1 changes nothing. Where the architecture normalises the MLP's output before it joins
+the residual stream (Gemma), what the norm made of it is scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy, Part
+from interp.errors import UserError
+from interventions.base import Handle
+
+
+@dataclass(frozen=True)
+class FeedForwardScaling:
+    """Scales the MLPs of some layers at every position. Immutable; attach it as often as you like.
+
+    Attributes:
+        scales: ``(layer, scale)`` pairs; each layer at most once.
+
+    Raises:
+        UserError: If a layer occurs twice.
+    """
+
+    scales: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        layers = [layer for layer, _ in self.scales]
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            raise UserError(f"The feed-forward layer {twice[0]} is listed twice; give each layer once.")
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: If the model does not have one of the layers.
+        """
+        anatomy = Anatomy(model)
+        written: Part = "mlp_post_norm" if "mlp_post_norm" in anatomy.parts else "mlp"
+        modules = [(anatomy.module(written, layer), scale) for layer, scale in sorted(self.scales)]
+        return Handle([module.register_forward_hook(_scaled(scale)) for module, scale in modules])
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+
+def _scaled(scale: float) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output * scale
+
+    return hook
