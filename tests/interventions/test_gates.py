@@ -77,12 +77,12 @@ def test_where_the_curve_falls_back_the_first_setting_that_reached_the_rate_is_t
 
 def test_wrong_dials_and_settings_are_refused(tiny_llama):
     dial = TrustDial(GATES, calibration=CALIBRATION)
-    with pytest.raises(UserError, match="reached a context rate of 0.90 at most"):
+    with pytest.raises(UserError, match=r"reached a context rate of 0\.90 at most"):
         dial.trust_for("context", 0.95)
     with pytest.raises(UserError, match="was not calibrated"):
         TrustDial(GATES).trust_for("context", 0.5)
     for trust in (1.1, float("nan")):
-        with pytest.raises(UserError, match="between -1"):
+        with pytest.raises(UserError, match=r"between -1"):
             dial.at(trust)
     with pytest.raises(UserError, match=r"head 0\.1 has two gates"):
         TrustDial((Gate(0, 1), Gate(0, 1, 2.0)))
