@@ -68,6 +68,7 @@ def test_training_explains_most_of_the_variance_with_few_features(store, tmp_pat
     assert 1 <= active <= 24
     if architecture in ("topk", "batchtopk"):
         assert active == pytest.approx(4, abs=1.5)
+        assert sae.cfg.aux_loss_coefficient == 1 / 32
     left = (x - loaded.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert left < 0.4
 
@@ -101,7 +102,9 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 def test_the_record_of_settings_names_only_what_was_used():
     assert "l1" not in settings_record(settings())
-    assert "active" not in settings_record(settings(architecture="standard"))
+    assert not {"active", "auxiliary"} & set(settings_record(settings(architecture="standard")))
+    assert "auxiliary" not in settings_record(settings(architecture="jumprelu"))
+    assert settings_record(settings())["auxiliary"] == 1 / 32
 
 
 def test_a_site_that_was_not_recorded_is_an_error(store):
