@@ -35,6 +35,8 @@ spare_app = typer.Typer(help="Control the source of answers by features of spars
 app.add_typer(spare_app, name="spare")
 steer_app = typer.Typer(help="Control the source of answers by directions.", no_args_is_help=True)
 app.add_typer(steer_app, name="steer")
+dial_app = typer.Typer(help="Learn a dial between memory and context, and set it.", no_args_is_help=True)
+app.add_typer(dial_app, name="dial")
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
@@ -624,25 +626,93 @@ def apply_edit(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Answer prompts without and with an edit; one JSON object a line to standard output."""
-    from interp.generation import continue_greedily
-    from interp.models import load_model
-    from interventions.base import applied
     from interventions.config import InterventionFile
 
     edit = InterventionFile.load(config).scaled(strength)
-    with _prompt_batches(file, batch_size) as batches:
-        bridge = load_model(model, device=device, dtype=dtype)
-        edit.model.check(bridge)
-        if save is not None:
-            edit.save(save)
-        for batch in batches:
-            texts = [prompt.text for prompt in batch]
-            plain = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
-            with applied(bridge, edit):
-                edited = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
-            for prompt, before, after in zip(batch, plain, edited, strict=True):
-                sys.stdout.write(json.dumps({"id": prompt.id, "unedited": before, "edited": after}) + "\n")
-            sys.stdout.flush()
+    _answer_edited(edit, file, save, model, max_new_tokens, batch_size, device, dtype)
+
+
+@dial_app.command("fit")
+def dial_fit(
+    model: Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")] = DEFAULT_MODEL,
+    relation: Annotated[
+        list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable; four by default.")
+    ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(help="Damage allowed: nats of KL divergence from the unedited model, for each kind of prompts."),
+    ] = 0.02,
+    max_gates: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
+    feed_forward: Annotated[
+        bool, typer.Option("--feed-forward", help="Let feed-forward layers move too, counted among the heads.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of learning in each direction.")] = 60,
+    subjects: Annotated[
+        int, typer.Option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
+    ] = 40,
+    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
+        "out/dial"
+    ),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/summary.json."""
+    from conflictscope.dialing import RELATIONS, Dialing
+    from conflictscope.study import headline
+    from interp.facts import relation_named
+    from interp.models import load_model
+    from interventions.gate_training import GateTraining
+
+    relations = [relation_named(name).name for name in relation or RELATIONS]
+    settings = GateTraining(budget=budget, max_gates=max_gates, feed_forward=feed_forward, steps=steps, seed=seed)
+    bridge = load_model(model, device=device, dtype=dtype)
+    summary = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects).run()
+    for line in headline(summary):
+        _say(line)
+    _say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
+
+
+@dial_app.command("apply")
+def dial_apply(
+    config: Annotated[Path, typer.Argument(help="An intervention file with a dial.")] = Path("out/dial/dial.json"),
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
+    ] = None,
+    trust: Annotated[
+        float | None,
+        typer.Option(help="Setting of the dial: -1 is memory, 0 the unchanged model, 1 context; else the file's own."),
+    ] = None,
+    context_rate: Annotated[
+        float | None, typer.Option(help="Instead of --trust: the rate of context answers that is wanted at least.")
+    ] = None,
+    memory_rate: Annotated[
+        float | None, typer.Option(help="Instead of --trust: the rate of memory answers that is wanted at least.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Intervention file to write with that setting.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer prompts without the dial and with it; one JSON object a line to standard output."""
+    from interventions.config import InterventionFile
+
+    if [trust, context_rate, memory_rate].count(None) < 2:
+        raise UserError("Give one of --trust, --context-rate and --memory-rate.")
+    edit = InterventionFile.load(config)
+    if context_rate is not None:
+        trust = edit.dial.trust_for("context", context_rate)
+    elif memory_rate is not None:
+        trust = edit.dial.trust_for("memory", memory_rate)
+    if trust is None and (trust := edit.dial.trust) == 0:
+        raise UserError(
+            f"The dial in {config} is at 0, which changes nothing; give --trust, --context-rate or --memory-rate."
+        )
+    _say(f"The dial is at {trust:+.2f}")
+    _answer_edited(edit.dialed(trust), file, save, model, max_new_tokens, batch_size, device, dtype)
 
 
 @app.command()
@@ -766,6 +836,36 @@ def _model_and_data(
         facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
         conflicts = build_conflicts(facts, seed=seed)
     return bridge, conflicts
+
+
+def _answer_edited(
+    edit: Any,
+    file: Path | None,
+    save: Path | None,
+    model: str,
+    max_new_tokens: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Answer prompts without and with an intervention file, and save that file if it is wanted."""
+    from interp.generation import continue_greedily
+    from interp.models import load_model
+    from interventions.base import applied
+
+    with _prompt_batches(file, batch_size) as batches:
+        bridge = load_model(model, device=device, dtype=dtype)
+        edit.model.check(bridge)
+        if save is not None:
+            edit.save(save)
+        for batch in batches:
+            texts = [prompt.text for prompt in batch]
+            plain = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
+            with applied(bridge, edit):
+                edited = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
+            for prompt, before, after in zip(batch, plain, edited, strict=True):
+                sys.stdout.write(json.dumps({"id": prompt.id, "unedited": before, "edited": after}) + "\n")
+            sys.stdout.flush()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch import Tensor
 from conflictscope.probing import conflicts_for_probes
 from conflictscope.records import Records
 from conflictscope.saes import check_unseen
-from conflictscope.study import as_good_as_the_best, condition_record, versions
+from conflictscope.study import RANDOM_DRAWS, TEST_PHRASINGS, as_good_as_the_best, condition_record, versions
 from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
@@ -37,7 +37,7 @@ from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import AnswerStarts, UsageReport, measure_usage, neutral_kl, neutral_texts
-from interp.facts import HELD_OUT_PHRASING, STUDY_PHRASINGS
+from interp.facts import HELD_OUT_PHRASING
 from interp.files import read_json, write_json
 from interp.generation import ReadPrompts, first_token_id, tracked
 from interp.models import fingerprint
@@ -59,21 +59,13 @@ STEERING_METHODS: tuple[SteeringMethod, ...] = get_args(SteeringMethod)
 SPARE_METHODS = ("spare", "remove_only", "add_only", "random_features", "constant")
 METHODS = (*STEERING_METHODS, "random_direction", *SPARE_METHODS)
 
-SHARES = (0.1, 0.3)
+SHARES = (0.1, 0.3, 0.5)
 ALPHAS = (1.0, 2.0, 4.0)
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 REPLACED = (0.5, 1.0)
 
 _DEV_SUBJECTS = 40
 _ROWS_AT_ONCE = 512
-_RANDOM_DRAWS = 2
-# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
-_TEST_PHRASINGS = {
-    "conflict": STUDY_PHRASINGS,
-    "aligned": (HELD_OUT_PHRASING,),
-    "irrelevant": (HELD_OUT_PHRASING,),
-    "none": ("question", HELD_OUT_PHRASING),
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,7 @@ class Control:
         self.records = Records(out / "records", model=fingerprint(model))
         self._test_phrasings: Mapping[str, Sequence[str]] | None = None
         if conflicts is None:
-            self._test_phrasings = _TEST_PHRASINGS
+            self._test_phrasings = TEST_PHRASINGS
             conflicts = conflicts_for_probes(model, relations, folder=out / "records", seed=seed, kinds=CONTEXT_KINDS)
         self.conflicts = conflicts
         self._chosen_on = self._sampled("dev", _DEV_SUBJECTS)
@@ -518,7 +510,7 @@ def _ablations(best: Edit, run: Sequence[_FittedFeatures], towards: Direction, s
         "add_only": [variant("add_only", (f.edited_as([], sets[f.sae.layer][1], towards) for f in run))],
         "random_features": [
             variant(f"random {draw}", (random_layer(features, draw) for features in run))
-            for draw in range(_RANDOM_DRAWS)
+            for draw in range(RANDOM_DRAWS)
         ],
         "constant": [Edit(tuple(constant), {**best.settings, "variant": "constant"})],
     }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,7 +32,7 @@ from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import UsageReport, measure_usage
+from interp.evaluation import measure_usage
 from interp.facts import (
     HELD_OUT_PHRASING,
     PHRASINGS,
@@ -98,11 +98,16 @@ def conflicts_for_probes(
     report = records.usage(
         "closed_book", closed_book.digest, lambda: measure_usage(model, closed_book, progress="Closed-book")
     )
-    return conflicts_by_phrasing(facts, report, seed=seed, kinds=kinds)
+    right = report.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template").rows()
+    return conflicts_by_phrasing(facts, set(right), seed=seed, kinds=kinds)
 
 
 def conflicts_by_phrasing(
-    facts: Mapping[str, Sequence[Fact]], closed_book: UsageReport, *, seed: int, kinds: Sequence[ContextKind]
+    facts: Mapping[str, Sequence[Fact]],
+    right: Collection[tuple[str, str, str]],
+    *,
+    seed: int,
+    kinds: Sequence[ContextKind],
 ) -> ConflictSet:
     """Each phrasing family's prompts about those facts that were answered right in that family.
 
@@ -111,15 +116,13 @@ def conflicts_by_phrasing(
 
     Args:
         facts: Facts by relation.
-        closed_book: What was answered to their prompts without a context, in all families.
+        right: Relation, subject and phrasing of what was answered right without a context.
         seed: Decides the splits and which answer conflicts with which.
         kinds: The context kinds to build.
 
     Raises:
         UserError: If too few facts are known in every family.
     """
-    asked = closed_book.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template")
-    right = set(asked.rows())
     examples: list[ConflictExample] = []
     for phrasing in PHRASINGS:
         known = {r: [fact for fact in some if (r, fact.subject, phrasing) in right] for r, some in facts.items()}

@@ -62,6 +62,11 @@ class Records:
 
         return self._kept(step, depends_on, "", read, write, compute)
 
+    def place(self, step: str, depends_on: Any, suffix: str) -> Path:
+        """The file of a step: another one for anything else that it depends on."""
+        key = json.dumps([self._basis, step, depends_on], sort_keys=True, default=str)
+        return self.folder / f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:12]}{suffix}"
+
     def _kept(
         self,
         step: str,
@@ -71,8 +76,7 @@ class Records:
         write: Callable[[Path, _T], None],
         compute: Callable[[], _T],
     ) -> _T:
-        key = json.dumps([self._basis, step, depends_on], sort_keys=True, default=str)
-        path = self.folder / f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:12]}{suffix}"
+        path = self.place(step, depends_on, suffix)
         if path.exists():
             try:
                 return read(path)

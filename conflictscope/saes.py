@@ -23,7 +23,14 @@ from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet, Split, split_of
 from interp.corpus import sampled_texts
 from interp.errors import UserError
-from interp.facts import HELD_OUT_PHRASING, PHRASINGS, STUDY_PHRASINGS, build_conflicts, relations, usable_facts
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    LEARNED_PHRASINGS,
+    STUDY_PHRASINGS,
+    build_conflicts,
+    relations,
+    usable_facts,
+)
 from interp.files import atomic_directory, read_json, write_json
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder, load_sae
@@ -172,8 +179,7 @@ def training_texts(
     model: TransformerBridge, out: Path, *, n_texts: int, n_prompts: int, texts: Sequence[str] | None, seed: int
 ) -> list[str]:
     """Sampled (or given) texts and conflict prompts of the train split, shuffled together."""
-    known = tuple(phrasing for phrasing in PHRASINGS if phrasing != HELD_OUT_PHRASING)
-    prompts = [example.prompt for example in _prompts("train", known, seed)]
+    prompts = [example.prompt for example in _prompts("train", LEARNED_PHRASINGS, seed)]
     if len(prompts) < n_prompts:
         raise UserError(f"There are {len(prompts)} conflict prompts of the train split, fewer than {n_prompts}.")
     free = texts

@@ -37,6 +37,7 @@ from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage,
 from interp.facts import (
     HELD_OUT_PHRASING,
     SEEN_PHRASINGS,
+    STUDY_PHRASINGS,
     Fact,
     build_conflicts,
     closed_book_prompt,
@@ -57,15 +58,20 @@ if TYPE_CHECKING:
 Method = Literal["value_scaling", "mean_ablation", "pruning"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
+TEST_PHRASINGS: Mapping[str, Sequence[str]] = {
+    "conflict": STUDY_PHRASINGS,
+    "aligned": (HELD_OUT_PHRASING,),
+    "irrelevant": (HELD_OUT_PHRASING,),
+    "none": ("question", HELD_OUT_PHRASING),
+}
+RANDOM_DRAWS = 2
+
 _OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
 _PRUNED_HEADS = (1, 2, 4, 8)
 _ABLATED_HEADS = (4, 8)
 _STRENGTHENED = 1.5
-_RANDOM_DRAWS = 2
-# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of a study.
-_CONTEXT_GUARDS = (HELD_OUT_PHRASING,)
-_CLOSED_BOOK_GUARDS = ("question", HELD_OUT_PHRASING)
 _QUICK_FACTS = 40
 
 
@@ -315,9 +321,9 @@ class Study:
         asked = ConflictSet(
             self.conflicts.name,
             (
-                *self._selected("test", ["conflict"], [*SEEN_PHRASINGS, HELD_OUT_PHRASING]),
-                *self._selected("test", ["aligned", "irrelevant"], _CONTEXT_GUARDS),
-                *self._selected("test", ["none"], _CLOSED_BOOK_GUARDS),
+                *self._selected("test", ["conflict"], TEST_PHRASINGS["conflict"]),
+                *self._selected("test", ["aligned", "irrelevant"], TEST_PHRASINGS["aligned"]),
+                *self._selected("test", ["none"], TEST_PHRASINGS["none"]),
             ),
         )
         report = self._edited_report("test", label, asked, candidate, measure_usage)
@@ -346,7 +352,7 @@ class Study:
         free = [place for place in places if place not in taken]
         rng = random.Random(self.seed)
         draws = []
-        for winner in [*winners] * _RANDOM_DRAWS:
+        for winner in [*winners] * RANDOM_DRAWS:
             if len(winner.heads) > len(free):
                 raise UserError(f"{self.name} has too few heads for a random control of {len(winner.heads)} heads.")
             drawn = zip(rng.sample(free, len(winner.heads)), winner.heads, strict=True)
@@ -434,8 +440,10 @@ def headline(summary: Mapping[str, Any]) -> Iterator[str]:
     }
     for name, condition in conditions.items():
         test = condition["test"]
-        sizes = [len(edit["heads"]) for edit in condition.get("draws", [condition]) if "heads" in edit]
-        edited = f"{'+'.join(map(str, sizes))} heads" if sizes else ""
+        edits = [edit for edit in condition.get("draws", [condition]) if "heads" in edit]
+        sizes = [len(edit["heads"]) + len(edit.get("feed_forward", ())) for edit in edits]
+        gated = any(edit.get("feed_forward") for edit in edits)
+        edited = f"{'+'.join(map(str, sizes))} {'gates' if gated else 'heads'}" if sizes else ""
         measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "neutral_kl")
         values = "  ".join(f"{measure} {Estimate(**test[measure])}" for measure in measures)
         yield f"{name:<16} {edited:<9} {values}"

@@ -298,8 +298,12 @@ class Anatomy:
 
     def written_site(self, part: Literal["attention", "mlp"], layer: int) -> str:
         """The site of what attention or the MLP adds to the residual stream: after its post norm, where it has one."""
+        return self.site(self.writing_part(part), layer)
+
+    def writing_part(self, part: Literal["attention", "mlp"]) -> Part:
+        """The part whose output attention or the MLP adds to the residual stream: its post norm, where it has one."""
         post: Part = "attention_post_norm" if part == "attention" else "mlp_post_norm"
-        return self.site(post if post in self.parts else part, layer)
+        return post if post in self.parts else part
 
     def _checked_part(self, part: Part) -> Part:
         if part not in self.parts:

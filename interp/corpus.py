@@ -41,6 +41,7 @@ def sampled_texts(
     split: Split,
     seed: int,
     new_tokens: int = NEW_TOKENS,
+    batch_size: int | None = None,
     progress: str | None = None,
 ) -> list[str]:
     """Texts that the model writes when nobody asks, sampled at temperature 0.8.
@@ -55,19 +56,21 @@ def sampled_texts(
         split: The texts that start from a subject's name start from subjects of this split.
         seed: Decides the split, the subjects and the texts.
         new_tokens: Sampled tokens of each text; a text does not stop before.
+        batch_size: Texts that are sampled at once, and kept, however many are wanted of the last of them.
         progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
         UserError: If the model's tokenizer has no special token that a text can start with.
     """
     starts = _starts(model, split, seed)
-    decided_by = [fingerprint(model), split, seed, new_tokens, TEMPERATURE, _BATCH_SIZE]
+    size = batch_size or _BATCH_SIZE
+    decided_by = [fingerprint(model), split, seed, new_tokens, TEMPERATURE, size]
     place = folder / f"{split}-{hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:12]}"
     batches: list[list[str]] = []
-    for number in tracked(range(-(-count // _BATCH_SIZE)), progress):
+    for number in tracked(range(-(-count // size)), progress):
         path = place / f"{number:05d}.json"
         if not path.exists():
-            chosen = list(itertools.islice(itertools.cycle(starts), number * _BATCH_SIZE, (number + 1) * _BATCH_SIZE))
+            chosen = list(itertools.islice(itertools.cycle(starts), number * size, (number + 1) * size))
             write_json(path, _sampled(model, chosen, new_tokens, hash_seed(seed, split, number)))
         batches.append(read_json(path))
     return list(itertools.chain.from_iterable(batches))[:count]

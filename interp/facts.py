@@ -143,6 +143,7 @@ PHRASINGS: dict[str, Phrasing] = {
 HELD_OUT_PHRASING = "according_to"
 SEEN_PHRASINGS = ("statement", "question", "document")
 STUDY_PHRASINGS = (*SEEN_PHRASINGS, HELD_OUT_PHRASING)
+LEARNED_PHRASINGS = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASING)
 
 
 def _lower_clause(clause: str) -> str:

@@ -132,14 +132,19 @@ def continue_greedily(
     return Continuations(answers, first_tokens, first_logits)
 
 
-def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:
-    """The id of the first token with which ``answer`` continues ``prompt``."""
+def continuation_ids(model: TransformerBridge, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt's tokens, and those of the tokens with which ``answer`` continues it."""
     bare = model.tokenizer(prompt)["input_ids"]
     full = model.tokenizer(f"{prompt} {answer}")["input_ids"]
     if full[: len(bare)] == bare and len(full) > len(bare):
-        return full[len(bare)]
+        return bare, full[len(bare) :]
     # The tokenizer merges across the border; what it makes of the answer alone is the next best.
-    return model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0]
+    return bare, model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+
+
+def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:
+    """The id of the first token with which ``answer`` continues ``prompt``."""
+    return continuation_ids(model, prompt, answer)[1][0]
 
 
 class ReadPrompts:

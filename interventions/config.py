@@ -405,7 +405,9 @@ class InterventionFile(_Strict):
             elif isinstance(intervention, FeatureEdit):
                 scaled.append(replace(intervention, alpha=intervention.alpha * factor))
             else:
-                raise UserError(f"{self.name} scales heads, which have no strength to multiply; apply it as it is.")
+                raise UserError(
+                    f"{self.name} scales heads or layers, which have no strength to multiply; apply it as it is."
+                )
         provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
         about = {"name": self.name, "towards": self.towards, "model": self.model, "provenance": provenance}
         return InterventionFile.of(scaled, **about)
@@ -415,11 +417,14 @@ class InterventionFile(_Strict):
         """The dial that the file holds.
 
         Raises:
-            UserError: If it holds none.
+            UserError: If it holds none, or several.
         """
         dials = [intervention for intervention in self.build() if isinstance(intervention, TrustDial)]
         if len(dials) != 1:
-            raise UserError(f"{self.name} holds no trust dial; give a file that `conflictscope dial fit` wrote.")
+            raise UserError(
+                f"{self.name} holds {len(dials) or 'no'} trust dials; give a file with one, as written by "
+                "`conflictscope dial fit`."
+            )
         return dials[0]
 
     def dialed(self, trust: float) -> InterventionFile:
@@ -430,7 +435,7 @@ class InterventionFile(_Strict):
         """
         dial = self.dial
         towards: Literal["context", "memory"] | None = "context" if trust > 0 else "memory" if trust < 0 else None
-        parts = [part.at(trust) if part == dial else part for part in self.build()]
+        parts = [dial.at(trust) if isinstance(part, TrustDial) else part for part in self.build()]
         return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=self.provenance)
 
     def attach(self, model: nn.Module) -> Handle:

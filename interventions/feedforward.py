@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy, Part
+from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interventions.base import Handle
 
@@ -41,8 +41,8 @@ class FeedForwardScaling:
             UserError: If the model does not have one of the layers.
         """
         anatomy = Anatomy(model)
-        written: Part = "mlp_post_norm" if "mlp_post_norm" in anatomy.parts else "mlp"
-        modules = [(anatomy.module(written, layer), scale) for layer, scale in sorted(self.scales)]
+        part = anatomy.writing_part("mlp")
+        modules = [(anatomy.module(part, layer), scale) for layer, scale in sorted(self.scales)]
         return Handle([module.register_forward_hook(_scaled(scale)) for module, scale in modules])
 
     def __len__(self) -> int:

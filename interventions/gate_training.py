@@ -10,10 +10,10 @@ For one direction, with s the scales of all heads (and, if wanted, of all feed-f
    the memory answer), and ordinary text.
 3. The constraints are held by multipliers that rise while a constraint is broken and fall while there is room: dual
    ascent, next to Adam's descent.
-4. After two thirds of the steps the most important gates are kept for good, without noise, and only their scales are
+4. After two thirds of the steps the gates that move most are kept for good, without noise, and only their scales are
    learned on.
-5. At the end of each stretch of steps the scales are tried on dev: moved back towards 1 as far as the budget demands
-   there. The stretch with the best answers on dev wins.
+5. In that last third the scales are tried on dev every sixth of the steps: moved back towards 1 as far as the budget
+   demands there. The ones with the best answers on dev win.
 
 The direction's other end has gates of its own; the two make one dial.
 """
@@ -23,22 +23,32 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.anatomy import Anatomy, Part
+from interp.anatomy import Anatomy
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.files import atomic_path
 from interp.generation import tracked
+from interp.teacher_forcing import (
+    Continued,
+    continued,
+    greedily_continued,
+    item_residuals,
+    predicting_residuals,
+    text_tokens,
+    token_batches,
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -48,7 +58,12 @@ GUARDS: tuple[Guard, ...] = get_args(Guard)
 
 # Of the hard concrete distribution: its temperature, and how far it is stretched beyond 0 and 1.
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
-_TOKENS_AT_ONCE = 512
+_GUARD_WEIGHT, _DUAL_RATE, _LARGEST_MULTIPLIER = 0.1, 0.2, 50.0
+_SPARSITY_RATE = 0.05
+_TRIES, _MARGIN = 8, 0.97
+_LONGEST_TEXT = 48
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -76,26 +91,19 @@ class GateTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget < math.inf:
-            raise UserError(f"The budget is a number of nats above 0, not {self.budget:g}.")
-        if self.max_gates < 1 or self.steps < 3:
-            raise UserError("A dial needs at least one gate and three steps of training.")
+        for name in ("budget", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
+        for name, least in (("max_gates", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"Learning gates needs {name} of at least {least}, not {getattr(self, name)}.")
 
 
-@dataclass(frozen=True, eq=False)
-class Continued:
-    """A prompt with the tokens that should follow, or a text of which every token counts.
+class Guarded(NamedTuple):
+    """A guard's prompt, and the unedited model's final residual stream where its looked-at tokens are predicted."""
 
-    Attributes:
-        tokens: Token ids of both.
-        predicted: How many of them, the last ones, are looked at: those of the answer, or all of a text but the first.
-        reference: For guards, the unedited model's final residual stream where these are predicted,
-            ``(predicted, d_model)``.
-    """
-
-    tokens: tuple[int, ...]
-    predicted: int
-    reference: Tensor | None = None
+    item: Continued
+    reference: Tensor
 
 
 class GateData:
@@ -133,20 +141,19 @@ class GateData:
         by_kind = {kind: [e for e in examples if e.kind == kind] for kind in ("conflict", *GUARDS[:3])}
         if missing := [kind for kind, found in by_kind.items() if not found]:
             raise UserError(f"Gates are learned from prompts of every kind, but there are none of {missing[0]!r}.")
-        if not texts:
-            raise UserError("Gates are guarded by ordinary text too, but there is none.")
         self.conflicts = _evenly(by_kind["conflict"], conflicts, seed)
         kept = {kind: _evenly(by_kind[kind], guards, seed) for kind in GUARDS[:3]}
-        bare: dict[Guard, list[Continued]] = {
+        items_of: dict[Guard, list[Continued]] = {
             kind: [continued(model, e.prompt, e.memory_answers[0]) for e in kept[kind]] for kind in GUARDS[:3]
         }
-        ids = [model.tokenizer(text)["input_ids"] for text in texts]
-        bare["neutral"] = [Continued(tuple(tokens), len(tokens) - 1) for tokens in ids if len(tokens) > 1]
-        every = [item for items in bare.values() for item in items]
-        references = iter(_final_states(model, every, progress))
-        self.guards: dict[Guard, list[Continued]] = {
-            kind: [Continued(item.tokens, item.predicted, next(references)) for item in items]
-            for kind, items in bare.items()
+        cut = [text_tokens(model, text, _LONGEST_TEXT) for text in texts]
+        items_of["neutral"] = [item for item in cut if item.predicted > 0]
+        if not items_of["neutral"]:
+            raise UserError("Gates are guarded by ordinary text too, but there is none of two tokens or more.")
+        every = [item for items in items_of.values() for item in items]
+        references = iter(item_residuals(model, every, progress=progress))
+        self.guards: dict[Guard, list[Guarded]] = {
+            kind: [Guarded(item, next(references)) for item in items] for kind, items in items_of.items()
         }
 
     def wanted(self, towards: Literal["context", "memory"]) -> list[Continued]:
@@ -155,16 +162,6 @@ class GateData:
             continued(self.model, e.prompt, (e.context_answers if towards == "context" else e.memory_answers)[0])
             for e in self.conflicts
         ]
-
-
-def continued(model: TransformerBridge, prompt: str, answer: str) -> Continued:
-    """``prompt`` and the tokens of ``answer`` after it."""
-    bare = model.tokenizer(prompt)["input_ids"]
-    full = model.tokenizer(f"{prompt} {answer}")["input_ids"]
-    if full[: len(bare)] != bare or len(full) == len(bare):
-        # The tokenizer merges across the border; what it makes of the answer alone is the next best.
-        full = [*bare, *model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]]
-    return Continued(tuple(full), len(full) - len(bare))
 
 
 def _evenly(examples: Sequence[ConflictExample], count: int, seed: int) -> list[ConflictExample]:
@@ -190,7 +187,7 @@ class GateState:
     Attributes:
         places: ``(layer, head)`` of every gate; head ``None`` is the feed-forward layer.
         offset, location: The learned numbers, ``(n_gates,)``.
-        kept: Gates that are kept for good, boolean; ``None`` before that is decided.
+        kept: 1 for gates that are kept for good, 0 for others, ``(n_gates,)``; ``None`` before that is decided.
     """
 
     def __init__(self, model: TransformerBridge, settings: GateTraining) -> None:
@@ -213,7 +210,7 @@ class GateState:
         return 1 + _stretched((logistic + self.location) / _TEMPERATURE) * self.offset
 
     def scales(self) -> Tensor:
-        """Scales without noise, of no more gates than were kept, ``(n_gates,)``."""
+        """Scales without noise, ``(n_gates,)``; 1 for gates that were not kept, once that is decided."""
         with torch.no_grad():
             opened = _stretched(self.location) if self.kept is None else self.kept
             return 1 + opened * self.offset
@@ -239,19 +236,20 @@ def _stretched(logits: Tensor) -> Tensor:
 def scaled(model: TransformerBridge, places: Sequence[tuple[int, int | None]], scales: Tensor) -> Iterator[None]:
     """Scale heads and feed-forward layers for the length of a ``with`` block, with a gradient to ``scales``."""
     anatomy = Anatomy(model)
-    written: Part = "mlp_post_norm" if "mlp_post_norm" in anatomy.parts else "mlp"
+    part = anatomy.writing_part("mlp")
+    scales = scales.to(anatomy.device)
     per_layer: dict[int, list[int]] = {}
     for index, (layer, head) in enumerate(places):
         if head is not None:
             per_layer.setdefault(layer, []).append(index)
 
     def scale_heads(indices: list[int]) -> Any:
-        heads = torch.tensor([places[i][1] for i in indices])
+        heads = torch.tensor([places[i][1] for i in indices], device=scales.device)
 
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = inputs[0].unflatten(-1, (anatomy.n_heads, anatomy.d_head))
-            factor = torch.ones(anatomy.n_heads).index_copy(0, heads, scales[indices]).to(z.device, z.dtype)
-            return ((z * factor[:, None]).flatten(-2), *inputs[1:])
+            factor = torch.ones(anatomy.n_heads, device=scales.device).index_copy(0, heads, scales[indices])
+            return ((z * factor.to(z.device, z.dtype)[:, None]).flatten(-2), *inputs[1:])
 
         return hook
 
@@ -264,77 +262,38 @@ def scaled(model: TransformerBridge, places: Sequence[tuple[int, int | None]], s
             stack.callback(module.register_forward_pre_hook(scale_heads(indices)).remove)
         for index, (layer, head) in enumerate(places):
             if head is None:
-                stack.callback(anatomy.module(written, layer).register_forward_hook(scale_output(index)).remove)
+                stack.callback(anatomy.module(part, layer).register_forward_hook(scale_output(index)).remove)
         yield
 
 
-def _batches(items: Sequence[Continued]) -> list[list[int]]:
-    """Numbers of items of similar length, no more tokens in a batch than fit."""
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].tokens), i))
-    batches: list[list[int]] = []
-    for index in order:
-        if not batches or (len(batches[-1]) + 1) * len(items[index].tokens) > _TOKENS_AT_ONCE:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def answer_losses(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
+    """-log p of each item's answer in nats, ``(n_items,)``; for one batch."""
+    log_p = Anatomy(model).logits(predicting_residuals(model, items)).float().log_softmax(-1)
+    answers = torch.tensor([token for item in items for token in item.answer], device=log_p.device)
+    return _summed(-log_p.gather(1, answers[:, None]).squeeze(1), items)
 
 
-def _residuals(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
-    """The final residual stream where the items' looked-at tokens are predicted, one item after another."""
+def divergences(model: TransformerBridge, guarded: Sequence[Guarded]) -> Tensor:
+    """Each item's mean KL(unedited || edited) over its looked-at tokens in nats, ``(n_items,)``; for one batch."""
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
-    width = max(len(item.tokens) for item in items)
-    padding = torch.tensor([width - len(item.tokens) for item in items], device=anatomy.device)
-    rows = [[0] * (width - len(item.tokens)) + list(item.tokens) for item in items]
-    mask = (torch.arange(width, device=anatomy.device) >= padding[:, None]).long()
-    seen: list[Tensor] = []
-    handle = anatomy.final_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        network(
-            input_ids=torch.tensor(rows, device=anatomy.device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    finally:
-        handle.remove()
-    return torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])
-
-
-def _final_states(model: TransformerBridge, items: Sequence[Continued], progress: str | None) -> list[Tensor]:
-    states: list[Tensor] = [torch.empty(0)] * len(items)
-    for batch in tracked(_batches(items), progress):
-        chosen = [items[i] for i in batch]
-        with torch.no_grad():
-            parts = _residuals(model, chosen).split([item.predicted for item in chosen])
-        for index, part in zip(batch, parts, strict=True):
-            states[index] = part
-    return states
-
-
-def losses(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
-    """Per item: -log p of the answer, or for guards the mean KL(unedited || edited); nats, ``(n_items,)``."""
-    anatomy = Anatomy(model)
-    residual = _residuals(model, items)
-    log_p = anatomy.logits(residual).float().log_softmax(-1)
-    counts = torch.tensor([item.predicted for item in items])
-    owner = torch.arange(len(items)).repeat_interleave(counts).to(log_p.device)
-    if items[0].reference is None:
-        answers = torch.tensor([token for item in items for token in item.tokens[len(item.tokens) - item.predicted :]])
-        per_token = -log_p.gather(1, answers.to(log_p.device)[:, None]).squeeze(1)
-        return torch.zeros(len(items), device=log_p.device).index_add(0, owner, per_token)
+    items = [item for item, _ in guarded]
+    log_p = anatomy.logits(predicting_residuals(model, items)).float().log_softmax(-1)
     with torch.no_grad():
-        reference = torch.cat([item.reference for item in items if item.reference is not None])
-        log_q = anatomy.logits(reference.to(log_p.device)).float().log_softmax(-1)
-    per_token = (log_q.exp() * (log_q - log_p)).sum(-1)
-    total = torch.zeros(len(items), device=log_p.device).index_add(0, owner, per_token)
-    return total / counts.to(log_p.device)
+        log_q = anatomy.logits(torch.cat([reference for _, reference in guarded])).float().log_softmax(-1)
+    summed = _summed((log_q.exp() * (log_q - log_p)).sum(-1), items)
+    return summed / torch.tensor([item.predicted for item in items], device=summed.device)
+
+
+def _summed(values: Tensor, items: Sequence[Continued]) -> Tensor:
+    """Values of looked-at tokens, summed by item."""
+    counts = torch.tensor([item.predicted for item in items], device=values.device)
+    owner = torch.arange(len(items), device=values.device).repeat_interleave(counts)
+    return torch.zeros(len(items), device=values.device).index_add(0, owner, values)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What scales do on dev.
+    """What scales do.
 
     Attributes:
         rate: Share of conflict prompts that are answered from the wanted source, token by token.
@@ -346,8 +305,8 @@ class Checked:
 
     @property
     def worst(self) -> float:
-        """The largest of the divergences."""
-        return max(self.divergence.values())
+        """The largest of the divergences; infinite if one is no number."""
+        return max(math.inf if math.isnan(value) else value for value in self.divergence.values())
 
 
 def check_scales(
@@ -357,19 +316,18 @@ def check_scales(
     places: Sequence[tuple[int, int | None]],
     scales: Tensor,
 ) -> Checked:
-    """Measure scales on the prompts of ``data``."""
+    """Measure scales on the prompts of ``data``, of which those about conflicts are to be answered as ``wanted``."""
     with torch.no_grad(), scaled(model, places, scales):
-        divergence = {
-            kind: sum(float(losses(model, [items[i] for i in batch]).sum()) for batch in _batches(items)) / len(items)
-            for kind, items in data.guards.items()
-        }
-        hits = 0
-        for batch in _batches(wanted):
-            chosen = [wanted[i] for i in batch]
-            greedy = Anatomy(model).logits(_residuals(model, chosen)).argmax(-1).cpu()
-            for item, tokens in zip(chosen, greedy.split([item.predicted for item in chosen]), strict=True):
-                hits += tokens.tolist() == list(item.tokens[len(item.tokens) - item.predicted :])
-    return Checked(hits / len(wanted), divergence)
+        return Checked(sum(greedily_continued(model, wanted)) / len(wanted), _divergence(model, data))
+
+
+def _divergence(model: TransformerBridge, data: GateData) -> dict[str, float]:
+    """For each guard the mean divergence of the model as it is now."""
+    found = {}
+    for kind, guarded in data.guards.items():
+        batches = token_batches([item for item, _ in guarded])
+        found[kind] = sum(float(divergences(model, [guarded[i] for i in b]).sum()) for b in batches) / len(guarded)
+    return found
 
 
 def within_budget(
@@ -380,19 +338,19 @@ def within_budget(
     scales: Tensor,
     budget: float,
 ) -> tuple[Tensor, Checked]:
-    """Move scales back towards 1 until no guard of ``data`` diverges by more than ``budget``.
+    """Move scales back towards 1 until no guard of ``data`` diverges by more than ``budget``, and measure them there.
 
     Divergence grows about with the square of the way, so that one or two tries are enough.
     """
-    share = 1.0
-    for _ in range(6):
-        tried = 1 + share * (scales - 1)
-        checked = check_scales(model, data, wanted, places, tried)
-        if checked.worst <= budget:
-            return tried, checked
-        share *= 0.97 * math.sqrt(budget / checked.worst)
-    unmoved = torch.ones_like(scales)
-    return unmoved, check_scales(model, data, wanted, places, unmoved)
+    tried = scales
+    for tries_left in reversed(range(_TRIES)):
+        with torch.no_grad(), scaled(model, places, tried):
+            divergence = _divergence(model, data)
+            worst = Checked(0.0, divergence).worst
+            if worst <= budget or not tries_left:
+                return tried, Checked(sum(greedily_continued(model, wanted)) / len(wanted), divergence)
+        tried = 1 + _MARGIN * math.sqrt(budget / worst) * (tried - 1) if tries_left > 1 else torch.ones_like(scales)
+    raise AssertionError("the last try returns")
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,7 +375,6 @@ def learn_gates(
     towards: Literal["context", "memory"],
     settings: GateTraining,
     *,
-    answers: Sequence[Continued] | None = None,
     checkpoint: Path | None = None,
     progress: str | None = None,
 ) -> LearnedGates:
@@ -429,12 +386,14 @@ def learn_gates(
         dev: What the scales are checked on.
         towards: The source that is to win.
         settings: What decides the training.
-        answers: What the conflict prompts of ``train`` are to be answered with instead: a control.
-        checkpoint: File that training goes on from, if it is there and of the same data and settings; it is taken away
-            at the end.
+        checkpoint: File that training is kept in, and goes on from if it is there, of the same settings and, which is
+            for the caller to see to, the same model and data.
         progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If the numbers leave the range of the model's dtype.
     """
-    wanted = train.wanted(towards) if answers is None else list(answers)
+    wanted = train.wanted(towards)
     tried = dev.wanted(towards)
     state = _Training(model, settings)
     if checkpoint is not None:
@@ -456,8 +415,6 @@ def learn_gates(
     assert state.best is not None
     scales, checked = state.best
     moved = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return LearnedGates(tuple(state.gates.places[i] for i in moved), tuple(float(scales[i]) for i in moved), checked)
 
 
@@ -480,46 +437,44 @@ class _Training:
         self.best: tuple[Tensor, Checked] | None = None
 
     def descend(
-        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Continued]]
-    ) -> dict[str, float]:
+        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
+    ) -> None:
         settings = self.settings
         rng = random.Random(f"{settings.seed}/{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         sampled = self.gates.sampled(generator)
         # Passes are made one by one; their gradients meet here.
         scales = sampled.detach().requires_grad_()
-        kinds: dict[str, Sequence[Continued]] = {"conflict": _drawn(rng, wanted, settings.conflicts)}
-        for kind in GUARDS:
-            kinds[kind] = _drawn(rng, guards[kind], settings.guards if kind != "neutral" else -(-settings.guards // 4))
-        found = dict.fromkeys(kinds, 0.0)
+        drawn = _drawn(rng, wanted, settings.conflicts)
+        counts = {kind: settings.guards if kind != "neutral" else -(-settings.guards // 4) for kind in GUARDS}
+        guarded = [(kind, guard) for kind in GUARDS for guard in _drawn(rng, guards[kind], counts[kind])]
+        sizes = Counter(kind for kind, _ in guarded)
+        weights = [_GUARD_WEIGHT * self.multipliers[kind] / settings.budget / sizes[kind] for kind, _ in guarded]
         with scaled(model, self.gates.places, scales):
-            for guarded in (False, True):
-                named = [
-                    (kind, item) for kind, items in kinds.items() if (kind != "conflict") == guarded for item in items
-                ]
-                for batch in _batches([item for _, item in named]):
-                    values = losses(model, [named[i][1] for i in batch])
-                    total = torch.zeros((), device=values.device)
-                    for i, value in zip(batch, values, strict=True):
-                        kind = named[i][0]
-                        share = value / len(kinds[kind])
-                        found[kind] += share.item()
-                        total = total + share * (self.multipliers[kind] * 0.1 / settings.budget if guarded else 1.0)
-                    total.backward()
+            _backward(
+                drawn, [1 / len(drawn)] * len(drawn), lambda batch: answer_losses(model, [drawn[i] for i in batch])
+            )
+            values = _backward(
+                [guard.item for _, guard in guarded],
+                weights,
+                lambda batch: divergences(model, [guarded[i][1] for i in batch]),
+            )
         assert scales.grad is not None
+        if not scales.grad.isfinite().all():
+            raise UserError("The gates' gradients are not finite; load the model with --dtype float32 or bfloat16.")
         objective = (sampled * scales.grad.to(sampled)).sum()
         if self.gates.kept is None:
             count = self.gates.expected_open() / settings.max_gates
             objective = objective + self.sparsity * count
-            self.sparsity = max(0.0, self.sparsity + 0.05 * (count.item() - 1))
+            self.sparsity = max(0.0, self.sparsity + _SPARSITY_RATE * (count.item() - 1))
         self.optimiser.zero_grad()
         objective.backward()
         self.optimiser.step()
         for kind in GUARDS:
-            moved = self.multipliers[kind] + 0.2 * (found[kind] / settings.budget - 1)
-            self.multipliers[kind] = min(max(0.0, moved), 50.0)
+            divergence = sum(value for (of, _), value in zip(guarded, values, strict=True) if of == kind) / sizes[kind]
+            moved = self.multipliers[kind] + _DUAL_RATE * (divergence / settings.budget - 1)
+            self.multipliers[kind] = min(max(0.0, moved), _LARGEST_MULTIPLIER)
         self.step += 1
-        return found
 
     def save(self, path: Path) -> None:
         """Keep all that the next step needs, in one file."""
@@ -549,24 +504,36 @@ class _Training:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["training"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return
-        if about["settings"] != asdict(self.settings) or len(tensors["offset"]) != len(self.gates.places):
+            if about["settings"] != asdict(self.settings) or tensors["offset"].shape != self.gates.offset.shape:
+                return
+            best = None if about["best"] is None else (tensors["best"], Checked(**about["best"]))
+            location, kept = tensors["location"], tensors.get("kept")
+            multipliers, sparsity, step = about["multipliers"], about["sparsity"], about["step"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return
         with torch.no_grad():
             self.gates.offset.copy_(tensors["offset"])
-            self.gates.location.copy_(tensors["location"])
-        self.gates.kept = tensors.get("kept")
+            self.gates.location.copy_(location)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
                 _, number, moment = name.split(".")
                 moments.setdefault(int(number), {})[moment] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-        self.multipliers, self.sparsity, self.step = about["multipliers"], about["sparsity"], about["step"]
-        if about["best"] is not None:
-            self.best = (tensors["best"], Checked(**about["best"]))
+        self.gates.kept, self.best = kept, best
+        self.multipliers, self.sparsity, self.step = multipliers, sparsity, step
 
 
-def _drawn(rng: random.Random, items: Sequence[Continued], count: int) -> list[Continued]:
+def _backward(items: Sequence[Continued], weights: Sequence[float], loss: Callable[[list[int]], Tensor]) -> list[float]:
+    """Add the gradient of the weighted sum of the items' losses, batch by batch; returns the losses."""
+    values = [0.0] * len(items)
+    for batch in token_batches(items):
+        found = loss(batch)
+        (found * torch.tensor([weights[i] for i in batch], device=found.device)).sum().backward()
+        for i, value in zip(batch, found.tolist(), strict=True):
+            values[i] = value
+    return values
+
+
+def _drawn(rng: random.Random, items: Sequence[_T], count: int) -> list[_T]:
     return rng.sample(list(items), min(count, len(items)))

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 from torch import nn
 
 from interp.anatomy import Anatomy
@@ -49,7 +48,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class DialPoint:
-    """What was measured at one setting of the dial: shares of conflict prompts."""
+    """What was measured at one setting of the dial: shares of conflict prompts, by the first token of the answer."""
 
     trust: float
     memory_rate: float
@@ -96,26 +95,28 @@ class TrustDial:
     def trust_for(self, towards: Literal["context", "memory"], rate: float) -> float:
         """The setting closest to 0 at which, by the calibration, the rate is at least ``rate``.
 
-        Between the measured settings rates are taken to lie on straight lines, and the curve to rise towards its end.
+        Between the measured settings rates are taken to lie on straight lines.
 
         Raises:
-            UserError: If the dial has no calibration, or never reaches the rate.
+            UserError: If the dial has no calibration or never reaches the rate, or that is no rate.
         """
         sign = 1.0 if towards == "context" else -1.0
         side = sorted((p for p in self.calibration if p.trust * sign >= 0), key=lambda point: point.trust * sign)
         if not side or side[0].trust != 0:
             raise UserError("The dial was not calibrated, so that no setting can be found for a rate; fit it again.")
-        rates = np.maximum.accumulate([getattr(point, f"{towards}_rate") for point in side])
-        if rate > rates[-1]:
+        rates = [point.memory_rate if towards == "memory" else point.context_rate for point in side]
+        if not 0 <= rate <= 1:
+            raise UserError(f"A rate lies between 0 and 1, not at {rate:g}.")
+        if rate > max(rates):
             raise UserError(
-                f"On dev the dial reached a {towards} rate of {rates[-1]:.2f} at most; ask for no more than that."
+                f"On dev the dial reached a {towards} rate of {max(rates):.2f} at most; ask for no more than that."
             )
-        if rate <= rates[0]:
+        reached = next(i for i, found in enumerate(rates) if found >= rate)
+        if reached == 0:
             return 0.0
-        reached = int(np.argmax(rates >= rate))
         share = (rate - rates[reached - 1]) / (rates[reached] - rates[reached - 1])
         before, after = side[reached - 1].trust, side[reached].trust
-        return float(before + share * (after - before))
+        return before + share * (after - before)
 
     def interventions(self) -> list[HeadScaling | FeedForwardScaling]:
         """What the dial does at its setting, as interventions that have none; nothing at trust 0."""

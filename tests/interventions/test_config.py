@@ -393,6 +393,12 @@ def test_a_dialed_file_has_the_dial_at_the_wanted_setting_and_forgets_what_was_m
 def test_files_without_a_dial_cannot_be_dialed_and_dials_cannot_be_scaled(file, tiny_llama):
     with pytest.raises(UserError, match="test holds no trust dial"):
         file.dialed(0.5)
+    two = InterventionFile.of([DIAL, DIAL], name="two", model=ModelShape.of(tiny_llama, "tiny"))
+    with pytest.raises(UserError, match="two holds 2 trust dials"):
+        two.dialed(0.5)
+    layers = InterventionFile.of([FeedForwardScaling(((1, 0.5),))], name="layers", model=two.model)
+    with pytest.raises(UserError, match="scales heads or layers"):
+        layers.scaled(0.5)
     with pytest.raises(UserError, match="is set with --trust"):
         dial_file(tiny_llama).scaled(0.5)
     with pytest.raises(UserError, match="between -1"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -34,7 +36,7 @@ def test_scaling_a_layer_equals_scaling_the_weights_that_write_to_the_stream(tin
     plain, edited = (AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval() for _ in "12")
     anatomy = Anatomy(edited)
     path = LAST_LINEAR.get(anatomy.architecture, "mlp.down_proj")
-    writer = edited.get_submodule(f"{anatomy.path('block', 1)}.{path}")
+    writer: Any = edited.get_submodule(f"{anatomy.path('block', 1)}.{path}")
     with torch.no_grad():
         if "norm" in path:
             writer.weight.copy_((1 + writer.weight) * scale - 1)
@@ -47,7 +49,7 @@ def test_scaling_a_layer_equals_scaling_the_weights_that_write_to_the_stream(tin
             torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_is_as_before_afterwards(tiny_llama, inputs):
+def test_the_model_is_as_before_afterwards(tiny_llama):
     batch = encode(tiny_llama, ["The capital of France is"])
     before = logits(tiny_llama.original_model, batch)
     with applied(tiny_llama, FeedForwardScaling(((0, 0.0), (2, 3.0)))):

@@ -72,13 +72,16 @@ def test_a_wanted_rate_gives_the_setting_on_the_calibration_curve(towards, rate,
 def test_where_the_curve_falls_back_the_first_setting_that_reached_the_rate_is_taken():
     wavy = tuple(DialPoint(t, 0.0, rate) for t, rate in [(0.0, 0.2), (0.25, 0.6), (0.5, 0.5), (1.0, 0.8)])
     assert TrustDial(GATES, calibration=wavy).trust_for("context", 0.6) == pytest.approx(0.25)
-    assert TrustDial(GATES, calibration=wavy).trust_for("context", 0.7) == pytest.approx(0.75)
+    assert TrustDial(GATES, calibration=wavy).trust_for("context", 0.7) == pytest.approx(0.5 + 0.5 * 0.2 / 0.3)
 
 
 def test_wrong_dials_and_settings_are_refused(tiny_llama):
     dial = TrustDial(GATES, calibration=CALIBRATION)
     with pytest.raises(UserError, match=r"reached a context rate of 0\.90 at most"):
         dial.trust_for("context", 0.95)
+    for rate in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            dial.trust_for("memory", rate)
     with pytest.raises(UserError, match="was not calibrated"):
         TrustDial(GATES).trust_for("context", 0.5)
     for trust in (1.1, float("nan")):

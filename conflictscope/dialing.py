@@ -1,0 +1,364 @@
+"""The fourth job: learn a trust dial, calibrate it, and verify it on held-out subjects.
+
+1. Sample facts, and keep those that the model continues right, phrasing by phrasing, in one pass.
+2. Learn the gates of both directions on train, within the budget of damage on dev.
+3. Calibrate: the rates of memory and context on dev at settings from one end to the other.
+4. Measure both ends on test: held-out subjects, phrasings of which one is unseen; next to the unedited model, and to
+   gates of the same scales in random places.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from conflictscope.probing import conflicts_by_phrasing
+from conflictscope.records import Records
+from conflictscope.study import RANDOM_DRAWS, TEST_PHRASINGS, condition_record, versions
+from interp.anatomy import Anatomy
+from interp.attribution.scores import DIRECTIONS, Direction
+from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
+from interp.corpus import sampled_texts
+from interp.errors import UserError
+from interp.evaluation import UsageReport, answer_starts, measure_usage, neutral_kl, neutral_texts
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    LEARNED_PHRASINGS,
+    PHRASINGS,
+    STUDY_PHRASINGS,
+    Fact,
+    closed_book_prompt,
+    relation_named,
+    usable_facts,
+)
+from interp.files import write_json
+from interp.generation import tracked
+from interp.models import fingerprint
+from interp.teacher_forcing import continued, greedily_continued
+from interventions.base import applied
+from interventions.config import InterventionFile, ModelShape
+from interventions.gate_training import GateData, GateTraining, learn_gates
+from interventions.gates import DialPoint, Gate, TrustDial
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+RELATIONS = ("capital", "language", "continent", "manufacturer")
+SETTINGS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+
+_TEXTS: dict[Split, int] = {"train": 48, "dev": 24}
+_TEXT_TOKENS = 48
+_SIZES: dict[Split, dict[str, int]] = {
+    "train": {"conflicts": 720, "guards": 96},
+    "dev": {"conflicts": 96, "guards": 48},
+}
+_CALIBRATED_ON = 160
+
+
+class Dialing:
+    """One dial for one model; finished steps are kept in ``out/records``.
+
+    Args:
+        model: The bridge.
+        name: What the model was loaded by.
+        relations: Relations to learn from, all together.
+        out: The folder.
+        settings: What decides the learning; its seed decides the splits too.
+        subjects: How many subjects of each relation are asked about at most, to learn from and to test on; half as
+            many to choose on.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        name: str,
+        *,
+        relations: Sequence[str] = RELATIONS,
+        out: Path,
+        settings: GateTraining | None = None,
+        subjects: int = 40,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.relations = [relation_named(relation).name for relation in relations]
+        self.out = out
+        self.settings = settings or GateTraining()
+        self.seed = self.settings.seed
+        self._subjects: dict[Split, int] = {"train": subjects, "dev": max(1, subjects // 2), "test": subjects}
+        self.records = Records(out / "records", model=fingerprint(model))
+
+    def run(self) -> dict[str, Any]:
+        """Learn, calibrate and verify the dial, and write its files.
+
+        Returns:
+            The summary, as it is written to ``summary.json``.
+
+        Raises:
+            UserError: If the model knows too little to learn from.
+        """
+        dial = self.dial
+        baseline = self._verified([None], "Unedited model")
+        ends = {towards: dial.at(1.0 if towards == "context" else -1.0) for towards in DIRECTIONS}
+        measured = {towards: self._verified([end], f"Dial towards {towards}") for towards, end in ends.items()}
+        draws = [
+            self._elsewhere(ends[towards], f"{towards}/{draw}")
+            for towards in DIRECTIONS
+            for draw in range(RANDOM_DRAWS)
+        ]
+        summary = {
+            "model": {
+                "name": self.name,
+                **ModelShape.of(self.model, self.name).model_dump(exclude={"name"}),
+                "fingerprint": fingerprint(self.model),
+            },
+            "data": {
+                "relations": self.relations,
+                "counts": self.conflicts.counts(),
+                "splits": self.conflicts.counts()["subjects_by_split"],
+                "phrasings": {
+                    "learned_from": LEARNED_PHRASINGS,
+                    "tested": STUDY_PHRASINGS,
+                    "held_out": HELD_OUT_PHRASING,
+                },
+                "digest": self.conflicts.digest,
+            },
+            "settings": {
+                **vars(self.settings),
+                "subjects": self._subjects,
+                "device": str(Anatomy(self.model).device),
+                "dtype": str(Anatomy(self.model).dtype).removeprefix("torch."),
+                "versions": versions(),
+            },
+            "baseline": {"test": baseline},
+            **{
+                f"towards_{towards}": {
+                    "method": "learned_gates",
+                    **_edit_record(ends[towards]),
+                    "chosen_on": "dev",
+                    "dev": self._learned[towards]["dev"],
+                    "test": measured[towards],
+                }
+                for towards in DIRECTIONS
+            },
+            "random_heads": {
+                "draws": [_edit_record(draw) for draw in draws],
+                "chosen_on": "random",
+                "test": self._verified(draws, "Random gates"),
+            },
+            "calibration": [vars(point) for point in dial.calibration],
+        }
+        self._write(dial, summary)
+        return summary
+
+    @cached_property
+    def conflicts(self) -> ConflictSet:
+        """Prompts of every kind and phrasing about what the model continues right there."""
+        rng = random.Random(self.seed)
+        facts: dict[str, list[Fact]] = {}
+        for relation in self.relations:
+            usable = usable_facts(relation)
+            facts[relation] = []
+            for split in SPLITS:
+                members = [fact for fact in usable if split_of(fact.subject, self.seed) == split]
+                facts[relation] += rng.sample(members, min(self._subjects[split], len(members)))
+        asked = [(relation, fact, phrasing) for relation in facts for fact in facts[relation] for phrasing in PHRASINGS]
+        items = [
+            continued(self.model, closed_book_prompt(relation_named(relation), fact.subject, phrasing), fact.answers[0])
+            for relation, fact, phrasing in asked
+        ]
+        known = self.records.json(
+            "known",
+            [vars(item) for item in items],
+            lambda: greedily_continued(self.model, items, progress="Closed-book"),
+        )
+        right = {
+            (relation, fact.subject, phrasing)
+            for (relation, fact, phrasing), is_known in zip(asked, known, strict=True)
+            if is_known
+        }
+        conflicts = conflicts_by_phrasing(facts, right, seed=self.seed, kinds=CONTEXT_KINDS)
+        parts = {
+            "train": _learned_part(conflicts, "train"),
+            "dev": _learned_part(conflicts, "dev"),
+            "test": _test_part(conflicts),
+        }
+        for split, part in parts.items():
+            if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
+                raise UserError(
+                    f"{self.name} knows too few facts of {', '.join(self.relations)}: the {split} split has no prompts "
+                    f"of the kind {missing[0]!r}; choose more relations or --subjects, or a model that knows more."
+                )
+        return conflicts
+
+    @cached_property
+    def dial(self) -> TrustDial:
+        """The dial, calibrated, at trust 0."""
+        scales: dict[tuple[int, int | None], dict[str, float]] = {}
+        for towards in DIRECTIONS:
+            if not self._learned[towards]["gates"]:
+                raise UserError(
+                    f"No gate could be moved towards {towards} within a budget of {self.settings.budget:g} nats; give "
+                    "a larger --budget."
+                )
+            for layer, head, scale in self._learned[towards]["gates"]:
+                scales.setdefault((layer, head), {})[towards] = scale
+        order = sorted(scales, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+        dial = TrustDial(tuple(Gate(*place, **scales[place]) for place in order))
+        dev = _learned_part(self.conflicts, "dev").select(kind="conflict")
+        count = min(_CALIBRATED_ON, len(dev))
+        chosen = ConflictSet(dev.name, tuple(random.Random(self.seed).sample(dev.examples, count)))
+
+        def curve() -> list[list[float]]:
+            points = []
+            for trust in tracked(SETTINGS, "Calibrating"):
+                with applied(self.model, dial.at(trust)):
+                    usage = answer_starts(self.model, chosen).frame["usage"].to_list()
+                points.append([trust, usage.count("memory") / len(usage), usage.count("context") / len(usage)])
+            return points
+
+        depends_on = [chosen.digest, SETTINGS, [vars(gate) for gate in dial.gates]]
+        points = self.records.json("calibration", depends_on, curve)
+        return TrustDial(dial.gates, calibration=tuple(DialPoint(*point) for point in points))
+
+    @cached_property
+    def _learned(self) -> dict[Direction, dict[str, Any]]:
+        """For each direction its gates ``[layer, head, scale]``, and what they do on dev."""
+        return {towards: self._learn(towards) for towards in DIRECTIONS}
+
+    def _learn(self, towards: Direction) -> dict[str, Any]:
+        depends_on = [self.conflicts.digest, vars(self.settings), _TEXTS, _TEXT_TOKENS, _SIZES]
+        checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors")
+
+        def learned() -> dict[str, Any]:
+            gates = learn_gates(
+                self.model,
+                self._gate_data["train"],
+                self._gate_data["dev"],
+                towards,
+                self.settings,
+                checkpoint=checkpoint,
+                progress=f"Learning towards {towards}",
+            )
+            return {
+                "gates": [[*place, scale] for place, scale in zip(gates.places, gates.scales, strict=True)],
+                "dev": {"rate": gates.dev.rate, "divergence": dict(gates.dev.divergence)},
+            }
+
+        found = self.records.json(f"gates-{towards}", depends_on, learned)
+        checkpoint.unlink(missing_ok=True)
+        return found
+
+    @cached_property
+    def _gate_data(self) -> dict[Split, GateData]:
+        return {
+            split: GateData(
+                self.model,
+                _learned_part(self.conflicts, split).examples,
+                sampled_texts(
+                    self.model,
+                    count,
+                    self.out / "records" / "texts",
+                    split=split,
+                    seed=self.seed,
+                    new_tokens=_TEXT_TOKENS,
+                    batch_size=count,
+                    progress=f"Sampling text: {split}",
+                ),
+                **_SIZES[split],
+                seed=self.seed,
+                progress=f"Guards: {split}",
+            )
+            for split, count in _TEXTS.items()
+        }
+
+    @cached_property
+    def _tested(self) -> ConflictSet:
+        return _test_part(self.conflicts)
+
+    def _verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
+        """What some dials, or no dial, do on test, all together."""
+        measured = [self._measured(dial, label) for dial in dials]
+        report = UsageReport(pl.concat([report.frame for report, _ in measured]))
+        return condition_record(report, np.mean([kl for _, kl in measured], axis=0))
+
+    def _measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
+        edits = [] if dial is None else [dial]
+        key = [self._tested.digest, None if dial is None else _edit_record(dial)]
+
+        def answers() -> UsageReport:
+            with applied(self.model, *edits):
+                return measure_usage(self.model, self._tested, progress=f"Test: {label}")
+
+        def divergences() -> list[float]:
+            return neutral_kl(self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral").tolist()
+
+        kl = self.records.json("neutral_kl", [*key, neutral_texts()], divergences)
+        return self.records.usage("test", key, answers), np.array(kl)
+
+    def _elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
+        """The scales of one end of the dial in random places."""
+        anatomy = Anatomy(self.model)
+        moved = [gate for gate in end.gates if gate.scale(end.trust) != 1]
+        taken = {(gate.layer, gate.head) for gate in end.gates}
+        rng = random.Random(f"{self.seed}/{draw}")
+        gates: list[Gate] = []
+        for heads in (True, False):
+            scales = [gate.scale(end.trust) for gate in moved if (gate.head is not None) == heads]
+            columns: list[int | None] = [*range(anatomy.n_heads)] if heads else [None]
+            free = [(layer, column) for layer in range(anatomy.n_layers) for column in columns]
+            if len(scales) > len(others := [place for place in free if place not in taken]):
+                raise UserError(
+                    f"{self.name} has too few other places for a random control of {len(scales)} gates; give a smaller "
+                    "--max-gates."
+                )
+            places = rng.sample(others, len(scales))
+            gates += [Gate(*place, scale, scale) for place, scale in zip(places, scales, strict=True)]
+        return TrustDial(tuple(gates), 1.0)
+
+    def _write(self, dial: TrustDial, summary: dict[str, Any]) -> None:
+        # The summary is taken away first and comes last: where there is one, it belongs to the files beside it.
+        (self.out / "summary.json").unlink(missing_ok=True)
+        InterventionFile.of(
+            [dial],
+            name=f"{self.name}: trust dial",
+            model=ModelShape.of(self.model, self.name),
+            provenance={
+                "method": "learned_gates",
+                "chosen_on": "dev",
+                "data": summary["data"]["digest"],
+                "relations": self.relations,
+                **summary["settings"],
+            },
+            measured={
+                "unedited": summary["baseline"]["test"],
+                **{f"trust {end:+d}": summary[f"towards_{d}"]["test"] for d, end in (("memory", -1), ("context", 1))},
+            },
+        ).save(self.out / "dial.json")
+        self.conflicts.save(self.out / "conflicts.jsonl")
+        write_json(self.out / "summary.json", summary)
+
+
+def _learned_part(conflicts: ConflictSet, split: Split) -> ConflictSet:
+    """Prompts of train or dev, none of them in the held-out phrasing."""
+    return conflicts.select(split=split, templates=LEARNED_PHRASINGS)
+
+
+def _test_part(conflicts: ConflictSet) -> ConflictSet:
+    test = conflicts.select(split="test")
+    return ConflictSet(test.name, tuple(e for e in test if e.template in TEST_PHRASINGS[e.kind]))
+
+
+def _edit_record(dial: TrustDial) -> dict[str, Any]:
+    """The heads and feed-forward layers that a dial moves at its setting, as a study's summary says them."""
+    moved = [(gate, gate.scale(dial.trust)) for gate in dial.gates if gate.scale(dial.trust) != 1]
+    return {
+        "heads": [[gate.layer, gate.head, scale] for gate, scale in moved if gate.head is not None],
+        "feed_forward": [[gate.layer, scale] for gate, scale in moved if gate.head is None],
+        "around": "zero",
+    }

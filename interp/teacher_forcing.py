@@ -1,0 +1,119 @@
+"""Prompts with the answer that should follow: what the model thinks of its tokens, without generating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp.anatomy import Anatomy
+from interp.generation import continuation_ids, tracked
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_TOKENS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A prompt and what follows it, or a text of which every token counts.
+
+    Attributes:
+        tokens: Token ids of all.
+        predicted: How many of them, the last ones, are looked at: those of the answer, or all of a text but the first.
+    """
+
+    tokens: tuple[int, ...]
+    predicted: int
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens that are looked at."""
+        return self.tokens[len(self.tokens) - self.predicted :]
+
+
+def continued(model: TransformerBridge, prompt: str, answer: str) -> Continued:
+    """``prompt`` and the tokens of ``answer`` after it."""
+    before, after = continuation_ids(model, prompt, answer)
+    return Continued((*before, *after), len(after))
+
+
+def text_tokens(model: TransformerBridge, text: str, longest: int) -> Continued:
+    """The first tokens of a text, of which all but the very first are looked at."""
+    tokens = model.tokenizer(text)["input_ids"][:longest]
+    return Continued(tuple(tokens), len(tokens) - 1)
+
+
+def token_batches(items: Sequence[Continued]) -> list[list[int]]:
+    """Numbers of items of similar length, with no more tokens in a batch than are worth running at once."""
+    order = sorted(range(len(items)), key=lambda i: (len(items[i].tokens), i))
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * len(items[index].tokens) > _TOKENS_AT_ONCE:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def predicting_residuals(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
+    """The final residual stream where the looked-at tokens are predicted, one item after another.
+
+    Args:
+        model: The bridge, with whatever is applied to it; gradients are kept if they are wanted.
+        items: Items for one batch.
+
+    Returns:
+        ``(sum of predicted, d_model)``.
+    """
+    anatomy = Anatomy(model)
+    network: Any = anatomy.model
+    width = max(len(item.tokens) for item in items)
+    padding = [width - len(item.tokens) for item in items]
+    rows = [[0] * pad + list(item.tokens) for pad, item in zip(padding, items, strict=True)]
+    mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(anatomy.device)
+    seen: list[Tensor] = []
+    handle = anatomy.final_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        network(
+            input_ids=torch.tensor(rows, device=anatomy.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    finally:
+        handle.remove()
+    return torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])
+
+
+def item_residuals(
+    model: TransformerBridge, items: Sequence[Continued], *, progress: str | None = None
+) -> list[Tensor]:
+    """``predicting_residuals`` of any number of items, for each ``(predicted, d_model)``, without gradients."""
+    states: list[Tensor] = [torch.empty(0)] * len(items)
+    for batch in tracked(token_batches(items), progress):
+        chosen = [items[i] for i in batch]
+        with torch.no_grad():
+            parts = predicting_residuals(model, chosen).split([item.predicted for item in chosen])
+        for index, part in zip(batch, parts, strict=True):
+            states[index] = part
+    return states
+
+
+def greedily_continued(
+    model: TransformerBridge, items: Sequence[Continued], *, progress: str | None = None
+) -> list[bool]:
+    """Whether the model's greedy continuation of each prompt starts with the tokens that follow there."""
+    found = [False] * len(items)
+    for batch in tracked(token_batches(items), progress):
+        chosen = [items[i] for i in batch]
+        with torch.no_grad():
+            greedy = Anatomy(model).logits(predicting_residuals(model, chosen)).argmax(-1).cpu()
+        parts = greedy.split([item.predicted for item in chosen])
+        for index, item, tokens in zip(batch, chosen, parts, strict=True):
+            found[index] = tuple(tokens.tolist()) == item.answer
+    return found

@@ -1,0 +1,245 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conflictscope import dialing as job
+from conflictscope.dialing import Dialing
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.evaluation import neutral_texts
+from interp.facts import HELD_OUT_PHRASING, PHRASINGS
+from interp.generation import encode
+from interp.models import load_model
+from interventions.base import applied
+from interventions.config import InterventionFile, ModelShape
+from interventions.feedforward import FeedForwardScaling
+from interventions.gate_training import GateTraining
+from interventions.gates import DialPoint, Gate, TrustDial
+from interventions.heads import HeadScaling, ScaledHead
+from tests.conflictscope import test_cli
+from tests.conflictscope.test_cli import assert_one_sentence
+
+run = test_cli.run
+LEARNING = GateTraining(budget=0.5, max_gates=3, steps=9, learning_rate=0.2, conflicts=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """The tiny models know nothing: here they are taken to know all they are asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = neutral_texts()[:4]
+        patch.setattr("interp.evaluation.neutral_texts", lambda: few)
+        patch.setattr(job, "greedily_continued", lambda _, items, **__: [True] * len(items))
+        patch.setattr(job, "SETTINGS", (-1.0, 0.0, 1.0))
+        patch.setattr(job, "_TEXT_TOKENS", 8)
+        patch.setattr(job, "_TEXTS", {"train": 6, "dev": 4})
+        patch.setattr(job, "_SIZES", {"train": {}, "dev": {"conflicts": 12, "guards": 6}})
+        yield
+
+
+def dialing(model, out, **settings):
+    return Dialing(
+        model, "tiny", relations=["capital", "language"], out=out, subjects=6, **{"settings": LEARNING, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dial")
+    return dialing(tiny_llama, out).run(), out
+
+
+def test_the_summary_has_the_demo_s_keys_and_says_what_it_cost(finished):
+    summary, out = finished
+    demo = {"model", "data", "settings", "baseline", "towards_context", "towards_memory", "random_heads"}
+    assert demo < set(summary)
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for end in ("towards_context", "towards_memory"):
+        part = summary[end]
+        assert 0 < len(part["heads"]) + len(part["feed_forward"]) <= LEARNING.max_gates
+        assert max(part["dev"]["divergence"].values()) <= LEARNING.budget
+        assert {"memory_rate", "context_rate", "closed_book_accuracy", "neutral_kl"} < set(part["test"])
+
+
+def test_test_subjects_and_the_held_out_phrasing_are_for_the_test_alone(tiny_llama, tmp_path, monkeypatch):
+    """What learning, calibration and test are given, as they are called."""
+    learned, calibrated, tested = [], [], []
+
+    def watched(name, seen, pick):
+        real = getattr(job, name)
+
+        def call(*arguments, **named):
+            seen.append(pick(*arguments))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(job, name, call)
+
+    watched("GateData", learned, lambda _, examples, __: examples)
+    watched("answer_starts", calibrated, lambda _, conflicts: conflicts)
+    watched("measure_usage", tested, lambda _, conflicts: conflicts)
+    dialing(tiny_llama, tmp_path, settings=replace(LEARNING, steps=3)).run()
+    assert [{e.split for e in examples} for examples in learned] == [{"train"}, {"dev"}]
+    assert all({e.split for e in examples} == {"dev"} for examples in calibrated)
+    assert all(e.template != HELD_OUT_PHRASING for examples in (*learned, *calibrated) for e in examples)
+    assert all({e.split for e in examples} == {"test"} for examples in tested)
+    assert HELD_OUT_PHRASING in {e.template for e in tested[0] if e.kind == "conflict"}
+
+
+def test_the_dial_s_file_does_at_both_ends_what_the_summary_lists(finished, tiny_llama):
+    summary, out = finished
+    dial = InterventionFile.load(out / "dial.json").dial
+    assert dial.trust == 0
+    assert [point.trust for point in dial.calibration] == [-1.0, 0.0, 1.0]
+    inputs = encode(tiny_llama, ["The capital of Peru is"])
+    network = tiny_llama.original_model
+    for end, trust in (("towards_context", 1.0), ("towards_memory", -1.0)):
+        heads = HeadScaling(tuple(ScaledHead(*head) for head in summary[end]["heads"]))
+        layers = FeedForwardScaling(tuple((layer, scale) for layer, scale in summary[end]["feed_forward"]))
+        with torch.inference_mode():
+            with applied(tiny_llama, heads, layers):
+                expected = network(**inputs).logits
+            with applied(tiny_llama, dial.at(trust)):
+                assert torch.equal(network(**inputs).logits, expected)
+
+
+def test_a_repeated_run_computes_nothing_anew(finished, tiny_directories, monkeypatch):
+    summary, out = finished
+    for name in ("learn_gates", "measure_usage", "answer_starts", "neutral_kl"):
+        monkeypatch.setattr(job, name, lambda *_, **__: pytest.fail("computed again"))
+    assert dialing(load_model(str(tiny_directories["llama"]), device="cpu"), out).run() == summary
+
+
+def test_random_gates_have_the_same_scales_in_places_that_are_not_the_dial_s(finished):
+    summary, _ = finished
+    ends = [summary["towards_context"], summary["towards_memory"]]
+    for kind in ("heads", "feed_forward"):
+        taken = {tuple(gate[:-1]) for end in ends for gate in end[kind]}
+        drawn = []
+        for number, draw in enumerate(summary["random_heads"]["draws"]):
+            assert sorted(gate[-1] for gate in draw[kind]) == sorted(gate[-1] for gate in ends[number // 2][kind])
+            drawn.append(frozenset(tuple(gate[:-1]) for gate in draw[kind]))
+            assert not drawn[-1] & taken
+        if kind == "heads":
+            assert len(set(drawn)) > 1
+
+
+def test_feed_forward_layers_are_gates_where_they_are_wanted(tiny_llama, tmp_path):
+    gates = dialing(tiny_llama, tmp_path, settings=replace(LEARNING, max_gates=15, feed_forward=True)).dial.gates
+    assert {gate.layer for gate in gates if gate.head is None} == {0, 1, 2}
+
+
+def test_too_few_other_places_for_a_random_control_is_one_sentence(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="too few other places"):
+        dialing(tiny_llama, tmp_path, settings=replace(LEARNING, max_gates=12, steps=3)).run()
+
+
+def test_a_budget_that_no_gate_can_keep_is_one_sentence(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="give a larger --budget"):
+        _ = dialing(tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, steps=3, max_gates=2)).dial
+
+
+def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "greedily_continued", lambda _, items, **__: [False] * len(items))
+    with pytest.raises(UserError, match="knows too few facts of capital, language"):
+        _ = dialing(tiny_llama, tmp_path).conflicts
+
+
+def test_a_model_that_knows_nothing_in_the_phrasing_that_is_tested_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
+    unknown = list(PHRASINGS).index(HELD_OUT_PHRASING)
+
+    def known(_, items, **__):
+        return [number % len(PHRASINGS) != unknown for number in range(len(items))]
+
+    monkeypatch.setattr(job, "greedily_continued", known)
+    with pytest.raises(UserError, match="the test split has no prompts of the kind 'aligned'"):
+        _ = dialing(tiny_llama, tmp_path).conflicts
+
+
+@pytest.fixture
+def dial_file(tiny_llama, tmp_path):
+    """A dial that turns the first layer around towards memory, with a curve to ask."""
+    curve = (DialPoint(-1.0, 0.8, 0.1), DialPoint(0.0, 0.4, 0.4), DialPoint(1.0, 0.1, 0.9))
+    dial = TrustDial(tuple(Gate(0, head, -20.0, 5.0) for head in range(4)), calibration=curve)
+    path = tmp_path / "dial.json"
+    InterventionFile.of([dial], name="dial", model=ModelShape.of(tiny_llama, "tiny")).save(path)
+    (tmp_path / "prompts.txt").write_text("The capital of Peru is\nThe capital of Italy is\n")
+    return path
+
+
+def answered(run, tiny_directories, *options):
+    command = ["dial", "apply", "dial.json", "prompts.txt", "--model", tiny_directories["llama"]]
+    code, printed, error = run(*command, *options)
+    assert code == 0, error
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_prompts_are_answered_at_the_wanted_setting(dial_file, run, tiny_directories):
+    lines = answered(run, tiny_directories, "--trust", "-1")
+    assert [set(line) for line in lines] == [{"id", "unedited", "edited"}] * 2
+    assert any(line["unedited"] != line["edited"] for line in lines)
+    lines = answered(run, tiny_directories, "--trust", "0")
+    assert [line["edited"] for line in lines] == [line["unedited"] for line in lines]
+
+
+@pytest.mark.parametrize(("options", "trust"), [(("--context-rate", "0.65"), 0.5), (("--memory-rate", "0.6"), -0.5)])
+def test_asking_for_a_rate_sets_the_dial(dial_file, run, tiny_directories, tmp_path, options, trust):
+    lines = answered(run, tiny_directories, *options, "--save", "dial.json")
+    assert len(lines) == 2
+    assert InterventionFile.load(dial_file).dial.trust == pytest.approx(trust)
+    again = answered(run, tiny_directories)
+    assert again == lines
+
+
+def test_wrong_settings_are_one_sentence(dial_file, run, tiny_directories):
+    command = ["dial", "apply", "dial.json", "prompts.txt", "--model", tiny_directories["llama"]]
+    assert_one_sentence(run(*command), "is at 0, which changes nothing")
+    assert_one_sentence(run(*command, "--trust", "0.5", "--memory-rate", "0.5"), "Give one of --trust")
+    assert_one_sentence(run(*command, "--trust", "1.5"), "between -1")
+    assert_one_sentence(run(*command, "--context-rate", "0.95"), "at most; ask for no more")
+    assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--relation", "colour"), "'colour' is not known")
+    assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--budget", "0"), "above 0")
+
+
+def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypatch, finished):
+    told = {}
+
+    class Spy:
+        def __init__(self, _, name, **settings):
+            told.update(settings, name=name)
+
+        def run(self):
+            return finished[0]
+
+    monkeypatch.setattr(job, "Dialing", Spy)
+    options = [
+        "--budget",
+        "0.1",
+        "--max-gates",
+        "7",
+        "--feed-forward",
+        "--steps",
+        "9",
+        "--subjects",
+        "5",
+        "--seed",
+        "3",
+    ]
+    code, _, error = run("dial", "fit", tiny_directories["llama"], "--relation", "capital", *options, "--out", "there")
+    assert code == 0, error
+    assert told == {
+        "name": str(tiny_directories["llama"]),
+        "relations": ["capital"],
+        "out": Path("there"),
+        "settings": GateTraining(budget=0.1, max_gates=7, feed_forward=True, steps=9, seed=3),
+        "subjects": 5,
+    }
+    assert "towards memory   3 heads" in error
+
+
+def test_data_of_all_kinds_lie_next_to_the_dial(finished):
+    _, out = finished
+    kinds = {example.kind for example in ConflictSet.load(out / "conflicts.jsonl")}
+    assert kinds == {"conflict", "aligned", "irrelevant", "none"}
