@@ -419,7 +419,7 @@ def sae_train(
     l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty, 5 by default; for standard only.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 800_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Adam's learning rate.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
     texts: Annotated[
         int | None, typer.Option(min=0, help="Texts of some 100 tokens to sample from the model; 2048 by default.")
     ] = None,
@@ -529,9 +529,12 @@ def sae_features(
     from interp.models import load_model
     from interp.sae import load_saes
 
-    found = [one for one in load_saes(sae) if layer is None or one.layer == layer]
-    if len(found) != 1:
-        raise UserError(f"{len(found)} SAEs of {sae} fit; give --layer, one of {_listed(load_saes(sae))}.")
+    saes = load_saes(sae)
+    found = [one for one in saes if layer is None or one.layer == layer]
+    if not found:
+        raise UserError(f"{sae} has no SAE of layer {layer}; it has {_listed(saes)}.")
+    if len(found) > 1:
+        raise UserError(f"{sae} has several SAEs; give --layer, one of {_listed(saes)}.")
     bridge = load_model(model, device=device, dtype=dtype)
     found[0].check(bridge, model)
     table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)

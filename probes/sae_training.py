@@ -7,6 +7,7 @@ that of the others, and says nothing about the text.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,6 +62,8 @@ class SAETraining:
     def __post_init__(self) -> None:
         if self.architecture != "standard" and not 0 < self.active < self.features:
             raise UserError(f"{self.active} active of {self.features} features is no sparse autoencoder; give fewer.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"The learning rate is a number above 0, not {self.learning_rate:g}.")
         if self.tokens < 20 * self.batch_size:
             raise UserError(f"{self.tokens} tokens are fewer than 20 steps of {self.batch_size}; train on more.")
 

@@ -230,7 +230,8 @@ def test_features_are_looked_at_with_a_recording_of_answers(run, trained, tiny_d
     tiny_conflicts().save(tmp_path / "data.jsonl")
     assert run(*record, "data.jsonl")[0] == 0
     look = ["sae", "features", "--sae", trained, "--model", model, "--recording", "rec", "--out", "looks"]
-    assert_one_sentence(run(*look, "--feature", "3"), "2 SAEs of", "--layer")
+    assert_one_sentence(run(*look, "--feature", "3"), "has several SAEs; give --layer, one of 0, 2")
+    assert_one_sentence(run(*look, "--layer", "1", "--feature", "3"), "has no SAE of layer 1; it has 0, 2")
     assert_one_sentence(run(*look, "--layer", "2", "--feature", "99"), "99")
     code, out, error = run(*look, "--layer", "2", "--feature", "3", "--feature", "5")
     assert code == 0, error

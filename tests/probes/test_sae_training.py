@@ -93,7 +93,11 @@ def test_what_is_saved_is_bfloat16_and_reads_in_sae_lens_as_in_our_runtime(store
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"active": 48}, "48 active of 48 features"), ({"tokens": 100}, "fewer than 20 steps of 64")],
+    [
+        ({"active": 48}, "48 active of 48 features"),
+        ({"tokens": 100}, "fewer than 20 steps of 64"),
+        ({"learning_rate": 0.0}, "learning rate is a number above 0"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
