@@ -13,7 +13,7 @@ PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "spare"
 # Selection
 
 
-# 4 MiB that the package does not ship; the cases by hand below need nothing and always run.
+# 5 MiB that the package does not ship; the cases by hand below need nothing and always run.
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published features of Llama-3-8B are not beside this checkout")
 @pytest.mark.parametrize(
     ("layer", "counts", "context", "memory"),
