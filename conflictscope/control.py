@@ -29,14 +29,21 @@ from torch import Tensor
 from conflictscope.probing import conflicts_for_probes
 from conflictscope.records import Records
 from conflictscope.saes import check_unseen
-from conflictscope.study import RANDOM_DRAWS, TEST_PHRASINGS, as_good_as_the_best, condition_record, versions
+from conflictscope.study import (
+    RANDOM_DRAWS,
+    TEST_PHRASINGS,
+    as_good_as_the_best,
+    condition_record,
+    measure_edits,
+    versions,
+)
 from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
-from interp.evaluation import AnswerStarts, UsageReport, measure_usage, neutral_kl, neutral_texts
+from interp.evaluation import AnswerStarts, UsageReport
 from interp.facts import HELD_OUT_PHRASING
 from interp.files import read_json, write_json
 from interp.generation import ReadPrompts, first_token_id, tracked
@@ -208,17 +215,15 @@ class Control:
     def measured(self, method: str, edit: Edit | None) -> tuple[UsageReport, np.ndarray]:
         """Answers on test, and the KL at the end of every neutral text."""
         interventions = () if edit is None else edit.interventions
-        key = [self._basis, method, edit and dict(edit.settings)]
-
-        def answers() -> UsageReport:
-            with applied(self.model, *interventions):
-                return measure_usage(self.model, self._test(), progress=f"Test: {method}")
-
-        def divergences() -> list[float]:
-            return neutral_kl(self.model, lambda: applied(self.model, *interventions), position="last").tolist()
-
-        kl = self.records.json("neutral_kl", [*key, neutral_texts()], divergences)
-        return self.records.usage("test", [*key, self._test().digest], answers), np.array(kl)
+        return measure_edits(
+            self.model,
+            self.records,
+            self._test(),
+            interventions,
+            key=[self._basis, method, edit and dict(edit.settings)],
+            label=f"Test: {method}",
+            neutral_position="last",
+        )
 
     def unedited(self) -> dict[str, Any]:
         """What the model does without an edit, on test."""

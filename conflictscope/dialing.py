@@ -20,13 +20,20 @@ import polars as pl
 
 from conflictscope.probing import conflicts_by_phrasing
 from conflictscope.records import Records
-from conflictscope.study import RANDOM_DRAWS, TEST_PHRASINGS, condition_record, versions
+from conflictscope.study import (
+    RANDOM_DRAWS,
+    TEST_PHRASINGS,
+    condition_record,
+    measure_edits,
+    model_record,
+    run_record,
+)
 from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.corpus import sampled_texts
 from interp.errors import UserError
-from interp.evaluation import UsageReport, answer_starts, measure_usage, neutral_kl, neutral_texts
+from interp.evaluation import UsageReport, answer_starts
 from interp.facts import (
     HELD_OUT_PHRASING,
     LEARNED_PHRASINGS,
@@ -112,11 +119,7 @@ class Dialing:
             for draw in range(RANDOM_DRAWS)
         ]
         summary = {
-            "model": {
-                "name": self.name,
-                **ModelShape.of(self.model, self.name).model_dump(exclude={"name"}),
-                "fingerprint": fingerprint(self.model),
-            },
+            "model": model_record(self.model, self.name),
             "data": {
                 "relations": self.relations,
                 "counts": self.conflicts.counts(),
@@ -131,9 +134,7 @@ class Dialing:
             "settings": {
                 **vars(self.settings),
                 "subjects": self._subjects,
-                "device": str(Anatomy(self.model).device),
-                "dtype": str(Anatomy(self.model).dtype).removeprefix("torch."),
-                "versions": versions(),
+                **run_record(self.model),
             },
             "baseline": {"test": baseline},
             **{
@@ -289,17 +290,8 @@ class Dialing:
 
     def _measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
         edits = [] if dial is None else [dial]
-        key = [self._tested.digest, None if dial is None else _edit_record(dial)]
-
-        def answers() -> UsageReport:
-            with applied(self.model, *edits):
-                return measure_usage(self.model, self._tested, progress=f"Test: {label}")
-
-        def divergences() -> list[float]:
-            return neutral_kl(self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral").tolist()
-
-        kl = self.records.json("neutral_kl", [*key, neutral_texts()], divergences)
-        return self.records.usage("test", key, answers), np.array(kl)
+        key = [None if dial is None else _edit_record(dial)]
+        return measure_edits(self.model, self.records, self._tested, edits, key=key, label=f"Test: {label}")
 
     def _elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
         """The scales of one end of the dial in random places."""

@@ -48,7 +48,7 @@ from interp.facts import (
 from interp.files import write_json
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
-from interventions.base import applied
+from interventions.base import Intervention, applied
 from interventions.config import InterventionFile, ModelShape
 from interventions.heads import HeadScaling, ScaledHead
 
@@ -198,11 +198,7 @@ class Study:
             for method in METHODS
         }
         summary = {
-            "model": {
-                "name": self.name,
-                **ModelShape.of(self.model, self.name).model_dump(exclude={"name"}),
-                "fingerprint": self.fingerprint,
-            },
+            "model": model_record(self.model, self.name),
             "data": {
                 "relations": self.relations,
                 "counts": self.conflicts.counts(),
@@ -213,9 +209,7 @@ class Study:
             "settings": {
                 "seed": self.seed,
                 "quick": self.quick,
-                "device": str(Anatomy(self.model).device),
-                "dtype": str(Anatomy(self.model).dtype).removeprefix("torch."),
-                "versions": versions(),
+                **run_record(self.model),
             },
             "baseline": {"test": baseline},
             **{
@@ -326,16 +320,9 @@ class Study:
                 *self._selected("test", ["none"], TEST_PHRASINGS["none"]),
             ),
         )
-        report = self._edited_report("test", label, asked, candidate, measure_usage)
-        edits = self._edits(candidate)
-        kl = self.records.json(
-            "neutral_kl",
-            [self.conflicts.digest, neutral_texts(), candidate and candidate.to_record()],
-            lambda: neutral_kl(
-                self.model, lambda: applied(self.model, *edits), progress=f"{label}: neutral text"
-            ).tolist(),
-        )
-        return report, np.array(kl)
+        # Means, and so what a candidate does, depend on the data too.
+        key = [self.conflicts.digest, candidate and candidate.to_record()]
+        return measure_edits(self.model, self.records, asked, self._edits(candidate), key=key, label=label)
 
     def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
         return {
@@ -389,6 +376,53 @@ class Study:
         self.conflicts.save(self.out / "conflicts.jsonl")
         write_report(self.out / "report.html", summary, scores)
         write_json(self.out / "summary.json", summary)
+
+
+def measure_edits(
+    model: TransformerBridge,
+    records: Records,
+    asked: ConflictSet,
+    edits: Sequence[Intervention],
+    *,
+    key: Sequence[Any],
+    label: str,
+    neutral_position: Literal["all", "last"] = "all",
+) -> tuple[UsageReport, np.ndarray]:
+    """What an edited model answers, and the KL of every neutral text; both are kept.
+
+    Args:
+        model: The bridge, unedited.
+        records: Where they are kept.
+        asked: What is asked.
+        edits: What is applied; nothing measures the unedited model.
+        key: What tells these edits from others, as JSON.
+        label: What progress bars say.
+        neutral_position: The positions of neutral text that count; see ``neutral_kl``.
+    """
+
+    def answers() -> UsageReport:
+        with applied(model, *edits):
+            return measure_usage(model, asked, progress=label)
+
+    def divergences() -> list[float]:
+        progress = f"{label}: neutral text"
+        return neutral_kl(model, lambda: applied(model, *edits), position=neutral_position, progress=progress).tolist()
+
+    kl = records.json("neutral_kl", [*key, neutral_texts(), neutral_position], divergences)
+    return records.usage("test", [*key, asked.digest], answers), np.array(kl)
+
+
+def model_record(model: TransformerBridge, name: str) -> dict[str, Any]:
+    """What a summary says about the model."""
+    shape = ModelShape.of(model, name).model_dump(exclude={"name"})
+    return {"name": name, **shape, "fingerprint": fingerprint(model)}
+
+
+def run_record(model: TransformerBridge) -> dict[str, Any]:
+    """What a summary says about where and with what it was made."""
+    anatomy = Anatomy(model)
+    dtype = str(anatomy.dtype).removeprefix("torch.")
+    return {"device": str(anatomy.device), "dtype": dtype, "versions": versions()}
 
 
 def condition_record(report: UsageReport, divergences: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conflictscope import control as job
+from conflictscope import study
 from conflictscope.control import METHODS, Control, fit_spare, fit_steering, results_table
 from interp.activations import record
 from interp.conflicts import ConflictSet
@@ -130,7 +131,7 @@ def test_random_features_are_as_many_and_none_of_the_selected(fitted):
 
 def test_a_second_fit_measures_nothing_again(fitted, monkeypatch):
     control, results = fitted
-    monkeypatch.setattr(job, "measure_usage", None)
+    monkeypatch.setattr(study, "measure_usage", None)
     again = fit_steering(control, ["actadd"], layers=(16, 18), strengths=(1.0, 4.0))
     assert again["methods"]["actadd"] == results["methods"]["actadd"]
 

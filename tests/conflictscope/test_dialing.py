@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conflictscope import dialing as job
+from conflictscope import study
 from conflictscope.dialing import Dialing
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -68,18 +69,18 @@ def test_test_subjects_and_the_held_out_phrasing_are_for_the_test_alone(tiny_lla
     """What learning, calibration and test are given, as they are called."""
     learned, calibrated, tested = [], [], []
 
-    def watched(name, seen, pick):
-        real = getattr(job, name)
+    def watched(module, name, seen):
+        real = getattr(module, name)
 
-        def call(*arguments, **named):
-            seen.append(pick(*arguments))
-            return real(*arguments, **named)
+        def call(model, examples, *others, **named):
+            seen.append(examples)
+            return real(model, examples, *others, **named)
 
-        monkeypatch.setattr(job, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    watched("GateData", learned, lambda _, examples, __: examples)
-    watched("answer_starts", calibrated, lambda _, conflicts: conflicts)
-    watched("measure_usage", tested, lambda _, conflicts: conflicts)
+    watched(job, "GateData", learned)
+    watched(job, "answer_starts", calibrated)
+    watched(study, "measure_usage", tested)
     dialing(tiny_llama, tmp_path, settings=replace(LEARNING, steps=3)).run()
     assert [{e.split for e in examples} for examples in learned] == [{"train"}, {"dev"}]
     assert all({e.split for e in examples} == {"dev"} for examples in calibrated)
@@ -107,8 +108,8 @@ def test_the_dial_s_file_does_at_both_ends_what_the_summary_lists(finished, tiny
 
 def test_a_repeated_run_computes_nothing_anew(finished, tiny_directories, monkeypatch):
     summary, out = finished
-    for name in ("learn_gates", "measure_usage", "answer_starts", "neutral_kl"):
-        monkeypatch.setattr(job, name, lambda *_, **__: pytest.fail("computed again"))
+    for module, name in ((job, "learn_gates"), (job, "answer_starts"), (study, "measure_usage"), (study, "neutral_kl")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     assert dialing(load_model(str(tiny_directories["llama"]), device="cpu"), out).run() == summary
 
 
