@@ -38,6 +38,11 @@ app.add_typer(steer_app, name="steer")
 dial_app = typer.Typer(help="Learn a dial between memory and context, and set it.", no_args_is_help=True)
 app.add_typer(dial_app, name="dial")
 
+PromptsArgument = Annotated[
+    Path | None, typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin.")
+]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
 ModelOption = Annotated[
     str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
 ]
@@ -111,7 +116,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
         "out/usage.parquet"
     ),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
+    max_new_tokens: MaxNewTokensOption = 8,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -231,7 +236,7 @@ def record(
     answers: Annotated[
         bool, typer.Option("--answers/--no-answers", help="Answer conflict prompts too; the source probe needs it.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    batch_size: BatchSizeOption = 32,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -362,13 +367,10 @@ def probe_score(
 
 @probe_app.command("detect")
 def probe_detect(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
-    ] = None,
+    file: PromptsArgument = None,
     probes: ProbesOption = Path("out/probes"),
     model: ModelOption = DEFAULT_MODEL,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -614,17 +616,14 @@ def steer_fit(
 @steer_app.command("apply")
 def apply_edit(
     config: Annotated[Path, typer.Argument(help="An intervention file.")],
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
-    ] = None,
+    file: PromptsArgument = None,
     strength: Annotated[
         float, typer.Option(help="Factor on alpha or strength: 0 leaves the model as it is, 1 is the file's own.")
     ] = 1.0,
     save: Annotated[Path | None, typer.Option(help="Intervention file to write with that strength.")] = None,
     model: ModelOption = DEFAULT_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    max_new_tokens: MaxNewTokensOption = 8,
+    batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -643,16 +642,33 @@ def dial_fit(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Damage allowed: nats of KL divergence from the unedited model, for each kind of prompts."),
+        typer.Option(help="Damage allowed to ordinary text: mean nats of KL divergence from the unedited model."),
     ] = 0.02,
+    prompt_budget: Annotated[
+        float, typer.Option(help="The same for prompts without a context, with an agreeing and with another one.")
+    ] = 0.2,
     max_gates: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
     feed_forward: Annotated[
         bool, typer.Option("--feed-forward", help="Let feed-forward layers move too, counted among the heads.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=3, help="Steps of learning in each direction.")] = 60,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of learning in each direction.")] = 7,
     subjects: Annotated[
-        int, typer.Option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
+        int,
+        typer.Option(min=4, help="Subjects of each relation to learn from, at most; three fifths as many to test on."),
     ] = 40,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also measure other edits on the same prompts: OUT/comparison.json.")
+    ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-one-out", help="Also learn without each relation and test on it: OUT/leave-one-out.json."
+        ),
+    ] = False,
+    counterfact: Annotated[
+        Path | None,
+        typer.Option(help="Also test on CounterFact in the format of Competition of Mechanisms: OUT/counterfact.json."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
         "out/dial"
     ),
@@ -661,6 +677,7 @@ def dial_fit(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/summary.json."""
+    from conflictscope import dial_comparison
     from conflictscope.dialing import RELATIONS, Dialing
     from conflictscope.study import headline
     from interp.facts import relation_named
@@ -668,21 +685,33 @@ def dial_fit(
     from interventions.gate_training import GateTraining
 
     relations = [relation_named(name).name for name in relation or RELATIONS]
-    settings = GateTraining(budget=budget, max_gates=max_gates, feed_forward=feed_forward, steps=steps, seed=seed)
+    settings = GateTraining(
+        budget=budget,
+        prompt_budget=prompt_budget,
+        max_gates=max_gates,
+        feed_forward=feed_forward,
+        steps=steps,
+        seed=seed,
+    )
+    if counterfact is not None and not counterfact.is_file():
+        raise UserError(f"There is no file {counterfact}; check the path given to --counterfact.")
     bridge = load_model(model, device=device, dtype=dtype)
-    summary = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects).run()
-    for line in headline(summary):
+    dialing = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects)
+    for line in headline(dialing.run()):
         _say(line)
     _say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
+    if compare:
+        _print_frame(dial_comparison.comparison_table(dial_comparison.Comparison(dialing).run()))
+    if leave_one_out:
+        _print_frame(dial_comparison.transfer_table(dial_comparison.leave_one_out(dialing)))
+    if counterfact is not None:
+        _print_frame(dial_comparison.counterfact_table(dial_comparison.counterfact(dialing, counterfact)))
 
 
 @dial_app.command("apply")
 def dial_apply(
     config: Annotated[Path, typer.Argument(help="An intervention file with a dial.")] = Path("out/dial/dial.json"),
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin."),
-    ] = None,
+    file: PromptsArgument = None,
     trust: Annotated[
         float | None,
         typer.Option(help="Setting of the dial: -1 is memory, 0 the unchanged model, 1 context; else the file's own."),
@@ -695,8 +724,8 @@ def dial_apply(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Intervention file to write with that setting.")] = None,
     model: ModelOption = DEFAULT_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    max_new_tokens: MaxNewTokensOption = 8,
+    batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -716,6 +745,33 @@ def dial_apply(
         )
     _say(f"The dial is at {trust:+.2f}")
     _answer_edited(edit.dialed(trust), file, save, model, max_new_tokens, batch_size, device, dtype)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")],
+    config: Annotated[Path, typer.Argument(help="An intervention file for that model.")],
+    out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or with --bake a new folder.")],
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
+    ] = False,
+    trust: Annotated[
+        float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
+    ] = None,
+) -> None:
+    """Write an edit at one setting: as an intervention file, or folded into the weights of its model."""
+    from interp.models import load_checkpoint
+    from interventions.bake import write_folded
+    from interventions.config import InterventionFile
+
+    file = InterventionFile.load(config)
+    if bake:
+        write_folded(model, file, out, trust=trust)
+    else:
+        file.model.check(load_checkpoint(model)[0])
+        (file if trust is None else file.dialed(trust)).save(out)
+    _say(f"Wrote {out}")
 
 
 @app.command()

@@ -1,15 +1,16 @@
 """The fourth job: learn a trust dial, calibrate it, and verify it on held-out subjects.
 
-1. Sample facts, and keep those that the model continues right, phrasing by phrasing, in one pass.
+1. Sample facts, and keep those that the model continues right in most phrasings, asked in one pass.
 2. Learn the gates of both directions on train, within the budget of damage on dev.
 3. Calibrate: the rates of memory and context on dev at settings from one end to the other.
-4. Measure both ends on test: held-out subjects, phrasings of which one is unseen; next to the unedited model, and to
-   gates of the same scales in random places.
+4. Measure both ends on test: held-out subjects, phrasings of which one is unseen; next to the unedited model, to gates
+   of the same scales in random places, and to the setting that the curve gives for a rate halfway.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from conflictscope.probing import conflicts_by_phrasing
+from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
 from conflictscope.study import (
     RANDOM_DRAWS,
@@ -31,15 +32,16 @@ from conflictscope.study import (
 from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
-from interp.corpus import sampled_texts
 from interp.errors import UserError
 from interp.evaluation import UsageReport, answer_starts
 from interp.facts import (
     HELD_OUT_PHRASING,
     LEARNED_PHRASINGS,
     PHRASINGS,
+    SEEN_PHRASINGS,
     STUDY_PHRASINGS,
     Fact,
+    build_conflicts,
     closed_book_prompt,
     relation_named,
     usable_facts,
@@ -47,10 +49,11 @@ from interp.facts import (
 from interp.files import write_json
 from interp.generation import tracked
 from interp.models import fingerprint
+from interp.plots import dial_curve, save_figure
 from interp.teacher_forcing import continued, greedily_continued
 from interventions.base import applied
 from interventions.config import InterventionFile, ModelShape
-from interventions.gate_training import GateData, GateTraining, learn_gates
+from interventions.gate_training import GateTraining
 from interventions.gates import DialPoint, Gate, TrustDial
 
 if TYPE_CHECKING:
@@ -59,12 +62,6 @@ if TYPE_CHECKING:
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 SETTINGS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 
-_TEXTS: dict[Split, int] = {"train": 48, "dev": 24}
-_TEXT_TOKENS = 48
-_SIZES: dict[Split, dict[str, int]] = {
-    "train": {"conflicts": 720, "guards": 96},
-    "dev": {"conflicts": 96, "guards": 48},
-}
 _CALIBRATED_ON = 160
 
 
@@ -77,8 +74,8 @@ class Dialing:
         relations: Relations to learn from, all together.
         out: The folder.
         settings: What decides the learning; its seed decides the splits too.
-        subjects: How many subjects of each relation are asked about at most, to learn from and to test on; half as
-            many to choose on.
+        subjects: How many subjects of each relation are asked about at most, to learn from; three fifths as many to
+            choose on, and to test on.
     """
 
     def __init__(
@@ -97,7 +94,9 @@ class Dialing:
         self.out = out
         self.settings = settings or GateTraining()
         self.seed = self.settings.seed
-        self._subjects: dict[Split, int] = {"train": subjects, "dev": max(1, subjects // 2), "test": subjects}
+        self.subjects = subjects
+        fewer = max(1, subjects * 3 // 5)
+        self._subjects: dict[Split, int] = {"train": subjects, "dev": fewer, "test": fewer}
         self.records = Records(out / "records", model=fingerprint(model))
 
     def run(self) -> dict[str, Any]:
@@ -110,13 +109,11 @@ class Dialing:
             UserError: If the model knows too little to learn from.
         """
         dial = self.dial
-        baseline = self._verified([None], "Unedited model")
+        baseline = self.verified([None], "Unedited model")
         ends = {towards: dial.at(1.0 if towards == "context" else -1.0) for towards in DIRECTIONS}
-        measured = {towards: self._verified([end], f"Dial towards {towards}") for towards, end in ends.items()}
+        measured = {towards: self.verified([end], f"Dial towards {towards}") for towards, end in ends.items()}
         draws = [
-            self._elsewhere(ends[towards], f"{towards}/{draw}")
-            for towards in DIRECTIONS
-            for draw in range(RANDOM_DRAWS)
+            self.elsewhere(ends[towards], f"{towards}/{draw}") for towards in DIRECTIONS for draw in range(RANDOM_DRAWS)
         ]
         summary = {
             "model": model_record(self.model, self.name),
@@ -140,7 +137,7 @@ class Dialing:
             **{
                 f"towards_{towards}": {
                     "method": "learned_gates",
-                    **_edit_record(ends[towards]),
+                    **edit_record(ends[towards]),
                     "chosen_on": "dev",
                     "dev": self._learned[towards]["dev"],
                     "test": measured[towards],
@@ -148,18 +145,19 @@ class Dialing:
                 for towards in DIRECTIONS
             },
             "random_heads": {
-                "draws": [_edit_record(draw) for draw in draws],
+                "draws": [edit_record(draw) for draw in draws],
                 "chosen_on": "random",
-                "test": self._verified(draws, "Random gates"),
+                "test": self.verified(draws, "Random gates"),
             },
             "calibration": [vars(point) for point in dial.calibration],
+            "asked": {f"towards_{towards}": self._asked(towards) for towards in DIRECTIONS},
         }
         self._write(dial, summary)
         return summary
 
     @cached_property
     def conflicts(self) -> ConflictSet:
-        """Prompts of every kind and phrasing about what the model continues right there."""
+        """Prompts of every kind and phrasing about what the model knows."""
         rng = random.Random(self.seed)
         facts: dict[str, list[Fact]] = {}
         for relation in self.relations:
@@ -168,7 +166,7 @@ class Dialing:
             for split in SPLITS:
                 members = [fact for fact in usable if split_of(fact.subject, self.seed) == split]
                 facts[relation] += rng.sample(members, min(self._subjects[split], len(members)))
-        asked = [(relation, fact, phrasing) for relation in facts for fact in facts[relation] for phrasing in PHRASINGS]
+        asked = [(relation, fact, p) for relation in facts for fact in facts[relation] for p in SEEN_PHRASINGS]
         items = [
             continued(self.model, closed_book_prompt(relation_named(relation), fact.subject, phrasing), fact.answers[0])
             for relation, fact, phrasing in asked
@@ -178,16 +176,19 @@ class Dialing:
             [vars(item) for item in items],
             lambda: greedily_continued(self.model, items, progress="Closed-book"),
         )
-        right = {
-            (relation, fact.subject, phrasing)
-            for (relation, fact, phrasing), is_known in zip(asked, known, strict=True)
-            if is_known
+        # As in a study, a fact is known if most seen phrasings get it right; it is then asked about in all.
+        hits = Counter(
+            (relation, fact.subject) for (relation, fact, _), is_right in zip(asked, known, strict=True) if is_right
+        )
+        usable = {
+            relation: [fact for fact in some if 2 * hits[relation, fact.subject] > len(SEEN_PHRASINGS)]
+            for relation, some in facts.items()
         }
-        conflicts = conflicts_by_phrasing(facts, right, seed=self.seed, kinds=CONTEXT_KINDS)
+        conflicts = build_conflicts(usable, seed=self.seed, kinds=CONTEXT_KINDS, phrasings=PHRASINGS)
         parts = {
-            "train": _learned_part(conflicts, "train"),
-            "dev": _learned_part(conflicts, "dev"),
-            "test": _test_part(conflicts),
+            "train": learned_part(conflicts, "train"),
+            "dev": learned_part(conflicts, "dev"),
+            "test": _tested_part(conflicts),
         }
         for split, part in parts.items():
             if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
@@ -211,7 +212,7 @@ class Dialing:
                 scales.setdefault((layer, head), {})[towards] = scale
         order = sorted(scales, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
         dial = TrustDial(tuple(Gate(*place, **scales[place]) for place in order))
-        dev = _learned_part(self.conflicts, "dev").select(kind="conflict")
+        dev = learned_part(self.conflicts, "dev").select(kind="conflict")
         count = min(_CALIBRATED_ON, len(dev))
         chosen = ConflictSet(dev.name, tuple(random.Random(self.seed).sample(dev.examples, count)))
 
@@ -230,59 +231,23 @@ class Dialing:
     @cached_property
     def _learned(self) -> dict[Direction, dict[str, Any]]:
         """For each direction its gates ``[layer, head, scale]``, and what they do on dev."""
-        return {towards: self._learn(towards) for towards in DIRECTIONS}
-
-    def _learn(self, towards: Direction) -> dict[str, Any]:
-        depends_on = [self.conflicts.digest, vars(self.settings), _TEXTS, _TEXT_TOKENS, _SIZES]
-        checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors")
-
-        def learned() -> dict[str, Any]:
-            gates = learn_gates(
-                self.model,
-                self._gate_data["train"],
-                self._gate_data["dev"],
-                towards,
-                self.settings,
-                checkpoint=checkpoint,
-                progress=f"Learning towards {towards}",
-            )
-            return {
-                "gates": [[*place, scale] for place, scale in zip(gates.places, gates.scales, strict=True)],
-                "dev": {"rate": gates.dev.rate, "divergence": dict(gates.dev.divergence)},
-            }
-
-        found = self.records.json(f"gates-{towards}", depends_on, learned)
-        checkpoint.unlink(missing_ok=True)
-        return found
+        return {towards: self.fit.learned(towards, self.settings) for towards in DIRECTIONS}
 
     @cached_property
-    def _gate_data(self) -> dict[Split, GateData]:
-        return {
-            split: GateData(
-                self.model,
-                _learned_part(self.conflicts, split).examples,
-                sampled_texts(
-                    self.model,
-                    count,
-                    self.out / "records" / "texts",
-                    split=split,
-                    seed=self.seed,
-                    new_tokens=_TEXT_TOKENS,
-                    batch_size=count,
-                    progress=f"Sampling text: {split}",
-                ),
-                **_SIZES[split],
-                seed=self.seed,
-                progress=f"Guards: {split}",
-            )
-            for split, count in _TEXTS.items()
+    def fit(self) -> GateFit:
+        """What gates are learned from."""
+        parts: dict[LearnedFrom, ConflictSet] = {
+            "train": learned_part(self.conflicts, "train"),
+            "dev": learned_part(self.conflicts, "dev"),
         }
+        return GateFit(self.model, parts, self.records, seed=self.seed)
 
     @cached_property
-    def _tested(self) -> ConflictSet:
-        return _test_part(self.conflicts)
+    def tested(self) -> ConflictSet:
+        """What is asked on test."""
+        return _tested_part(self.conflicts)
 
-    def _verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
+    def verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
         """What some dials, or no dial, do on test, all together."""
         measured = [self._measured(dial, label) for dial in dials]
         report = UsageReport(pl.concat([report.frame for report, _ in measured]))
@@ -290,10 +255,21 @@ class Dialing:
 
     def _measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
         edits = [] if dial is None else [dial]
-        key = [None if dial is None else _edit_record(dial)]
-        return measure_edits(self.model, self.records, self._tested, edits, key=key, label=f"Test: {label}")
+        key = [None if dial is None else edit_record(dial)]
+        return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
 
-    def _elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
+    def _asked(self, towards: Direction) -> dict[str, Any]:
+        """What test says when the dial is asked for the rate halfway between no trust and its end."""
+        rates = {p.trust: p.context_rate if towards == "context" else p.memory_rate for p in self.dial.calibration}
+        wanted = (rates[0.0] + rates[1.0 if towards == "context" else -1.0]) / 2
+        trust = self.dial.trust_for(towards, wanted)
+        return {
+            "rate": wanted,
+            "trust": trust,
+            "test": self.verified([self.dial.at(trust)], f"Asked for {towards} {wanted:.2f}"),
+        }
+
+    def elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
         """The scales of one end of the dial in random places."""
         anatomy = Anatomy(self.model)
         moved = [gate for gate in end.gates if gate.scale(end.trust) != 1]
@@ -333,20 +309,21 @@ class Dialing:
             },
         ).save(self.out / "dial.json")
         self.conflicts.save(self.out / "conflicts.jsonl")
+        save_figure(dial_curve(summary["calibration"]), self.out / "dial.html")
         write_json(self.out / "summary.json", summary)
 
 
-def _learned_part(conflicts: ConflictSet, split: Split) -> ConflictSet:
+def learned_part(conflicts: ConflictSet, split: Split) -> ConflictSet:
     """Prompts of train or dev, none of them in the held-out phrasing."""
     return conflicts.select(split=split, templates=LEARNED_PHRASINGS)
 
 
-def _test_part(conflicts: ConflictSet) -> ConflictSet:
+def _tested_part(conflicts: ConflictSet) -> ConflictSet:
     test = conflicts.select(split="test")
     return ConflictSet(test.name, tuple(e for e in test if e.template in TEST_PHRASINGS[e.kind]))
 
 
-def _edit_record(dial: TrustDial) -> dict[str, Any]:
+def edit_record(dial: TrustDial) -> dict[str, Any]:
     """The heads and feed-forward layers that a dial moves at its setting, as a study's summary says them."""
     moved = [(gate, gate.scale(dial.trust)) for gate in dial.gates if gate.scale(dial.trust) != 1]
     return {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,13 +25,14 @@ from rich.console import Console
 from torch import Tensor
 
 from conflictscope import __version__
+from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
 from conflictscope.report import write_report
 from interp.anatomy import Anatomy
 from interp.attribution.path_patching import path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead, top_heads
 from interp.attribution.states import last_token_states
-from interp.conflicts import ConflictSet, Split
+from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl, neutral_texts
 from interp.facts import (
@@ -50,12 +51,15 @@ from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
 from interventions.base import Intervention, applied
 from interventions.config import InterventionFile, ModelShape
+from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling, ScaledHead
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Method = Literal["value_scaling", "mean_ablation", "pruning"]
+RankedMethod = Literal["value_scaling", "mean_ablation", "pruning"]
+Method = Literal["value_scaling", "mean_ablation", "pruning", "learned_gates"]
+RANKED_METHODS: tuple[RankedMethod, ...] = get_args(RankedMethod)
 METHODS: tuple[Method, ...] = get_args(Method)
 
 # Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
@@ -73,6 +77,7 @@ _PRUNED_HEADS = (1, 2, 4, 8)
 _ABLATED_HEADS = (4, 8)
 _STRENGTHENED = 1.5
 _QUICK_FACTS = 40
+_GATES = GateTraining()
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class Candidate:
         return {"heads": [list(head) for head in self.heads], "around": "mean" if self.around_mean else "zero"}
 
 
-def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> list[Candidate]:
-    """The candidates of one method.
+def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: RankedMethod) -> list[Candidate]:
+    """The candidates of one method that ranks heads.
 
     ``pruning`` removes the k heads that push hardest to the other source (PH3). They are ranked in two ways: by the
     logit difference, and by how much the wanted answer's probability gains without them. ``mean_ablation`` holds
@@ -281,8 +286,25 @@ class Study:
 
     def _chosen(self, scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> Candidate:
         """The method's winner on dev."""
+        if method == "learned_gates":
+            return self._learned_gates(towards)
         competitors = candidates(scores, towards, method)
         return competitors[self._best(competitors, towards)]
+
+    def _learned_gates(self, towards: Direction) -> Candidate:
+        """The scales of all heads, learned together."""
+        settings = replace(_GATES, seed=self.seed)
+        if self.quick:
+            settings = replace(settings, steps=3, conflicts=8, guards=4)
+        gates = self._gate_fit.learned(towards, settings)["gates"]
+        return Candidate(tuple((layer, head, scale) for layer, head, scale in gates))
+
+    @cached_property
+    def _gate_fit(self) -> GateFit:
+        def part(split: LearnedFrom) -> ConflictSet:
+            return self._selected(split, CONTEXT_KINDS, SEEN_PHRASINGS)
+
+        return GateFit(self.model, {"train": part("train"), "dev": part("dev")}, self.records, seed=self.seed)
 
     def _best(self, competitors: Sequence[Candidate], towards: Direction) -> int:
         """Index of the winner on dev."""

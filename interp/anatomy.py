@@ -47,6 +47,7 @@ class Blueprint:
     Where query, key and value are one fused module, all three name it.
 
     Attributes:
+        mlp_output: The MLP's last linear map.
         norm: ``layer`` centres and has a bias; ``rms`` scales by ``weight``; ``rms_plus_one`` by ``1 + weight``.
         attention_post_norm: Norm of the attention output before it joins the residual stream, if there is one.
         mlp_post_norm: The same for the MLP output.
@@ -62,6 +63,7 @@ class Blueprint:
     output_projection: str
     mlp_norm: str
     mlp: str
+    mlp_output: str
     final_norm: str
     unembedding: str
     norm: NormKind
@@ -95,6 +97,7 @@ _LLAMA = Blueprint(
     output_projection="self_attn.o_proj",
     mlp_norm="post_attention_layernorm",
     mlp="mlp",
+    mlp_output="mlp.down_proj",
     final_norm="model.norm",
     unembedding="lm_head",
     norm="rms",
@@ -110,6 +113,7 @@ _GEMMA = Blueprint(
     output_projection="self_attn.o_proj",
     mlp_norm="pre_feedforward_layernorm",
     mlp="mlp",
+    mlp_output="mlp.down_proj",
     final_norm="model.norm",
     unembedding="lm_head",
     norm="rms_plus_one",
@@ -129,6 +133,7 @@ BLUEPRINTS: dict[str, Blueprint] = {
         output_projection="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
+        mlp_output="mlp.c_proj",
         final_norm="transformer.ln_f",
         unembedding="lm_head",
         norm="layer",
@@ -144,6 +149,7 @@ BLUEPRINTS: dict[str, Blueprint] = {
         output_projection="attention.dense",
         mlp_norm="post_attention_layernorm",
         mlp="mlp",
+        mlp_output="mlp.dense_4h_to_h",
         final_norm="gpt_neox.final_layer_norm",
         unembedding="lm_head",
         norm="layer",
@@ -341,12 +347,22 @@ class Anatomy:
         return layer, head
 
     def output_matrix(self, layer: int) -> Tensor:
-        """W_O of all heads, ``(n_heads, d_head, d_model)``: head h writes ``z_h @ W_O[h]``."""
+        """W_O of all heads, ``(n_heads, d_head, d_model)``: head h writes ``z_h @ W_O[h]``; a view of the weights."""
         projection = _unwrapped(self.module("output_projection", layer))
         weight: Any = projection.weight
         if isinstance(projection, nn.Linear):
             weight = weight.T
         return weight.reshape(self.n_heads, self.d_head, self.d_model)
+
+    def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
+        """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.
+
+        The weights are those of the MLP's last linear map, bias included, or of its post norm, where it has one.
+        """
+        post_norm = self.blueprint.mlp_post_norm
+        module = self._block_part(layer, self.blueprint.mlp_output if post_norm is None else post_norm)
+        offset = int(post_norm is not None and self.blueprint.norm == "rms_plus_one")
+        return list(_unwrapped(module).parameters()), offset
 
     def output_bias(self, layer: int) -> Tensor | None:
         """b_O, ``(d_model,)``, or ``None`` where the output projection has none."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT_MODEL = "smollm2-135m"
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -177,8 +178,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
         model.hf_quantizer = None
         model.is_quantized = False
         model.config._name_or_path = name
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+    save_checkpoint(model, tokenizer, target)
 
 
 class _quiet_transformers:
@@ -241,13 +241,54 @@ def load_model(
             bridge = TransformerBridge.boot_transformers(source, device=where, dtype=kind, tokenizer=tokenizer)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except _LOADING_ERRORS as error:
             raise UserError(_not_loadable(name, error)) from error
     _use_tokenizer(bridge, checkpoint_tokenizer)
     _decode_plainly(transformers_model(bridge))
     bridge.eval()
     transformers_model(bridge).requires_grad_(False)
     return bridge
+
+
+def load_checkpoint(name: str) -> tuple[Any, Any]:
+    """Load a causal language model as transformers does, with the dtype and generation settings it was saved with.
+
+    Args:
+        name: A registered name, a local directory with weights and tokenizer, or a hub id.
+
+    Returns:
+        The model, on the CPU, and its tokenizer.
+
+    Raises:
+        UserError: If it cannot be loaded, or the architecture is not known.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, local = _source(name)
+    with _quiet_transformers():
+        try:
+            _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            network = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype="auto")
+        except UserError:
+            raise
+        except _LOADING_ERRORS as error:
+            raise UserError(_not_loadable(name, error)) from error
+    return network, tokenizer
+
+
+def save_checkpoint(network: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a transformers model and its tokenizer into a folder.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with _quiet_transformers():
+        try:
+            network.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(folder)
 
 
 def _check_architecture(config: Any) -> None:

@@ -34,6 +34,8 @@ OTHER_COLOUR = "#999999"
 _COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
 _SYMBOLS = {"memory": "circle", "context": "diamond"}
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_FRONT_SYMBOLS = ("square", "triangle-up", "pentagon", "diamond", "star", "x", "circle-open")
+_FRONT_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#999999", "#999999")
 _ROW = 21
 _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -338,6 +340,76 @@ def gain_and_damage(
         hovermode="closest",
         legend={"y": -0.2, "yanchor": "top", "entrywidth": 125},
     )
+
+
+def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> go.Figure:
+    """What every setting of every method gains on dev (to the right) and costs, one column per direction.
+
+    Args:
+        settings: For each direction records with ``method``, ``setting``, ``rate`` (share of conflict prompts that are
+            answered from the wanted source), ``divergence`` (nats, by kind of prompt) and ``right`` (shares, likewise).
+    """
+    figure = make_subplots(
+        rows=2,
+        cols=2,
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.06,
+        vertical_spacing=0.08,
+        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
+    )
+    methods = list(dict.fromkeys(record["method"] for direction in DIRECTIONS for record in settings[direction]))
+    for column, direction in enumerate(DIRECTIONS, start=1):
+        for number, method in enumerate(methods):
+            own = sorted((r for r in settings[direction] if r["method"] == method), key=lambda r: r["rate"])
+            costs = ([r["divergence"]["neutral"] for r in own], [r["right"]["none"] for r in own])
+            for row, values in enumerate(costs, start=1):
+                figure.add_scatter(
+                    x=[r["rate"] for r in own],
+                    y=values,
+                    mode="markers" if method in ("pruning", "value_scaling") else "lines+markers",
+                    marker={"symbol": _FRONT_SYMBOLS[number], "size": 8, "color": _FRONT_COLOURS[number]},
+                    line={"width": 1.5, "color": _FRONT_COLOURS[number]},
+                    name=escape(method.replace("_", " ")),
+                    legendgroup=method,
+                    showlegend=row == column == 1,
+                    hovertext=[f"{escape(method.replace('_', ' '))}: {escape(r['setting'])}" for r in own],
+                    hovertemplate="%{hovertext}<br>rate %{x:.2f}, %{y:.3f}<extra></extra>",
+                    row=row,
+                    col=column,
+                )
+        figure.update_xaxes(title_text=f"{direction} rate on dev", range=[0, 1.02], tickformat=".0%", row=2, col=column)
+    figure.update_yaxes(type="log", title_text="KL on text (nats)", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", title_text="closed-book accuracy", row=2, col=1)
+    return figure.update_annotations(font_size=13).update_layout(
+        template=LIGHT_THEME,
+        height=620,
+        margin_t=30,
+        hovermode="closest",
+        legend={"y": -0.12, "yanchor": "top", "entrywidth": 130},
+    )
+
+
+def dial_curve(calibration: Sequence[Mapping[str, float]]) -> go.Figure:
+    """Rates of memory and context answers by the setting of a dial.
+
+    Args:
+        calibration: Records with ``trust``, ``memory_rate`` and ``context_rate``, by rising trust.
+    """
+    figure = go.Figure()
+    for usage in ("memory", "context"):
+        figure.add_scatter(
+            x=[point["trust"] for point in calibration],
+            y=[point[f"{usage}_rate"] for point in calibration],
+            mode="lines+markers",
+            marker={"symbol": _SYMBOLS[usage], "size": 8, "color": _COLOURS[usage]},
+            line={"color": _COLOURS[usage]},
+            name=f"answers from {usage}",
+            hovertemplate=f"trust %{{x:+.2f}}: {usage} rate %{{y:.1%}}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="trust: -1 is memory, 0 the unchanged model, 1 context", range=[-1.05, 1.05])
+    figure.update_yaxes(title_text="share of conflict prompts (dev)", tickformat=".0%", range=[0, 1.02])
+    return figure.update_layout(template=LIGHT_THEME, height=360, legend={"y": 1.02})
 
 
 def save_figure(figure: go.Figure, path: str | Path) -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from conflictscope import dialing as job
-from conflictscope import study
+from conflictscope import gate_fit, study
 from conflictscope.dialing import Dialing
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import neutral_texts
-from interp.facts import HELD_OUT_PHRASING, PHRASINGS
+from interp.facts import HELD_OUT_PHRASING
 from interp.generation import encode
 from interp.models import load_model
 from interventions.base import applied
@@ -24,7 +24,7 @@ from tests.conflictscope import test_cli
 from tests.conflictscope.test_cli import assert_one_sentence
 
 run = test_cli.run
-LEARNING = GateTraining(budget=0.5, max_gates=3, steps=9, learning_rate=0.2, conflicts=4)
+LEARNING = GateTraining(budget=0.5, prompt_budget=0.5, max_gates=3, steps=4, conflicts=6, guards=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,9 +35,9 @@ def small():
         patch.setattr("interp.evaluation.neutral_texts", lambda: few)
         patch.setattr(job, "greedily_continued", lambda _, items, **__: [True] * len(items))
         patch.setattr(job, "SETTINGS", (-1.0, 0.0, 1.0))
-        patch.setattr(job, "_TEXT_TOKENS", 8)
-        patch.setattr(job, "_TEXTS", {"train": 6, "dev": 4})
-        patch.setattr(job, "_SIZES", {"train": {}, "dev": {"conflicts": 12, "guards": 6}})
+        patch.setattr(gate_fit, "_TEXT_TOKENS", 8)
+        patch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})
+        patch.setattr(gate_fit, "_SIZES", {"train": {}, "dev": {"conflicts": 12, "guards": 6}})
         yield
 
 
@@ -78,7 +78,7 @@ def test_test_subjects_and_the_held_out_phrasing_are_for_the_test_alone(tiny_lla
 
         monkeypatch.setattr(module, name, call)
 
-    watched(job, "GateData", learned)
+    watched(gate_fit, "GateData", learned)
     watched(job, "answer_starts", calibrated)
     watched(study, "measure_usage", tested)
     dialing(tiny_llama, tmp_path, settings=replace(LEARNING, steps=3)).run()
@@ -106,9 +106,22 @@ def test_the_dial_s_file_does_at_both_ends_what_the_summary_lists(finished, tiny
                 assert torch.equal(network(**inputs).logits, expected)
 
 
+def test_the_dial_is_asked_for_a_rate_halfway(finished):
+    summary, out = finished
+    dial = InterventionFile.load(out / "dial.json").dial
+    for towards, end in (("context", 1.0), ("memory", -1.0)):
+        asked = summary["asked"][f"towards_{towards}"]
+        rates = {point["trust"]: point[f"{towards}_rate"] for point in summary["calibration"]}
+        assert asked["rate"] == pytest.approx((rates[0.0] + rates[end]) / 2)
+        assert asked["trust"] == dial.trust_for(towards, asked["rate"])
+        assert 0 <= asked["trust"] * end <= 1
+        assert asked["test"][f"{towards}_rate"]["n"] > 0
+
+
 def test_a_repeated_run_computes_nothing_anew(finished, tiny_directories, monkeypatch):
     summary, out = finished
-    for module, name in ((job, "learn_gates"), (job, "answer_starts"), (study, "measure_usage"), (study, "neutral_kl")):
+    computes = [(gate_fit, "learn_gates"), (job, "answer_starts"), (study, "measure_usage"), (study, "neutral_kl")]
+    for module, name in computes:
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     assert dialing(load_model(str(tiny_directories["llama"]), device="cpu"), out).run() == summary
 
@@ -139,24 +152,28 @@ def test_too_few_other_places_for_a_random_control_is_one_sentence(tiny_llama, t
 
 def test_a_budget_that_no_gate_can_keep_is_one_sentence(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="give a larger --budget"):
-        _ = dialing(tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, steps=3, max_gates=2)).dial
+        _ = dialing(
+            tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, prompt_budget=1e-12, steps=3, max_gates=2)
+        ).dial
 
 
 def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "greedily_continued", lambda _, items, **__: [False] * len(items))
-    with pytest.raises(UserError, match="knows too few facts of capital, language"):
+    with pytest.raises(UserError, match="too few different answers among the facts of capital, language"):
         _ = dialing(tiny_llama, tmp_path).conflicts
 
 
-def test_a_model_that_knows_nothing_in_the_phrasing_that_is_tested_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
-    unknown = list(PHRASINGS).index(HELD_OUT_PHRASING)
+def test_a_fact_is_known_if_most_phrasings_get_it_right(tiny_llama, tmp_path, monkeypatch):
+    """Two of three phrasings get every other subject right, one of three the rest."""
+    asked = []
 
     def known(_, items, **__):
-        return [number % len(PHRASINGS) != unknown for number in range(len(items))]
+        asked.extend(items)
+        return [number % 3 < (2 if number // 3 % 2 == 0 else 1) for number in range(len(items))]
 
     monkeypatch.setattr(job, "greedily_continued", known)
-    with pytest.raises(UserError, match="the test split has no prompts of the kind 'aligned'"):
-        _ = dialing(tiny_llama, tmp_path).conflicts
+    subjects = Dialing(tiny_llama, "tiny", relations=["capital", "language"], out=tmp_path).conflicts.subjects
+    assert 0 < len(subjects) <= len(asked) / 3 / 2
 
 
 @pytest.fixture
@@ -192,6 +209,23 @@ def test_asking_for_a_rate_sets_the_dial(dial_file, run, tiny_directories, tmp_p
     assert InterventionFile.load(dial_file).dial.trust == pytest.approx(trust)
     again = answered(run, tiny_directories)
     assert again == lines
+
+
+def test_a_setting_is_exported_as_a_file_or_as_a_checkpoint(dial_file, run, tiny_directories, tiny_llama, tmp_path):
+    model = str(tiny_directories["llama"])
+    assert run("export", model, "dial.json", "half.json", "--trust", "-0.5")[0] == 0
+    assert InterventionFile.load(tmp_path / "half.json").dial.trust == -0.5
+    assert run("export", model, "half.json", "folded", "--bake")[0] == 0
+    folded = load_model(str(tmp_path / "folded"), device="cpu")
+    inputs = encode(tiny_llama, ["The capital of Peru is"])
+    with torch.inference_mode(), applied(tiny_llama, InterventionFile.load(dial_file).dial.at(-0.5)):
+        expected = tiny_llama.original_model(**inputs).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(folded.original_model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert_one_sentence(run("export", model, "dial.json", "folded", "--bake"), "folded")
+    assert_one_sentence(
+        run("export", str(tiny_directories["gpt2"]), "dial.json", "other.json"), "load the model it was made for"
+    )
 
 
 def test_wrong_settings_are_one_sentence(dial_file, run, tiny_directories):

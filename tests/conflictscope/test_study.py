@@ -3,14 +3,16 @@ import json
 import polars as pl
 import pytest
 
+from conflictscope import gate_fit
 from conflictscope import study as study_module
-from conflictscope.study import METHODS, Study, as_good_as_the_best, candidates
+from conflictscope.study import METHODS, RANKED_METHODS, Study, as_good_as_the_best, candidates
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.facts import usable_facts
 from interp.models import load_model
 from interventions.config import InterventionFile
+from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling
 
 
@@ -20,6 +22,11 @@ def make_study(tiny_llama, monkeypatch):
     monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
     monkeypatch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
     monkeypatch.setattr(study_module, "_ABLATED_HEADS", (2,))
+    settings = GateTraining(budget=0.5, prompt_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
+    monkeypatch.setattr(study_module, "_GATES", settings)
+    monkeypatch.setattr(gate_fit, "_TEXT_TOKENS", 8)
+    monkeypatch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})
+    monkeypatch.setattr(gate_fit, "_SIZES", {"train": {"conflicts": 24}, "dev": {"conflicts": 12, "guards": 6}})
 
     def make(out, model=tiny_llama):
         return Study(model, "tiny", relations=["capital"], out=out)
@@ -83,6 +90,7 @@ def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path,
     assert not (tmp_path / "summary.json").exists()
     for name in ("measure_usage", "answer_starts", "path_patching", "neutral_kl"):
         monkeypatch.setattr(study_module, name, lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(gate_fit, "learn_gates", lambda *_, **__: pytest.fail("computed again"))
     assert make_study(tmp_path).run()["baseline"]
 
 
@@ -128,11 +136,20 @@ def test_candidates_within_one_standard_error_of_the_best_stay(reports, chosen):
     assert as_good_as_the_best([report(*usages) for usages in reports], "context") == chosen
 
 
+def test_learned_gates_compete_with_what_ranks_heads(make_study, tmp_path):
+    summary = make_study(tmp_path).run()
+    assert list(summary["methods"]) == list(METHODS)
+    for towards in ("context", "memory"):
+        learned = summary["methods"]["learned_gates"][f"towards_{towards}"]
+        assert 0 < len(learned["heads"]) <= 3
+        assert all(scale != 1 for *_, scale in learned["heads"])
+
+
 def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):
     scores = make_study(tmp_path).head_scores()
     opponents = [(h.layer, h.head) for h in scores["logit_diff"].ranked("memory")]
     first = candidates(scores, "context", "pruning")[0]
     assert first.heads == ((*opponents[0], 0.0),)
-    for method in METHODS:
+    for method in RANKED_METHODS:
         for candidate in candidates(scores, "memory", method):
             assert len({head[:2] for head in candidate.heads}) == len(candidate.heads)

@@ -13,6 +13,8 @@ from interp.plots import (
     DARK_THEME,
     LIGHT_THEME,
     MEMORY_COLOUR,
+    damage_fronts,
+    dial_curve,
     gain_and_damage,
     head_map,
     percent,
@@ -171,3 +173,29 @@ def test_a_theme_swap_changes_paper_and_text_but_no_data_colour() -> None:
 )
 def test_percent_never_rounds_to_none_or_all(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+def test_damage_fronts_give_each_method_a_line_by_rising_rate() -> None:
+    def setting(method: str, name: str, rate: float, text: float, right: float) -> dict[str, Any]:
+        divergence = {"none": 0.5, "aligned": 0.5, "irrelevant": 0.5, "neutral": text}
+        return {"method": method, "setting": name, "rate": rate, "divergence": divergence, "right": {"none": right}}
+
+    context = [setting("learned_gates", "1", 0.8, 0.02, 0.9), setting("learned_gates", "0.5", 0.6, 0.005, 0.95)]
+    memory = [setting("pruning", "1.2 x0", 0.5, 0.1, 0.7)]
+    figure: Any = damage_fronts({"context": context, "memory": memory})
+    drawn = {(t.name, t.xaxis, t.yaxis): (list(t.x), list(t.y)) for t in figure.data if len(t.x)}
+    assert drawn == {
+        ("learned gates", "x", "y"): ([0.6, 0.8], [0.005, 0.02]),
+        ("learned gates", "x3", "y3"): ([0.6, 0.8], [0.95, 0.9]),
+        ("pruning", "x2", "y2"): ([0.5], [0.1]),
+        ("pruning", "x4", "y4"): ([0.5], [0.7]),
+    }
+
+
+def test_a_dial_s_curve_has_both_rates_in_their_colours() -> None:
+    points = [{"trust": t, "memory_rate": 0.4 - 0.3 * t, "context_rate": 0.5 + 0.4 * t} for t in (-1.0, 0.0, 1.0)]
+    figure: Any = dial_curve(points)
+    assert [(list(t.x), list(t.y), t.line.color) for t in figure.data] == [
+        ([-1.0, 0.0, 1.0], [p["memory_rate"] for p in points], MEMORY_COLOUR),
+        ([-1.0, 0.0, 1.0], [p["context_rate"] for p in points], CONTEXT_COLOUR),
+    ]

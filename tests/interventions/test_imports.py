@@ -7,9 +7,11 @@ import pytest
 @pytest.mark.parametrize(
     "module",
     [
+        "interventions.bake",
         "interventions.base",
         "interventions.config",
         "interventions.features",
+        "interventions.gates",
         "interventions.heads",
         "interventions.steering",
     ],

@@ -1,0 +1,200 @@
+"""Fold interventions into the weights: the edited model becomes an ordinary checkpoint.
+
+What scales an activation by the same number at every position scales the weights that write it:
+
+    head, z' = mean + s (z - mean)    W_O[head]' = s W_O[head],  b_O' = b_O + (1 - s) mean @ W_O[head]
+    feed-forward layer                the last linear map's weight and bias times s
+    the same, before a post norm      the post norm's gain times s
+
+A trust dial is folded as it stands. Steering and feature edits depend on the token or on the activation; they are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy
+from interp.errors import UserError
+from interp.files import atomic_directory
+from interp.models import load_checkpoint, save_checkpoint
+from interventions.base import applied
+from interventions.config import AnyIntervention, InterventionFile
+from interventions.feedforward import FeedForwardScaling
+from interventions.gates import TrustDial
+from interventions.heads import HeadScaling
+
+
+class _Change(NamedTuple):
+    """What all edits together do to one head: z' = scale * z + shift; ``shift`` has ``d_head`` numbers or one, 0."""
+
+    scale: float
+    shift: Tensor
+
+
+class _Changes(NamedTuple):
+    """What all edits together do, less what they leave as it is."""
+
+    heads: dict[tuple[int, int], _Change]
+    layers: dict[int, float]
+
+
+def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
+    """Fold interventions into the weights of ``model``, in place. A refused call changes nothing.
+
+    Several edits of one head or layer are folded one after the other, as they would be applied. The sums are done in
+    float32 and rounded to the dtype of the weights.
+
+    Args:
+        model: A transformers model or a ``TransformerBridge``.
+        interventions: Scaled heads, scaled feed-forward layers and trust dials, in order.
+
+    Raises:
+        UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
+            mean but the model's output projections have no bias, or the weights are quantised.
+    """
+    scalings = _scalings(interventions)
+    # Attaching makes the checks that folding needs too: heads and layers that exist, means of the right length.
+    with applied(model, *interventions):
+        pass
+    anatomy = Anatomy(model)
+    if getattr(anatomy.model, "is_quantized", False):
+        raise UserError("The weights are quantised, so nothing can be folded into them; give the unquantised model.")
+    heads, layers = _changes(scalings)
+    for (layer, head), change in heads.items():
+        if change.shift.any() and anatomy.output_bias(layer) is None:
+            raise UserError(
+                f"Head {layer}.{head} is scaled around a mean, which needs a bias to be folded into, and the output "
+                f"projections of this {anatomy.architecture} have none; scale the head around zero, or apply the "
+                "intervention while the model runs."
+            )
+    with torch.no_grad():
+        for (layer, head), change in heads.items():
+            _fold_head(anatomy, layer, head, change)
+        for layer, scale in layers.items():
+            _scale_mlp(anatomy, layer, scale)
+
+
+def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None) -> None:
+    """Write a checkpoint that is ``model`` with an intervention file folded into its weights.
+
+    The folder holds weights, tokenizer, generation settings and a model card, and loads like the model itself. The
+    weights keep the dtype in which the model was saved.
+
+    Args:
+        model: A registered name, a local directory with weights and tokenizer, or a hub id.
+        file: The intervention file, for this model.
+        out: The folder, new or empty. It appears only once it is complete.
+        trust: Where the file's dial is to stand; ``None`` leaves it as it is.
+
+    Raises:
+        UserError: If the file is for another model or cannot be folded, the model cannot be loaded, trust lies
+            outside -1 to 1 or the file holds no dial, ``out`` is not empty, or the disk is full.
+    """
+    folded = file if trust is None else file.dialed(trust)
+    interventions = folded.build()
+    scalings = _scalings(interventions)
+    with atomic_directory(out) as partial:
+        network, tokenizer = load_checkpoint(model)
+        folded.model.check(network)
+        fold(network, interventions)
+        save_checkpoint(network, tokenizer, partial)
+        # What was measured is said by the file as it came: at another setting of the dial it is left out.
+        card = "\n".join(_card(model, folded, _changes(scalings), file.measured))
+        (partial / "README.md").write_text(card + "\n", encoding="utf-8")
+
+
+def _scalings(interventions: Sequence[AnyIntervention]) -> list[HeadScaling | FeedForwardScaling]:
+    """The scalings that the interventions consist of, if they consist of nothing else."""
+    scalings: list[HeadScaling | FeedForwardScaling] = []
+    for intervention in interventions:
+        if isinstance(intervention, TrustDial):
+            scalings += intervention.interventions()
+        elif isinstance(intervention, HeadScaling | FeedForwardScaling):
+            scalings.append(intervention)
+        else:
+            raise UserError(
+                f"{type(intervention).__name__} cannot be folded into weights, only scaled heads, scaled feed-forward "
+                "layers and trust dials can; apply the intervention while the model runs instead."
+            )
+    return scalings
+
+
+def _changes(scalings: Sequence[HeadScaling | FeedForwardScaling]) -> _Changes:
+    heads: dict[tuple[int, int], _Change] = {}
+    layers: dict[int, float] = {}
+    for scaling in scalings:
+        if isinstance(scaling, FeedForwardScaling):
+            for layer, scale in scaling.scales:
+                layers[layer] = scale * layers.get(layer, 1.0)
+            continue
+        for scaled in scaling.heads:
+            before = heads.get((scaled.layer, scaled.head), _Change(1.0, torch.zeros(1)))
+            mean = torch.tensor((0.0,) if scaled.mean is None else scaled.mean)
+            shift = scaled.scale * before.shift + (1 - scaled.scale) * mean
+            heads[scaled.layer, scaled.head] = _Change(scaled.scale * before.scale, shift)
+    return _Changes(
+        {place: change for place, change in heads.items() if change.scale != 1 or change.shift.any()},
+        {layer: scale for layer, scale in layers.items() if scale != 1},
+    )
+
+
+def _fold_head(anatomy: Anatomy, layer: int, head: int, change: _Change) -> None:
+    # A view: the model's own weights are written to.
+    weight = anatomy.output_matrix(layer)[head]
+    values = weight.float()
+    if change.shift.any():
+        bias = anatomy.output_bias(layer)
+        assert bias is not None, "fold() refuses a shift without a bias"
+        bias.copy_(bias.float() + change.shift.to(values.device) @ values)
+    weight.copy_(change.scale * values)
+
+
+def _scale_mlp(anatomy: Anatomy, layer: int, scale: float) -> None:
+    weights, offset = anatomy.mlp_weights(layer)
+    for weight in weights:
+        weight.copy_(scale * (weight.float() + offset) - offset)
+
+
+def _card(model: str, file: InterventionFile, changes: _Changes, measured: dict[str, Any]) -> Iterator[str]:
+    """The lines of the model card."""
+    dials = [part for part in file.build() if isinstance(part, TrustDial)]
+    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(entry.kind for entry in file.interventions))
+    yield from (
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [conflictscope]",
+        "---",
+        "",
+    )
+    yield from (f"# {file.name}", "")
+    yield f"`{model}` ({file.model.architecture}) with an intervention folded into its weights by ConflictScope."
+    yield from ("It loads like the model itself; nothing has to be installed or attached.", "")
+    yield from ("| | |", "|---|---|")
+    yield f"| made from | `{model}` |"
+    yield f"| intervention file | {file.name} |"
+    if file.towards is not None:
+        yield f"| strengthens | {file.towards} |"
+    yield f"| kinds of change | {kinds} |"
+    yield from (f"| trust, from -1 (memory) to 1 (context) | {dial.trust:+g} |" for dial in dials)
+    yield f"| attention heads changed | {len(changes.heads)} |"
+    yield f"| feed-forward layers changed | {len(changes.layers)} |"
+    for dial in dials:
+        if dial.calibration:
+            yield from (
+                "",
+                "Conflict prompts answered from memory and from the context, by the first token, on dev:",
+                "",
+            )
+            yield from ("| trust | memory | context |", "|---:|---:|---:|")
+            yield from (f"| {p.trust:+g} | {p.memory_rate:.3f} | {p.context_rate:.3f} |" for p in dial.calibration)
+    if measured:
+        yield from ("", "Measured when the intervention file was made, not with this checkpoint:", "")
+        yield from ("```json", json.dumps(measured, indent=2, ensure_ascii=False), "```")
