@@ -642,7 +642,7 @@ def dial_fit(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Damage allowed to ordinary text: mean nats of KL divergence from the unedited model."),
+        typer.Option(help="Damage allowed to text: mean nats of KL divergence, on text that the model samples."),
     ] = 0.02,
     prompt_budget: Annotated[
         float, typer.Option(help="The same for prompts without a context, with an agreeing and with another one.")
@@ -681,10 +681,15 @@ def dial_fit(
     from conflictscope.dialing import RELATIONS, Dialing
     from conflictscope.study import headline
     from interp.facts import relation_named
+    from interp.formats import load_dataset
     from interp.models import load_model
     from interventions.gate_training import GateTraining
 
-    relations = [relation_named(name).name for name in relation or RELATIONS]
+    relations = list(dict.fromkeys(relation_named(name).name for name in relation or RELATIONS))
+    if leave_one_out and len(relations) < 2:
+        raise UserError("--leave-one-out needs two relations at least; give more of --relation.")
+    if counterfact is not None:
+        load_dataset(counterfact, "counterfact-competition")
     settings = GateTraining(
         budget=budget,
         prompt_budget=prompt_budget,
@@ -693,8 +698,6 @@ def dial_fit(
         steps=steps,
         seed=seed,
     )
-    if counterfact is not None and not counterfact.is_file():
-        raise UserError(f"There is no file {counterfact}; check the path given to --counterfact.")
     bridge = load_model(model, device=device, dtype=dtype)
     dialing = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects)
     for line in headline(dialing.run()):

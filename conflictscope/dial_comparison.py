@@ -1,10 +1,10 @@
 """A trust dial next to other edits on the same prompts, and what of it carries over to other relations and data.
 
 All edits compete as scales of heads: pruned heads (PH3's rankings by path patching, and greedy selection), one scaled
-head, gates that the same learner learned from shuffled answers, gates with hard concrete masks, and the dial's own
-scales in random places. Every setting of each is tried on dev: what it gains, what it costs. For the table, each
-method's setting is chosen there in two ways, as the best of those within the dial's budgets and as the best
-regardless, and measured on test.
+head, gates with hard concrete masks, gates that the same learner learned from other prompts' answers, and the dial's
+own scales in random places. On dev each is tried as it is and moved back towards 1 as far as the dial's budgets demand;
+learned gates are tried further on their line too. Of each method two choices are measured on test: the best within the
+budgets, and the best regardless.
 """
 
 from __future__ import annotations
@@ -14,48 +14,64 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 import torch
 
 from conflictscope.dialing import Dialing, edit_record, learned_part
-from conflictscope.study import candidates, condition_record, measure_edits
+from conflictscope.study import RANDOM_DRAWS, RANKED_METHODS, RankedMethod, candidates, condition_record, measure_edits
+from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
-from interp.conflicts import ConflictSet
+from interp.conflicts import CONTEXT_KINDS, ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport, answer_starts
 from interp.files import write_json
 from interp.formats import load_dataset
 from interp.generation import tracked
 from interp.plots import damage_fronts, save_figure
-from interp.statistics import Estimate
+from interp.statistics import bootstrap_mean
 from interp.teacher_forcing import continued, greedily_continued
 from interventions.base import applied
-from interventions.gate_data import Checked, Place, check_scales, evenly
+from interventions.gate_data import Checked, Place, check_scales, evenly, to_budget
 from interventions.gate_training import GateTraining
 from interventions.gates import Gate, TrustDial
 from interventions.greedy import greedy_heads
 
-if TYPE_CHECKING:
-    pass
-
 Scales = Mapping[Place, float]
 
-SETTINGS = (0.25, 0.5, 0.75, 1.0)
+_RANKED: tuple[RankedMethod, ...] = tuple(method for method in RANKED_METHODS if method != "mean_ablation")
 _RANKED_ON, _GREEDY_ON = 96, 48
 _COUNTERFACT_ITEMS = 2000
 _GREEDY_COUNTS = (1, 2, 4, 8)
 _SHORTLIST = 6
-_HARD_CONCRETE = {"learner": "hard_concrete", "steps": 60, "conflicts": 12, "guards": 6}
+_NOISY: dict[str, Any] = {"learner": "hard_concrete", "steps": 60, "conflicts": 12, "guards": 6}
+_FURTHER = (0.5, 1.5, 2.0)
+
+
+class Tried(NamedTuple):
+    """An edit on dev.
+
+    Attributes:
+        method: What made it.
+        setting: Which of the method's edits it is, and how far on its line from 1.
+        scales: Its scales.
+        checked: What it does.
+    """
+
+    method: str
+    setting: str
+    scales: Scales
+    checked: Checked
 
 
 class Comparison:
     """Other edits, chosen and measured on a dial's prompts; results are kept in the dial's folder.
 
     Args:
-        dialing: The dial's job; it is run first if it was not.
+        dialing: The dial's job.
     """
 
     def __init__(self, dialing: Dialing) -> None:
@@ -67,7 +83,7 @@ class Comparison:
         """Try, choose and measure every method; writes ``comparison.json`` and, of dev, ``comparison.html``.
 
         Returns:
-            What ``comparison.json`` holds: for each direction every setting of every method on dev, and the table.
+            What ``comparison.json`` holds: for each direction all that was tried on dev, and the choices on test.
         """
         dialing = self.dialing
         result: dict[str, Any] = {
@@ -80,10 +96,10 @@ class Comparison:
             tried = self._tried(towards)
             result[f"towards_{towards}"] = {
                 "dev": [
-                    {"method": method, "setting": label, "edit": edit_record(_dial(scales)), **asdict(checked)}
-                    for method, label, scales, checked in tried
+                    {"method": t.method, "setting": t.setting, **edit_record(_dial(t.scales)), **asdict(t.checked)}
+                    for t in tried
                 ],
-                "test": self._table(towards, tried),
+                "test": self._chosen(towards, tried),
             }
         figure = damage_fronts({towards: result[f"towards_{towards}"]["dev"] for towards in DIRECTIONS})
         save_figure(figure, dialing.out / "comparison.html")
@@ -91,32 +107,34 @@ class Comparison:
         return result
 
     def edits(self, towards: Direction) -> dict[str, dict[str, Scales]]:
-        """Every setting of every method: its scales, by method and by what sets it apart."""
+        """Every edit of every method, by method and by what sets it apart."""
         found: dict[str, dict[str, Scales]] = {}
-        for method in ("pruning", "value_scaling"):
-            edits = candidates(self._head_scores, towards, method)
+        for method in _RANKED:
             found[method] = {
                 ", ".join(f"{layer}.{head} x{scale:g}" for layer, head, scale in edit.heads): {
                     (layer, head): scale for layer, head, scale in edit.heads
                 }
-                for edit in edits
+                for edit in candidates(self._head_scores, towards, method)
             }
         greedy = self._greedy(towards)
-        found["greedy_pruning"] = {
-            f"{count} heads": dict.fromkeys(greedy[:count], 0.0) for count in _GREEDY_COUNTS if count <= len(greedy)
+        counts = sorted({min(count, len(greedy)) for count in _GREEDY_COUNTS})
+        found["greedy_pruning"] = {f"{count} heads": dict.fromkeys(greedy[:count], 0.0) for count in counts}
+        settings = self.dialing.settings
+        end = _end(self.dialing.dial, towards)
+        found["learned_gates"] = {"the dial": _scales(end)}
+        found["hard_concrete"] = {"its gates": self._learned(towards, replace(settings, **_NOISY))}
+        found["other_answers"] = {"its gates": self._learned(towards, replace(settings, shuffled=True))}
+        found["random_gates"] = {
+            f"draw {draw}": _scales(self.dialing.elsewhere(end, f"{towards}/{draw}")) for draw in range(RANDOM_DRAWS)
         }
-        dial = self.dialing.dial.at(1.0 if towards == "context" else -1.0)
-        found["learned_gates"] = _along(_scales(dial))
-        found["hard_concrete"] = _along(self._learned(towards, replace(self.dialing.settings, **_HARD_CONCRETE)))
-        found["shuffled_answers"] = _along(self._learned(towards, replace(self.dialing.settings, shuffled=True)))
-        found["random_gates"] = _along(_scales(self.dialing.elsewhere(dial, f"{towards}/0")))
         return found
 
     @cached_property
     def _head_scores(self) -> dict[str, HeadScores]:
         """Path patching on some of train, drawn evenly from relations and phrasings."""
         train = learned_part(self.dialing.conflicts, "train").select(kind="conflict")
-        some = ConflictSet(train.name, tuple(evenly(train.examples, _RANKED_ON, self.dialing.seed)))
+        drawn = evenly(train.examples, _RANKED_ON, self.dialing.seed)
+        some = ConflictSet(train.name, tuple(with_partners(drawn)))
         return self.records.head_scores(
             "head_scores",
             [some.digest, self.dialing.seed],
@@ -133,7 +151,7 @@ class Comparison:
         )
 
     def _greedy(self, towards: Direction) -> list[Place]:
-        train = self.dialing.fit.data["train"]
+        train = self.dialing.gate_fit.data["train"]
         wanted = train.wanted(towards)[:_GREEDY_ON]
         settings = [max(_GREEDY_COUNTS), _SHORTLIST]
         chosen = self.records.json(
@@ -153,47 +171,93 @@ class Comparison:
         return [(layer, head) for layer, head, _ in chosen]
 
     def _learned(self, towards: Direction, settings: GateTraining) -> Scales:
-        gates = self.dialing.fit.learned(towards, settings)["gates"]
+        gates = self.dialing.gate_fit.learned(towards, settings)["gates"]
         return {(layer, head): scale for layer, head, scale in gates}
 
-    def _tried(self, towards: Direction) -> list[tuple[str, str, Scales, Checked]]:
-        """Every setting on dev."""
-        settings = [
-            (method, label, scales)
-            for method, edits in self.edits(towards).items()
-            for label, scales in edits.items()
-            if scales
-        ]
-        dev = self.dialing.fit.data["dev"]
+    def _tried(self, towards: Direction) -> list[Tried]:
+        """Every edit on dev, as it is and within the budgets."""
+        dialing = self.dialing
+        dev = dialing.gate_fit.data["dev"]
         wanted = dev.wanted(towards)
-        found = []
-        for method, label, scales in tracked(settings, f"On dev, towards {towards}"):
-            places = list(scales)
+        budgets = dialing.settings.budgets
 
-            def check(scales: Scales = scales, places: Sequence[Place] = places) -> dict[str, Any]:
-                values = torch.tensor([scales[place] for place in places])
-                return asdict(check_scales(self.model, dev, wanted, places, values))
+        def check(scales: Scales, *, back: bool = False) -> dict[str, Any]:
+            places, values = list(scales), torch.tensor([*scales.values()])
+            if back:
+                values, checked = to_budget(self.model, dev, wanted, places, values, budgets)
+            else:
+                checked = check_scales(self.model, dev, wanted, places, values)
+            if not all(np.isfinite([*checked.divergence.values()])):
+                raise UserError(
+                    "An edit leaves the range of the model's dtype; load the model with --dtype float32 or bfloat16."
+                )
+            return {"scales": values.tolist(), "checked": asdict(checked)}
 
-            depends_on = [[[*place, scale] for place, scale in scales.items()], self.dialing.conflicts.digest]
-            found.append((method, label, scales, Checked(**self.records.json(f"dev-{towards}", depends_on, check))))
-        return found
+        def kept(scales: Scales, *, back: bool = False) -> tuple[Scales, Checked]:
+            depends_on = [dialing.gate_fit.basis, [[*place, scale] for place, scale in scales.items()]]
+            depends_on += [budgets] if back else []
+            found = self.records.json(f"dev-{towards}", depends_on, lambda: check(scales, back=back))
+            moved = dict(zip(scales, found["scales"], strict=True))
+            return {place: scale for place, scale in moved.items() if scale != 1}, Checked(**found["checked"])
 
-    def _table(
-        self, towards: Direction, tried: Sequence[tuple[str, str, Scales, Checked]]
-    ) -> dict[str, dict[str, Any]]:
-        """For each method its two choices on test."""
-        table: dict[str, dict[str, Any]] = {}
-        for method in dict.fromkeys(name for name, *_ in tried):
-            own = [entry for entry in tried if entry[0] == method]
-            within = [entry for entry in own if entry[3].spent(self.dialing.settings.budgets) <= 1]
-            table[method] = {}
-            for choice, among in (("within_budget", within), ("regardless", own)):
-                if not among:
-                    continue
-                _, label, scales, _ = max(among, key=lambda entry: entry[3].rate)
-                test = self.dialing.verified([_dial(scales)], f"{method} towards {towards}")
-                table[method][choice] = {"setting": label, **edit_record(_dial(scales)), "test": test}
-        return table
+        every = [
+            (method, name, scales) for method, some in self.edits(towards).items() for name, scales in some.items()
+        ]
+        tried = []
+        for method, name, scales in tracked(every, f"On dev, towards {towards}"):
+            tried.append(Tried(method, name, *kept(scales)))
+            if (spent := tried[-1].checked.spent(budgets)) > 1:
+                # Divergence grows about with the square of the way.
+                tried.append(Tried(method, f"{name}, moved back", *kept(_along(scales, spent**-0.5), back=True)))
+            if method in ("learned_gates", "hard_concrete", "other_answers"):
+                tried += [Tried(method, f"{name} at {t:g}", *kept(_along(scales, t))) for t in _FURTHER]
+        return tried
+
+    def _chosen(self, towards: Direction, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:
+        """For each method its two choices on test; random gates are measured together, as they are."""
+        chosen: dict[str, dict[str, Any]] = {}
+        for method in dict.fromkeys(entry.method for entry in tried):
+            own = [entry for entry in tried if entry.method == method]
+            within = [entry for entry in own if entry.checked.spent(self.dialing.settings.budgets) <= 1]
+            choices = {
+                "within_budget": [max(within, key=lambda entry: entry.checked.rate)],
+                "regardless": [max(own, key=lambda entry: entry.checked.rate)],
+            }
+            if method == "random_gates":
+                choices = {"regardless": [entry for entry in own if entry.setting.startswith("draw")]}
+            chosen[method] = {choice: self._measured(towards, some) for choice, some in choices.items()}
+        return chosen
+
+    def _measured(self, towards: Direction, edits: Sequence[Tried]) -> dict[str, Any]:
+        before, _ = self.dialing.measured(None, "Unedited model")
+        dials = [_dial(edit.scales) for edit in edits]
+        label = f"{edits[0].method} towards {towards}"
+        after = [self.dialing.measured(dial, label)[0] for dial in dials]
+        return {
+            "setting": "; ".join(edit.setting for edit in edits),
+            **edit_record(dials[0]),
+            "test": self.dialing.verified(dials, label),
+            "loss": losses(before, after),
+        }
+
+
+def losses(before: UsageReport, after: Sequence[UsageReport]) -> dict[str, dict[str, float]]:
+    """By how much accuracy fell, prompt by prompt, on each kind but conflicts; with intervals by subject."""
+    found = {}
+    for kind in (kind for kind in CONTEXT_KINDS if kind != "conflict"):
+        clean = before.select(kind=kind).frame
+        lost = np.concatenate(
+            [
+                (clean["memory_span_match"] - report.select(kind=kind).frame["memory_span_match"]).to_numpy()
+                for report in after
+            ]
+        )
+        found[kind] = bootstrap_mean(lost, clean["subject"].to_list() * len(after)).to_record()
+    return found
+
+
+def _end(dial: TrustDial, towards: Direction) -> TrustDial:
+    return dial.at(1.0 if towards == "context" else -1.0)
 
 
 def _dial(scales: Scales) -> TrustDial:
@@ -207,49 +271,64 @@ def _scales(dial: TrustDial) -> Scales:
     return {place: scale for place, scale in scales.items() if scale != 1}
 
 
-def _along(scales: Scales) -> dict[str, Scales]:
-    """Scales on their way from 1."""
-    return {f"{t:g}": {place: 1 + t * (scale - 1) for place, scale in scales.items()} for t in SETTINGS}
+def _along(scales: Scales, way: float) -> Scales:
+    """Scales on their line from 1; at 1 they are themselves."""
+    return {place: 1 + way * (scale - 1) for place, scale in scales.items()}
+
+
+_LOSSES = {"none": "closed-book loss", "aligned": "aligned loss", "irrelevant": "irrelevant loss"}
 
 
 def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
-    """The table of a comparison: a row for each direction, choice and method.
+    """The choices of a comparison on test: a row for each direction, choice and method, after the unedited model.
 
-    Rates and losses are shares with 95 % intervals; a loss is that of accuracy, in points.
+    Rates are shares, losses fallen shares of right answers, both with 95 % intervals by subject.
     """
-    unedited = result["unedited"]["test"]
     rows = []
     for towards in DIRECTIONS:
-        for method, choices in result[f"towards_{towards}"]["test"].items():
-            for choice, found in choices.items():
-                test = found["test"]
+        rate = f"{towards}_rate"
+        unedited = result["unedited"]["test"]
+        rows.append(
+            {
+                "towards": towards,
+                "method": "unedited",
+                "chosen": "",
+                "gates": 0,
+                "rate": _written(unedited[rate]),
+                **dict.fromkeys(_LOSSES.values(), ""),
+                "neutral KL": _written(unedited["neutral_kl"], 3),
+            }
+        )
+        for choice in ("within_budget", "regardless"):
+            for method, choices in result[f"towards_{towards}"]["test"].items():
+                if choice not in choices:
+                    continue
+                found = choices[choice]
                 rows.append(
                     {
                         "towards": towards,
                         "method": method.replace("_", " "),
                         "chosen": choice.replace("_", " "),
                         "gates": len(found["heads"]) + len(found["feed_forward"]),
-                        "rate": str(Estimate(**test[f"{towards}_rate"])),
-                        "closed-book loss": _points(unedited, test, "closed_book_accuracy"),
-                        "aligned loss": _points(unedited, test, "aligned_accuracy"),
-                        "neutral KL": str(Estimate(**test["neutral_kl"])),
+                        "rate": _written(found["test"][rate]),
+                        **{label: _written(found["loss"][kind]) for kind, label in _LOSSES.items()},
+                        "neutral KL": _written(found["test"]["neutral_kl"], 3),
                     }
                 )
     return pl.DataFrame(rows)
 
 
-def _points(unedited: Mapping[str, Any], test: Mapping[str, Any], measure: str) -> str:
-    return f"{100 * (unedited[measure]['value'] - test[measure]['value']):.1f}"
+def _written(estimate: Mapping[str, Any], decimals: int = 2) -> str:
+    value, low, high = (f"{estimate[name]:.{decimals}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def leave_one_out(dialing: Dialing) -> dict[str, Any]:
     """For each relation, a dial learned from the others alone, measured on that relation's test prompts.
 
-    The dials are kept in ``OUT/without-RELATION``.
+    Next to it the dial that learned from all. What was learned is kept in ``OUT/without-RELATION``, the result is
+    written to ``leave-one-out.json``. Contexts about something else may be about any relation.
     """
-    if len(dialing.relations) < 2:
-        raise UserError("To leave one relation out there must be two at least; give more of --relation.")
-    whole = dialing.tested
     result = {}
     for left_out in dialing.relations:
         others = Dialing(
@@ -260,25 +339,26 @@ def leave_one_out(dialing: Dialing) -> dict[str, Any]:
             settings=dialing.settings,
             subjects=dialing.subjects,
         )
-        asked = ConflictSet(left_out, tuple(e for e in whole if e.relation == left_out))
-        result[left_out] = _ends(others, asked, dialing)
+        asked = ConflictSet(left_out, tuple(e for e in dialing.tested if e.relation == left_out))
+        result[left_out] = _ends(dialing, asked, {"without_it": others.dial, "with_it": dialing.dial})
     write_json(dialing.out / "leave-one-out.json", result)
     return result
 
 
-def _ends(learned: Dialing, asked: ConflictSet, home: Dialing) -> dict[str, Any]:
-    """No dial, both ends of a dial, and both ends of the dial that learned from these prompts' relation too."""
-    conditions: dict[str, TrustDial | None] = {"unedited": None}
-    for name, job in (("transferred", learned), ("own", home)):
-        for towards in DIRECTIONS:
-            conditions[f"{name}_{towards}"] = job.dial.at(1.0 if towards == "context" else -1.0)
-    found = {}
-    for name, dial in conditions.items():
+def _ends(home: Dialing, asked: ConflictSet, dials: Mapping[str, TrustDial]) -> dict[str, Any]:
+    """What the unedited model and both ends of some dials do on some prompts."""
+
+    def measured(dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
         key = [None if dial is None else edit_record(dial)]
         edits = [] if dial is None else [dial]
-        found[name] = condition_record(
-            *measure_edits(home.model, home.records, asked, edits, key=key, label=f"{asked.name}: {name}")
-        )
+        return measure_edits(home.model, home.records, asked, edits, key=key, label=f"{asked.name}: {label}")
+
+    before = measured(None, "unedited")
+    found: dict[str, Any] = {"unedited": {"test": condition_record(*before)}}
+    for name, dial in dials.items():
+        for towards in DIRECTIONS:
+            after = measured(_end(dial, towards), f"{name}, towards {towards}")
+            found[f"{name}_{towards}"] = {"test": condition_record(*after), "loss": losses(before[0], [after[0]])}
     return found
 
 
@@ -288,71 +368,93 @@ def transfer_table(result: Mapping[str, Any]) -> pl.DataFrame:
     for relation, found in result.items():
         for towards in DIRECTIONS:
             rate = f"{towards}_rate"
-            transferred = found[f"transferred_{towards}"]
+            transferred = found[f"without_it_{towards}"]
             rows.append(
                 {
                     "left out": relation,
                     "towards": towards,
-                    "unedited": str(Estimate(**found["unedited"][rate])),
-                    "without it": str(Estimate(**transferred[rate])),
-                    "with it": str(Estimate(**found[f"own_{towards}"][rate])),
-                    "closed-book loss": _points(found["unedited"], transferred, "closed_book_accuracy"),
+                    "unedited": _written(found["unedited"]["test"][rate]),
+                    "learned without it": _written(transferred["test"][rate]),
+                    "learned with it": _written(found[f"with_it_{towards}"]["test"][rate]),
+                    **{label: _written(transferred["loss"][kind]) for kind, label in _LOSSES.items()},
                 }
             )
     return pl.DataFrame(rows)
 
 
-def counterfact_table(result: Mapping[str, Any]) -> pl.DataFrame:
-    """Rates of memory and context on CounterFact: a row for the unedited model and each end of the dial."""
-    return pl.DataFrame(
-        [
-            {
-                "CounterFact": f"{condition.replace('_', ' ')} ({result['known']} of {result['items']} known)",
-                **{usage: str(Estimate(**result[condition][f"{usage}_rate"])) for usage in ("memory", "context")},
-            }
-            for condition in ("unedited", *(f"towards_{towards}" for towards in DIRECTIONS))
-        ]
-    )
-
-
 def counterfact(dialing: Dialing, file: Path) -> dict[str, Any]:
     """Both ends of a dial on the CounterFact items of ``file`` that the model knows.
 
-    At most 2,000 items, drawn at random, are looked at. An item is known if the model continues the bare prompt with
-    the true answer, token by token. Whether the answer after the context starts like the true or the new one is
-    compared, as in Ortu et al. 2024 (arXiv 2402.11655).
+    At most 2,000 items are looked at, drawn at random from those whose subject falls into the test split, so that the
+    dial has not seen it. An item is known if the model continues the bare prompt with the true answer, token by token.
+    After the context, whether the answer starts like the true or the new one is compared, as in Ortu et al. 2024
+    (arXiv 2402.11655). Next to it stand the same scales in random places, and what is still known without the context.
 
     Args:
         dialing: The dial's job.
         file: ``full_data_sampled_gpt2_with_subjects.json`` of Competition of Mechanisms.
 
+    Returns:
+        What ``counterfact.json`` holds.
+
     Raises:
         UserError: If the file cannot be read, or the model knows none of the items.
     """
-    loaded = load_dataset(file, "counterfact-competition", seed=dialing.seed).conflicts
-    model = dialing.model
+    model, seed = dialing.model, dialing.seed
+    loaded = load_dataset(file, "counterfact-competition", seed=seed).conflicts.select(split="test")
     bare = [example for example in loaded if example.kind == "none"]
-    bare = random.Random(dialing.seed).sample(bare, min(_COUNTERFACT_ITEMS, len(bare)))
-    items = [continued(model, example.prompt, example.memory_answers[0]) for example in bare]
-    is_known = dialing.records.json(
-        "counterfact-known",
-        [vars(item) for item in items],
-        lambda: greedily_continued(model, items, progress="CounterFact, bare"),
+    bare = random.Random(seed).sample(bare, min(_COUNTERFACT_ITEMS, len(bare)))
+
+    def still_known(some: Sequence[Any], dial: TrustDial, label: str) -> list[bool]:
+        items = [continued(model, example.prompt, example.memory_answers[0]) for example in some]
+
+        def ask() -> list[bool]:
+            with applied(model, dial):
+                return greedily_continued(model, items, progress=label)
+
+        return dialing.records.json("counterfact-known", [[vars(item) for item in items], edit_record(dial)], ask)
+
+    right = still_known(bare, dialing.dial.at(0), "CounterFact, bare")
+    known = [example for example, is_known in zip(bare, right, strict=True) if is_known]
+    names = {example.id.removesuffix("-none") for example in known}
+    conflicts = ConflictSet(
+        "counterfact", tuple(e for e in loaded if e.kind == "conflict" and e.id.removesuffix("-conflict") in names)
     )
-    known = {example.id.removesuffix("-none") for example, right in zip(bare, is_known, strict=True) if right}
-    asked = [e for e in loaded if e.kind == "conflict" and e.id.removesuffix("-conflict") in known]
-    if not asked:
-        raise UserError(f"{dialing.name} knows none of the {len(bare)} items of {file}.")
-    conflicts = ConflictSet("counterfact", tuple(asked))
-    result: dict[str, Any] = {"items": len(bare), "known": len(asked), "relations": dialing.relations}
-    for name, trust in (("unedited", 0.0), ("towards_context", 1.0), ("towards_memory", -1.0)):
-        dial = dialing.dial.at(trust)
-        with applied(model, dial):
-            report: UsageReport = dialing.records.usage(
-                "counterfact",
-                [conflicts.digest, edit_record(dial)],
-                lambda: answer_starts(model, conflicts, progress="CounterFact"),
-            )
-        result[name] = {f"{usage}_rate": report.rate(usage).to_record() for usage in ("memory", "context")}
+    if not len(conflicts):
+        raise UserError(f"{dialing.name} knows none of the {len(bare)} items that were drawn from {file}.")
+    dials = {"unedited": dialing.dial.at(0)}
+    for towards in DIRECTIONS:
+        dials[f"towards_{towards}"] = end = _end(dialing.dial, towards)
+        dials[f"random_{towards}"] = dialing.elsewhere(end, f"{towards}/0")
+    result: dict[str, Any] = {"items": len(bare), "known": len(known), "relations": dialing.relations}
+    for name, dial in dials.items():
+
+        def ask(dial: TrustDial = dial) -> UsageReport:
+            with applied(model, dial):
+                return answer_starts(model, conflicts, progress="CounterFact, conflicts")
+
+        report = dialing.records.usage("counterfact", [conflicts.digest, edit_record(dial)], ask)
+        kept = still_known(known, dial, "CounterFact, known")
+        result[name] = {
+            **{f"{usage}_rate": report.rate(usage).to_record() for usage in ("memory", "context")},
+            "closed_book_accuracy": bootstrap_mean(kept, [example.subject for example in known]).to_record(),
+        }
     write_json(dialing.out / "counterfact.json", result)
     return result
+
+
+def counterfact_table(result: Mapping[str, Any]) -> pl.DataFrame:
+    """Rates on CounterFact: a row for the unedited model, each end of the dial, and random gates."""
+    return pl.DataFrame(
+        [
+            {
+                f"CounterFact, {result['known']} of {result['items']} known": condition.replace("_", " "),
+                **{
+                    measure.replace("_", " "): _written(found[measure])
+                    for measure in ("memory_rate", "context_rate", "closed_book_accuracy")
+                },
+            }
+            for condition, found in result.items()
+            if isinstance(found, Mapping)
+        ]
+    )

@@ -29,7 +29,6 @@ from conflictscope.study import (
     model_record,
     run_record,
 )
-from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError
@@ -53,6 +52,7 @@ from interp.plots import dial_curve, save_figure
 from interp.teacher_forcing import continued, greedily_continued
 from interventions.base import applied
 from interventions.config import InterventionFile, ModelShape
+from interventions.gate_data import gate_places
 from interventions.gate_training import GateTraining
 from interventions.gates import DialPoint, Gate, TrustDial
 
@@ -74,8 +74,8 @@ class Dialing:
         relations: Relations to learn from, all together.
         out: The folder.
         settings: What decides the learning; its seed decides the splits too.
-        subjects: How many subjects of each relation are asked about at most, to learn from; three fifths as many to
-            choose on, and to test on.
+        subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
+            as many to choose on.
     """
 
     def __init__(
@@ -90,13 +90,12 @@ class Dialing:
     ) -> None:
         self.model = model
         self.name = name
-        self.relations = [relation_named(relation).name for relation in relations]
+        self.relations = list(dict.fromkeys(relation_named(relation).name for relation in relations))
         self.out = out
         self.settings = settings or GateTraining()
         self.seed = self.settings.seed
         self.subjects = subjects
-        fewer = max(1, subjects * 3 // 5)
-        self._subjects: dict[Split, int] = {"train": subjects, "dev": fewer, "test": fewer}
+        self._subjects: dict[Split, int] = {"train": subjects, "dev": max(1, subjects * 3 // 5), "test": subjects}
         self.records = Records(out / "records", model=fingerprint(model))
 
     def run(self) -> dict[str, Any]:
@@ -158,13 +157,13 @@ class Dialing:
     @cached_property
     def conflicts(self) -> ConflictSet:
         """Prompts of every kind and phrasing about what the model knows."""
-        rng = random.Random(self.seed)
         facts: dict[str, list[Fact]] = {}
         for relation in self.relations:
             usable = usable_facts(relation)
             facts[relation] = []
             for split in SPLITS:
                 members = [fact for fact in usable if split_of(fact.subject, self.seed) == split]
+                rng = random.Random(f"{self.seed}/{relation}/{split}")
                 facts[relation] += rng.sample(members, min(self._subjects[split], len(members)))
         asked = [(relation, fact, p) for relation in facts for fact in facts[relation] for p in SEEN_PHRASINGS]
         items = [
@@ -205,8 +204,8 @@ class Dialing:
         for towards in DIRECTIONS:
             if not self._learned[towards]["gates"]:
                 raise UserError(
-                    f"No gate could be moved towards {towards} within a budget of {self.settings.budget:g} nats; give "
-                    "a larger --budget."
+                    f"No gate could be moved towards {towards} within the budgets of {self.settings.budget:g} and "
+                    f"{self.settings.prompt_budget:g} nats; give a larger --budget or --prompt-budget."
                 )
             for layer, head, scale in self._learned[towards]["gates"]:
                 scales.setdefault((layer, head), {})[towards] = scale
@@ -215,26 +214,28 @@ class Dialing:
         dev = learned_part(self.conflicts, "dev").select(kind="conflict")
         count = min(_CALIBRATED_ON, len(dev))
         chosen = ConflictSet(dev.name, tuple(random.Random(self.seed).sample(dev.examples, count)))
+        points = []
+        for trust in tracked(SETTINGS, "Calibrating"):
+            report = self._starts(dial.at(trust), chosen)
+            points.append(DialPoint(trust, report.rate("memory").value, report.rate("context").value))
+        return TrustDial(dial.gates, calibration=tuple(points))
 
-        def curve() -> list[list[float]]:
-            points = []
-            for trust in tracked(SETTINGS, "Calibrating"):
-                with applied(self.model, dial.at(trust)):
-                    usage = answer_starts(self.model, chosen).frame["usage"].to_list()
-                points.append([trust, usage.count("memory") / len(usage), usage.count("context") / len(usage)])
-            return points
+    def _starts(self, dial: TrustDial, conflicts: ConflictSet) -> UsageReport:
+        """Which source answers to conflict prompts start with."""
 
-        depends_on = [chosen.digest, SETTINGS, [vars(gate) for gate in dial.gates]]
-        points = self.records.json("calibration", depends_on, curve)
-        return TrustDial(dial.gates, calibration=tuple(DialPoint(*point) for point in points))
+        def ask() -> UsageReport:
+            with applied(self.model, dial):
+                return answer_starts(self.model, conflicts)
+
+        return self.records.usage("starts", [conflicts.digest, edit_record(dial)], ask)
 
     @cached_property
     def _learned(self) -> dict[Direction, dict[str, Any]]:
         """For each direction its gates ``[layer, head, scale]``, and what they do on dev."""
-        return {towards: self.fit.learned(towards, self.settings) for towards in DIRECTIONS}
+        return {towards: self.gate_fit.learned(towards, self.settings) for towards in DIRECTIONS}
 
     @cached_property
-    def fit(self) -> GateFit:
+    def gate_fit(self) -> GateFit:
         """What gates are learned from."""
         parts: dict[LearnedFrom, ConflictSet] = {
             "train": learned_part(self.conflicts, "train"),
@@ -249,44 +250,50 @@ class Dialing:
 
     def verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
         """What some dials, or no dial, do on test, all together."""
-        measured = [self._measured(dial, label) for dial in dials]
+        measured = [self.measured(dial, label) for dial in dials]
         report = UsageReport(pl.concat([report.frame for report, _ in measured]))
         return condition_record(report, np.mean([kl for _, kl in measured], axis=0))
 
-    def _measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
+    def measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
+        """What a dial, or no dial, does on test, and the KL divergence on every neutral text; both are kept."""
         edits = [] if dial is None else [dial]
         key = [None if dial is None else edit_record(dial)]
         return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
 
     def _asked(self, towards: Direction) -> dict[str, Any]:
-        """What test says when the dial is asked for the rate halfway between no trust and its end."""
+        """The rate on test when the dial is asked for the one halfway between no trust and its end.
+
+        As in the calibration, the first token of an answer counts.
+        """
         rates = {p.trust: p.context_rate if towards == "context" else p.memory_rate for p in self.dial.calibration}
         wanted = (rates[0.0] + rates[1.0 if towards == "context" else -1.0]) / 2
         trust = self.dial.trust_for(towards, wanted)
+        report = self._starts(self.dial.at(trust), self.tested.select(kind="conflict"))
+        seen = UsageReport(report.frame.filter(pl.col("template") != HELD_OUT_PHRASING))
+        unseen = report.select(template=HELD_OUT_PHRASING)
         return {
             "rate": wanted,
             "trust": trust,
-            "test": self.verified([self.dial.at(trust)], f"Asked for {towards} {wanted:.2f}"),
+            "test": {
+                name: part.rate(towards).to_record()
+                for name, part in (("all", report), ("seen_phrasings", seen), ("held_out_phrasing", unseen))
+            },
         }
 
     def elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
         """The scales of one end of the dial in random places."""
-        anatomy = Anatomy(self.model)
-        moved = [gate for gate in end.gates if gate.scale(end.trust) != 1]
-        taken = {(gate.layer, gate.head) for gate in end.gates}
         rng = random.Random(f"{self.seed}/{draw}")
         gates: list[Gate] = []
+        every = gate_places(self.model, feed_forward=True)
         for heads in (True, False):
-            scales = [gate.scale(end.trust) for gate in moved if (gate.head is not None) == heads]
-            columns: list[int | None] = [*range(anatomy.n_heads)] if heads else [None]
-            free = [(layer, column) for layer in range(anatomy.n_layers) for column in columns]
-            if len(scales) > len(others := [place for place in free if place not in taken]):
-                raise UserError(
-                    f"{self.name} has too few other places for a random control of {len(scales)} gates; give a smaller "
-                    "--max-gates."
-                )
-            places = rng.sample(others, len(scales))
-            gates += [Gate(*place, scale, scale) for place, scale in zip(places, scales, strict=True)]
+            moved = [gate for gate in end.gates if gate.scale(end.trust) != 1 and (gate.head is not None) == heads]
+            taken = {(gate.layer, gate.head) for gate in moved}
+            places = [place for place in every if (place[1] is not None) == heads]
+            free = [place for place in places if place not in taken]
+            # Where too many move, some of the others' places are their own.
+            drawn = rng.sample(free if len(free) >= len(moved) else places, len(moved))
+            scales = [gate.scale(end.trust) for gate in moved]
+            gates += [Gate(*place, scale, scale) for place, scale in zip(drawn, scales, strict=True)]
         return TrustDial(tuple(gates), 1.0)
 
     def _write(self, dial: TrustDial, summary: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class GateFit:
 
     def learned(self, towards: Direction, settings: GateTraining) -> dict[str, Any]:
         """The gates ``[layer, head, scale]`` of one direction, and what they do on dev."""
-        depends_on = [[part.digest for part in self.parts.values()], vars(settings), _TEXTS, _TEXT_TOKENS, _SIZES]
+        depends_on = [self.basis, vars(settings)]
         checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors")
 
         def compute() -> dict[str, Any]:
@@ -69,6 +69,11 @@ class GateFit:
         found = self.records.json(f"gates-{towards}", depends_on, compute)
         checkpoint.unlink(missing_ok=True)
         return found
+
+    @property
+    def basis(self) -> list[Any]:
+        """What the data depends on."""
+        return [[part.digest for part in self.parts.values()], _TEXTS, _TEXT_TOKENS, _SIZES, self.seed]
 
     @cached_property
     def data(self) -> dict[LearnedFrom, GateData]:

@@ -189,18 +189,19 @@ class Study:
         """
         scores = self.head_scores()
         baseline = condition_record(*self._measured("Unedited model", None))
+        competing = self._competing()
         chosen: dict[Direction, dict[Method, Candidate]] = {
-            d: {method: self._chosen(scores, d, method) for method in METHODS} for d in DIRECTIONS
+            d: {method: self._chosen(scores, d, method) for method in competing} for d in DIRECTIONS
         }
         winners: dict[Direction, Method] = {
-            towards: METHODS[self._best(list(by_method.values()), towards)] for towards, by_method in chosen.items()
+            towards: competing[self._best(list(by_method.values()), towards)] for towards, by_method in chosen.items()
         }
         methods = {
             method: {
                 f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method])
                 for towards in DIRECTIONS
             }
-            for method in METHODS
+            for method in competing
         }
         summary = {
             "model": model_record(self.model, self.name),
@@ -290,6 +291,16 @@ class Study:
             return self._learned_gates(towards)
         competitors = candidates(scores, towards, method)
         return competitors[self._best(competitors, towards)]
+
+    def _competing(self) -> list[Method]:
+        """The methods that this model allows: gates need gradients, and text to guard them."""
+        try:
+            for towards in DIRECTIONS:
+                self._learned_gates(towards)
+        except UserError as error:
+            self.console.print(f"Without learned gates: {error}", markup=False)
+            return [method for method in METHODS if method != "learned_gates"]
+        return list(METHODS)
 
     def _learned_gates(self, towards: Direction) -> Candidate:
         """The scales of all heads, learned together."""

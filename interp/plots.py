@@ -34,8 +34,15 @@ OTHER_COLOUR = "#999999"
 _COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
 _SYMBOLS = {"memory": "circle", "context": "diamond"}
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
-_FRONT_SYMBOLS = ("square", "triangle-up", "pentagon", "diamond", "star", "x", "circle-open")
-_FRONT_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#999999", "#999999")
+_FRONTS = {
+    "pruning": ("square", "#E69F00"),
+    "value_scaling": ("triangle-up", "#56B4E9"),
+    "greedy_pruning": ("pentagon", "#009E73"),
+    "learned_gates": ("diamond", CONTEXT_COLOUR),
+    "hard_concrete": ("star", "#CC79A7"),
+    "other_answers": ("x", OTHER_COLOUR),
+    "random_gates": ("circle-open", OTHER_COLOUR),
+}
 _ROW = 21
 _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -347,7 +354,8 @@ def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> 
 
     Args:
         settings: For each direction records with ``method``, ``setting``, ``rate`` (share of conflict prompts that are
-            answered from the wanted source), ``divergence`` (nats, by kind of prompt) and ``right`` (shares, likewise).
+            answered from the wanted source), ``divergence`` (nats, by kind of prompt) and ``right`` (shares,
+            likewise), as ``conflictscope.dial_comparison`` writes them.
     """
     figure = make_subplots(
         rows=2,
@@ -360,25 +368,32 @@ def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> 
     )
     methods = list(dict.fromkeys(record["method"] for direction in DIRECTIONS for record in settings[direction]))
     for column, direction in enumerate(DIRECTIONS, start=1):
-        for number, method in enumerate(methods):
+        for method in methods:
+            symbol, colour = _FRONTS[method]
+            name = escape(method.replace("_", " "))
             own = sorted((r for r in settings[direction] if r["method"] == method), key=lambda r: r["rate"])
             costs = ([r["divergence"]["neutral"] for r in own], [r["right"]["none"] for r in own])
             for row, values in enumerate(costs, start=1):
                 figure.add_scatter(
                     x=[r["rate"] for r in own],
                     y=values,
-                    mode="markers" if method in ("pruning", "value_scaling") else "lines+markers",
-                    marker={"symbol": _FRONT_SYMBOLS[number], "size": 8, "color": _FRONT_COLOURS[number]},
-                    line={"width": 1.5, "color": _FRONT_COLOURS[number]},
-                    name=escape(method.replace("_", " ")),
+                    mode="lines+markers" if method in ("learned_gates", "hard_concrete") else "markers",
+                    marker={"symbol": symbol, "size": 8, "color": colour},
+                    line={"width": 1.5, "color": colour},
+                    name=name,
                     legendgroup=method,
-                    showlegend=row == column == 1,
-                    hovertext=[f"{escape(method.replace('_', ' '))}: {escape(r['setting'])}" for r in own],
+                    showlegend=False,
+                    hovertext=[f"{name}: {escape(r['setting'])}" for r in own],
                     hovertemplate="%{hovertext}<br>rate %{x:.2f}, %{y:.3f}<extra></extra>",
                     row=row,
                     col=column,
                 )
         figure.update_xaxes(title_text=f"{direction} rate on dev", range=[0, 1.02], tickformat=".0%", row=2, col=column)
+    for method in methods:
+        symbol, colour = _FRONTS[method]
+        marker = {"symbol": symbol, "size": 9, "color": colour}
+        name = escape(method.replace("_", " "))
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, legendgroup=method)
     figure.update_yaxes(type="log", title_text="KL on text (nats)", row=1, col=1)
     figure.update_yaxes(tickformat=".0%", title_text="closed-book accuracy", row=2, col=1)
     return figure.update_annotations(font_size=13).update_layout(

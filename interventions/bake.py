@@ -95,18 +95,20 @@ def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: 
 
     Raises:
         UserError: If the file is for another model or cannot be folded, the model cannot be loaded, trust lies
-            outside -1 to 1 or the file holds no dial, ``out`` is not empty, or the disk is full.
+            outside -1 to 1 or the file holds no dial, nothing would change, ``out`` is not empty, or the disk is full.
     """
     folded = file if trust is None else file.dialed(trust)
     interventions = folded.build()
-    scalings = _scalings(interventions)
+    changes = _changes(_scalings(interventions))
+    if not changes.heads and not changes.layers:
+        raise UserError(f"{file.name} changes nothing as it stands; give a trust other than 0.")
     with atomic_directory(out) as partial:
         network, tokenizer = load_checkpoint(model)
         folded.model.check(network)
         fold(network, interventions)
         save_checkpoint(network, tokenizer, partial)
         # What was measured is said by the file as it came: at another setting of the dial it is left out.
-        card = "\n".join(_card(model, folded, _changes(scalings), file.measured))
+        card = "\n".join(_card(model, folded, changes, file.measured))
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 

@@ -36,7 +36,7 @@ Guard = Literal["none", "aligned", "irrelevant", "neutral"]
 GUARDS: tuple[Guard, ...] = get_args(Guard)
 Place = tuple[int, int | None]
 
-_TRIES, _MARGIN = 8, 0.97
+_TRIES, _MARGIN, _NEARLY_ALL, _FURTHEST = 8, 0.97, 0.9, 1.5
 _LONGEST_TEXT = 48
 
 
@@ -83,7 +83,7 @@ class GateData:
         if missing := [kind for kind, found in by_kind.items() if not found]:
             raise UserError(f"Gates are learned from prompts of every kind, but there are none of {missing[0]!r}.")
         self.conflicts = evenly(by_kind["conflict"], conflicts, seed)
-        kept = {kind: evenly(by_kind[kind], guards if kind == "none" else -(-guards // 2), seed) for kind in GUARDS[:3]}
+        kept = {kind: evenly(by_kind[kind], guard_count(kind, guards), seed) for kind in GUARDS[:3]}
         items_of: dict[Guard, list[Continued]] = {
             kind: [continued(model, e.prompt, e.memory_answers[0]) for e in kept[kind]] for kind in GUARDS[:3]
         }
@@ -98,20 +98,28 @@ class GateData:
         }
 
     def wanted(self, towards: Literal["context", "memory"], *, shuffled_by: int | None = None) -> list[Continued]:
-        """The conflict prompts with the answers of one source; with a seed, each with the answer of another prompt.
+        """The conflict prompts with the answers of one source; with a seed, each with another prompt's answer.
 
-        Answers change places within relation and phrasing, so that as a whole they stay what they are.
+        Answers are then drawn among those of the same relation that are none of a prompt's own. A prompt for which
+        there is none is left out.
         """
-        answers = [(e.context_answers if towards == "context" else e.memory_answers)[0] for e in self.conflicts]
+        own = [(e.context_answers[0], e.memory_answers[0]) for e in self.conflicts]
+        answers: list[str | None] = [pair[0 if towards == "context" else 1] for pair in own]
         if shuffled_by is not None:
-            groups: dict[tuple[str, str], list[int]] = {}
-            for index, example in enumerate(self.conflicts):
-                groups.setdefault((example.relation, example.template), []).append(index)
+            groups: dict[str, list[str]] = {}
+            for example, answer in zip(self.conflicts, answers, strict=True):
+                groups.setdefault(example.relation, []).append(str(answer))
             rng = random.Random(shuffled_by)
-            for group in groups.values():
-                moved = dict(zip(group, [answers[i] for i in rng.sample(group, len(group))], strict=True))
-                answers = [moved.get(index, answer) for index, answer in enumerate(answers)]
-        return [continued(self.model, e.prompt, answer) for e, answer in zip(self.conflicts, answers, strict=True)]
+            others = [
+                [answer for answer in groups[example.relation] if answer not in pair]
+                for example, pair in zip(self.conflicts, own, strict=True)
+            ]
+            answers = [rng.choice(some) if some else None for some in others]
+        return [
+            continued(self.model, example.prompt, answer)
+            for example, answer in zip(self.conflicts, answers, strict=True)
+            if answer is not None
+        ]
 
 
 def evenly(examples: Sequence[ConflictExample], count: int, seed: int) -> list[ConflictExample]:
@@ -125,6 +133,22 @@ def evenly(examples: Sequence[ConflictExample], count: int, seed: int) -> list[C
     while len(chosen) < count and any(queues):
         chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
     return chosen
+
+
+def guard_count(kind: Guard, count: int) -> int:
+    """How many prompts of a guard go with ``count`` without a context: half as many, of every other kind."""
+    return count if kind == "none" else -(-count // 2)
+
+
+def finite(gradients: Tensor) -> Tensor:
+    """The gradients.
+
+    Raises:
+        UserError: If they left the range of the model's dtype.
+    """
+    if not gradients.isfinite().all():
+        raise UserError("The gates' gradients are not finite; load the model with --dtype float32 or bfloat16.")
+    return gradients
 
 
 def gate_places(model: TransformerBridge, *, feed_forward: bool) -> list[Place]:
@@ -259,7 +283,7 @@ def check_scales(
     return Checked(rate, divergence, right)
 
 
-def within_budget(
+def to_budget(
     model: TransformerBridge,
     data: GateData,
     wanted: Sequence[Continued],
@@ -267,15 +291,23 @@ def within_budget(
     scales: Tensor,
     budgets: Mapping[Guard, float],
 ) -> tuple[Tensor, Checked]:
-    """Move scales back towards 1 until no guard of ``data`` diverges by more than its budget, and measure them there.
+    """Move scales on their line from 1 to about where a guard of ``data`` uses up its budget, and measure them there.
 
-    Divergence grows about with the square of the way, so that one or two tries are enough.
+    They go back as far as the budgets demand, or further by half at most, where there is room and that does not lower
+    the rate. Divergence grows about with the square of the way, so that one or two tries are enough.
     """
-    tried = scales
+    way, best = 1.0, None
     for tries_left in reversed(range(_TRIES)):
+        tried = 1 + way * (scales - 1)
         checked = check_scales(model, data, wanted, places, tried)
         spent = checked.spent(budgets)
-        if spent <= 1 or not tries_left:
+        if spent <= 1:
+            if best is not None or spent > _NEARLY_ALL or way in (0.0, _FURTHEST):
+                return (tried, checked) if best is None or checked.rate >= best[1].rate else best
+            best = tried, checked
+        elif best is not None:
+            return best
+        elif not tries_left:
             return tried, checked
-        tried = 1 + _MARGIN / math.sqrt(spent) * (tried - 1) if tries_left > 1 else torch.ones_like(scales)
+        way = min(_FURTHEST, way * _MARGIN / math.sqrt(max(spent, 1e-9))) if tries_left > 1 else 0.0
     raise AssertionError("the last try returns")

@@ -7,8 +7,8 @@ divergence and only so many scales differ from 1. Two learners do that:
 ``gauss_newton``   constrained second-order steps; gates are closed by what that costs. The default.
 ``hard_concrete``  Adam, with noisy gates that close exactly (Louizos et al. 2018) and dual ascent on the budgets.
 
-Either way, the last steps' scales are tried on dev: moved back towards 1 as far as the budget demands there. The ones
-with the best answers on dev win. The other direction has gates of its own; the two make one dial.
+Either way, the last steps' scales are tried on dev: moved on their line from 1 to where the budget is used up there.
+The ones with the best answers on dev win. The other direction has gates of its own; the two make one dial.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from interp.errors import UserError
 from interp.files import atomic_path
 from interp.generation import tracked
 from interp.teacher_forcing import Continued
-from interventions.gate_data import GUARDS, Checked, GateData, Guard, Guarded, Place, within_budget
+from interventions.gate_data import GUARDS, Checked, GateData, Guard, Guarded, Place, to_budget
 from interventions.gauss_newton import GaussNewton
 from interventions.hard_concrete import HardConcrete
 
@@ -43,16 +43,16 @@ class GateTraining:
     """What decides a training.
 
     Attributes:
-        budget: Largest mean KL divergence (nats) from the unedited model on ordinary text.
+        budget: Largest mean KL divergence (nats) from the unedited model on text that it sampled.
         prompt_budget: The same on prompts without a context, with one that agrees, and with one about something else.
         max_gates: Most heads (and feed-forward layers) that may move, in each direction.
         feed_forward: Whether feed-forward layers have gates too.
         learner: Who learns.
-        steps: Steps of the learner.
+        steps: Steps of the learner. Up to the default, every step sees fresh prompts.
         conflicts: Conflict prompts a step.
         guards: Prompts without a context a step; half as many of every other guard.
-        shuffled: Whether wanted answers change places among prompts: a control, which should gain nothing.
-        learning_rate: Of hard concrete gates' offsets; the gates' is three times that.
+        shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
+            control, which should gain nothing.
         seed: Of noise and order.
     """
 
@@ -65,11 +65,10 @@ class GateTraining:
     conflicts: int = 36
     guards: int = 16
     shuffled: bool = False
-    learning_rate: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("budget", "prompt_budget", "learning_rate"):
+        for name in ("budget", "prompt_budget"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
         for name, least in (("max_gates", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
@@ -161,7 +160,7 @@ def learn_gates(
     for _ in tracked(range(learner.step, settings.steps), progress, total=settings.steps - learner.step):
         learner.descend(model, wanted, train.guards)
         if learner.step in checks:
-            found = within_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)
+            found = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)
             if best is None or found[1].rate > best[1].rate:
                 best = found
         if checkpoint is not None:

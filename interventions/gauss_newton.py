@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from interp.errors import UserError
 from interp.teacher_forcing import Continued, token_batches
 from interventions.gate_data import (
     GUARDS,
@@ -35,7 +34,9 @@ from interventions.gate_data import (
     Place,
     answer_losses,
     divergences,
+    finite,
     gate_places,
+    guard_count,
     log_probabilities,
     scaled,
     summed,
@@ -46,14 +47,12 @@ if TYPE_CHECKING:
 
     from interventions.gate_training import GateTraining
 
-# What each step leaves of the weight of earlier prompts, and how far curvature is drawn towards its diagonal.
-_DECAY, _SHRINKAGE = 0.9, 0.2
-_POOLED = 0.4
+# What each step leaves of the weight of earlier prompts; how far curvature is drawn towards its diagonal, and towards
+# that of all guards.
+_DECAY, _SHRINKAGE, _POOLED = 0.9, 0.2, 0.4
 # Pulls scales to 1 where nothing else pulls.
 _RIDGE = 0.005
 _LARGEST_STEP = 1.0
-# Of the right answers to guards, next to the wanted answers to conflict prompts.
-_RIGHT_WEIGHT = 1.0
 # p / (1 - p) turns a squared gradient of -log p into Gauss-Newton's curvature; beyond these it is all noise.
 _FLATTEST, _STEEPEST = 0.3, 20.0
 # How fast budgets of the models follow what fresh prompts diverge, and how far.
@@ -63,6 +62,30 @@ _TEXT_DRAWS = 2
 _DUAL_STEPS, _DUAL_RATE, _MULTIPLIERS = 150, 0.6, (1e-4, 3e3)
 
 _T = TypeVar("_T")
+
+
+class Model(NamedTuple):
+    """A quadratic function of the way ``d`` from the present scales: value + gradient . d + d . curvature . d / 2.
+
+    Attributes:
+        value: At the present scales.
+        gradient: ``(n,)`` float64.
+        curvature: ``(n, n)`` float64.
+    """
+
+    value: float
+    gradient: Tensor
+    curvature: Tensor
+
+    def at(self, way: Tensor) -> Model:
+        """The same function, seen from ``way``."""
+        bent = self.curvature @ way
+        value = self.value + float(self.gradient @ way + way @ bent / 2)
+        return Model(value, self.gradient + bent, self.curvature)
+
+    def among(self, gates: Tensor) -> Model:
+        """The same function of some gates, while the others stay."""
+        return Model(self.value, self.gradient[gates], self.curvature[gates][:, gates])
 
 
 class Step(NamedTuple):
@@ -77,14 +100,12 @@ class Step(NamedTuple):
     curvature: Tensor
 
 
-class Quadratic:
-    """A running average of a loss over prompts, as a quadratic function of the way from the present scales.
+class Average:
+    """A running average of models of one loss, each of some prompts; later prompts count more.
 
     Attributes:
-        value: Weighted sum of the losses, ``()``.
-        gradient: The same of their gradients, ``(n_gates,)``.
-        curvature: The same of their curvatures, ``(n_gates, n_gates)``.
-        weight: Sum of the weights, ``()``.
+        value, gradient, curvature: The average, at the present scales, in float32 to be kept.
+        weight: Sum of the weights of what was counted, ``()``.
     """
 
     def __init__(self, n_gates: int) -> None:
@@ -95,31 +116,23 @@ class Quadratic:
 
     def add(self, value: Tensor, gradient: Tensor, curvature: Tensor) -> None:
         """Count new prompts' mean loss, gradient and curvature in."""
-        self.value = self.value + value
-        self.gradient = self.gradient + gradient
-        self.curvature = self.curvature + curvature
-        self.weight = self.weight + 1
+        self.weight = _DECAY * self.weight + 1
+        for name, new in (("value", value), ("gradient", gradient), ("curvature", curvature)):
+            setattr(self, name, torch.lerp(getattr(self, name), new, 1 / self.weight))
 
-    def move(self, way: Tensor) -> None:
-        """Look from scales that lie ``way`` from here, and let what was counted fade."""
-        bent = self.curvature @ way
-        self.value = _DECAY * (self.value + self.gradient @ way + way @ bent / 2)
-        self.gradient = _DECAY * (self.gradient + bent)
-        self.curvature = _DECAY * self.curvature
-        self.weight = _DECAY * self.weight
+    def model(self) -> Model:
+        """The average; its curvature is drawn towards its diagonal, for which fewer prompts are enough."""
+        curvature = self.curvature.double()
+        return Model(float(self.value), self.gradient.double(), curvature.lerp(curvature.diagonal().diag(), _SHRINKAGE))
 
-    def average(self) -> tuple[float, Tensor, Tensor]:
-        """The averages in float64; the curvature is drawn towards its diagonal, which fewer prompts suffice for."""
-        value, gradient, curvature = (x.double() / self.weight for x in (self.value, self.gradient, self.curvature))
-        return float(value), gradient, curvature.lerp(curvature.diagonal().diag(), _SHRINKAGE)
+    def move(self, model: Model, way: Tensor) -> None:
+        """Look from scales that lie ``way`` from the present ones, as ``model``, which the step went by, has it."""
+        seen = model.at(way)
+        self.value, self.gradient = torch.tensor(seen.value), seen.gradient.float()
 
 
 def constrained_step(
-    objective: Sequence[Tensor],
-    constraints: Sequence[tuple[float, Tensor, Tensor]],
-    budgets: Sequence[float],
-    present: Tensor,
-    open_gates: Tensor,
+    objective: Model, constraints: Sequence[Model], budgets: Sequence[float], present: Tensor, open_gates: Tensor
 ) -> Step:
     """Where the objective's model is least while every constraint's model is within its budget.
 
@@ -127,45 +140,53 @@ def constrained_step(
     while there is room; each time the step has a closed form. If the budgets cannot be kept, they are broken little.
 
     Args:
-        objective: Gradient ``(n_gates,)`` and curvature ``(n_gates, n_gates)`` at the present scales.
-        constraints: Value, gradient and curvature of each.
+        objective: Its model; the value does not matter.
+        constraints: The models of what is limited.
         budgets: The largest value of each.
         present: The present scales, ``(n_gates,)``.
         open_gates: Which gates may move, ``(n_gates,)``; the others go to 1.
     """
     gates = open_gates.nonzero().flatten()
     forced = torch.where(open_gates, 0.0, 1 - present).double()
-    offset = (present[gates] - 1).double()
     identity = torch.eye(len(gates), dtype=torch.double)
-
-    def among_open(gradient: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        return (gradient + curvature @ forced)[gates], curvature[gates][:, gates]
-
-    gradient, curvature = among_open(*objective)
-    gradient, curvature = gradient + _RIDGE * offset, curvature + _RIDGE * identity
-    limits = []
-    for (value, slope, bend), budget in zip(constraints, budgets, strict=True):
-        at_forced = value + float(slope @ forced + forced @ bend @ forced / 2)
-        limits.append((at_forced, *among_open(slope, bend), budget))
+    nothing = torch.zeros(len(gates), dtype=torch.double)
+    goal = objective.at(forced).among(gates)
+    goal = Model(
+        goal.value,
+        goal.gradient + _RIDGE * (present[gates] - 1).double(),
+        goal.curvature + _RIDGE * identity,
+    )
     # The length of the step is limited like the rest: |step|^2 / 2 is a quadratic too.
-    limits.append((0.0, torch.zeros_like(gradient), identity, _LARGEST_STEP / 2))
+    limits = [*(model.at(forced).among(gates) for model in constraints), Model(0.0, nothing, identity)]
+    largest = torch.tensor([*budgets, _LARGEST_STEP**2 / 2], dtype=torch.double)
+    gradients = torch.stack([limit.gradient for limit in limits])
+    curvatures = torch.stack([limit.curvature for limit in limits])
     multipliers = torch.ones(len(limits), dtype=torch.double)
-    step, bent = torch.zeros_like(gradient), curvature
+    step, curvature = nothing, goal.curvature
     for _ in range(_DUAL_STEPS):
-        bent = curvature + sum(m * limit[2] for m, limit in zip(multipliers, limits, strict=True))
-        step = -torch.linalg.solve(
-            bent, gradient + sum(m * limit[1] for m, limit in zip(multipliers, limits, strict=True))
-        )
-        used = torch.tensor([v + float(g @ step + step @ h @ step / 2) for v, g, h, _ in limits], dtype=torch.double)
-        share = used / torch.tensor([limit[3] for limit in limits], dtype=torch.double)
-        raised = (multipliers * share.clamp(0.5, 2) ** _DUAL_RATE).clamp(*_MULTIPLIERS)
+        curvature = goal.curvature + torch.einsum("l,lij->ij", multipliers, curvatures)
+        step = -torch.linalg.solve(curvature, goal.gradient + multipliers @ gradients)
+        used = torch.tensor([limit.at(step).value for limit in limits], dtype=torch.double)
+        raised = (multipliers * (used / largest).clamp(0.5, 2) ** _DUAL_RATE).clamp(*_MULTIPLIERS)
         settled = torch.allclose(raised, multipliers, rtol=2e-3, atol=1e-4)
         multipliers = raised
         if settled:
             break
     scales = torch.ones_like(present)
     scales[gates] = present[gates] + step.to(present)
-    return Step(scales, bent)
+    return Step(scales, curvature)
+
+
+def closing_costs(found: Step, open_gates: Tensor) -> Tensor:
+    """What closing each open gate would add to the Lagrangian once all others make up for it, ``(n_open,)``."""
+    away = (found.scales[open_gates] - 1).double()
+    return away**2 / (2 * torch.linalg.inv(found.curvature).diagonal())
+
+
+def followed(budget: float, full: float, seen: float) -> float:
+    """The next budget of a model, of which ``full`` is the user's, when fresh prompts diverged by ``seen``."""
+    moved = budget * (full / max(seen, 1e-9)) ** _REACTION
+    return min(full, max(full / _TIGHTEST, moved))
 
 
 class GaussNewton:
@@ -187,9 +208,8 @@ class GaussNewton:
         n_gates = len(self.places)
         self._scales = torch.ones(n_gates)
         self._open = torch.ones(n_gates, dtype=torch.bool)
-        self._answers, self._right = Quadratic(n_gates), Quadratic(n_gates)
-        self._guards = {kind: Quadratic(n_gates) for kind in GUARDS}
         self._budgets = torch.tensor([settings.budgets[kind] for kind in GUARDS])
+        self._averages = {name: Average(n_gates) for name in ("wanted", "right", *GUARDS)}
 
     def scales(self) -> Tensor:
         """The scales as they are, ``(n_gates,)``; exactly 1 for closed gates."""
@@ -204,32 +224,26 @@ class GaussNewton:
             UserError: If the numbers leave the range of the model's dtype.
         """
         self._look(model, wanted, guards)
-        pairs = zip(self._answers.average()[1:], self._right.average()[1:], strict=True)
-        objective = [wanted + _RIGHT_WEIGHT * right for wanted, right in pairs]
-        constraints = self._constraints()
-        budgets = self._budgets.tolist()
+        models = {name: average.model() for name, average in self._averages.items()}
+        models |= zip(GUARDS, pooled([models[kind] for kind in GUARDS]), strict=True)
+        _, gradient, curvature = models["wanted"]
+        if not self.settings.shuffled:
+            gradient, curvature = gradient + models["right"].gradient, curvature + models["right"].curvature
+        objective = Model(0.0, gradient, curvature)
+        constraints, budgets = [models[kind] for kind in GUARDS], self._budgets.tolist()
         while True:
             found = constrained_step(objective, constraints, budgets, self._scales, self._open)
             surplus = int(self._open.sum()) - self._most_open()
             if surplus <= 0:
                 break
             # A third at a time: what is closed changes what the others are worth.
-            self._close(found, min(surplus, surplus // 3 + 1))
-        moved = found.scales - self._scales
-        for quadratic in self._quadratics.values():
-            quadratic.move(moved)
+            cheapest = closing_costs(found, self._open).topk(min(surplus, surplus // 3 + 1), largest=False).indices
+            self._open[self._open.nonzero().flatten()[cheapest]] = False
+        way = (found.scales - self._scales).double()
+        for name, average in self._averages.items():
+            average.move(models[name], way)
         self._scales = found.scales
         self.step += 1
-
-    def _constraints(self) -> list[tuple[float, Tensor, Tensor]]:
-        """Value, gradient and curvature of each guard; prompts of each are few, so that guards lend theirs."""
-        own = [self._guards[kind].average() for kind in GUARDS]
-        sizes = [curvature.trace().clamp(min=1e-12) for _, _, curvature in own]
-        shared = sum(curvature / size for (_, _, curvature), size in zip(own, sizes, strict=True)) / len(own)
-        return [
-            (value, gradient, curvature.lerp(shared * size, _POOLED))
-            for (value, gradient, curvature), size in zip(own, sizes, strict=True)
-        ]
 
     def _look(
         self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
@@ -237,28 +251,28 @@ class GaussNewton:
         """Add this step's prompts to the running averages."""
         settings = self.settings
         generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
-        items = _turn(wanted, settings.conflicts, self.step, settings.seed)
+        asked = _turn(wanted, settings.conflicts, self.step, settings.seed)
 
         def answers(log_p: Tensor, batch: list[int]) -> list[Tensor]:
-            return [answer_losses(log_p, [items[i] for i in batch])]
+            return [answer_losses(log_p, [asked[i] for i in batch])]
 
-        values, gradients = gradients_by_row(model, self.places, self._scales, items, answers)
-        self._answers.add(*_gauss_newton(values[0], gradients[0]))
+        values, gradients = gradients_by_row(model, self.places, self._scales, asked, answers)
+        self._averages["wanted"].add(*gauss_newton(values[0], gradients[0]))
         for index, kind in enumerate(GUARDS):
-            count = settings.guards if kind == "none" else -(-settings.guards // 2)
-            guarded = _turn(guards[kind], count, self.step, settings.seed)
+            guarded = _turn(guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
             losses = partial(_guard_losses, model, guarded, kind, generator)
             items = [item for item, _ in guarded]
             values, gradients = gradients_by_row(model, self.places, self._scales, items, losses)
+            divergence = values[0].mean()
             if self.step:
-                full = settings.budgets[kind]
-                share = full / max(float(values[0].mean()), 1e-9)
-                self._budgets[index] = min(full, max(full / _TIGHTEST, float(self._budgets[index]) * share**_REACTION))
-            answered = int(kind != "neutral")
-            if answered:
-                self._right.add(*_gauss_newton(values[1], gradients[1]))
-            scores = gradients[1 + answered :].flatten(0, 1)
-            self._guards[kind].add(values[0].mean(), gradients[0].mean(0), scores.T @ scores / len(guarded))
+                budget = float(self._budgets[index])
+                self._budgets[index] = followed(budget, settings.budgets[kind], float(divergence))
+            scores = gradients[1:]
+            if kind != "neutral":
+                self._averages["right"].add(*gauss_newton(values[1], gradients[1]))
+                scores = gradients[2:]
+            outer = torch.einsum("dig,dih->gh", scores, scores)
+            self._averages[kind].add(divergence, gradients[0].mean(0), outer / len(guarded))
 
     def _most_open(self) -> int:
         """How many gates may be open after this step."""
@@ -266,43 +280,35 @@ class GaussNewton:
         n_gates = len(self.places)
         return max(self.settings.max_gates, round(n_gates * (self.settings.max_gates / n_gates) ** share))
 
-    def _close(self, found: Step, count: int) -> None:
-        gates = self._open.nonzero().flatten()
-        cost = (found.scales[gates] - 1).double() ** 2 / torch.linalg.inv(found.curvature).diagonal()
-        self._open[gates[cost.topk(count, largest=False).indices]] = False
-
-    @property
-    def _quadratics(self) -> dict[str, Quadratic]:
-        return {"answers": self._answers, "right": self._right, **self._guards}
-
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step needs, but the number of steps."""
-        return {
-            "scales": self._scales,
-            "open": self._open,
-            "budgets": self._budgets,
-            **{
-                f"{name}.{key}": value
-                for name, quadratic in self._quadratics.items()
-                for key, value in vars(quadratic).items()
-            },
-        }
+        averages = {f"{name}.{key}": t for name, average in self._averages.items() for key, t in vars(average).items()}
+        return {"scales": self._scales, "open": self._open, "budgets": self._budgets, **averages}
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Go on from ``tensors()`` after ``step`` steps.
 
         Raises:
-            KeyError: If one is missing.
-            ValueError: If they are of another number of gates.
+            KeyError: If one is missing; nothing is restored then.
+            ValueError: If they are of another number of gates; likewise.
         """
-        if tensors["scales"].shape != self._scales.shape:
+        found = {name: tensors[name] for name in self.tensors()}
+        if found["scales"].shape != self._scales.shape:
             raise ValueError("another number of gates")
-        self._scales, self._open = tensors["scales"], tensors["open"]
-        self._budgets = tensors["budgets"]
-        for name, quadratic in self._quadratics.items():
-            for key in list(vars(quadratic)):
-                setattr(quadratic, key, tensors[f"{name}.{key}"])
+        self._scales, self._open, self._budgets = found["scales"], found["open"], found["budgets"]
+        for name, average in self._averages.items():
+            vars(average).update({key: found[f"{name}.{key}"] for key in vars(average)})
         self.step = step
+
+
+def pooled(models: Sequence[Model]) -> list[Model]:
+    """Models of the guards that lend each other some of their curvature: prompts of each are few."""
+    sizes = [model.curvature.trace().clamp(min=1e-12) for model in models]
+    shared = torch.stack([model.curvature / size for model, size in zip(models, sizes, strict=True)]).mean(0)
+    return [
+        model._replace(curvature=model.curvature.lerp(shared * size, _POOLED))
+        for model, size in zip(models, sizes, strict=True)
+    ]
 
 
 def gradients_by_row(
@@ -337,9 +343,7 @@ def gradients_by_row(
         values.append(torch.stack(found).detach().cpu())
         order += batch
     back = torch.tensor(order).argsort()
-    if not all(gradient.isfinite().all() for gradient in gradients):
-        raise UserError("The gates' gradients are not finite; load the model with --dtype float32 or bfloat16.")
-    return torch.cat(values, 1)[:, back], torch.cat(gradients, 1)[:, back]
+    return torch.cat(values, 1)[:, back], finite(torch.cat(gradients, 1))[:, back]
 
 
 def _guard_losses(
@@ -359,7 +363,7 @@ def _guard_losses(
     return [damage, answer_losses(log_p, items), *_scores(log_p, items, 1, generator)]
 
 
-def _gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean value, gradient and curvature of losses -log p, ``(n_items,)`` and ``(n_items, n_gates)``."""
     p = (-losses).exp()
     odds = (p / (1 - p)).clamp(_FLATTEST, _STEEPEST)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from interp.errors import UserError
 from interp.teacher_forcing import Continued, token_batches
 from interventions.gate_data import (
     GUARDS,
@@ -32,7 +31,9 @@ from interventions.gate_data import (
     Guarded,
     answer_losses,
     divergences,
+    finite,
     gate_places,
+    guard_count,
     log_probabilities,
     scaled,
 )
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _GUARD_WEIGHT, _DUAL_RATE, _LARGEST_MULTIPLIER = 0.1, 0.2, 50.0
 _SPARSITY_RATE = 0.05
+_LEARNING_RATE = 0.05
 
 _T = TypeVar("_T")
 
 
 class GateState:
-    """The numbers that are learned for one direction, and how far training is.
+    """The numbers that are learned for one direction.
 
     Args:
         model: The bridge.
@@ -119,8 +121,8 @@ class HardConcrete:
         self.places = self._gates.places
         self._optimiser = torch.optim.Adam(
             [
-                {"params": [self._gates.offset], "lr": settings.learning_rate},
-                {"params": [self._gates.location], "lr": 3 * settings.learning_rate},
+                {"params": [self._gates.offset], "lr": _LEARNING_RATE},
+                {"params": [self._gates.location], "lr": 3 * _LEARNING_RATE},
             ],
             betas=(0.8, 0.98),
         )
@@ -148,7 +150,7 @@ class HardConcrete:
         # Passes are made one by one; their gradients meet here.
         scales = sampled.detach().requires_grad_()
         drawn = _drawn(rng, wanted, settings.conflicts)
-        counts = {kind: settings.guards if kind == "none" else -(-settings.guards // 2) for kind in GUARDS}
+        counts = {kind: guard_count(kind, settings.guards) for kind in GUARDS}
         guarded = [(kind, guard) for kind in GUARDS for guard in _drawn(rng, guards[kind], counts[kind])]
         sizes = Counter(kind for kind, _ in guarded)
         multipliers = dict(zip(GUARDS, self._multipliers.tolist(), strict=False))
@@ -166,9 +168,7 @@ class HardConcrete:
             _backward(drawn, [1 / len(drawn)] * len(drawn), answers)
             values = _backward([guard.item for _, guard in guarded], weights, damage)
         assert scales.grad is not None
-        if not scales.grad.isfinite().all():
-            raise UserError("The gates' gradients are not finite; load the model with --dtype float32 or bfloat16.")
-        objective = (sampled * scales.grad.to(sampled)).sum()
+        objective = (sampled * finite(scales.grad).to(sampled)).sum()
         if self._gates.kept is None:
             count = self._gates.expected_open() / settings.max_gates
             objective = objective + float(self._multipliers[-1]) * count

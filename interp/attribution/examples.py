@@ -33,6 +33,18 @@ def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[Con
     return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
 
 
+def with_partners(examples: Sequence[ConflictExample]) -> list[ConflictExample]:
+    """The examples that ``corrupted_partners`` finds a partner for among themselves."""
+    kept = list(examples)
+    while kept:
+        groups = _groups(kept)
+        left = [e for e in kept if any(_differ(e, kept[j]) for j in groups[e.relation, e.template])]
+        if len(left) == len(kept):
+            break
+        kept = left
+    return kept
+
+
 def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
     """For each example the index of another with the same template and relation, whose answers are all others.
 
@@ -40,17 +52,10 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[i
         UserError: If an example has no such partner.
     """
     rng = random.Random(seed)
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault((example.relation, example.template), []).append(index)
-
-    def differs(one: ConflictExample, other: ConflictExample) -> bool:
-        ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
-        return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)
-
+    groups = _groups(examples)
     partners = []
     for example in examples:
-        candidates = [j for j in groups[example.relation, example.template] if differs(example, examples[j])]
+        candidates = [j for j in groups[example.relation, example.template] if _differ(example, examples[j])]
         if not candidates:
             raise UserError(
                 f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
@@ -58,3 +63,17 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[i
             )
         partners.append(rng.choice(candidates))
     return partners
+
+
+def _groups(examples: Sequence[ConflictExample]) -> dict[tuple[str, str], list[int]]:
+    """Indices by relation and phrasing."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault((example.relation, example.template), []).append(index)
+    return groups
+
+
+def _differ(one: ConflictExample, other: ConflictExample) -> bool:
+    """Whether two examples are about different subjects and share no answer."""
+    ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
+    return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)

@@ -145,6 +145,15 @@ def test_learned_gates_compete_with_what_ranks_heads(make_study, tmp_path):
         assert all(scale != 1 for *_, scale in learned["heads"])
 
 
+def test_a_model_whose_gates_cannot_be_learned_is_studied_without_them(make_study, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise UserError("The gates' gradients are not finite.")
+
+    monkeypatch.setattr(gate_fit, "learn_gates", refused)
+    summary = make_study(tmp_path).run()
+    assert set(METHODS) - set(summary["methods"]) == {"learned_gates"}
+
+
 def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):
     scores = make_study(tmp_path).head_scores()
     opponents = [(h.layer, h.head) for h in scores["logit_diff"].ranked("memory")]

@@ -183,7 +183,7 @@ def test_damage_fronts_give_each_method_a_line_by_rising_rate() -> None:
     context = [setting("learned_gates", "1", 0.8, 0.02, 0.9), setting("learned_gates", "0.5", 0.6, 0.005, 0.95)]
     memory = [setting("pruning", "1.2 x0", 0.5, 0.1, 0.7)]
     figure: Any = damage_fronts({"context": context, "memory": memory})
-    drawn = {(t.name, t.xaxis, t.yaxis): (list(t.x), list(t.y)) for t in figure.data if len(t.x)}
+    drawn = {(t.name, t.xaxis, t.yaxis): (list(t.x), list(t.y)) for t in figure.data if len(t.x) and t.x[0] is not None}
     assert drawn == {
         ("learned gates", "x", "y"): ([0.6, 0.8], [0.005, 0.02]),
         ("learned gates", "x3", "y3"): ([0.6, 0.8], [0.95, 0.9]),

@@ -14,7 +14,7 @@ from interventions.hard_concrete import GateState
 from tests.interventions.test_gate_data import TEXTS, examples
 
 NEWTON = GateTraining(max_gates=5, feed_forward=True, steps=6, conflicts=6, guards=6)
-NOISY = replace(NEWTON, learner="hard_concrete", steps=60, conflicts=4, guards=4, learning_rate=0.2)
+NOISY = replace(NEWTON, learner="hard_concrete", steps=60, conflicts=4, guards=4)
 LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=["gauss_newton", "hard_concrete"])
 
 
@@ -85,11 +85,28 @@ def test_another_training_s_or_a_damaged_checkpoint_is_not_used(tiny_llama, tmp_
 
 
 def test_senseless_settings_are_refused():
-    wrong: dict[str, Any] = {"budget": 0.0, "prompt_budget": math.inf, "learning_rate": math.nan}
+    wrong: dict[str, Any] = {"budget": 0.0, "prompt_budget": math.inf}
     wrong |= {"max_gates": 0, "steps": 2, "guards": 0, "learner": "sgd"}
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name.replace("_", ".")):
             GateTraining(**{name: value})
+
+
+@LEARNERS
+def test_a_checkpoint_that_lacks_something_is_not_half_used(tiny_llama, tmp_path, settings):
+    data = GateData(tiny_llama, examples(), TEXTS)
+    learner = gate_training._LEARNERS[settings.learner](tiny_llama, settings)
+    learner.descend(tiny_llama, data.wanted("memory"), data.guards)
+    for lacking in learner.tensors():
+        tensors = {name: tensor for name, tensor in learner.tensors().items() if name != lacking}
+        fresh = gate_training._LEARNERS[settings.learner](tiny_llama, settings)
+        before = fresh.scales()
+        if lacking.startswith("adam."):
+            continue
+        with pytest.raises(KeyError):
+            fresh.restore(tensors, 1)
+        assert torch.equal(fresh.scales(), before)
+        assert fresh.step == 0
 
 
 @LEARNERS
