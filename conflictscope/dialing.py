@@ -183,7 +183,7 @@ class Dialing:
             relation: [fact for fact in some if 2 * hits[relation, fact.subject] > len(SEEN_PHRASINGS)]
             for relation, some in facts.items()
         }
-        conflicts = build_conflicts(usable, seed=self.seed, kinds=CONTEXT_KINDS, phrasings=PHRASINGS)
+        conflicts = build_conflicts(usable, seed=self.seed, kinds=CONTEXT_KINDS, phrasings=list(PHRASINGS))
         parts = {
             "train": learned_part(conflicts, "train"),
             "dev": learned_part(conflicts, "dev"),

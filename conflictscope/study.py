@@ -2,7 +2,7 @@
 
 1. Ask the model closed-book and keep the facts it knows; build conflict prompts from them, split by subject.
 2. Measure on test what it uses, unedited.
-3. Score every head by path patching on the train split's conflict prompts.
+3. Score every head by path patching on the train split's conflict prompts, and learn the scales of all heads together.
 4. For both directions and every method, let candidates compete on dev. Of those that are as good as the best within
    one standard error (Breiman et al. 1984) take the one that keeps most facts closed-book.
 5. Measure the winners, and random heads edited alike, on test: held-out subjects, all phrasing families, one of
@@ -365,7 +365,7 @@ class Study:
         }
 
     def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
-        """For each winner as many random heads, none of them a winner's, edited alike; all draws measured together."""
+        """For each winner as many random heads, edited alike and measured together; none of a winner's, if possible."""
         anatomy = Anatomy(self.model)
         taken = {head[:2] for winner in winners for head in winner.heads}
         places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
@@ -373,9 +373,9 @@ class Study:
         rng = random.Random(self.seed)
         draws = []
         for winner in [*winners] * RANDOM_DRAWS:
-            if len(winner.heads) > len(free):
-                raise UserError(f"{self.name} has too few heads for a random control of {len(winner.heads)} heads.")
-            drawn = zip(rng.sample(free, len(winner.heads)), winner.heads, strict=True)
+            # Where too many heads are edited, some of the others are among them.
+            enough = len(winner.heads) <= len(free)
+            drawn = zip(rng.sample(free if enough else places, len(winner.heads)), winner.heads, strict=True)
             draws.append(Candidate(tuple((*place, scale) for place, (*_, scale) in drawn), winner.around_mean))
         measured = [self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)]
         report = UsageReport(pl.concat([report.frame for report, _ in measured]))

@@ -151,7 +151,9 @@ class HardConcrete:
         scales = sampled.detach().requires_grad_()
         drawn = _drawn(rng, wanted, settings.conflicts)
         counts = {kind: guard_count(kind, settings.guards) for kind in GUARDS}
-        guarded = [(kind, guard) for kind in GUARDS for guard in _drawn(rng, guards[kind], counts[kind])]
+        guarded: list[tuple[Guard, Guarded]] = [
+            (kind, guard) for kind in GUARDS for guard in _drawn(rng, guards[kind], counts[kind])
+        ]
         sizes = Counter(kind for kind, _ in guarded)
         multipliers = dict(zip(GUARDS, self._multipliers.tolist(), strict=False))
         weights = [_GUARD_WEIGHT * multipliers[kind] / settings.budgets[kind] / sizes[kind] for kind, _ in guarded]

@@ -8,6 +8,7 @@ import torch
 from conflictscope import dialing as job
 from conflictscope import gate_fit, study
 from conflictscope.dialing import Dialing
+from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import neutral_texts
@@ -111,7 +112,8 @@ def test_the_dial_s_file_does_at_both_ends_what_the_summary_lists(finished, tiny
 def test_the_dial_is_asked_for_a_rate_halfway(finished):
     summary, out = finished
     dial = InterventionFile.load(out / "dial.json").dial
-    for towards, end in (("context", 1.0), ("memory", -1.0)):
+    ends: tuple[tuple[Direction, float], ...] = (("context", 1.0), ("memory", -1.0))
+    for towards, end in ends:
         asked = summary["asked"][f"towards_{towards}"]
         rates = {point["trust"]: point[f"{towards}_rate"] for point in summary["calibration"]}
         assert asked["rate"] == pytest.approx((rates[0.0] + rates[end]) / 2)

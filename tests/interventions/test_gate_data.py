@@ -15,6 +15,7 @@ from interventions.gate_data import (
     GUARDS,
     Checked,
     GateData,
+    Guard,
     answer_losses,
     check_scales,
     divergences,
@@ -155,7 +156,7 @@ def test_scales_go_back_as_far_as_the_budget_demands(tiny_llama, monkeypatch, fi
         return Checked(1.0, {**dict.fromkeys(GUARDS, 0.0), "none": way**2, "aligned": 2 * way**2}, {})
 
     monkeypatch.setattr(gate_data, "check_scales", check)
-    budgets = {"none": 1.0, "aligned": 2.0, "irrelevant": 1.0, "neutral": 1.0}
+    budgets: dict[Guard, float] = {"none": 1.0, "aligned": 2.0, "irrelevant": 1.0, "neutral": 1.0}
     found, checked = to_budget(tiny_llama, data, [], [(0, 0)], torch.tensor([1 + first]), budgets)
     assert float(found) - 1 == pytest.approx(expected, rel=1e-3)
     assert checked.spent(budgets) <= 1

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,9 @@ def test_drawn_scores_average_to_the_curvature_of_the_divergence(tiny_llama, dra
             return log_probabilities(tiny_llama, [item])
 
     fixed = log_p(scales).detach()
-    exact = torch.autograd.functional.hessian(lambda at: (fixed.exp() * (fixed - log_p(at))).sum(-1).mean(), scales)
+    exact: Any = torch.autograd.functional.hessian(
+        lambda at: (fixed.exp() * (fixed - log_p(at))).sum(-1).mean(), scales
+    )
     generator = torch.Generator().manual_seed(0)
     many = [item] * 4000
     _, gradients = gradients_by_row(

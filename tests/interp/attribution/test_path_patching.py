@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.reference import full_forward_patch, z_of
 from interp.anatomy import Anatomy
+from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import corrupted_partners, patching_scores, path_patching, scorable
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
@@ -142,3 +145,13 @@ def test_unknown_option_lists_the_valid_ones(tiny_llama, conflicts, option):
 def test_nothing_to_attribute_is_an_error(tiny_llama):
     with pytest.raises(UserError, match="No example can be attributed"):
         path_patching(tiny_llama, ConflictSet("empty", ()), name="tiny")
+
+
+def test_examples_with_partners_all_find_one(conflicts):
+    examples = [example for example in conflicts if example.kind == "conflict"]
+    lonely = replace(examples[0], id="lonely", template="a phrasing of its own")
+    assert lonely not in with_partners([*examples, lonely])
+    kept = with_partners(examples)
+    assert kept == examples
+    assert len(corrupted_partners(kept, 0)) == len(kept)
+    assert with_partners(examples[:1]) == []
