@@ -263,22 +263,21 @@ class Dialing:
     def _asked(self, towards: Direction) -> dict[str, Any]:
         """The rate on test when the dial is asked for the one halfway between no trust and its end.
 
-        As in the calibration, the first token of an answer counts.
+        As in the calibration, the first token of an answer counts, and phrasings are those that were learned from; the
+        held-out one stands next to them.
         """
         rates = {p.trust: p.context_rate if towards == "context" else p.memory_rate for p in self.dial.calibration}
         wanted = (rates[0.0] + rates[1.0 if towards == "context" else -1.0]) / 2
         trust = self.dial.trust_for(towards, wanted)
-        report = self._starts(self.dial.at(trust), self.tested.select(kind="conflict"))
-        seen = UsageReport(report.frame.filter(pl.col("template") != HELD_OUT_PHRASING))
-        unseen = report.select(template=HELD_OUT_PHRASING)
-        return {
-            "rate": wanted,
-            "trust": trust,
-            "test": {
-                name: part.rate(towards).to_record()
-                for name, part in (("all", report), ("seen_phrasings", seen), ("held_out_phrasing", unseen))
-            },
+        test = self.conflicts.select(split="test", kind="conflict")
+        parts = {
+            "learned_phrasings": test.select(templates=LEARNED_PHRASINGS),
+            "held_out_phrasing": test.select(templates=[HELD_OUT_PHRASING]),
         }
+        rates_on_test = {
+            name: self._starts(self.dial.at(trust), part).rate(towards).to_record() for name, part in parts.items()
+        }
+        return {"rate": wanted, "trust": trust, "test": rates_on_test}
 
     def elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
         """The scales of one end of the dial in random places."""

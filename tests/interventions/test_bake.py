@@ -217,7 +217,7 @@ def test_the_folder_keeps_the_checkpoint_s_dtype(tiny_directories, tiny_llama, t
 def test_a_folder_that_is_not_empty_is_refused_and_kept(tiny_directories, tiny_llama, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        write_folded(str(tiny_directories["llama"]), dial_file(tiny_llama), tmp_path)
+        write_folded(str(tiny_directories["llama"]), dial_file(tiny_llama), tmp_path, trust=1.0)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.txt", "mine")]
 
 
