@@ -642,10 +642,10 @@ def dial_fit(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Damage allowed to text: mean nats of KL divergence, on text that the model samples."),
+        typer.Option(help="Damage allowed: mean nats of KL divergence, without a context and on text it samples."),
     ] = 0.02,
-    prompt_budget: Annotated[
-        float, typer.Option(help="The same for prompts without a context, with an agreeing and with another one.")
+    context_budget: Annotated[
+        float, typer.Option(help="The same for prompts with a context that agrees or is about something else.")
     ] = 0.2,
     max_gates: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
     feed_forward: Annotated[
@@ -692,7 +692,7 @@ def dial_fit(
         load_dataset(counterfact, "counterfact-competition")
     settings = GateTraining(
         budget=budget,
-        prompt_budget=prompt_budget,
+        context_budget=context_budget,
         max_gates=max_gates,
         feed_forward=feed_forward,
         steps=steps,

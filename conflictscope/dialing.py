@@ -205,7 +205,7 @@ class Dialing:
             if not self._learned[towards]["gates"]:
                 raise UserError(
                     f"No gate could be moved towards {towards} within the budgets of {self.settings.budget:g} and "
-                    f"{self.settings.prompt_budget:g} nats; give a larger --budget or --prompt-budget."
+                    f"{self.settings.context_budget:g} nats; give a larger --budget or --context-budget."
                 )
             for layer, head, scale in self._learned[towards]["gates"]:
                 scales.setdefault((layer, head), {})[towards] = scale

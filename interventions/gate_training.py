@@ -43,8 +43,9 @@ class GateTraining:
     """What decides a training.
 
     Attributes:
-        budget: Largest mean KL divergence (nats) from the unedited model on text that it sampled.
-        prompt_budget: The same on prompts without a context, with one that agrees, and with one about something else.
+        budget: Largest mean KL divergence (nats) from the unedited model on prompts without a context, and on text that
+            it sampled.
+        context_budget: The same on prompts with a context that agrees, or is about something else.
         max_gates: Most heads (and feed-forward layers) that may move, in each direction.
         feed_forward: Whether feed-forward layers have gates too.
         learner: Who learns.
@@ -57,7 +58,7 @@ class GateTraining:
     """
 
     budget: float = 0.02
-    prompt_budget: float = 0.2
+    context_budget: float = 0.2
     max_gates: int = 40
     feed_forward: bool = False
     learner: LearnerName = "gauss_newton"
@@ -68,7 +69,7 @@ class GateTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("budget", "prompt_budget"):
+        for name in ("budget", "context_budget"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
         for name, least in (("max_gates", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
@@ -80,7 +81,7 @@ class GateTraining:
     @property
     def budgets(self) -> dict[Guard, float]:
         """The budget of each guard."""
-        return {kind: self.budget if kind == "neutral" else self.prompt_budget for kind in GUARDS}
+        return {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
 
 
 class Learner(Protocol):

@@ -12,7 +12,7 @@ from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import neutral_texts
-from interp.facts import HELD_OUT_PHRASING
+from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS
 from interp.generation import encode
 from interp.models import load_model
 from interventions.base import applied
@@ -25,7 +25,7 @@ from tests.conflictscope import test_cli
 from tests.conflictscope.test_cli import assert_one_sentence
 
 run = test_cli.run
-LEARNING = GateTraining(budget=0.5, prompt_budget=0.5, max_gates=3, steps=4, conflicts=6, guards=4)
+LEARNING = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=4, conflicts=6, guards=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,9 +158,9 @@ def test_where_nearly_all_gates_move_random_ones_share_places(tiny_llama, tmp_pa
 
 
 def test_a_budget_that_no_gate_can_keep_is_one_sentence(tiny_llama, tmp_path):
-    with pytest.raises(UserError, match="give a larger --budget or --prompt-budget"):
+    with pytest.raises(UserError, match="give a larger --budget or --context-budget"):
         _ = dialing(
-            tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, prompt_budget=1e-12, steps=3, max_gates=2)
+            tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, context_budget=1e-12, steps=3, max_gates=2)
         ).dial
 
 

@@ -22,7 +22,7 @@ def make_study(tiny_llama, monkeypatch):
     monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
     monkeypatch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
     monkeypatch.setattr(study_module, "_ABLATED_HEADS", (2,))
-    settings = GateTraining(budget=0.5, prompt_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
+    settings = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
     monkeypatch.setattr(study_module, "_GATES", settings)
     monkeypatch.setattr(gate_fit, "_TEXT_TOKENS", 8)
     monkeypatch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})

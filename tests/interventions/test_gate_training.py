@@ -38,7 +38,7 @@ def test_gates_open_as_often_as_louizos_et_al_say(tiny_llama, location):
 @LEARNERS
 def test_learned_gates_are_few_within_the_budget_and_do_more_than_nothing(tiny_llama, towards, settings):
     data = GateData(tiny_llama, examples(), TEXTS)
-    settings = replace(settings, budget=0.5, prompt_budget=0.7)
+    settings = replace(settings, budget=0.5, context_budget=0.7)
     learned = learn_gates(tiny_llama, data, data, towards, settings)
     assert len(learned.places) <= settings.max_gates
     assert learned.dev.spent(settings.budgets) <= 1
@@ -85,7 +85,7 @@ def test_another_training_s_or_a_damaged_checkpoint_is_not_used(tiny_llama, tmp_
 
 
 def test_senseless_settings_are_refused():
-    wrong: dict[str, Any] = {"budget": 0.0, "prompt_budget": math.inf}
+    wrong: dict[str, Any] = {"budget": 0.0, "context_budget": math.inf}
     wrong |= {"max_gates": 0, "steps": 2, "guards": 0, "learner": "sgd"}
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name.replace("_", ".")):
