@@ -262,8 +262,13 @@ def check_scales(
     wanted: Sequence[Continued],
     places: Sequence[Place],
     scales: Tensor,
+    *,
+    within: Mapping[Guard, float] | None = None,
 ) -> Checked:
-    """Measure scales on the prompts of ``data``, of which those about conflicts are to be answered as ``wanted``."""
+    """Measure scales on the prompts of ``data``, of which those about conflicts are to be answered as ``wanted``.
+
+    With budgets given as ``within``, the conflict prompts are not asked if a guard breaks its own: the rate is then 0.
+    """
     divergence: dict[str, float] = {}
     right: dict[str, float] = {}
     with torch.no_grad(), scaled(model, places, scales):
@@ -279,8 +284,10 @@ def check_scales(
             divergence[kind] = total / len(items)
             if kind != "neutral":
                 right[kind] = hits / len(items)
-        rate = sum(greedily_continued(model, wanted)) / len(wanted)
-    return Checked(rate, divergence, right)
+        damage = Checked(0.0, divergence, right)
+        if within is not None and damage.spent(within) > 1:
+            return damage
+        return Checked(sum(greedily_continued(model, wanted)) / len(wanted), divergence, right)
 
 
 def to_budget(
@@ -299,7 +306,7 @@ def to_budget(
     way, best = 1.0, None
     for tries_left in reversed(range(_TRIES)):
         tried = 1 + way * (scales - 1)
-        checked = check_scales(model, data, wanted, places, tried)
+        checked = check_scales(model, data, wanted, places, tried, within=budgets)
         spent = checked.spent(budgets)
         if spent <= 1:
             if best is not None or spent > _NEARLY_ALL or way in (0.0, _FURTHEST):

@@ -151,7 +151,7 @@ def test_scales_go_back_as_far_as_the_budget_demands(tiny_llama, monkeypatch, fi
     """With a divergence that is exactly the square of the way, one step back is enough."""
     data = GateData(tiny_llama, examples(), TEXTS)
 
-    def check(*arguments):
+    def check(*arguments, **_):
         way = float((arguments[-1] - 1).abs())
         return Checked(1.0, {**dict.fromkeys(GUARDS, 0.0), "none": way**2, "aligned": 2 * way**2}, {})
 
@@ -162,11 +162,20 @@ def test_scales_go_back_as_far_as_the_budget_demands(tiny_llama, monkeypatch, fi
     assert checked.spent(budgets) <= 1
 
 
+def test_where_a_budget_is_broken_no_conflict_prompt_is_asked(tiny_bridge, data, monkeypatch):
+    places, scales, _ = some_scales(tiny_bridge)
+    monkeypatch.setattr(gate_data, "greedily_continued", lambda *_: pytest.fail("asked"))
+    tight = dict.fromkeys(GUARDS, 1e-9)
+    checked = check_scales(tiny_bridge, data, data.wanted("context"), places, scales, within=tight)
+    assert checked.rate == 0
+    assert checked.spent(tight) > 1
+
+
 @pytest.mark.parametrize("broken", [5.0, math.nan])
 def test_where_no_way_back_keeps_the_budget_nothing_moves(tiny_llama, monkeypatch, broken):
     data = GateData(tiny_llama, examples(), TEXTS)
     checked = Checked(1.0, {**dict.fromkeys(GUARDS, 0.0), "neutral": broken}, {})
-    monkeypatch.setattr(gate_data, "check_scales", lambda *_: checked)
+    monkeypatch.setattr(gate_data, "check_scales", lambda *_, **__: checked)
     found, _ = to_budget(tiny_llama, data, [], [(0, 0)], torch.tensor([3.0]), dict.fromkeys(GUARDS, 1.0))
     assert found.tolist() == [1.0]
 
