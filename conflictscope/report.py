@@ -33,6 +33,7 @@ from interp.plots import (
 )
 
 _STRONGEST = 8
+_LISTED = 12
 _CONDITIONS = {
     "baseline": "unedited",
     **{f"towards_{d}": f"towards {d}" for d in DIRECTIONS},
@@ -93,6 +94,7 @@ def write_report(path: str | Path, summary: Mapping[str, Any], scores: HeadScore
         "interval": _interval,
         "edit": _edit,
         "edits": _edits,
+        "scale": _scale,
         "signed": _signed,
         "words": _words,
     }
@@ -107,6 +109,7 @@ def write_report(path: str | Path, summary: Mapping[str, Any], scores: HeadScore
         conditions=_CONDITIONS,
         rows=_rows(summary),
         edited_heads=partial(_edited_heads, summary, scores),
+        listed=_LISTED,
         alt={name: plot.alt for name, plot in plots.items()},
         figures={name: _plain(plot.figure) for name, plot in plots.items()},
         themes={"light": LIGHT_THEME.to_plotly_json(), "dark": DARK_THEME.to_plotly_json()},
@@ -234,6 +237,11 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 def _signed(score: float) -> str:
     return f"{score:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _scale(scale: float) -> str:
+    """A scale with at most two decimals: 0, 1.5, 0.99."""
+    return f"{round(scale, 2):g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _words(name: str) -> str:

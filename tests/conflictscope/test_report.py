@@ -181,6 +181,15 @@ def test_every_edited_head_is_listed_with_scale_and_score(page: Page) -> None:
         assert head in page.text
 
 
+def test_of_many_edited_heads_the_strongest_are_listed_and_the_others_counted(tmp_path) -> None:
+    summary = sample_summary()
+    heads = [[layer, head, 0.98765] for layer in range(4) for head in range(4)]
+    summary["towards_context"] = {**summary["towards_context"], "heads": heads}
+    text = report(tmp_path, summary).text
+    assert text.count(" 0.99 ") == 12
+    assert "and 4 more with weaker scores" in text
+
+
 def test_the_page_says_how_to_reproduce_and_apply(page: Page) -> None:
     assert "conflictscope demo --model SmolLM2-135M --relation capital --relation currency --seed 7" in page.text
     assert "load_model('SmolLM2-135M')" in page.text
