@@ -2,11 +2,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
+from conflictscope import dial_comparison, gate_fit, study
 from conflictscope import dialing as job
-from conflictscope import gate_fit, study
 from conflictscope.dialing import Dialing
 from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
@@ -244,6 +245,10 @@ def test_wrong_settings_are_one_sentence(dial_file, run, tiny_directories):
     assert_one_sentence(run(*command, "--context-rate", "0.95"), "at most; ask for no more")
     assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--relation", "colour"), "'colour' is not known")
     assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--budget", "0"), "above 0")
+    alone = run("dial", "fit", tiny_directories["llama"], "--relation", "capital", "--leave-one-out")
+    assert_one_sentence(alone, "needs two relations at least")
+    missing = run("dial", "fit", tiny_directories["llama"], "--counterfact", "nowhere.json")
+    assert_one_sentence(missing, "nowhere.json")
 
 
 def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypatch, finished):
@@ -252,33 +257,33 @@ def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypat
     class Spy:
         def __init__(self, _, name, **settings):
             told.update(settings, name=name)
+            self.model, self.records = None, None
 
         def run(self):
             return finished[0]
 
     monkeypatch.setattr(job, "Dialing", Spy)
-    options = [
-        "--budget",
-        "0.1",
-        "--max-gates",
-        "7",
-        "--feed-forward",
-        "--steps",
-        "9",
-        "--subjects",
-        "5",
-        "--seed",
-        "3",
-    ]
-    code, _, error = run("dial", "fit", tiny_directories["llama"], "--relation", "capital", *options, "--out", "there")
+    done = []
+    for name in ("comparison", "transfer", "counterfact"):
+        monkeypatch.setattr(dial_comparison, f"{name}_table", lambda _, name=name: pl.DataFrame({"table": [name]}))
+    monkeypatch.setattr(dial_comparison.Comparison, "run", lambda _: done.append("compared"))
+    monkeypatch.setattr(dial_comparison, "leave_one_out", lambda _: done.append("left out"))
+    monkeypatch.setattr(dial_comparison, "counterfact", lambda _, file: done.append(file))
+    monkeypatch.setattr("interp.formats.load_dataset", lambda *_: None)
+    settings = "--budget 0.1 --context-budget 0.3 --max-gates 7 --feed-forward --steps 9 --subjects 5 --seed 3"
+    more = "--relation capital --relation language --relation capital --compare --leave-one-out --counterfact cf.json"
+    command = ["dial", "fit", tiny_directories["llama"], *settings.split(), *more.split(), "--out", "there"]
+    code, printed, error = run(*command)
     assert code == 0, error
     assert told == {
         "name": str(tiny_directories["llama"]),
-        "relations": ["capital"],
+        "relations": ["capital", "language"],
         "out": Path("there"),
-        "settings": GateTraining(budget=0.1, max_gates=7, feed_forward=True, steps=9, seed=3),
+        "settings": GateTraining(budget=0.1, context_budget=0.3, max_gates=7, feed_forward=True, steps=9, seed=3),
         "subjects": 5,
     }
+    assert done == ["compared", "left out", Path("cf.json")]
+    assert all(name in printed for name in ("comparison", "transfer", "counterfact"))
     assert "towards memory   3 heads" in error
 
 
