@@ -654,7 +654,7 @@ def dial_fit(
     steps: Annotated[int, typer.Option(min=3, help="Steps of learning in each direction.")] = 7,
     subjects: Annotated[
         int,
-        typer.Option(min=4, help="Subjects of each relation to learn from, at most; three fifths as many to test on."),
+        typer.Option(min=4, help="Subjects of each relation to learn from, and to test on, at most."),
     ] = 40,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also measure other edits on the same prompts: OUT/comparison.json.")

@@ -328,7 +328,19 @@ def leave_one_out(dialing: Dialing) -> dict[str, Any]:
 
     Next to it the dial that learned from all. What was learned is kept in ``OUT/without-RELATION``, the result is
     written to ``leave-one-out.json``. Contexts about something else may be about any relation.
+
+    Raises:
+        UserError: If the model knows nothing of a relation on test.
     """
+    asked = {
+        relation: ConflictSet(relation, tuple(e for e in dialing.tested if e.relation == relation))
+        for relation in dialing.relations
+    }
+    if empty := [relation for relation, part in asked.items() if not len(part)]:
+        raise UserError(
+            f"{dialing.name} knows no test subject of {empty[0]}, so that it cannot be left out and tested; leave that "
+            "relation away or give more --subjects."
+        )
     result = {}
     for left_out in dialing.relations:
         others = Dialing(
@@ -339,8 +351,7 @@ def leave_one_out(dialing: Dialing) -> dict[str, Any]:
             settings=dialing.settings,
             subjects=dialing.subjects,
         )
-        asked = ConflictSet(left_out, tuple(e for e in dialing.tested if e.relation == left_out))
-        result[left_out] = _ends(dialing, asked, {"without_it": others.dial, "with_it": dialing.dial})
+        result[left_out] = _ends(dialing, asked[left_out], {"without_it": others.dial, "with_it": dialing.dial})
     write_json(dialing.out / "leave-one-out.json", result)
     return result
 

@@ -1,7 +1,8 @@
 """What gates are learned from and checked on: conflict prompts, and guards that are to stay as they are.
 
 Guards are prompts without a context, with one that agrees and one about something else (each followed by the memory
-answer), and ordinary text. What an edit does to a guard is the KL divergence of the next token from the unedited model.
+answer), and text, for example sampled from the model. What an edit does to a guard is the KL divergence of the next
+token from the unedited model.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class GateData:
     Args:
         model: The bridge, unedited.
         examples: Prompts of kinds conflict, none, aligned and irrelevant.
-        texts: Ordinary texts.
+        texts: Texts about anything.
         conflicts: How many conflict prompts are kept at most; they are drawn evenly from relations and phrasings.
         guards: How many prompts without a context are kept at most; half as many of the other kinds.
         seed: Decides which.

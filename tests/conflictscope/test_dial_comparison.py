@@ -121,6 +121,15 @@ def test_a_relation_that_is_left_out_is_not_learned_from(tiny_llama, tmp_path, m
         assert found["without_it_context"]["test"]["context_rate"]["value"] == pytest.approx(rate)
 
 
+def test_a_relation_without_test_prompts_is_refused_before_anything_is_learned(tiny_llama, tmp_path, monkeypatch):
+    dialing = test_dialing.dialing(tiny_llama, tmp_path)
+    capitals = ConflictSet("", tuple(e for e in dialing.tested if e.relation == "capital"))
+    monkeypatch.setattr(dialing, "tested", capitals)
+    monkeypatch.setattr("conflictscope.gate_fit.learn_gates", lambda *_, **__: pytest.fail("learned"))
+    with pytest.raises(UserError, match="knows no test subject of language"):
+        leave_one_out(dialing)
+
+
 def test_counterfact_asks_about_known_items_of_the_test_split_alone(compared, tmp_path, monkeypatch):
     dialing, _ = compared
     countries = [fact.subject for fact in usable_facts("capital")]
