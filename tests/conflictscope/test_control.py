@@ -34,20 +34,27 @@ def few_neutral_texts():
 
 
 @pytest.fixture(scope="module")
-def fitted(smollm2, capital_conflicts, tmp_path_factory):
+def conflicts(capital_conflicts):
+    """Twelve capitals, with as few test prompts as a study has."""
+    kept = (e for e in capital_conflicts if e.split != "test" or e.template in study.TEST_PHRASINGS[e.kind])
+    return ConflictSet("capitals", tuple(kept))
+
+
+@pytest.fixture(scope="module")
+def fitted(smollm2, conflicts, tmp_path_factory):
     """Every method on SmolLM2 and twelve capitals, with few candidates, by the functions that the commands call."""
     out = tmp_path_factory.mktemp("control")
-    control = Control(smollm2, "smollm2-135m", relations=[], out=out, conflicts=capital_conflicts)
+    control = Control(smollm2, "smollm2-135m", relations=[], out=out, conflicts=conflicts)
     fit_steering(control, layers=(16, 18), strengths=(1.0, 4.0))
     saes = [sae for sae in load_saes("smollm2-135m") if sae.layer in (16, 18)]
     results = fit_spare(control, saes, shares=(0.1,), alphas=(2.0,))
     return control, results
 
 
-def test_every_method_is_measured_in_both_directions_on_held_out_subjects_alone(fitted, capital_conflicts):
+def test_every_method_is_measured_in_both_directions_on_held_out_subjects_alone(fitted, conflicts):
     control, results = fitted
     assert set(results["methods"]) == set(METHODS)
-    test = {e.id for e in capital_conflicts if e.split == "test"}
+    test = {e.id for e in conflicts if e.split == "test"}
     reports = list((control.out / "records").glob("test-*.parquet"))
     assert len(reports) == 1 + 2 * (len(METHODS) + 1)
     for path in reports:
@@ -76,10 +83,10 @@ def test_the_file_of_an_edit_does_what_the_results_say(fitted, smollm2):
         assert kl.mean() == pytest.approx(test["neutral_kl"]["value"], rel=1e-4, abs=1e-8)
 
 
-def test_activation_addition_adds_the_difference_of_the_means_by_answered_source(fitted, smollm2, capital_conflicts):
+def test_activation_addition_adds_the_difference_of_the_means_by_answered_source(fitted, smollm2, conflicts):
     """Means taken here from a fresh recording and answers, and the vector as it lies in the file."""
     control, results = fitted
-    train = [e for e in capital_conflicts.select(kind="conflict", split="train") if e.template != HELD_OUT_PHRASING]
+    train = [e for e in conflicts.select(kind="conflict", split="train") if e.template != HELD_OUT_PHRASING]
     prompts = ConflictSet("train", tuple(train))
     usage = measure_usage(smollm2, prompts).frame["usage"].to_list()
     layer = results["methods"]["actadd"]["towards_memory"]["settings"]["layer"]
@@ -136,9 +143,13 @@ def test_a_second_fit_measures_nothing_again(fitted, monkeypatch):
     assert again["methods"]["actadd"] == results["methods"]["actadd"]
 
 
-def test_another_autoencoder_is_measured_anew(fitted):
+def test_another_autoencoder_is_measured_anew(fitted, monkeypatch):
     """The same layer, width and name, one weight changed: nothing kept of the old one is taken."""
     control, _ = fitted
+    monkeypatch.setattr(job, "DIRECTIONS", ("context",))
+    monkeypatch.setattr(job, "_ablations", lambda *_: {})
+    # Of all results there, those of one direction alone would be left.
+    monkeypatch.setattr(control, "add_results", lambda results: results)
     (sae,) = (sae for sae in load_saes("smollm2-135m") if sae.layer == 16)
     changed = dataclasses.replace(sae, weights={**sae.weights, "W_dec": -sae.weights["W_dec"]})
     assert changed.digest != sae.digest
@@ -148,9 +159,10 @@ def test_another_autoencoder_is_measured_anew(fitted):
     assert {"dev", "test", "neutral_kl"} <= new
 
 
-def test_a_selection_of_one_source_alone_still_gives_all_results(fitted, smollm2, capital_conflicts, tmp_path):
+def test_a_selection_of_one_source_alone_still_gives_all_results(smollm2, conflicts, tmp_path, monkeypatch):
     """So small a share that a single feature is edited: one of the halves is empty."""
-    control = Control(smollm2, "m", relations=[], out=tmp_path, conflicts=capital_conflicts)
+    monkeypatch.setattr(job, "DIRECTIONS", ("context",))
+    control = Control(smollm2, "m", relations=[], out=tmp_path, conflicts=conflicts)
     (sae,) = (sae for sae in load_saes("smollm2-135m") if sae.layer == 16)
     results = fit_spare(control, [sae], shares=(1e-6,), alphas=(2.0,))
     assert results["methods"]["spare"]["towards_context"]["settings"]["features"] == [1]
@@ -160,10 +172,10 @@ def test_a_selection_of_one_source_alone_still_gives_all_results(fitted, smollm2
     assert sizes == {0, 1}
 
 
-def test_results_on_other_data_are_not_mixed(fitted, smollm2, capital_conflicts):
+def test_results_on_other_data_are_not_mixed(fitted, smollm2, conflicts):
     control, _ = fitted
     with pytest.raises(UserError, match="holds results of another model, other data or settings"):
-        Control(smollm2, "m", relations=[], out=control.out, conflicts=capital_conflicts, tokens="answer")
+        Control(smollm2, "m", relations=[], out=control.out, conflicts=conflicts, tokens="answer")
 
 
 def test_autoencoders_of_another_split_or_model_are_refused(fitted, smollm2, tiny_llama, tmp_path):
@@ -221,8 +233,8 @@ def test_a_wrong_input_is_one_sentence(run, command, message):
     assert_one_sentence(run(*command), message)
 
 
-def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_directories, tmp_path, capital_conflicts):
-    capital_conflicts.save(tmp_path / "data.jsonl")
+def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_directories, tmp_path, conflicts):
+    conflicts.save(tmp_path / "data.jsonl")
     result = run("steer", "fit", "--model", tiny_directories["llama"], "--data", "data.jsonl", "--out", "c")
     assert_one_sentence(result, "both sources are needed")
 
