@@ -1,14 +1,26 @@
-"""The one protocol that all interventions share, and the context manager that applies them."""
+"""What all interventions share: patches of a model's modules, the protocol, and ``applied``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy, Part
+from interventions.tokens import TokenTracker
+
+
+class Removable(Protocol):
+    """What was attached to a model and can be taken off again."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
 
 
 class Handle:
@@ -18,13 +30,16 @@ class Handle:
         hooks: Handles of the hooks that make up the intervention, kept in the attribute of the same name.
     """
 
-    def __init__(self, hooks: list[RemovableHandle]) -> None:
-        self.hooks = hooks
+    def __init__(self, hooks: Sequence[Removable]) -> None:
+        self.hooks = list(hooks)
+        _forget_compiled()
 
     def remove(self) -> None:
         """Take the intervention off the model; calling it again does nothing."""
-        while self.hooks:
-            self.hooks.pop().remove()
+        if self.hooks:
+            while self.hooks:
+                self.hooks.pop().remove()
+            _forget_compiled()
 
     def __enter__(self) -> Handle:
         return self
@@ -33,6 +48,22 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+class Patch(NamedTuple):
+    """A change of one activation, wherever it passes by.
+
+    Attributes:
+        part: The part of a block whose output is changed; of the output projection it is the input, z, as with sites.
+        layer: The block.
+        change: What becomes of the values, ``(n_rows, n_tokens, width)`` -> the same.
+        tracker: What tells ``change`` which tokens are meant, if it needs to know.
+    """
+
+    part: Part
+    layer: int
+    change: Callable[[Tensor], Tensor]
+    tracker: TokenTracker | None = None
 
 
 class Intervention(Protocol):
@@ -45,6 +76,24 @@ class Intervention(Protocol):
             UserError: If the model does not have what the intervention changes; the model is then unchanged.
         """
         ...
+
+
+def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
+    """Attach patches, in order: those of the same activation act on what earlier ones made of it.
+
+    Raises:
+        UserError: If the model does not have one of the parts; nothing is attached then.
+    """
+    anatomy = Anatomy(model)
+    modules = [anatomy.module(patch.part, patch.layer) for patch in patches]
+    trackers = dict.fromkeys(patch.tracker for patch in patches if patch.tracker is not None)
+    hooks: list[Removable] = [tracker.attach(model) for tracker in trackers]
+    for module, patch in zip(modules, patches, strict=True):
+        if patch.part == "output_projection":
+            hooks.append(module.register_forward_pre_hook(_of_input(patch.change)))
+        else:
+            hooks.append(module.register_forward_hook(_of_output(patch.change)))
+    return Handle(hooks)
 
 
 @contextmanager
@@ -61,3 +110,24 @@ def applied(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
         for intervention in interventions:
             stack.enter_context(intervention.attach(model))
         yield
+
+
+def _of_input(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(inputs[0]), *inputs[1:])
+
+    return hook
+
+
+def _of_output(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return hook
+
+
+def _forget_compiled() -> None:
+    """Make compiled models compile anew: compiled code does not look whether hooks are still the same."""
+    # Where nothing was compiled yet this saves the second that importing the compiler takes.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

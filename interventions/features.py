@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from interp.errors import UserError
 from interp.sae import SparseAutoencoder
-from interventions.base import Handle
-from interventions.residual import attach_residual_edits
+from interventions.base import Handle, Patch, attach_patches
+from interventions.residual import residual_patches
 from interventions.tokens import TOKENS, Tokens
 
 AlphaForm = Literal["targets", "change"]
@@ -124,8 +124,13 @@ class FeatureEdit:
         if self.tokens not in TOKENS:
             raise UserError(f"There is no choice of tokens {self.tokens!r}; choose among {', '.join(TOKENS)}.")
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    @property
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes."""
+        return {edit.sae.layer for edit in self.layers if edit.sae.d_sae}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it changes in a transformers model or a ``TransformerBridge``.
 
         Raises:
             UserError: If the model has no such layer, or is of another width.
@@ -133,7 +138,15 @@ class FeatureEdit:
         for edit in self.layers:
             edit.sae.check(model)
         changes = {edit.sae.layer: self._change(edit) for edit in self.layers if edit.sae.d_sae}
-        return attach_residual_edits(model, changes, self.tokens)
+        return residual_patches(changes, self.tokens)
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return attach_patches(model, self.patches(model))
 
     def _change(self, edit: EditedFeatures) -> Callable[[Tensor], Tensor]:
         @cache

@@ -6,14 +6,14 @@ the residual stream (Gemma), what the norm made of it is scaled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle
+from interventions.base import Handle, Patch, attach_patches
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,32 @@ class FeedForwardScaling:
         if twice := [layer for layer in layers if layers.count(layer) > 1]:
             raise UserError(f"The feed-forward layer {twice[0]} is listed twice; give each layer once.")
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    @property
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes."""
+        return {layer for layer, _ in self.scales}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it changes in a transformers model or a ``TransformerBridge``.
 
         Raises:
             UserError: If the model does not have one of the layers.
         """
         anatomy = Anatomy(model)
         part = anatomy.writing_part("mlp")
-        modules = [(anatomy.module(part, layer), scale) for layer, scale in sorted(self.scales)]
-        return Handle([module.register_forward_hook(_scaled(scale)) for module, scale in modules])
+        return [Patch(part, anatomy.checked_layer(layer), _scaled(scale)) for layer, scale in sorted(self.scales)]
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return attach_patches(model, self.patches(model))
 
     def __len__(self) -> int:
         return len(self.scales)
 
 
-def _scaled(scale: float) -> Any:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output * scale
-
-    return hook
+def _scaled(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda written: written * scale

@@ -12,7 +12,6 @@ so that t = 0 changes nothing, bit for bit. ``interventions.gate_training`` lear
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle
+from interventions.base import Handle, Patch, attach_patches
 from interventions.feedforward import FeedForwardScaling
 from interventions.heads import HeadScaling, ScaledHead
 
@@ -130,8 +129,13 @@ class TrustDial:
         )
         return [part for part in parts if len(part)]
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    @property
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes at its setting."""
+        return {layer for part in self.interventions() for layer in part.edited_layers}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it changes in a transformers model or a ``TransformerBridge``.
 
         Raises:
             UserError: If the model does not have a head or layer of the dial.
@@ -139,10 +143,15 @@ class TrustDial:
         anatomy = Anatomy(model)
         for gate in self.gates:
             anatomy.checked_head(gate.layer, 0 if gate.head is None else gate.head)
-        with ExitStack() as stack:
-            handles = [stack.enter_context(part.attach(model)) for part in self.interventions()]
-            stack.pop_all()
-        return Handle([hook for handle in handles for hook in handle.hooks])
+        return [patch for part in self.interventions() for patch in part.patches(model)]
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return attach_patches(model, self.patches(model))
 
     def __len__(self) -> int:
         return len(self.gates)

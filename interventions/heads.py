@@ -12,17 +12,16 @@ turns the head around. Attention is linear in its values, so scaling z scales th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle
+from interventions.base import Handle, Patch, attach_patches
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,13 @@ class HeadScaling:
         """
         return cls(tuple(ScaledHead(layer, head, 0.0, tuple(means[layer, head].tolist())) for layer, head in heads))
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    @property
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes."""
+        return {head.layer for head in self.heads}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it changes in a transformers model or a ``TransformerBridge``.
 
         Raises:
             UserError: If the model does not have one of the heads, or a mean has the wrong length.
@@ -92,19 +96,22 @@ class HeadScaling:
                     f"have {anatomy.d_head}; compute it on this model."
                 )
             by_layer[head.layer].append(head)
-        return Handle(
-            [
-                anatomy.module("output_projection", layer).register_forward_pre_hook(_scaling_hook(anatomy, heads))
-                for layer, heads in sorted(by_layer.items())
-            ]
-        )
+        return [Patch("output_projection", layer, _scaled(anatomy, heads)) for layer, heads in sorted(by_layer.items())]
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return attach_patches(model, self.patches(model))
 
     def __len__(self) -> int:
         return len(self.heads)
 
 
-def _scaling_hook(anatomy: Anatomy, heads: list[ScaledHead]) -> Any:
-    """A forward pre-hook of the output projection, whose input is z of all heads, ``(..., n_heads * d_head)``."""
+def _scaled(anatomy: Anatomy, heads: list[ScaledHead]) -> Callable[[Tensor], Tensor]:
+    """What becomes of the z of all heads of a layer, ``(..., n_heads * d_head)``."""
     factor = torch.ones(anatomy.n_heads, anatomy.d_head)
     shift = torch.zeros(anatomy.n_heads, anatomy.d_head)
     for head in heads:
@@ -118,9 +125,8 @@ def _scaling_hook(anatomy: Anatomy, heads: list[ScaledHead]) -> Any:
     def fitted(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return factor.flatten().to(device, dtype), shift.flatten().to(device, dtype)
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        here, there = fitted(inputs[0].device, inputs[0].dtype)
-        z = inputs[0] * here
-        return (z + there if shifts else z, *inputs[1:])
+    def scale(z: Tensor) -> Tensor:
+        here, there = fitted(z.device, z.dtype)
+        return z * here + there if shifts else z * here
 
-    return hook
+    return scale

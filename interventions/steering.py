@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle
-from interventions.residual import attach_residual_edits
+from interventions.base import Handle, Patch, attach_patches
+from interventions.residual import residual_patches
 from interventions.tokens import TOKENS, Tokens
 
 SteeringMode = Literal["add", "replace"]
@@ -61,8 +61,13 @@ class Steering:
         if self.mode not in ("add", "replace"):
             raise UserError(f"Steering adds or replaces, it cannot {self.mode!r}; choose add or replace.")
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    @property
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes."""
+        return {self.layer}
+
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it changes in a transformers model or a ``TransformerBridge``.
 
         Raises:
             UserError: If the model has no such layer, or is of another width.
@@ -82,4 +87,12 @@ class Steering:
             vector = fitted(residual.device)
             return self.strength * (vector - residual.float() if self.mode == "replace" else vector.expand_as(residual))
 
-        return attach_residual_edits(model, {anatomy.checked_layer(self.layer): change}, self.tokens)
+        return residual_patches({anatomy.checked_layer(self.layer): change}, self.tokens)
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return attach_patches(model, self.patches(model))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, Literal, get_args
+from types import MethodType
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ class TokenTracker:
         self.tokens: Tokens = tokens
         self._thread = threading.local()
 
-    def attach(self, model: nn.Module) -> RemovableHandle:
+    def attach(self, model: nn.Module) -> Following:
         """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
-        return transformers_model(model).register_forward_pre_hook(self._see, with_kwargs=True)
+        network = transformers_model(model)
+        return Following(network, network.register_forward_pre_hook(self._see, with_kwargs=True))
 
     def mask(self, device: torch.device) -> Tensor | None:
         """Which tokens of the pass that is under way are meant: boolean, ``(n_rows, n_tokens)``; ``None`` is none."""
@@ -96,6 +98,65 @@ class TokenTracker:
         if prompt is None or given is None or len(prompt) != len(given):
             return False
         return torch.equal(given[:, : prompt.shape[1]], prompt)
+
+
+class Following:
+    """A tracker at work on a model, which meanwhile refuses to generate in ways that its passes do not tell apart.
+
+    Args:
+        network: The transformers model.
+        hook: The tracker's hook.
+    """
+
+    _followed: ClassVar[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, network: nn.Module, hook: RemovableHandle) -> None:
+        self._network = network
+        self._hook = hook
+        with self._lock:
+            self._followed[network] = self._followed.get(network, 0) + 1
+            if self._followed[network] == 1:
+                for name, refusing in _REFUSING.items():
+                    # Methods, so that a deep copy of the model gets its own.
+                    setattr(network, name, MethodType(refusing, network))
+
+    def remove(self) -> None:
+        """Follow no more."""
+        self._hook.remove()
+        with self._lock:
+            self._followed[self._network] -= 1
+            if not self._followed[self._network]:
+                del self._followed[self._network]
+                for name in _REFUSING:
+                    delattr(self._network, name)
+
+
+def _generate(network: Any, *args: Any, **kwargs: Any) -> Any:
+    config = kwargs.get("generation_config") or network.generation_config
+    for option, what in _UNFOLLOWED.items():
+        if kwargs.get(option, getattr(config, option, None)) is not None:
+            raise UserError(
+                f"An edit that is meant for certain tokens, or gated, cannot tell them apart in {what}; generate "
+                f"without {option}, or take an edit of all tokens."
+            )
+    return type(network).generate(network, *args, **kwargs)
+
+
+def _init_continuous_batching(network: Any, *_: Any, **__: Any) -> Any:
+    raise UserError(
+        "An edit that is meant for certain tokens, or gated, cannot tell them apart in continuous batching, which "
+        f"packs several texts into one row; call {type(network).__name__}.generate, or take an edit of all tokens."
+    )
+
+
+_REFUSING = {"generate": _generate, "init_continuous_batching": _init_continuous_batching}
+_UNFOLLOWED = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt lookup decoding",
+    "assistant_early_exit": "early exit decoding",
+    "prefill_chunk_size": "a prompt that is read in chunks",
+}
 
 
 def _real_tokens(attention_mask: Any, rows: int, before: int, new: int, device: torch.device) -> Tensor:

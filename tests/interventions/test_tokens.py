@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 from interp.generation import encode
-from interventions.base import Handle, applied
-from interventions.residual import attach_residual_edits
+from interventions.base import Handle, applied, attach_patches
+from interventions.residual import residual_patches
 from interventions.steering import Steering
 from interventions.tokens import TOKENS, TokenTracker
 from tests.tiny import tiny_conflicts
@@ -35,7 +35,7 @@ class Edit:
         self.tokens = tokens
 
     def attach(self, model: nn.Module) -> Handle:
-        return attach_residual_edits(model, CHANGES, self.tokens)
+        return attach_patches(model, residual_patches(CHANGES, self.tokens))
 
 
 def expected_mask(tokens: str, attention_mask: Tensor, prompt_length: int) -> Tensor:
@@ -397,7 +397,7 @@ def test_an_edit_of_a_layer_that_does_not_exist_leaves_nothing_attached(tiny_lla
     batch = encode(tiny_llama, PROMPTS[:1])
     before = forward(tiny_llama, batch)
     with pytest.raises(UserError, match="Layer 3 does not exist"):
-        attach_residual_edits(tiny_llama, {0: change(0), 3: change(0)}, "all")
+        attach_patches(tiny_llama, residual_patches({0: change(0), 3: change(0)}, "all"))
     assert torch.equal(forward(tiny_llama, batch), before)
     assert not transformers_model(tiny_llama)._forward_pre_hooks
 
@@ -405,7 +405,7 @@ def test_an_edit_of_a_layer_that_does_not_exist_leaves_nothing_attached(tiny_lla
 def test_an_edit_of_no_layer_changes_no_bit(tiny_llama):
     batch = encode(tiny_llama, PROMPTS[:1])
     before = forward(tiny_llama, batch)
-    with attach_residual_edits(tiny_llama, {}, "all"):
+    with attach_patches(tiny_llama, residual_patches({}, "all")):
         assert torch.equal(forward(tiny_llama, batch), before)
 
 
