@@ -50,8 +50,9 @@ from interp.generation import ReadPrompts, first_token_id, tracked
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder
 from interventions.base import applied
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
+from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from interventions.tokens import Tokens
 from probes.detector import SOURCE_CLASSES
@@ -243,7 +244,7 @@ class Control:
             edits[0].interventions,
             name=f"{self.name}: {method} towards {towards}",
             towards=towards,
-            model=ModelShape.of(self.model, self.name),
+            model=ModelIdentity.of(self.model, self.name),
             provenance={"method": method, "chosen_on": "dev", **self._basis, "versions": versions()},
             measured={"test": result["test"], "unedited": self.unedited()},
         ).save(self.out / "interventions" / f"{method}-towards_{towards}.json")

@@ -51,10 +51,11 @@ from interp.models import fingerprint
 from interp.plots import dial_curve, save_figure
 from interp.teacher_forcing import continued, greedily_continued
 from interventions.base import applied
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.gate_data import gate_places
 from interventions.gate_training import GateTraining
 from interventions.gates import DialPoint, Gate, TrustDial
+from interventions.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -301,7 +302,7 @@ class Dialing:
         InterventionFile.of(
             [dial],
             name=f"{self.name}: trust dial",
-            model=ModelShape.of(self.model, self.name),
+            model=ModelIdentity.of(self.model, self.name),
             provenance={
                 "method": "learned_gates",
                 "chosen_on": "dev",

@@ -50,9 +50,10 @@ from interp.files import write_json
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
 from interventions.base import Intervention, applied
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -395,7 +396,7 @@ class Study:
                 [edits[towards].scaling(self.mean_outputs)],
                 name=f"{self.name} towards {towards}",
                 towards=towards,
-                model=ModelShape.of(self.model, self.name),
+                model=ModelIdentity.of(self.model, self.name),
                 provenance={
                     "method": result["method"],
                     "chosen_on": "dev",
@@ -447,7 +448,8 @@ def measure_edits(
 
 def model_record(model: TransformerBridge, name: str) -> dict[str, Any]:
     """What a summary says about the model."""
-    shape = ModelShape.of(model, name).model_dump(exclude={"name"})
+    anatomy = Anatomy(model)
+    shape = {key: getattr(anatomy, key) for key in ("architecture", "n_layers", "n_heads", "d_head", "d_model")}
     return {"name": name, **shape, "fingerprint": fingerprint(model)}
 
 

@@ -15,6 +15,7 @@ projection (``n_heads * d_head``):
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -69,6 +70,21 @@ class Blueprint:
     norm: NormKind
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that a block of this architecture has."""
+        return [part for part in get_args(Part) if part == "block" or getattr(self, part) is not None]
+
+    def path(self, part: Part, layer: int) -> str:
+        """The transformers module path of a block's part, for example ``model.layers.3.self_attn.o_proj``."""
+        block = f"{self.blocks}.{layer}"
+        return block if part == "block" else f"{block}.{getattr(self, part)}"
+
+    def writing_part(self, part: Literal["attention", "mlp"]) -> Part:
+        """The part whose output attention or the MLP adds to the residual stream: its post norm, where it has one."""
+        post: Part = "attention_post_norm" if part == "attention" else "mlp_post_norm"
+        return post if post in self.parts else part
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,24 @@ _MODEL_SITES: dict[ModelPart, str] = {
 _ROWS_AT_ONCE = 2**15
 
 
+def site(part: Part, layer: int) -> str:
+    """The transformer_lens site of a block's part: its output, for the output projection its input ``z``."""
+    return f"blocks.{layer}.{_SITES[part]}"
+
+
+def located(name: str) -> tuple[Part, int]:
+    """Part and layer of a site in a block, by its name alone; where parts share a site, the first of them.
+
+    Raises:
+        UserError: If that is no site in a block.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    part = next((part for part, ending in _SITES.items() if match and ending == match[2]), None)
+    if match is None or part is None:
+        raise UserError(f"{name!r} is no site in a block; these are named like {site('block', 3)}.")
+    return part, int(match[1])
+
+
 def transformers_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a ``TransformerBridge``, or ``model`` itself if it is one already."""
     return getattr(model, "original_model", model)
@@ -260,7 +294,7 @@ class Anatomy:
     @property
     def parts(self) -> list[Part]:
         """The parts that a block of this architecture has."""
-        return [part for part in get_args(Part) if part == "block" or getattr(self.blueprint, part) is not None]
+        return self.blueprint.parts
 
     def path(self, part: Part, layer: int) -> str:
         """The transformers module path of a block's part, for example ``model.layers.3.self_attn.o_proj``.
@@ -268,8 +302,7 @@ class Anatomy:
         Raises:
             UserError: If there is no such layer, or this architecture has no such part.
         """
-        block = f"{self.blueprint.blocks}.{self.checked_layer(layer)}"
-        return block if part == "block" else f"{block}.{getattr(self.blueprint, self._checked_part(part))}"
+        return self.blueprint.path(self._checked_part(part), self.checked_layer(layer))
 
     def site(self, part: Part, layer: int) -> str:
         """The transformer_lens site of a block's part: its output, for the output projection its input ``z``.
@@ -277,7 +310,7 @@ class Anatomy:
         Raises:
             UserError: If there is no such layer, or this architecture has no such part.
         """
-        return f"blocks.{self.checked_layer(layer)}.{_SITES[self._checked_part(part)]}"
+        return site(self._checked_part(part), self.checked_layer(layer))
 
     def model_path(self, part: ModelPart) -> str:
         """The transformers module path of a part outside the blocks."""
@@ -308,8 +341,7 @@ class Anatomy:
 
     def writing_part(self, part: Literal["attention", "mlp"]) -> Part:
         """The part whose output attention or the MLP adds to the residual stream: its post norm, where it has one."""
-        post: Part = "attention_post_norm" if part == "attention" else "mlp_post_norm"
-        return post if post in self.parts else part
+        return self.blueprint.writing_part(part)
 
     def _checked_part(self, part: Part) -> Part:
         if part not in self.parts:
@@ -354,6 +386,17 @@ class Anatomy:
             weight = weight.T
         return weight.reshape(self.n_heads, self.d_head, self.d_model)
 
+    def sampled_weights(self) -> list[tuple[str, Tensor]]:
+        """Weights that tell models of one shape apart: the embedding's, and four matrices of every block.
+
+        Returns:
+            ``(name, weight)``, always in the same order; a quantised weight is what its module holds.
+        """
+        blueprint = self.blueprint
+        parts = (blueprint.query, blueprint.value, blueprint.output_projection, blueprint.mlp_output)
+        paths = [f"{blueprint.blocks}.{layer}.{part}" for layer in range(self.n_layers) for part in parts]
+        return [(path, self._matrix(path)) for path in (blueprint.embedding, *paths)]
+
     def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
         """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.
 
@@ -363,6 +406,13 @@ class Anatomy:
         module = self._block_part(layer, self.blueprint.mlp_output if post_norm is None else post_norm)
         offset = int(post_norm is not None and self.blueprint.norm == "rms_plus_one")
         return list(_unwrapped(module).parameters()), offset
+
+    def mlp_bias(self, layer: int) -> Tensor | None:
+        """The bias of the MLP's last linear map, ``(d_model,)``, or ``None`` where there is none, or a norm follows."""
+        if self.blueprint.mlp_post_norm is not None:
+            return None
+        bias: Any = getattr(_unwrapped(self._block_part(layer, self.blueprint.mlp_output)), "bias", None)
+        return bias
 
     def output_bias(self, layer: int) -> Tensor | None:
         """b_O, ``(d_model,)``, or ``None`` where the output projection has none."""

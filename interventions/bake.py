@@ -5,9 +5,10 @@ What scales an activation by the same number at every position scales the weight
     head, z' = mean + s (z - mean)    W_O[head]' = s W_O[head],  b_O' = b_O + (1 - s) mean @ W_O[head]
     feed-forward layer                the last linear map's weight and bias times s
     the same, before a post norm      the post norm's gain times s
+    direction v at every token        the bias of the MLP's last linear map plus v
 
-A trust dial is folded as it stands. Steering and feature edits depend on the token or on the activation; they are
-refused.
+A trust dial is folded as it stands. What depends on the token or on the activation is refused: other steering, feature
+edits and gates.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from interp.errors import UserError
 from interp.files import atomic_directory
 from interp.models import load_checkpoint, save_checkpoint
 from interventions.base import applied
-from interventions.config import AnyIntervention, InterventionFile
+from interventions.config import InterventionFile
+from interventions.entries import AnyIntervention
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import TrustDial
 from interventions.heads import HeadScaling
+from interventions.steering import Steering
 
 
 class _Change(NamedTuple):
@@ -43,6 +46,10 @@ class _Changes(NamedTuple):
 
     heads: dict[tuple[int, int], _Change]
     layers: dict[int, float]
+    directions: dict[int, Tensor]
+
+    def __bool__(self) -> bool:
+        return bool(self.heads or self.layers or self.directions)
 
 
 def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
@@ -53,32 +60,44 @@ def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
 
     Args:
         model: A transformers model or a ``TransformerBridge``.
-        interventions: Scaled heads, scaled feed-forward layers and trust dials, in order.
+        interventions: Scaled heads, scaled feed-forward layers, trust dials, and steering that adds a direction at
+            every token, in order.
 
     Raises:
         UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
-            mean but the model's output projections have no bias, or the weights are quantised.
+            mean or a direction is added but the model has no bias for it, or the weights are quantised.
     """
-    scalings = _scalings(interventions)
+    foldable = _foldable(interventions)
     # Attaching makes the checks that folding needs too: heads and layers that exist, means of the right length.
     with applied(model, *interventions):
         pass
     anatomy = Anatomy(model)
     if getattr(anatomy.model, "is_quantized", False):
         raise UserError("The weights are quantised, so nothing can be folded into them; give the unquantised model.")
-    heads, layers = _changes(scalings)
-    for (layer, head), change in heads.items():
+    changes = _changes(foldable)
+    for (layer, head), change in changes.heads.items():
         if change.shift.any() and anatomy.output_bias(layer) is None:
             raise UserError(
                 f"Head {layer}.{head} is scaled around a mean, which needs a bias to be folded into, and the output "
                 f"projections of this {anatomy.architecture} have none; scale the head around zero, or apply the "
                 "intervention while the model runs."
             )
+    for layer in changes.directions:
+        if anatomy.mlp_bias(layer) is None:
+            raise UserError(
+                f"A direction is added after layer {layer}, which needs a bias to be folded into, and the MLPs of this "
+                f"{anatomy.architecture} have none; apply the intervention while the model runs."
+            )
     with torch.no_grad():
-        for (layer, head), change in heads.items():
+        for (layer, head), change in changes.heads.items():
             _fold_head(anatomy, layer, head, change)
-        for layer, scale in layers.items():
+        for layer, scale in changes.layers.items():
             _scale_mlp(anatomy, layer, scale)
+        # After the scales: a direction is added to what a scaled MLP writes.
+        for layer, direction in changes.directions.items():
+            bias = anatomy.mlp_bias(layer)
+            assert bias is not None, "refused above"
+            bias.copy_(bias.float() + direction.to(bias.device))
 
 
 def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None) -> None:
@@ -99,8 +118,8 @@ def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: 
     """
     folded = file if trust is None else file.dialed(trust)
     interventions = folded.build()
-    changes = _changes(_scalings(interventions))
-    if not changes.heads and not changes.layers:
+    changes = _changes(_foldable(interventions))
+    if not changes:
         raise UserError(f"{file.name} changes nothing as it stands; give a trust other than 0.")
     with atomic_directory(out) as partial:
         network, tokenizer = load_checkpoint(model)
@@ -112,31 +131,42 @@ def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: 
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 
-def _scalings(interventions: Sequence[AnyIntervention]) -> list[HeadScaling | FeedForwardScaling]:
-    """The scalings that the interventions consist of, if they consist of nothing else."""
-    scalings: list[HeadScaling | FeedForwardScaling] = []
+_Foldable = HeadScaling | FeedForwardScaling | Steering
+
+
+def _foldable(interventions: Sequence[AnyIntervention]) -> list[_Foldable]:
+    """What the interventions consist of, if all of it can be folded."""
+    parts: list[_Foldable] = []
     for intervention in interventions:
         if isinstance(intervention, TrustDial):
-            scalings += intervention.interventions()
-        elif isinstance(intervention, HeadScaling | FeedForwardScaling):
-            scalings.append(intervention)
+            parts += intervention.interventions()
+        elif isinstance(intervention, HeadScaling | FeedForwardScaling) or (
+            isinstance(intervention, Steering) and (intervention.tokens, intervention.mode) == ("all", "add")
+        ):
+            parts.append(intervention)
         else:
             raise UserError(
-                f"{type(intervention).__name__} cannot be folded into weights, only scaled heads, scaled feed-forward "
-                "layers and trust dials can; apply the intervention while the model runs instead."
+                f"This {type(intervention).__name__} cannot be folded into weights, only scaled heads, scaled "
+                "feed-forward layers, trust dials and directions that are added at all tokens can; apply the "
+                "intervention while the model runs instead."
             )
-    return scalings
+    return parts
 
 
-def _changes(scalings: Sequence[HeadScaling | FeedForwardScaling]) -> _Changes:
+def _changes(parts: Sequence[_Foldable]) -> _Changes:
     heads: dict[tuple[int, int], _Change] = {}
     layers: dict[int, float] = {}
-    for scaling in scalings:
-        if isinstance(scaling, FeedForwardScaling):
-            for layer, scale in scaling.scales:
+    directions: dict[int, Tensor] = {}
+    for part in parts:
+        if isinstance(part, FeedForwardScaling):
+            for layer, scale in part.scales:
                 layers[layer] = scale * layers.get(layer, 1.0)
             continue
-        for scaled in scaling.heads:
+        if isinstance(part, Steering):
+            # Added after the block, so that no scale of the MLP, earlier or later in the order, meets it.
+            directions[part.layer] = directions.get(part.layer, 0) + part.strength * part.vector.float()
+            continue
+        for scaled in part.heads:
             before = heads.get((scaled.layer, scaled.head), _Change(1.0, torch.zeros(1)))
             mean = torch.tensor((0.0,) if scaled.mean is None else scaled.mean)
             shift = scaled.scale * before.shift + (1 - scaled.scale) * mean
@@ -144,6 +174,7 @@ def _changes(scalings: Sequence[HeadScaling | FeedForwardScaling]) -> _Changes:
     return _Changes(
         {place: change for place, change in heads.items() if change.scale != 1 or change.shift.any()},
         {layer: scale for layer, scale in layers.items() if scale != 1},
+        {layer: direction for layer, direction in directions.items() if direction.any()},
     )
 
 
@@ -188,6 +219,7 @@ def _card(model: str, file: InterventionFile, changes: _Changes, measured: dict[
     yield from (f"| trust, from -1 (memory) to 1 (context) | {dial.trust:+g} |" for dial in dials)
     yield f"| attention heads changed | {len(changes.heads)} |"
     yield f"| feed-forward layers changed | {len(changes.layers)} |"
+    yield f"| layers after which a direction is added | {len(changes.directions)} |"
     for dial in dials:
         if dial.calibration:
             yield from (

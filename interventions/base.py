@@ -66,6 +66,28 @@ class Patch(NamedTuple):
     tracker: TokenTracker | None = None
 
 
+class Placed:
+    """A tensor wherever, and in whatever dtype, it is needed: that is known only when activations come by.
+
+    Args:
+        values: The tensor.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, activations: Tensor) -> Tensor:
+        """The values on the device of ``activations`` and in their dtype; they are moved once."""
+        return self.on(activations.device, activations.dtype)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The values on a device, in a dtype."""
+        if (device, dtype) not in self._kept:
+            self._kept[device, dtype] = self._values.to(device, dtype)
+        return self._kept[device, dtype]
+
+
 class Intervention(Protocol):
     """A change of the forward pass that can be attached to a model and taken off again."""
 

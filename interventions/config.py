@@ -1,18 +1,23 @@
-"""The intervention file, version 1: a JSON document that says what to change in which model, and what it did.
+"""The intervention file, version 2: a JSON document that says what to change in which model, and what it did.
 
-{"format": "conflictscope-intervention", "version": 1, "name": ..., "towards": "context" | "memory" | null,
- "model": {"name", "architecture", "n_layers", "n_heads", "d_head", "d_model"},
+{"format": "conflictscope-intervention", "version": 2, "name": ..., "towards": "context" | "memory" | null,
+ "model": {"name", "architecture", "n_layers", ..., "weights", "tokenizer"},
+ "sites": [{"site": "blocks.3.attn.o.hook_in", "module": "model.layers.3.self_attn.o_proj", "values": "input"}],
  "interventions": [
    {"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]},
    {"kind": "feed_forward_scaling", "layers": [{"layer", "scale"}]},
    {"kind": "trust_dial", "trust", "gates": [{"layer", "head", "memory", "context"}],
     "calibration": [{"trust", "memory_rate", "context_rate"}]},
    {"kind": "steering", "layer", "vector", "strength", "tokens", "mode"},
-   {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]}],
+   {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]},
+   {"kind": "conflict_gate", "part", "layer", "weight", "bias", "threshold", "interventions": [any of the above]}],
  "tensors": {"file", "sha256"} | null,
- "provenance": {...}, "measured": {...}}
+ "provenance": {"method", "data", "chosen_on", "seed", "versions", "details"}, "measured": {...}}
 
-Vectors and weights lie in a safetensors file next to the document, which names them and holds the file's hash.
+``sites`` says for other programs where the file reads and writes. Vectors and weights lie in a safetensors file next to
+the document, which names them and holds the file's hash. ``schema.json`` in this folder is the JSON Schema. A file is
+trusted with nothing: whatever is unknown, out of range, of another model or not where it should be is refused. Files of
+version 1, which had no ``sites``, weights or tokenizer, are read as well.
 """
 
 from __future__ import annotations
@@ -20,313 +25,57 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
-    PrivateAttr,
-    ValidationError,
-)
+from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy
+from interp.anatomy import site
 from interp.errors import UserError
 from interp.files import atomic_path, write_json
-from interp.sae import Architecture, Normalization, SparseAutoencoder
-from interventions.base import Handle
-from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
+from interventions.base import Handle, attach_patches
+from interventions.entries import AnyIntervention, Entry, entries_of
+from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import DialPoint, Gate, TrustDial
-from interventions.heads import HeadScaling, ScaledHead
-from interventions.steering import Steering, SteeringMode
-from interventions.tokens import Tokens
+from interventions.gates import TrustDial
+from interventions.gating import ConflictGate, Gateable
+from interventions.heads import HeadScaling
+from interventions.identity import Digest, ModelIdentity, Strict
+from interventions.steering import Steering
 
 FORMAT = "conflictscope-intervention"
-VERSION = 1
+VERSION = 2
+DOCUMENT = "intervention.json"
+"""What a file is called that is alone in its folder."""
 
-AnyIntervention = HeadScaling | FeedForwardScaling | TrustDial | Steering | FeatureEdit
+_LARGEST_DOCUMENT, _LARGEST_TENSORS = 2**25, 2**32
+
+Text = Annotated[str, Field(max_length=1000)]
+Record = Annotated[dict[str, JsonValue], Field(max_length=1000)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelShape(_Strict):
-    """Which model an intervention is for.
+class Site(Strict):
+    """Where the file reads or writes.
 
     Attributes:
-        name: What the model was loaded by; for people, not checked.
-        architecture: Class name of the transformers model.
+        site: The name in transformer_lens.
+        module: The module path in transformers.
+        values: Whether they are the module's input or its output.
     """
 
-    name: str
-    architecture: str
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    d_head: PositiveInt
-    d_model: PositiveInt
-
-    @classmethod
-    def of(cls, model: nn.Module, name: str) -> ModelShape:
-        """The shape of a loaded model."""
-        anatomy = Anatomy(model)
-        return cls(name=name, **{field: getattr(anatomy, field) for field in cls._checked()})
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model of another architecture or shape.
-
-        Raises:
-            UserError: If ``model`` differs; the message says in what.
-        """
-        anatomy = Anatomy(model)
-        for field in self._checked():
-            if (wanted := getattr(self, field)) != (found := getattr(anatomy, field)):
-                raise UserError(
-                    f"This intervention is for {self.name} ({field} {wanted}), but the model has {field} {found}; "
-                    "load the model it was made for."
-                )
-
-    @classmethod
-    def _checked(cls) -> list[str]:
-        return [field for field in cls.model_fields if field != "name"]
+    site: Text
+    module: Text
+    values: Literal["input", "output"]
 
 
-class HeadEntry(_Strict):
-    """One scaled head, as ``ScaledHead``; JSON's lists stand for tuples."""
-
-    layer: NonNegativeInt
-    head: NonNegativeInt
-    scale: FiniteFloat
-    mean: list[FiniteFloat] | None = None
-
-
-class HeadScalingEntry(_Strict):
-    """A ``HeadScaling``."""
-
-    kind: Literal["head_scaling"] = "head_scaling"
-    heads: Annotated[list[HeadEntry], Field(min_length=1)]
-
-    @classmethod
-    def of(cls, scaling: HeadScaling) -> HeadScalingEntry:
-        """The entry for ``scaling``."""
-        return cls(
-            heads=[
-                HeadEntry(layer=h.layer, head=h.head, scale=h.scale, mean=None if h.mean is None else list(h.mean))
-                for h in scaling.heads
-            ]
-        )
-
-    def build(self, _: Mapping[str, Tensor]) -> HeadScaling:
-        """The intervention that this entry describes."""
-        return HeadScaling(
-            tuple(ScaledHead(h.layer, h.head, h.scale, None if h.mean is None else tuple(h.mean)) for h in self.heads)
-        )
-
-
-class ScaledLayerEntry(_Strict):
-    """One scaled feed-forward layer."""
-
-    layer: NonNegativeInt
-    scale: FiniteFloat
-
-
-class FeedForwardScalingEntry(_Strict):
-    """A ``FeedForwardScaling``."""
-
-    kind: Literal["feed_forward_scaling"] = "feed_forward_scaling"
-    layers: Annotated[list[ScaledLayerEntry], Field(min_length=1)]
-
-    @classmethod
-    def of(cls, scaling: FeedForwardScaling) -> FeedForwardScalingEntry:
-        """The entry for ``scaling``."""
-        return cls(layers=[ScaledLayerEntry(layer=layer, scale=scale) for layer, scale in scaling.scales])
-
-    def build(self, _: Mapping[str, Tensor]) -> FeedForwardScaling:
-        """The intervention that this entry describes."""
-        return FeedForwardScaling(tuple((entry.layer, entry.scale) for entry in self.layers))
-
-
-class GateEntry(_Strict):
-    """A ``Gate``."""
-
-    layer: NonNegativeInt
-    head: NonNegativeInt | None
-    memory: FiniteFloat
-    context: FiniteFloat
-
-
-class DialPointEntry(_Strict):
-    """A ``DialPoint``."""
-
-    trust: FiniteFloat
-    memory_rate: FiniteFloat
-    context_rate: FiniteFloat
-
-
-class TrustDialEntry(_Strict):
-    """A ``TrustDial``."""
-
-    kind: Literal["trust_dial"] = "trust_dial"
-    trust: FiniteFloat
-    gates: Annotated[list[GateEntry], Field(min_length=1)]
-    calibration: list[DialPointEntry] = []
-
-    @classmethod
-    def of(cls, dial: TrustDial) -> TrustDialEntry:
-        """The entry for ``dial``."""
-        return cls(
-            trust=dial.trust,
-            gates=[GateEntry(**vars(gate)) for gate in dial.gates],
-            calibration=[DialPointEntry(**vars(point)) for point in dial.calibration],
-        )
-
-    def build(self, _: Mapping[str, Tensor]) -> TrustDial:
-        """The intervention that this entry describes."""
-        return TrustDial(
-            tuple(Gate(**dict(gate)) for gate in self.gates),
-            self.trust,
-            tuple(DialPoint(**dict(point)) for point in self.calibration),
-        )
-
-
-class SteeringEntry(_Strict):
-    """A ``Steering``; ``vector`` is the name of its tensor."""
-
-    kind: Literal["steering"] = "steering"
-    layer: NonNegativeInt
-    vector: str
-    strength: FiniteFloat
-    tokens: Tokens
-    mode: SteeringMode
-
-    @classmethod
-    def of(cls, steering: Steering, name: str, tensors: dict[str, Tensor]) -> SteeringEntry:
-        """The entry for ``steering``, whose vector is put into ``tensors`` under a name that begins with ``name``."""
-        tensors[f"{name}.vector"] = steering.vector.float()
-        return cls(
-            layer=steering.layer,
-            vector=f"{name}.vector",
-            strength=steering.strength,
-            tokens=steering.tokens,
-            mode=steering.mode,
-        )
-
-    def build(self, tensors: Mapping[str, Tensor]) -> Steering:
-        """The intervention that this entry describes."""
-        return Steering(self.layer, _tensor(tensors, self.vector), self.strength, self.tokens, self.mode)
-
-
-class EditedFeaturesEntry(_Strict):
-    """An ``EditedFeatures``; ``weights`` maps the names of its weights to those of their tensors.
-
-    The tensor ``targets`` holds the targets of the removed features first, then those of the added ones.
-    """
-
-    layer: NonNegativeInt
-    architecture: Architecture
-    normalization: Normalization
-    subtracts_b_dec: bool
-    k: PositiveInt | None
-    residual_threshold: FiniteFloat
-    max_iterations: PositiveInt | None
-    stop_on_duplicate_support: bool
-    removed: list[NonNegativeInt]
-    added: list[NonNegativeInt]
-    targets: str
-    weights: dict[str, str]
-
-    @classmethod
-    def of(cls, edit: EditedFeatures, name: str, tensors: dict[str, Tensor]) -> EditedFeaturesEntry:
-        """The entry for ``edit``, whose tensors are put into ``tensors`` under names that begin with ``name``."""
-        sae = edit.sae
-        features = list(sae.kept or range(sae.d_sae))
-        order = [*(~edit.added).nonzero().flatten().tolist(), *edit.added.nonzero().flatten().tolist()]
-        sorted_sae = sae.restricted(order)
-        tensors[f"{name}.targets"] = edit.targets[order].float()
-        weights = {key: f"{name}.{key}" for key in sorted_sae.weights}
-        tensors |= {weights[key]: values for key, values in sorted_sae.weights.items()}
-        removed = len(order) - int(edit.added.sum())
-        return cls(
-            layer=sae.layer,
-            architecture=sae.architecture,
-            normalization=sae.normalization,
-            subtracts_b_dec=sae.subtracts_b_dec,
-            k=sae.k,
-            residual_threshold=sae.residual_threshold,
-            max_iterations=sae.max_iterations,
-            stop_on_duplicate_support=sae.stop_on_duplicate_support,
-            removed=[features[i] for i in order[:removed]],
-            added=[features[i] for i in order[removed:]],
-            targets=f"{name}.targets",
-            weights=weights,
-        )
-
-    def build(self, tensors: Mapping[str, Tensor]) -> EditedFeatures:
-        """The edit that this entry describes."""
-        features = (*self.removed, *self.added)
-        sae = SparseAutoencoder(
-            architecture=self.architecture,
-            weights={key: _tensor(tensors, name) for key, name in self.weights.items()},
-            layer=self.layer,
-            k=self.k,
-            normalization=self.normalization,
-            subtracts_b_dec=self.subtracts_b_dec,
-            residual_threshold=self.residual_threshold,
-            max_iterations=self.max_iterations,
-            stop_on_duplicate_support=self.stop_on_duplicate_support,
-            kept=features,
-            name=f"of layer {self.layer}",
-        )
-        added = torch.arange(len(features)) >= len(self.removed)
-        return EditedFeatures(sae, _tensor(tensors, self.targets), added)
-
-
-class FeatureEditEntry(_Strict):
-    """A ``FeatureEdit``."""
-
-    kind: Literal["feature_edit"] = "feature_edit"
-    alpha: FiniteFloat
-    alpha_form: AlphaForm
-    tokens: Tokens
-    layers: Annotated[list[EditedFeaturesEntry], Field(min_length=1)]
-
-    @classmethod
-    def of(cls, edit: FeatureEdit, name: str, tensors: dict[str, Tensor]) -> FeatureEditEntry:
-        """The entry for ``edit``, whose tensors are put into ``tensors`` under names that begin with ``name``."""
-        layers = [EditedFeaturesEntry.of(part, f"{name}.{part.sae.layer}", tensors) for part in edit.layers]
-        return cls(alpha=edit.alpha, alpha_form=edit.alpha_form, tokens=edit.tokens, layers=layers)
-
-    def build(self, tensors: Mapping[str, Tensor]) -> FeatureEdit:
-        """The intervention that this entry describes."""
-        layers = tuple(layer.build(tensors) for layer in self.layers)
-        return FeatureEdit(layers, self.alpha, self.alpha_form, self.tokens)
-
-
-Entry = Annotated[
-    HeadScalingEntry | FeedForwardScalingEntry | TrustDialEntry | SteeringEntry | FeatureEditEntry,
-    Field(discriminator="kind"),
-]
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise UserError(f"The intervention's tensor file lacks {name!r}; export the intervention again.")
-    return tensors[name]
-
-
-class TensorFile(_Strict):
+class TensorFile(Strict):
     """Where the tensors lie.
 
     Attributes:
@@ -334,51 +83,92 @@ class TensorFile(_Strict):
         sha256: Its hash.
     """
 
-    file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]
-    sha256: str
+    file: Annotated[str, Field(pattern=r"^[^/\\:\x00-\x1f]+\.safetensors$", max_length=255)]
+    sha256: Digest
 
 
-class InterventionFile(_Strict):
+class Provenance(Strict):
+    """Where a file comes from.
+
+    Attributes:
+        method: What found the edit.
+        data: Hash of the data that it was found with.
+        chosen_on: The split that it was chosen on.
+        seed: Of splits and random choices.
+        versions: Of the packages that decide the numbers.
+        details: Other settings.
+    """
+
+    method: Text | None = None
+    data: Text | None = None
+    chosen_on: Text | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    versions: Annotated[dict[Text, Text], Field(max_length=100, default_factory=dict)]
+    details: Annotated[Record, Field(default_factory=dict)]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Provenance:
+        """What ``record`` says, with all that has no field of its own among the details."""
+        known = {key: record[key] for key in cls.model_fields if key in record and key != "details"}
+        return cls(**known, details={key: value for key, value in record.items() if key not in known})
+
+
+class InterventionFile(Strict):
     """A whole file. It is itself an intervention: ``attach`` checks the model, then applies every entry in order.
 
     Attributes:
         name: A name for people.
         towards: Which source it strengthens, if that is its purpose.
         model: The model it is for.
+        sites: Where it reads and writes: the same for all who read the file.
         interventions: What to change, in order.
         tensors: The file with the entries' tensors, once saved, if they have any.
-        provenance: Where it comes from: data, method, seed, versions.
-        measured: What it was measured to gain and to damage.
+        provenance: Where it comes from.
+        measured: What it was measured to gain and to damage, by condition.
     """
 
     format: Literal["conflictscope-intervention"] = FORMAT
-    version: Literal[1] = VERSION
-    name: str
+    version: Literal[2] = VERSION
+    name: Annotated[str, Field(min_length=1, max_length=1000)]
     towards: Literal["context", "memory"] | None = None
-    model: ModelShape
-    interventions: Annotated[list[Entry], Field(min_length=1)]
+    model: ModelIdentity
+    sites: list[Site]
+    interventions: Annotated[list[Entry], Field(min_length=1, max_length=1000)]
     tensors: TensorFile | None = None
-    provenance: dict[str, Any] = {}
-    measured: dict[str, Any] = {}
+    provenance: Annotated[Provenance, Field(default_factory=Provenance)]
+    measured: Annotated[Record, Field(default_factory=dict)]
     _values: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def of(cls, interventions: Sequence[AnyIntervention], **about: Any) -> InterventionFile:
-        """The file for some interventions, in order; ``about`` are its other fields."""
+    def of(
+        cls,
+        interventions: Sequence[AnyIntervention],
+        *,
+        name: str,
+        model: ModelIdentity,
+        towards: Literal["context", "memory"] | None = None,
+        provenance: Provenance | Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> InterventionFile:
+        """The file for some interventions, in order.
+
+        Raises:
+            UserError: If they cannot be written down: a number is out of range, or they do not fit ``model``.
+        """
         values: dict[str, Tensor] = {}
-        entries: list[Entry] = []
-        for number, intervention in enumerate(interventions):
-            if isinstance(intervention, HeadScaling):
-                entries.append(HeadScalingEntry.of(intervention))
-            elif isinstance(intervention, FeedForwardScaling):
-                entries.append(FeedForwardScalingEntry.of(intervention))
-            elif isinstance(intervention, TrustDial):
-                entries.append(TrustDialEntry.of(intervention))
-            elif isinstance(intervention, Steering):
-                entries.append(SteeringEntry.of(intervention, str(number), values))
-            else:
-                entries.append(FeatureEditEntry.of(intervention, str(number), values))
-        file = cls(interventions=entries, **about)
+        try:
+            entries = entries_of(interventions, values)
+            file = cls(
+                name=name,
+                towards=towards,
+                model=model,
+                sites=_sites(model, entries),
+                interventions=entries,
+                provenance=provenance if isinstance(provenance, Provenance) else Provenance.of(provenance or {}),
+                measured=dict(measured or {}),
+            )
+        except ValidationError as error:
+            raise UserError(f"{name} cannot be written as an intervention file: {_first(error)}.") from error
         file._values.update(values)
         return file
 
@@ -387,39 +177,31 @@ class InterventionFile(_Strict):
         return [entry.build(self._values) for entry in self.interventions]
 
     def scaled(self, factor: float) -> InterventionFile:
-        """The same with every strength and alpha multiplied; what was measured no longer holds and is left out.
+        """The same, ``factor`` times as far: 0 changes nothing, 1 is the file as it is, -1 goes the other way.
+
+        Strengths and alphas are multiplied, and scales' distances from 1. What was measured no longer holds and is
+        left out.
 
         Raises:
-            UserError: If the factor is not finite, or the file scales heads or layers, which have no common strength.
+            UserError: If the factor is not finite, or the file holds a dial, which has a setting of its own.
         """
         if factor == 1:
             return self
         if not math.isfinite(factor):
             raise UserError(f"A strength is multiplied by a finite number, not by {factor}.")
-        scaled: list[Steering | FeatureEdit] = []
-        for intervention in self.build():
-            if isinstance(intervention, TrustDial):
-                raise UserError(f"{self.name} is a dial; it is set with --trust, or with `dialed`.")
-            if isinstance(intervention, Steering):
-                scaled.append(replace(intervention, strength=intervention.strength * factor))
-            elif isinstance(intervention, FeatureEdit):
-                scaled.append(replace(intervention, alpha=intervention.alpha * factor))
-            else:
-                raise UserError(
-                    f"{self.name} scales heads or layers, which have no strength to multiply; apply it as it is."
-                )
-        provenance = {**self.provenance, "scaled_by": factor * self.provenance.get("scaled_by", 1.0)}
-        about = {"name": self.name, "towards": self.towards, "model": self.model, "provenance": provenance}
-        return InterventionFile.of(scaled, **about)
+        provenance = self.provenance.details
+        before = provenance.get("scaled_by", 1.0)
+        details = {**provenance, "scaled_by": factor * before if isinstance(before, float | int) else factor}
+        return self._changed([_scaled(part, factor, self.name) for part in self.build()], self.towards, details)
 
     @property
     def dial(self) -> TrustDial:
-        """The dial that the file holds.
+        """The dial that the file holds, maybe behind a gate.
 
         Raises:
             UserError: If it holds none, or several.
         """
-        dials = [intervention for intervention in self.build() if isinstance(intervention, TrustDial)]
+        dials = [part for part in _flat(self.build()) if isinstance(part, TrustDial)]
         if len(dials) != 1:
             raise UserError(
                 f"{self.name} holds {len(dials) or 'no'} trust dials; give a file with one, as written by "
@@ -433,10 +215,15 @@ class InterventionFile(_Strict):
         Raises:
             UserError: If the file holds no dial, or trust lies outside -1 to 1.
         """
-        dial = self.dial
+        dial = self.dial.at(trust)
         towards: Literal["context", "memory"] | None = "context" if trust > 0 else "memory" if trust < 0 else None
-        parts = [dial.at(trust) if isinstance(part, TrustDial) else part for part in self.build()]
-        return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=self.provenance)
+        parts: list[AnyIntervention] = []
+        for part in self.build():
+            if isinstance(part, ConflictGate):
+                parts.append(replace(part, edits=tuple(dial if isinstance(e, TrustDial) else e for e in part.edits)))
+            else:
+                parts.append(dial if isinstance(part, TrustDial) else part)
+        return self._changed(parts, towards, self.provenance.details)
 
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.
@@ -445,16 +232,17 @@ class InterventionFile(_Strict):
             UserError: If the file is for another model; nothing stays attached then.
         """
         self.model.check(model)
-        with ExitStack() as stack:
-            handles = [stack.enter_context(intervention.attach(model)) for intervention in self.build()]
-            stack.pop_all()
-        return Handle([hook for handle in handles for hook in handle.hooks])
+        return attach_patches(model, [patch for intervention in self.build() for patch in intervention.patches(model)])
 
     def save(self, path: str | Path) -> None:
         """Write the file as JSON, and its tensors next to it under the same name, each atomically.
 
         A document whose tensors were replaced in between is refused when it is loaded: their hash would be another.
+
+        Raises:
+            UserError: If it would not be accepted when it is loaded, or the file system refuses.
         """
+        _check(self)
         record = self.model_dump(mode="json") | {"tensors": None}
         if self._values:
             # One copy of each: a view would keep all it is a view of.
@@ -469,49 +257,212 @@ class InterventionFile(_Strict):
     def load(cls, path: str | Path) -> InterventionFile:
         """Read and validate a file.
 
+        Args:
+            path: The document, or a folder in which ``intervention.json`` or nothing else is a JSON file.
+
         Raises:
             UserError: If it is missing, is not JSON, is of a later version, or says anything that is not allowed.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Could not read the intervention file {path}: {error}; check the path.") from error
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({error}); export the intervention again.") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise UserError(f'{path} is not an intervention file: its "format" must be "{FORMAT}".')
-        if record.get("version") != VERSION:
-            raise UserError(
-                f"{path} has version {record.get('version')!r}, this conflictscope reads version {VERSION}; "
-                "upgrade with: pip install --upgrade conflictscope"
-            )
+        document = _document(Path(path))
+        record = _upgraded(_read_record(document), document)
         try:
             loaded = cls.model_validate(record)
             if loaded.tensors is not None:
-                loaded._values.update(_read_tensors(Path(path).parent / loaded.tensors.file, loaded.tensors.sha256))
-            loaded.build()
+                loaded._values.update(_read_tensors(document.parent / loaded.tensors.file, loaded.tensors.sha256))
+            _check(loaded)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"{path} is not a valid intervention file: {where}: {first['msg']}; export it again."
-            ) from error
+            raise _invalid(document, _first(error)) from error
+        except (RecursionError, OverflowError) as error:
+            raise _invalid(document, "it is nested too deeply or holds too large numbers") from error
         return loaded
+
+    def _changed(
+        self, parts: Sequence[AnyIntervention], towards: Literal["context", "memory"] | None, details: Record
+    ) -> InterventionFile:
+        provenance = self.provenance.model_copy(update={"details": details})
+        return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=provenance)
+
+
+def _flat(parts: Sequence[AnyIntervention]) -> Iterator[Gateable]:
+    for part in parts:
+        yield from part.edits if isinstance(part, ConflictGate) else [part]
+
+
+def _scaled(part: AnyIntervention, factor: float, name: str) -> Any:
+    if isinstance(part, ConflictGate):
+        return replace(part, edits=tuple(_scaled(edit, factor, name) for edit in part.edits))
+    if isinstance(part, TrustDial):
+        raise UserError(f"{name} is a dial, which has no strength; set its trust.")
+    if isinstance(part, Steering):
+        return replace(part, strength=part.strength * factor)
+    if isinstance(part, FeatureEdit):
+        return replace(part, alpha=part.alpha * factor)
+    if isinstance(part, HeadScaling):
+        return HeadScaling(tuple(replace(head, scale=1 + factor * (head.scale - 1)) for head in part.heads))
+    return FeedForwardScaling(tuple((layer, 1 + factor * (scale - 1)) for layer, scale in part.scales))
+
+
+def _sites(model: ModelIdentity, entries: Sequence[Entry]) -> list[Site]:
+    blueprint = model.blueprint
+    places = dict.fromkeys(place for entry in entries for place in entry.places(blueprint))
+    return [
+        Site(
+            site=site(part, layer),
+            module=blueprint.path(part, layer),
+            values="input" if part == "output_projection" else "output",
+        )
+        for part, layer in sorted(places, key=lambda place: (place.layer, blueprint.parts.index(place.part)))
+    ]
+
+
+def _check(file: InterventionFile) -> None:
+    """See that the parts of a file fit each other."""
+    blueprint = file.model.blueprint
+    if file.model.weights is not None:
+        file.model.expected_weights()
+    used = _Used(file._values)
+    for number, entry in enumerate(file.interventions):
+        try:
+            for place in entry.places(blueprint):
+                if place.layer >= file.model.n_layers:
+                    raise UserError(f"layer {place.layer} does not exist: the model has {file.model.n_layers} layers")
+            entry.check(file.model, used)
+        except UserError as error:
+            raise UserError(f"{file.name}, intervention {number} ({entry.kind}): {error}".rstrip(".") + ".") from error
+        entry.build(used)
+    if unused := sorted(set(file._values) - used.names):
+        raise UserError(
+            f"{file.name} has the tensor {unused[0]!r}, which nothing needs; export the intervention again."
+        )
+    if file.sites != _sites(file.model, file.interventions):
+        raise UserError(
+            f"The sites that {file.name} names are not those that its interventions read and change in a "
+            f"{file.model.architecture}; export the intervention again."
+        )
+
+
+class _Used(dict[str, Tensor]):
+    """Tensors, and the names of those that were asked for."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def _document(path: Path) -> Path:
+    """The document that ``path`` is, or that lies in it."""
+    if not path.is_dir():
+        return path
+    if (path / DOCUMENT).is_file():
+        return path / DOCUMENT
+    documents = sorted(path.glob("*.json"))
+    if len(documents) != 1:
+        raise UserError(f"The folder {path} holds {len(documents)} JSON files; give the path of the intervention file.")
+    return documents[0]
+
+
+def _read(path: Path, largest: int, what: str) -> bytes:
+    """The content of a file that is one, and is not too large."""
+    try:
+        # Without waiting: a pipe in its place would never end.
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path} is not a file; give {what}.")
+            if status.st_size > largest:
+                raise UserError(
+                    f"{path} has {status.st_size} bytes, more than the {largest} that {what} may have; export the "
+                    "intervention again."
+                )
+            return stream.read(largest)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Could not read {what} {path}: {reason}; check the path.") from error
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    content = _read(path, _LARGEST_DOCUMENT, "the intervention file")
+    try:
+        record = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_repetition,
+            parse_constant=_refused_number,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); export the intervention again.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f'{path} is not an intervention file: its "format" must be "{FORMAT}".')
+    return record
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is said twice")
+    return record
+
+
+def _refused_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
+
+
+def _upgraded(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A record of the present version."""
+    version = record.get("version")
+    if version == VERSION and type(version) is int:
+        return record
+    if version != 1 or type(version) is not int:
+        raise UserError(
+            f"{path} has version {str(version)[:40]}, this conflictscope reads versions 1 to {VERSION}; "
+            "upgrade with: pip install --upgrade conflictscope"
+        )
+    if "sites" in record:
+        raise _invalid(path, "sites: files of version 1 have none")
+    try:
+        provenance = Provenance.of(record.get("provenance", {})).model_dump()
+        draft = InterventionFile.model_validate({**record, "version": VERSION, "sites": [], "provenance": provenance})
+        sites = [place.model_dump() for place in _sites(draft.model, draft.interventions)]
+    except ValidationError as error:
+        raise _invalid(path, _first(error)) from error
+    except (AttributeError, TypeError) as error:
+        raise _invalid(path, "provenance: it should be a record") from error
+    return {**record, "version": VERSION, "sites": sites, "provenance": provenance}
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"Could not read the intervention's tensors {path}: {error.strerror or error}; the file belongs next to "
-            "the JSON document."
-        ) from error
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise UserError(f"{path} is a link that leaves its folder; put the tensors themselves next to the document.")
+    content = _read(path, _LARGEST_TENSORS, "the intervention's tensors")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{path} is not the file that the intervention was saved with; export the intervention again.")
     try:
-        return load(content)
-    except SafetensorError as error:
+        tensors = load(content)
+    # safetensors has its own exceptions for its header, and others for what the header leads to.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"{path} is not a safetensors file ({error}); export the intervention again.") from error
+    if odd := [name for name, values in tensors.items() if not values.is_floating_point()]:
+        raise UserError(f"The tensor {odd[0]!r} in {path} holds no floating-point numbers; export it again.")
+    return tensors
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _invalid(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is not a valid intervention file: {reason}; export it again.")

@@ -14,14 +14,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Part
 from interp.errors import UserError
-from interventions.base import Handle, Patch, attach_patches
+from interventions.base import Handle, Patch, Placed, attach_patches
 from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import TrustDial
@@ -114,12 +113,7 @@ class _Reader:
         self._gate = gate
         self._tracker = tracker
         self._decided = threading.local()
-
-        @cache
-        def fitted(device: torch.device) -> Tensor:
-            return gate.weight.to(device, torch.float32)
-
-        self._weight = fitted
+        self._weight = Placed(gate.weight)
 
     def read(self, values: Tensor) -> Tensor:
         """Decide about the rows of ``(n_rows, n_tokens, width)``, if these are new prompts; the values stay."""
@@ -127,7 +121,7 @@ class _Reader:
         if mask is not None:
             rows = torch.arange(len(values), device=values.device)
             last = values[rows, mask.int().argmax(-1)].float()
-            is_open = last @ self._weight(values.device) + self._gate.bias > self._gate.threshold
+            is_open = last @ self._weight.like(last) + self._gate.bias > self._gate.threshold
             self._decided.rows = is_open
             # Looked at once here, so that later modules and steps need not ask the device.
             self._decided.any, self._decided.all = bool(is_open.any()), bool(is_open.all())

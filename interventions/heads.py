@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle, Patch, attach_patches
+from interventions.base import Handle, Patch, Placed, attach_patches
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,10 @@ def _scaled(anatomy: Anatomy, heads: list[ScaledHead]) -> Callable[[Tensor], Ten
         factor[head.head] = head.scale
         if head.mean is not None:
             shift[head.head] = torch.tensor(head.mean) * (1 - head.scale)
-    shifts = bool(shift.any())
-
-    # Where z lives and in which dtype is known only when it comes: weights may be quantised or on another device.
-    @cache
-    def fitted(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return factor.flatten().to(device, dtype), shift.flatten().to(device, dtype)
+    factors, shifts = Placed(factor.flatten()), Placed(shift.flatten()) if shift.any() else None
 
     def scale(z: Tensor) -> Tensor:
-        here, there = fitted(z.device, z.dtype)
-        return z * here + there if shifts else z * here
+        scaled = z * factors.like(z)
+        return scaled if shifts is None else scaled + shifts.like(z)
 
     return scale

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interventions.base import Handle, Patch, attach_patches
+from interventions.base import Handle, Patch, Placed, attach_patches
 from interventions.residual import residual_patches
 from interventions.tokens import TOKENS, Tokens
 
@@ -79,12 +78,10 @@ class Steering:
                 f"{anatomy.d_model}; fit it on this model."
             )
 
-        @cache
-        def fitted(device: torch.device) -> Tensor:
-            return self.vector.to(device, torch.float32)
+        placed = Placed(self.vector)
 
         def change(residual: Tensor) -> Tensor:
-            vector = fitted(residual.device)
+            vector = placed.on(residual.device, torch.float32)
             return self.strength * (vector - residual.float() if self.mode == "replace" else vector.expand_as(residual))
 
         return residual_patches({anatomy.checked_layer(self.layer): change}, self.tokens)

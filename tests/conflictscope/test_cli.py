@@ -8,8 +8,9 @@ import pytest
 from conflictscope import study as study_module
 from conflictscope.cli import main
 from interp.facts import usable_facts
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
 from tests.tiny import tiny_conflicts
 
 
@@ -52,7 +53,7 @@ def assert_one_sentence(result, *parts):
 
 def save_edit(path, bridge, heads):
     edit = HeadScaling.of(heads, 0.0)
-    InterventionFile.of([edit], name="edit", model=ModelShape.of(bridge, "tiny")).save(path)
+    InterventionFile.of([edit], name="edit", model=ModelIdentity.of(bridge, "tiny")).save(path)
 
 
 def test_a_wrong_model_name(run):

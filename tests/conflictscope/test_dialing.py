@@ -17,11 +17,12 @@ from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS
 from interp.generation import encode
 from interp.models import load_model
 from interventions.base import applied
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.feedforward import FeedForwardScaling
 from interventions.gate_training import GateTraining
 from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.identity import ModelIdentity
 from tests.conflictscope import test_cli
 from tests.conflictscope.test_cli import assert_one_sentence
 
@@ -190,7 +191,7 @@ def dial_file(tiny_llama, tmp_path):
     curve = (DialPoint(-1.0, 0.8, 0.1), DialPoint(0.0, 0.4, 0.4), DialPoint(1.0, 0.1, 0.9))
     dial = TrustDial(tuple(Gate(0, head, -20.0, 5.0) for head in range(4)), calibration=curve)
     path = tmp_path / "dial.json"
-    InterventionFile.of([dial], name="dial", model=ModelShape.of(tiny_llama, "tiny")).save(path)
+    InterventionFile.of([dial], name="dial", model=ModelIdentity.of(tiny_llama, "tiny")).save(path)
     (tmp_path / "prompts.txt").write_text("The capital of Peru is\nThe capital of Italy is\n")
     return path
 

@@ -11,11 +11,12 @@ from interp.generation import encode
 from interp.models import load_model
 from interventions.bake import fold, write_folded
 from interventions.base import applied
-from interventions.config import InterventionFile, ModelShape
+from interventions.config import InterventionFile
 from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from tests.tiny import CONFIGS, tiny_conflicts
 
@@ -166,7 +167,9 @@ def test_quantised_weights_are_refused(tiny_directories):
 
 def dial_file(model):
     measured = {"unedited": {"context_rate": 0.5}, "trust +1": {"context_rate": 0.875}}
-    return InterventionFile.of([DIAL], name="tiny: trust dial", model=ModelShape.of(model, "tiny"), measured=measured)
+    return InterventionFile.of(
+        [DIAL], name="tiny: trust dial", model=ModelIdentity.of(model, "tiny"), measured=measured
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
@@ -235,7 +238,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_kept(tiny_directories, tiny_l
 def test_a_refused_file_leaves_nothing_behind(
     tiny_directories, tiny_llama, tmp_path, architecture, edit, trust, message
 ):
-    file = InterventionFile.of([edit], name="test", model=ModelShape.of(tiny_llama, "tiny"))
+    file = InterventionFile.of([edit], name="test", model=ModelIdentity.of(tiny_llama, "tiny"))
     with pytest.raises(UserError, match=message):
         write_folded(str(tiny_directories.get(architecture, "./nowhere")), file, tmp_path / "out", trust=trust)
     assert list(tmp_path.iterdir()) == []

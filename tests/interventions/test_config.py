@@ -13,11 +13,13 @@ from interp.generation import encode
 from interp.models import load_model
 from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
-from interventions.config import HeadScalingEntry, InterventionFile, ModelShape
+from interventions.config import InterventionFile
+from interventions.entries import HeadScalingEntry
 from interventions.features import EditedFeatures, FeatureEdit
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from tests.interp.test_sae import random_sae, save_sparsify
 
@@ -30,7 +32,7 @@ def file(tiny_llama):
         [SCALING],
         name="test",
         towards="context",
-        model=ModelShape.of(tiny_llama, "tiny"),
+        model=ModelIdentity.of(tiny_llama, "tiny"),
         measured={"context_rate": 0.5},
     )
 
@@ -63,14 +65,27 @@ def test_a_file_for_another_model_is_refused(file, tiny_directories, architectur
     ("change", "message"),
     [
         (lambda r: r.update(format="something"), 'its "format" must be'),
-        (lambda r: r.update(version=2), "has version 2, this conflictscope reads version 1"),
+        (lambda r: r.update(version=3), "has version 3, this conflictscope reads versions 1 to 2"),
+        (lambda r: r.update(version=True), "has version True"),
         (lambda r: r.update(surprise=1), "surprise"),
         (lambda r: r.pop("model"), "model"),
         (lambda r: r.update(interventions=[]), "interventions"),
         (lambda r: r["interventions"][0].update(kind="lobotomy"), "kind"),
         (lambda r: r["interventions"][0]["heads"][0].update(scale="0"), "scale"),
-        (lambda r: r["interventions"][0]["heads"][0].update(scale=float("nan")), "scale"),
-        (lambda r: r["interventions"][0]["heads"][0].update(scale=float("inf")), "scale"),
+        (lambda r: r["interventions"][0]["heads"][0].update(scale=float("nan")), "NaN is no number"),
+        (lambda r: r["interventions"][0]["heads"][0].update(scale=float("inf")), "Infinity is no number"),
+        (lambda r: r["interventions"][0]["heads"][0].update(scale=1e5), "scale"),
+        (lambda r: r["interventions"][0]["heads"][0].update(layer=3), "layer 3 does not exist: the model has 3"),
+        (lambda r: r["interventions"][0]["heads"][0].update(head=4), r"head 0\.4 does not exist: the model has 4"),
+        (lambda r: r["interventions"][0]["heads"][1]["mean"].pop(), "has 7 numbers, but heads have 8"),
+        (lambda r: r["sites"].pop(), "sites that test names are not those"),
+        (lambda r: r["sites"][0].update(module="model.layers.1.mlp"), "sites that test names are not those"),
+        (lambda r: r.pop("sites"), "sites"),
+        (lambda r: r["model"].update(architecture="NoSuchModel"), "NoSuchModel is not known"),
+        (lambda r: r["model"].update(weights="AAAA"), "sample of weights of tiny is damaged"),
+        (lambda r: r["model"].update(n_layers=2), "it should hold 48 numbers"),
+        (lambda r: r["provenance"].update(seed=2**64), r"provenance\.seed"),
+        (lambda r: r["measured"].update(rate=[[float("nan")]]), "NaN is no number"),
         (lambda r: r["interventions"][0]["heads"][0].update(layer=-1), "layer"),
         (lambda r: r["interventions"][0]["heads"][0].update(layer=True), "layer"),
         (
@@ -135,7 +150,7 @@ def sparsify_edit(folder: Path) -> FeatureEdit:
 
 def assert_does_the_same(interventions: list[Any], model: Any, path: Path) -> InterventionFile:
     """Save, load, and compare the logits of both, bit for bit."""
-    InterventionFile.of(interventions, name="test", model=ModelShape.of(model, "tiny")).save(path)
+    InterventionFile.of(interventions, name="test", model=ModelIdentity.of(model, "tiny")).save(path)
     loaded = InterventionFile.load(path)
     batch = encode(model, ["The capital of France is", "The capital of Italy is Rome. The capital of Italy is"])
     with torch.inference_mode():
@@ -216,7 +231,7 @@ def test_a_file_that_is_saved_again_is_the_same(tiny_llama, tmp_path):
 def test_a_feature_edit_without_features_is_saved_and_loaded(tiny_llama, tmp_path):
     random_sae("standard", d_in=32, hook_name="blocks.1.hook_out").save_model(tmp_path / "sae")
     nothing = EditedFeatures.of(load_sae(tmp_path / "sae"), [], torch.zeros(0), [], torch.zeros(0))
-    InterventionFile.of([FeatureEdit((nothing,))], name="test", model=ModelShape.of(tiny_llama, "tiny")).save(
+    InterventionFile.of([FeatureEdit((nothing,))], name="test", model=ModelIdentity.of(tiny_llama, "tiny")).save(
         tmp_path / "edit.json"
     )
     (again,) = InterventionFile.load(tmp_path / "edit.json").build()
@@ -228,7 +243,7 @@ def test_a_feature_edit_without_features_is_saved_and_loaded(tiny_llama, tmp_pat
 def saved(tiny_llama, tmp_path):
     """The path of a file with tensors."""
     interventions = [Steering(1, torch.ones(32)), feature_edit(tmp_path, "topk")]
-    InterventionFile.of(interventions, name="test", model=ModelShape.of(tiny_llama, "tiny")).save(
+    InterventionFile.of(interventions, name="test", model=ModelIdentity.of(tiny_llama, "tiny")).save(
         tmp_path / "edit.json"
     )
     InterventionFile.load(tmp_path / "edit.json")
@@ -358,11 +373,16 @@ def test_a_layer_that_is_edited_twice_is_refused(saved, layer):
         InterventionFile.load(saved)
 
 
-def test_a_steering_for_another_width_is_refused_when_it_is_attached(saved, tiny_llama):
+def test_a_steering_for_another_width_is_refused(saved):
     change_tensors(saved, lambda tensors: tensors.update({"0.vector": torch.ones(31)}))
-    loaded = InterventionFile.load(saved)
-    with pytest.raises(UserError, match="has 31 numbers"):
-        loaded.attach(tiny_llama)
+    with pytest.raises(UserError, match=r"the steering vector has shape \(31,\), but the model needs 32"):
+        InterventionFile.load(saved)
+
+
+def test_a_tensor_that_nothing_needs_is_refused(saved):
+    change_tensors(saved, lambda tensors: tensors.update({"extra": torch.ones(1)}))
+    with pytest.raises(UserError, match="has the tensor 'extra', which nothing needs"):
+        InterventionFile.load(saved)
 
 
 DIAL = TrustDial(
@@ -374,7 +394,7 @@ DIAL = TrustDial(
 
 def dial_file(model, **about):
     parts = [DIAL, FeedForwardScaling(((1, 0.5),))]
-    return InterventionFile.of(parts, name="dial", model=ModelShape.of(model, "tiny"), **about)
+    return InterventionFile.of(parts, name="dial", model=ModelIdentity.of(model, "tiny"), **about)
 
 
 def test_a_dial_and_a_feed_forward_scaling_load_as_they_were_saved(tiny_llama, tmp_path):
@@ -393,13 +413,10 @@ def test_a_dialed_file_has_the_dial_at_the_wanted_setting_and_forgets_what_was_m
 def test_files_without_a_dial_cannot_be_dialed_and_dials_cannot_be_scaled(file, tiny_llama):
     with pytest.raises(UserError, match="test holds no trust dial"):
         file.dialed(0.5)
-    two = InterventionFile.of([DIAL, DIAL], name="two", model=ModelShape.of(tiny_llama, "tiny"))
+    two = InterventionFile.of([DIAL, DIAL], name="two", model=ModelIdentity.of(tiny_llama, "tiny"))
     with pytest.raises(UserError, match="two holds 2 trust dials"):
         two.dialed(0.5)
-    layers = InterventionFile.of([FeedForwardScaling(((1, 0.5),))], name="layers", model=two.model)
-    with pytest.raises(UserError, match="scales heads or layers"):
-        layers.scaled(0.5)
-    with pytest.raises(UserError, match="is set with --trust"):
+    with pytest.raises(UserError, match="is a dial, which has no strength"):
         dial_file(tiny_llama).scaled(0.5)
     with pytest.raises(UserError, match="between -1"):
         dial_file(tiny_llama).dialed(2.0)
