@@ -16,6 +16,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from conflictscope import deployment
+from conflictscope.options import (
+    DEFAULT_MODEL,
+    DEFAULT_RELATION,
+    BatchSizeOption,
+    ControlOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    ProbesOption,
+    PromptsArgument,
+    RelationOption,
+    SaeOption,
+    SeedOption,
+    TokensOption,
+    console,
+    say,
+)
 from interp.errors import UserError
 
 app = typer.Typer(
@@ -38,47 +58,6 @@ app.add_typer(steer_app, name="steer")
 dial_app = typer.Typer(help="Learn a dial between memory and context, and set it.", no_args_is_help=True)
 app.add_typer(dial_app, name="dial")
 
-PromptsArgument = Annotated[
-    Path | None, typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin.")
-]
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
-]
-RelationOption = Annotated[
-    list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable.")
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of splits and conflicts built here, and of random choices.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
-RecordingOption = Annotated[Path, typer.Option("--recording", help="A folder that `conflictscope record` wrote.")]
-ProbesOption = Annotated[Path, typer.Option("--probes", help="A folder that `conflictscope probe fit` wrote.")]
-SaeOption = Annotated[
-    str,
-    typer.Option(
-        "--sae",
-        help="SAEs: a model they are shipped for, a folder (sae_lens or sparsify), or RELEASE:ID as sae_lens has them.",
-    ),
-]
-ControlOption = Annotated[
-    Path, typer.Option("--out", help="Folder of results and intervention files; finished steps in it are reused.")
-]
-TokensOption = Annotated[
-    Literal["last_prompt", "answer"],
-    typer.Option(
-        help="The tokens that are edited: the prompt's last, or all that predict the answer, as caa always does."
-    ),
-]
-DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_RELATION = "capital"
-_console = Console(stderr=True)
-
 
 @app.command()
 def demo(
@@ -99,8 +78,8 @@ def demo(
         model, relations=relation or [DEFAULT_RELATION], out=out, seed=seed, quick=quick, device=device, dtype=dtype
     )
     for line in headline(summary):
-        _say(line)
-    _say(f"Look at {out / 'report.html'}")
+        say(line)
+    say(f"Look at {out / 'report.html'}")
 
 
 @app.command()
@@ -137,7 +116,7 @@ def evaluate(
         )
     report.save(out)
     _print_frame(report.summary(by=columns))
-    _say(f"Answers are in {out}")
+    say(f"Answers are in {out}")
 
 
 @app.command()
@@ -206,7 +185,7 @@ def attribute(
                 towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}"
             )
     Console().print(table)
-    _say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+    say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
 
 
 @app.command()
@@ -286,7 +265,7 @@ def record(
         batch_size=batch_size,
         progress="Recording",
     )
-    _say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
+    say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
 
 
 @probe_app.command("fit")
@@ -335,16 +314,16 @@ def probe_fit(
         device=device,
     )
     for name, probe_set in probes.items():
-        _say(f"{name}: chosen on dev is {probe_set.best.site}, AUROC {probe_set.best.validation_auroc:.3f} there")
+        say(f"{name}: chosen on dev is {probe_set.best.site}, AUROC {probe_set.best.validation_auroc:.3f} there")
     if detector is not None:
         hits = detector.settings["dev_true_positive_rate"]
-        _say(
+        say(
             f"detector: {detector.conflict.site} above {detector.threshold:.3f}, chosen because it finds {hits:.0%} of "
             f"the conflicts on dev at {false_positive_rate:.0%} false alarms; `probe score` says what it does on test"
         )
     elif "conflict" in probes:
-        _say("No detector: it reads the last token of a prompt, and other positions were recorded")
-    _say(f"Probes are in {out}")
+        say("No detector: it reads the last token of a prompt, and other positions were recorded")
+    say(f"Probes are in {out}")
 
 
 @probe_app.command("score")
@@ -362,7 +341,7 @@ def probe_score(
 
     scores = score_probes(ActivationStore(recording), probes, out, seed=seed)
     _print_frame(score_table(scores.frame))
-    _say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
+    say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
 
 
 @probe_app.command("detect")
@@ -478,7 +457,7 @@ def sae_train(
         device=device,
     )
     _print_frame(sae_table(saes))
-    _say(f"SAEs and their cards are in {out}; {out / 'activations'} may be deleted")
+    say(f"SAEs and their cards are in {out}; {out / 'activations'} may be deleted")
 
 
 @sae_app.command("evaluate")
@@ -505,7 +484,7 @@ def sae_evaluate(
     records = {part: [quality.to_record() for quality in found] for part, found in qualities.items()}
     write_json(out / "quality.json", {"saes": [one.name for one in saes], "layers": [s.layer for s in saes], **records})
     _print_frame(quality_table([one.layer for one in saes], records))
-    _say(f"Everything measured is in {out / 'quality.json'}")
+    say(f"Everything measured is in {out / 'quality.json'}")
 
 
 @sae_app.command("features")
@@ -541,7 +520,7 @@ def sae_features(
     found[0].check(bridge, model)
     table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
     _print_frame(table)
-    _say(f"More about each is in {out / 'features.json'}, figures next to it")
+    say(f"More about each is in {out / 'features.json'}, figures next to it")
 
 
 @spare_app.command("fit")
@@ -583,7 +562,7 @@ def spare_fit(
     control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
     results = fit_spare(control, saes, shares=share or SHARES, alphas=alpha or ALPHAS, alpha_form=alpha_form)
     _print_frame(results_table(results))
-    _say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+    say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
 
 
 @steer_app.command("fit")
@@ -609,7 +588,7 @@ def steer_fit(
     control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
     results = fit_steering(control, [name for name in STEERING_METHODS if name in (method or STEERING_METHODS)])
     _print_frame(results_table(results))
-    _say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+    say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
 
 
 @spare_app.command("apply")
@@ -701,8 +680,8 @@ def dial_fit(
     bridge = load_model(model, device=device, dtype=dtype)
     dialing = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects)
     for line in headline(dialing.run()):
-        _say(line)
-    _say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
+        say(line)
+    say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
     if compare:
         _print_frame(dial_comparison.comparison_table(dial_comparison.Comparison(dialing).run()))
     if leave_one_out:
@@ -746,35 +725,8 @@ def dial_apply(
         raise UserError(
             f"The dial in {config} is at 0, which changes nothing; give --trust, --context-rate or --memory-rate."
         )
-    _say(f"The dial is at {trust:+.2f}")
+    say(f"The dial is at {trust:+.2f}")
     _answer_edited(edit.dialed(trust), file, save, model, max_new_tokens, batch_size, device, dtype)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")],
-    config: Annotated[Path, typer.Argument(help="An intervention file for that model.")],
-    out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or with --bake a new folder.")],
-    bake: Annotated[
-        bool,
-        typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
-    ] = False,
-    trust: Annotated[
-        float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
-    ] = None,
-) -> None:
-    """Write an edit at one setting: as an intervention file, or folded into the weights of its model."""
-    from interp.models import load_checkpoint
-    from interventions.bake import write_folded
-    from interventions.config import InterventionFile
-
-    file = InterventionFile.load(config)
-    if bake:
-        write_folded(model, file, out, trust=trust)
-    else:
-        file.model.check(load_checkpoint(model)[0])
-        (file if trust is None else file.dialed(trust)).save(out)
-    _say(f"Wrote {out}")
 
 
 @app.command()
@@ -812,7 +764,7 @@ def data_build(
     else:
         _, conflicts = _model_and_data(model, relation, None, seed, device, dtype)
     conflicts.save(out)
-    _say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
+    say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
 
 
 @data_app.command("inspect")
@@ -850,8 +802,11 @@ def data_convert(
     loaded = load_dataset(file, format, on_error=on_error, seed=seed)
     loaded.conflicts.save(out)
     for message in loaded.skipped[:20]:
-        _say(f"Skipped: {message}")
-    _say(f"Wrote {len(loaded.conflicts)} examples to {out}; skipped {len(loaded.skipped)} rows")
+        say(f"Skipped: {message}")
+    say(f"Wrote {len(loaded.conflicts)} examples to {out}; skipped {len(loaded.skipped)} rows")
+
+
+deployment.add_to(app)
 
 
 def main() -> None:
@@ -863,7 +818,8 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
     except ModuleNotFoundError as error:
-        extra = "sae" if error.name in ("sae_lens", "sklearn") else "study"
+        extras = {"sae": ("sae_lens", "sklearn"), "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client")}
+        extra = next((name for name, packages in extras.items() if error.name in packages), "study")
         _fail(f"{error.name} is not installed; install what this needs with: pip install 'conflictscope[{extra}]'", 2)
     except SystemExit as end:
         # What typer makes of an interrupt.
@@ -873,12 +829,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    _console.print(f"Error: {message}", markup=False, style="red", soft_wrap=True, highlight=False)
+    console.print(f"Error: {message}", markup=False, style="red", soft_wrap=True, highlight=False)
     sys.exit(code)
-
-
-def _say(message: str) -> None:
-    _console.print(message, markup=False, soft_wrap=True, highlight=False)
 
 
 def _model_and_data(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ class Dialing:
         self.settings = settings or GateTraining()
         self.seed = self.settings.seed
         self.subjects = subjects
-        self._subjects: dict[Split, int] = {"train": subjects, "dev": max(1, subjects * 3 // 5), "test": subjects}
+        self._subjects = subjects_by_split(subjects)
         self.records = Records(out / "records", model=fingerprint(model))
 
     def run(self) -> dict[str, Any]:
@@ -158,45 +158,9 @@ class Dialing:
     @cached_property
     def conflicts(self) -> ConflictSet:
         """Prompts of every kind and phrasing about what the model knows."""
-        facts: dict[str, list[Fact]] = {}
-        for relation in self.relations:
-            usable = usable_facts(relation)
-            facts[relation] = []
-            for split in SPLITS:
-                members = [fact for fact in usable if split_of(fact.subject, self.seed) == split]
-                rng = random.Random(f"{self.seed}/{relation}/{split}")
-                facts[relation] += rng.sample(members, min(self._subjects[split], len(members)))
-        asked = [(relation, fact, p) for relation in facts for fact in facts[relation] for p in SEEN_PHRASINGS]
-        items = [
-            continued(self.model, closed_book_prompt(relation_named(relation), fact.subject, phrasing), fact.answers[0])
-            for relation, fact, phrasing in asked
-        ]
-        known = self.records.json(
-            "known",
-            [vars(item) for item in items],
-            lambda: greedily_continued(self.model, items, progress="Closed-book"),
+        return known_conflicts(
+            self.model, self.name, self.relations, subjects=self._subjects, seed=self.seed, records=self.records
         )
-        # As in a study, a fact is known if most seen phrasings get it right; it is then asked about in all.
-        hits = Counter(
-            (relation, fact.subject) for (relation, fact, _), is_right in zip(asked, known, strict=True) if is_right
-        )
-        usable = {
-            relation: [fact for fact in some if 2 * hits[relation, fact.subject] > len(SEEN_PHRASINGS)]
-            for relation, some in facts.items()
-        }
-        conflicts = build_conflicts(usable, seed=self.seed, kinds=CONTEXT_KINDS, phrasings=list(PHRASINGS))
-        parts = {
-            "train": learned_part(conflicts, "train"),
-            "dev": learned_part(conflicts, "dev"),
-            "test": _tested_part(conflicts),
-        }
-        for split, part in parts.items():
-            if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
-                raise UserError(
-                    f"{self.name} knows too few facts of {', '.join(self.relations)}: the {split} split has no prompts "
-                    f"of the kind {missing[0]!r}; choose more relations or --subjects, or a model that knows more."
-                )
-        return conflicts
 
     @cached_property
     def dial(self) -> TrustDial:
@@ -247,7 +211,7 @@ class Dialing:
     @cached_property
     def tested(self) -> ConflictSet:
         """What is asked on test."""
-        return _tested_part(self.conflicts)
+        return tested_part(self.conflicts)
 
     def verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
         """What some dials, or no dial, do on test, all together."""
@@ -320,12 +284,79 @@ class Dialing:
         write_json(self.out / "summary.json", summary)
 
 
+def known_conflicts(
+    model: TransformerBridge,
+    name: str,
+    relations: Sequence[str],
+    *,
+    subjects: Mapping[Split, int],
+    seed: int,
+    records: Records,
+) -> ConflictSet:
+    """Prompts of every kind and phrasing about facts that the model continues right in most seen phrasings.
+
+    Args:
+        model: The bridge.
+        name: What it was loaded by.
+        relations: Relations of the fact tables.
+        subjects: How many subjects of each relation are asked about at most, by split.
+        seed: Decides splits, subjects and conflicts.
+        records: Where what is known is kept.
+
+    Raises:
+        UserError: If a split is left without prompts of one of the kinds.
+    """
+    facts: dict[str, list[Fact]] = {}
+    for relation in relations:
+        usable = usable_facts(relation)
+        facts[relation] = []
+        for split in SPLITS:
+            members = [fact for fact in usable if split_of(fact.subject, seed) == split]
+            rng = random.Random(f"{seed}/{relation}/{split}")
+            facts[relation] += rng.sample(members, min(subjects[split], len(members)))
+    asked = [(relation, fact, p) for relation in facts for fact in facts[relation] for p in SEEN_PHRASINGS]
+    items = [
+        continued(model, closed_book_prompt(relation_named(relation), fact.subject, phrasing), fact.answers[0])
+        for relation, fact, phrasing in asked
+    ]
+    known = records.json(
+        "known", [vars(item) for item in items], lambda: greedily_continued(model, items, progress="Closed-book")
+    )
+    # As in a study, a fact is known if most seen phrasings get it right; it is then asked about in all.
+    hits = Counter(
+        (relation, fact.subject) for (relation, fact, _), is_right in zip(asked, known, strict=True) if is_right
+    )
+    usable = {
+        relation: [fact for fact in some if 2 * hits[relation, fact.subject] > len(SEEN_PHRASINGS)]
+        for relation, some in facts.items()
+    }
+    conflicts = build_conflicts(usable, seed=seed, kinds=CONTEXT_KINDS, phrasings=list(PHRASINGS))
+    parts = {
+        "train": learned_part(conflicts, "train"),
+        "dev": learned_part(conflicts, "dev"),
+        "test": tested_part(conflicts),
+    }
+    for split, part in parts.items():
+        if missing := [kind for kind in CONTEXT_KINDS if not len(part.select(kind=kind))]:
+            raise UserError(
+                f"{name} knows too few facts of {', '.join(relations)}: the {split} split has no prompts of the kind "
+                f"{missing[0]!r}; choose more relations or --subjects, or a model that knows more."
+            )
+    return conflicts
+
+
+def subjects_by_split(subjects: int) -> dict[Split, int]:
+    """How many subjects of each relation are asked about: to learn from and to test on, and fewer to choose on."""
+    return {"train": subjects, "dev": max(1, subjects * 3 // 5), "test": subjects}
+
+
 def learned_part(conflicts: ConflictSet, split: Split) -> ConflictSet:
     """Prompts of train or dev, none of them in the held-out phrasing."""
     return conflicts.select(split=split, templates=LEARNED_PHRASINGS)
 
 
-def _tested_part(conflicts: ConflictSet) -> ConflictSet:
+def tested_part(conflicts: ConflictSet) -> ConflictSet:
+    """What is asked on test: conflicts in every tested phrasing, what could be damaged in fewer."""
     test = conflicts.select(split="test")
     return ConflictSet(test.name, tuple(e for e in test if e.template in TEST_PHRASINGS[e.kind]))
 

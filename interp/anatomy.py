@@ -211,7 +211,7 @@ def located(name: str) -> tuple[Part, int]:
         UserError: If that is no site in a block.
     """
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    part = next((part for part, ending in _SITES.items() if match and ending == match[2]), None)
+    part: Part | None = next((part for part in get_args(Part) if match and _SITES[part] == match[2]), None)
     if match is None or part is None:
         raise UserError(f"{name!r} is no site in a block; these are named like {site('block', 3)}.")
     return part, int(match[1])

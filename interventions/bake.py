@@ -100,7 +100,9 @@ def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
             bias.copy_(bias.float() + direction.to(bias.device))
 
 
-def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None) -> None:
+def write_folded(
+    model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None, strength: float = 1.0
+) -> None:
     """Write a checkpoint that is ``model`` with an intervention file folded into its weights.
 
     The folder holds weights, tokenizer, generation settings and a model card, and loads like the model itself. The
@@ -111,22 +113,23 @@ def write_folded(model: str, file: InterventionFile, out: str | Path, *, trust: 
         file: The intervention file, for this model.
         out: The folder, new or empty. It appears only once it is complete.
         trust: Where the file's dial is to stand; ``None`` leaves it as it is.
+        strength: How far another edit is to go; 1 is what the file says.
 
     Raises:
         UserError: If the file is for another model or cannot be folded, the model cannot be loaded, trust lies
             outside -1 to 1 or the file holds no dial, nothing would change, ``out`` is not empty, or the disk is full.
     """
-    folded = file if trust is None else file.dialed(trust)
+    folded = file.at(trust=trust, strength=strength)
     interventions = folded.build()
     changes = _changes(_foldable(interventions))
     if not changes:
-        raise UserError(f"{file.name} changes nothing as it stands; give a trust other than 0.")
+        raise UserError(f"{file.name} changes nothing as it stands; give a trust or strength other than 0.")
     with atomic_directory(out) as partial:
         network, tokenizer = load_checkpoint(model)
-        folded.model.check(network)
+        folded.model.check(network, tokenizer)
         fold(network, interventions)
         save_checkpoint(network, tokenizer, partial)
-        # What was measured is said by the file as it came: at another setting of the dial it is left out.
+        # What was measured is said by the file as it came: at another setting it is left out.
         card = "\n".join(_card(model, folded, changes, file.measured))
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 

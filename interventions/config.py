@@ -27,11 +27,13 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -47,7 +49,7 @@ from interventions.feedforward import FeedForwardScaling
 from interventions.gates import TrustDial
 from interventions.gating import ConflictGate, Gateable
 from interventions.heads import HeadScaling
-from interventions.identity import Digest, ModelIdentity, Strict
+from interventions.identity import Digest, Line, ModelIdentity, Strict
 from interventions.steering import Steering
 
 FORMAT = "conflictscope-intervention"
@@ -56,6 +58,7 @@ DOCUMENT = "intervention.json"
 """What a file is called that is alone in its folder."""
 
 _LARGEST_DOCUMENT, _LARGEST_TENSORS = 2**25, 2**32
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Text = Annotated[str, Field(max_length=1000)]
 Record = Annotated[dict[str, JsonValue], Field(max_length=1000)]
@@ -103,8 +106,8 @@ class Provenance(Strict):
     data: Text | None = None
     chosen_on: Text | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    versions: Annotated[dict[Text, Text], Field(max_length=100, default_factory=dict)]
-    details: Annotated[Record, Field(default_factory=dict)]
+    versions: Annotated[dict[Text, Text], Field(max_length=100)] = Field(default_factory=dict)
+    details: Record = Field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Provenance:
@@ -129,14 +132,14 @@ class InterventionFile(Strict):
 
     format: Literal["conflictscope-intervention"] = FORMAT
     version: Literal[2] = VERSION
-    name: Annotated[str, Field(min_length=1, max_length=1000)]
+    name: Annotated[Line, Field(min_length=1)]
     towards: Literal["context", "memory"] | None = None
     model: ModelIdentity
     sites: list[Site]
     interventions: Annotated[list[Entry], Field(min_length=1, max_length=1000)]
     tensors: TensorFile | None = None
-    provenance: Annotated[Provenance, Field(default_factory=Provenance)]
-    measured: Annotated[Record, Field(default_factory=dict)]
+    provenance: Provenance = Field(default_factory=Provenance)
+    measured: Record = Field(default_factory=dict)
     _values: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -171,6 +174,14 @@ class InterventionFile(Strict):
             raise UserError(f"{name} cannot be written as an intervention file: {_first(error)}.") from error
         file._values.update(values)
         return file
+
+    @property
+    def digest(self) -> str:
+        """A hash of what the file does: of its interventions and their tensors."""
+        entries = [entry.model_dump(mode="json") for entry in self.interventions]
+        digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
+        digest.update(save({name: values.detach().cpu().contiguous() for name, values in sorted(self._values.items())}))
+        return digest.hexdigest()
 
     def build(self) -> list[AnyIntervention]:
         """The interventions that the file describes, in order."""
@@ -225,6 +236,10 @@ class InterventionFile(Strict):
                 parts.append(dial if isinstance(part, TrustDial) else part)
         return self._changed(parts, towards, self.provenance.details)
 
+    def at(self, *, trust: float | None = None, strength: float = 1.0) -> InterventionFile:
+        """The same at a setting: ``dialed``, if there is a trust for it, and ``scaled``."""
+        return (self if trust is None else self.dialed(trust)).scaled(strength)
+
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.
 
@@ -264,9 +279,8 @@ class InterventionFile(Strict):
             UserError: If it is missing, is not JSON, is of a later version, or says anything that is not allowed.
         """
         document = _document(Path(path))
-        record = _upgraded(_read_record(document), document)
         try:
-            loaded = cls.model_validate(record)
+            loaded = cls.model_validate(_upgraded(_read_record(document), document))
             if loaded.tensors is not None:
                 loaded._values.update(_read_tensors(document.parent / loaded.tensors.file, loaded.tensors.sha256))
             _check(loaded)
@@ -320,6 +334,16 @@ def _check(file: InterventionFile) -> None:
     blueprint = file.model.blueprint
     if file.model.weights is not None:
         file.model.expected_weights()
+    try:
+        json.dumps([file.provenance.model_dump(), file.measured], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{file.name} holds text that is not UTF-8 ({error.reason}); take it out.") from error
+    if odd := [(name, values.dtype) for name, values in file._values.items() if values.dtype not in _DTYPES]:
+        name, dtype = odd[0]
+        raise UserError(
+            f"The tensor {_short(name)!r} of {file.name} is {dtype}, not one of {', '.join(map(str, _DTYPES))}; "
+            "convert it and export the intervention again."
+        )
     used = _Used(file._values)
     for number, entry in enumerate(file.interventions):
         try:
@@ -332,7 +356,7 @@ def _check(file: InterventionFile) -> None:
         entry.build(used)
     if unused := sorted(set(file._values) - used.names):
         raise UserError(
-            f"{file.name} has the tensor {unused[0]!r}, which nothing needs; export the intervention again."
+            f"{file.name} has the tensor {_short(unused[0])!r}, which nothing needs; export the intervention again."
         )
     if file.sites != _sites(file.model, file.interventions):
         raise UserError(
@@ -355,11 +379,14 @@ class _Used(dict[str, Tensor]):
 
 def _document(path: Path) -> Path:
     """The document that ``path`` is, or that lies in it."""
-    if not path.is_dir():
-        return path
-    if (path / DOCUMENT).is_file():
-        return path / DOCUMENT
-    documents = sorted(path.glob("*.json"))
+    try:
+        if not path.is_dir():
+            return path
+        if (path / DOCUMENT).is_file():
+            return path / DOCUMENT
+        documents = sorted(path.glob("*.json"))
+    except OSError as error:
+        raise UserError(f"Could not read {path}: {error.strerror}; check the path.") from error
     if len(documents) != 1:
         raise UserError(f"The folder {path} holds {len(documents)} JSON files; give the path of the intervention file.")
     return documents[0]
@@ -368,8 +395,7 @@ def _document(path: Path) -> Path:
 def _read(path: Path, largest: int, what: str) -> bytes:
     """The content of a file that is one, and is not too large."""
     try:
-        # Without waiting: a pipe in its place would never end.
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+        with open(path, "rb", opener=_without_waiting) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path} is not a file; give {what}.")
@@ -378,12 +404,17 @@ def _read(path: Path, largest: int, what: str) -> bytes:
                     f"{path} has {status.st_size} bytes, more than the {largest} that {what} may have; export the "
                     "intervention again."
                 )
-            return stream.read(largest)
+            return stream.read(status.st_size)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"Could not read {what} {path}: {reason}; check the path.") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe in its place, to which nobody writes, would be waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -396,7 +427,7 @@ def _read_record(path: Path) -> dict[str, Any]:
             parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); export the intervention again.") from error
+        raise UserError(f"{path} is not valid JSON ({_short(error)}); export the intervention again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f'{path} is not an intervention file: its "format" must be "{FORMAT}".')
     return record
@@ -405,8 +436,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is said twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{_short(name)!r} is said twice")
     return record
 
 
@@ -427,7 +458,7 @@ def _upgraded(record: dict[str, Any], path: Path) -> dict[str, Any]:
         return record
     if version != 1 or type(version) is not int:
         raise UserError(
-            f"{path} has version {str(version)[:40]}, this conflictscope reads versions 1 to {VERSION}; "
+            f"{path} has version {_short(version)}, this conflictscope reads versions 1 to {VERSION}; "
             "upgrade with: pip install --upgrade conflictscope"
         )
     if "sites" in record:
@@ -444,7 +475,8 @@ def _upgraded(record: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+    # Unlike Path.resolve this raises nothing where links lead round in circles; reading does.
+    if Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
         raise UserError(f"{path} is a link that leaves its folder; put the tensors themselves next to the document.")
     content = _read(path, _LARGEST_TENSORS, "the intervention's tensors")
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -453,15 +485,21 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         tensors = load(content)
     # safetensors has its own exceptions for its header, and others for what the header leads to.
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); export the intervention again.") from error
-    if odd := [name for name, values in tensors.items() if not values.is_floating_point()]:
-        raise UserError(f"The tensor {odd[0]!r} in {path} holds no floating-point numbers; export it again.")
+        raise UserError(
+            f"{path} is not a safetensors file ({_short(error)}); export the intervention again."
+        ) from error
     return tensors
 
 
 def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{_short('.'.join(map(str, first['loc'])))}: {_short(first['msg'])}"
+
+
+def _short(said: object) -> str:
+    """What a file says, or was said of it, as a part of one sentence: a file may say anything, of any length."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in str(said)[:300])
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _invalid(path: Path, reason: str) -> UserError:

@@ -31,6 +31,8 @@ _WRITTEN = ("Paris", " the capital of France is", "1984 + 2.5%\n\n\tdef f(x):", 
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Layer = Annotated[int, Field(ge=0, lt=2**12)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1000)]
+"""What errors and tables can show as it is: text without control characters."""
 
 
 class Strict(BaseModel):
@@ -52,8 +54,8 @@ class ModelIdentity(Strict):
         tokenizer: Hash of its tokenizer's vocabulary and of what it makes of some texts; ``None`` is not known.
     """
 
-    name: Annotated[str, Field(max_length=1000)]
-    architecture: Annotated[str, Field(max_length=200)]
+    name: Line
+    architecture: Annotated[Line, Field(max_length=200)]
     n_layers: Annotated[int, Field(ge=1, lt=2**12)]
     n_heads: Count
     n_kv_heads: Count | None = None

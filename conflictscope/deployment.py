@@ -1,0 +1,262 @@
+"""The commands that ship an intervention: look at a file, try it, gate it, fold it into weights, serve it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, RelationOption, SeedOption, say
+from interp.errors import UserError
+
+gate_app = typer.Typer(help="Put an intervention behind a conflict detector.", no_args_is_help=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")]
+TrustOption = Annotated[
+    float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
+]
+StrengthOption = Annotated[
+    float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
+]
+_SHOWN = (
+    "memory_rate",
+    "context_rate",
+    "closed_book_accuracy",
+    "aligned_accuracy",
+    "irrelevant_accuracy",
+    "neutral_kl",
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (inspect, generate, export, serve):
+        app.command()(command)
+    app.add_typer(gate_app, name="gate")
+
+
+def inspect(
+    config: Annotated[Path, typer.Argument(help="An intervention file, or the folder that it is alone in.")],
+) -> None:
+    """Say what an intervention file changes, in which model, and what it was measured to do."""
+    from interventions.config import InterventionFile
+
+    file = InterventionFile.load(config)
+    output = Console()
+    about = Table(show_header=False, box=None, title=file.name, title_justify="left")
+    shape = file.model
+    about.add_row("strengthens", file.towards or "-")
+    about.add_row("model", f"{shape.name}: {shape.architecture}, {shape.n_layers} layers x {shape.n_heads} heads")
+    known = [name for name in ("weights", "tokenizer") if getattr(shape, name) is not None]
+    about.add_row("recognised by", ", ".join(["shape", *known]))
+    for entry in file.interventions:
+        about.add_row("changes", "; ".join(_described(entry)))
+    about.add_row("at", ", ".join(place.module for place in file.sites))
+    source = file.provenance
+    details = [
+        f"{name} {value}" for name in ("method", "chosen_on", "seed") if (value := getattr(source, name)) is not None
+    ]
+    about.add_row("made by", ", ".join(details) or "-")
+    about.add_row("data", (source.data or "-")[:16])
+    about.add_row("with", ", ".join(f"{name} {version}" for name, version in source.versions.items()) or "-")
+    output.print(about)
+    conditions = {name: found for name, found in file.measured.items() if isinstance(found, Mapping)}
+    columns = [name for name in _SHOWN if any(_is_estimate(found.get(name)) for found in conditions.values())]
+    if not columns:
+        output.print("Nothing was measured of this file as it is.")
+        return
+    table = Table("measured", *(name.replace("_", " ") for name in columns))
+    for name, found in conditions.items():
+        table.add_row(name, *(_estimate(found.get(column)) for column in columns))
+    output.print(table)
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str], typer.Argument(help="Prompts; each is one argument.")],
+    config: Annotated[Path, typer.Option("--config", help="An intervention file for that model.")],
+    trust: TrustOption = None,
+    strength: StrengthOption = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 24,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer prompts without an intervention and with it, side by side."""
+    from interp.models import DTYPES, load_checkpoint, resolve_device
+    from interventions.config import InterventionFile
+    from interventions.runtime import apply, greedy_answers
+
+    file = InterventionFile.load(config)
+    _check_dtype(dtype)
+    network, tokenizer = load_checkpoint(model)
+    network.to(resolve_device(device), DTYPES[dtype])
+    table = Table("prompt", "without", "with", title=file.name, show_lines=True)
+    plain = greedy_answers(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    with apply(network, file, tokenizer=tokenizer, trust=trust, strength=strength):
+        edited = greedy_answers(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    for row in zip(prompt, plain, edited, strict=True):
+        table.add_row(*row)
+    Console().print(table, markup=False)
+
+
+def export(
+    model: ModelArgument,
+    config: Annotated[Path, typer.Argument(help="An intervention file for that model.")],
+    out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or with --bake a new folder.")],
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
+    ] = False,
+    trust: TrustOption = None,
+    strength: StrengthOption = 1.0,
+) -> None:
+    """Write an edit at one setting: as an intervention file, or folded into the weights of its model."""
+    from interp.models import load_checkpoint
+    from interventions.bake import write_folded
+    from interventions.config import InterventionFile
+
+    file = InterventionFile.load(config)
+    if bake:
+        write_folded(model, file, out, trust=trust, strength=strength)
+    else:
+        file.model.check(*load_checkpoint(model))
+        file.at(trust=trust, strength=strength).save(out)
+    say(f"Wrote {out}")
+
+
+@gate_app.command("fit")
+def gate_fit(
+    config: Annotated[Path, typer.Argument(help="The intervention file to put behind a gate.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Its model: a registered name, a local directory or a hub id.")
+    ] = (DEFAULT_MODEL),
+    relation: RelationOption = None,
+    trust: TrustOption = None,
+    keep: Annotated[
+        float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
+    ] = 0.95,
+    subjects: Annotated[
+        int, typer.Option(min=2, help="Subjects of each relation asked about at most, to learn from and to test on.")
+    ] = 40,
+    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
+        "out/gate"
+    ),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/summary.json."""
+    from conflictscope.dialing import RELATIONS
+    from conflictscope.gating import Gating, gating_lines, gating_table
+    from interp.models import load_model
+    from interventions.config import InterventionFile
+
+    file = InterventionFile.load(config)
+    file = file.at(trust=trust)
+    bridge = load_model(model, device=device, dtype=dtype)
+    gating = Gating(bridge, file, relations=relation or RELATIONS, out=out, keep=keep, subjects=subjects, seed=seed)
+    summary = gating.run()
+    table = gating_table(summary)
+    shown = Table(*table.columns)
+    for row in table.iter_rows():
+        shown.add_row(*row)
+    Console(width=None if Console().is_terminal else 200).print(shown)
+    for line in gating_lines(summary):
+        say(line)
+    say(f"The gated intervention is {out / 'gated.json'}, all numbers are in {out / 'summary.json'}")
+
+
+def serve(
+    config: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Intervention files for one model; requests choose among them by file name, first is default."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model; by default what the first file was made with.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; other than this machine's own needs --api-key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CONFLICTSCOPE_API_KEY", help="What clients send as a bearer token.")
+    ] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    max_waiting: Annotated[int, typer.Option(min=1, help="How many requests may wait; more are refused.")] = 256,
+    journal: Annotated[
+        Path | None, typer.Option(help="File to append every answer to, as a line of JSON, before it is sent.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
+    import uvicorn
+
+    from conflictscope.serving import Engine, Limits, build_app, named
+    from interp.models import DTYPES, load_checkpoint, resolve_device
+
+    if not api_key and not _is_local(host):
+        raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
+    _check_dtype(dtype)
+    files = named(config)
+    name = next(iter(files.values())).model.name if model is None else model
+    network, tokenizer = load_checkpoint(name)
+    network.to(resolve_device(device), DTYPES[dtype]).eval()
+    limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
+    served = Path(name).name
+    engine = Engine(network, tokenizer, name=served, interventions=files, limits=limits, journal=journal)
+    say(f"Serving {', '.join(engine.models())}")
+    app = build_app(engine, api_key=api_key or None)
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_dtype(dtype: str) -> None:
+    from interp.models import DTYPES
+
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
+
+
+def _described(entry: Any) -> Iterator[str]:
+    """What an entry of a file does, in words."""
+    if entry.kind == "head_scaling":
+        around = " around their means" if any(head.mean is not None for head in entry.heads) else ""
+        listed = ", ".join(f"{head.layer}.{head.head} x {head.scale:g}" for head in entry.heads)
+        yield f"{len(entry.heads)} heads{around}: {listed}"
+    elif entry.kind == "feed_forward_scaling":
+        yield "feed-forward layers: " + ", ".join(f"{part.layer} x {part.scale:g}" for part in entry.layers)
+    elif entry.kind == "trust_dial":
+        yield f"a dial of {len(entry.gates)} gates, at {entry.trust:+g}"
+    elif entry.kind == "steering":
+        yield f"direction after layer {entry.layer} ({entry.mode}, strength {entry.strength:g}, {entry.tokens} tokens)"
+    elif entry.kind == "feature_edit":
+        features = sum(len(part.removed) + len(part.added) for part in entry.layers)
+        layers = ", ".join(str(part.layer) for part in entry.layers)
+        yield f"{features} features of layers {layers} (alpha {entry.alpha:g}, {entry.tokens} tokens)"
+    else:
+        yield f"behind a gate that reads the {entry.part} of layer {entry.layer}, above {entry.threshold:.3f}"
+        for inner in entry.interventions:
+            yield from _described(inner)
+
+
+def _is_estimate(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys()
+
+
+def _estimate(value: Any) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if _is_estimate(value) else "-"
