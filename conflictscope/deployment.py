@@ -87,18 +87,20 @@ def generate(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Answer prompts without an intervention and with it, side by side."""
-    from interp.models import DTYPES, load_checkpoint, resolve_device
+    from interp.generation import greedy_texts
+    from interp.models import DTYPES, decode_plainly, load_checkpoint, resolve_device
     from interventions.config import InterventionFile
-    from interventions.runtime import apply, greedy_answers
+    from interventions.runtime import apply
 
     file = InterventionFile.load(config)
     _check_dtype(dtype)
     network, tokenizer = load_checkpoint(model)
     network.to(resolve_device(device), DTYPES[dtype])
+    decode_plainly(network)
     table = Table("prompt", "without", "with", title=file.name, show_lines=True)
-    plain = greedy_answers(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    plain = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
     with apply(network, file, tokenizer=tokenizer, trust=trust, strength=strength):
-        edited = greedy_answers(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        edited = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
     for row in zip(prompt, plain, edited, strict=True):
         table.add_row(*row)
     Console().print(table, markup=False)

@@ -36,10 +36,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from interp.errors import UserError
+from interp.models import decode_plainly
 from interventions.base import Patch, attach_patches
 from interventions.config import InterventionFile
 
@@ -160,7 +161,7 @@ class Engine:
     """A model, its interventions, and the thread that answers.
 
     Args:
-        model: The transformers model, in evaluation mode.
+        model: The transformers model, in evaluation mode; it decodes plainly from now on.
         tokenizer: Its tokenizer.
         name: What the model is called.
         interventions: Files by name; the first is what a request gets that names none.
@@ -187,6 +188,7 @@ class Engine:
             )
         for file in interventions.values():
             file.model.check(model, tokenizer)
+        decode_plainly(model)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -299,27 +301,22 @@ class Engine:
         asked = job.asked
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([job.prompt], device=device)
-        own = self.model.generation_config
         streamer = _Streamer(self.tokenizer, asked.stops, job)
-        config = GenerationConfig(
-            max_new_tokens=job.max_tokens,
-            do_sample=asked.temperature > 0,
-            bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id if own.pad_token_id is not None else self.tokenizer.pad_token_id,
-            **({"temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0} if asked.temperature > 0 else {}),
-        )
+        sampling: dict[str, Any] = {"do_sample": False}
         if asked.temperature > 0:
+            sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
             torch.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1 if asked.seed is None else asked.seed)
         patches = self.patches(job.intervention, asked.trust, asked.strength)
         with attach_patches(self.model, patches or []), torch.inference_mode():
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=config,
+                max_new_tokens=job.max_tokens,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([streamer.stopping]),
+                **sampling,
             )
+        own = self.model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         return streamer.done(job.max_tokens, ends)
 
@@ -460,6 +457,8 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, "The body is not valid JSON; send an object.")
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'The body'}: {first['msg']}.")
 

@@ -136,7 +136,7 @@ def main(
     if not all(prompts.values()):
         raise UserError("A prompt has no tokens; give a text after each --prompt.")
     started = time.perf_counter()
-    with atomic_directory(out) as partial:
+    with console.status("Exporting, which takes minutes"), atomic_directory(out) as partial:
         export(model, partial)
         tokenizer.save_pretrained(partial)
     console.print(f"Exported to {out / 'model.onnx'} in {time.perf_counter() - started:.0f} s")
@@ -144,17 +144,14 @@ def main(
     ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
     others = 0
     for text, ids in prompts.items():
-        found, expected = (
-            in_onnxruntime(session, ids, ends, max_new_tokens),
-            in_transformers(model, ids, max_new_tokens),
-        )
+        found = in_onnxruntime(session, ids, ends, max_new_tokens)
+        expected = in_transformers(model, ids, max_new_tokens)
         others += found.tokens != expected.tokens
         console.print(f"\nPrompt        {text!r}")
         console.print(f"ONNX Runtime  {tokenizer.decode(found.tokens)!r}")
         console.print(f"transformers  {tokenizer.decode(expected.tokens)!r}")
-        console.print(
-            f"Logits        differ by {np.abs(found.prompt_logits - expected.prompt_logits).max():.1e} at most"
-        )
+        difference = np.abs(found.prompt_logits - expected.prompt_logits).max()
+        console.print(f"Logits        differ by {difference:.1e} at most")
     raise typer.Exit(1 if others else 0)
 
 

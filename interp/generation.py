@@ -43,6 +43,27 @@ class Continuations(NamedTuple):
     first_logits: Tensor
 
 
+def greedy_texts(network: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    """What a plain transformers model goes on with, greedily, to each prompt by itself.
+
+    Args:
+        network: The transformers model; for answers without what its checkpoint adds to greedy decoding see
+            ``interp.models.decode_plainly``.
+        tokenizer: Its tokenizer.
+        prompts: Texts.
+        max_new_tokens: Longest answer, in tokens.
+    """
+    device = network.get_input_embeddings().weight.device
+    answers = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt")
+        inputs = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            written = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers.append(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
 def encode(model: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Left-padded model inputs on the model's device.
 

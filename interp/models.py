@@ -244,7 +244,7 @@ def load_model(
         except _LOADING_ERRORS as error:
             raise UserError(_not_loadable(name, error)) from error
     _use_tokenizer(bridge, checkpoint_tokenizer)
-    _decode_plainly(transformers_model(bridge))
+    decode_plainly(transformers_model(bridge))
     bridge.eval()
     transformers_model(bridge).requires_grad_(False)
     return bridge
@@ -340,7 +340,7 @@ def _use_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
     bridge.cfg.default_prepend_bos = prepends
 
 
-def _decode_plainly(network: Any) -> None:
+def decode_plainly(network: Any) -> None:
     """Leave of the checkpoint's generation settings only its token ids.
 
     Greedy then means greedy: a repetition penalty, which many chat models ship, would punish answers that stand in

@@ -18,13 +18,10 @@ act in every forward pass until the handle is removed, in all threads, on any de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from interventions.base import Handle
 from interventions.config import InterventionFile
@@ -56,32 +53,3 @@ def apply(
     if tokenizer is not None:
         chosen.model.check(network, tokenizer)
     return chosen.attach(network)
-
-
-def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """What a transformers model says greedily, prompt by prompt, without any penalty that its checkpoint may ship.
-
-    Args:
-        model: The transformers model.
-        tokenizer: Its tokenizer.
-        prompts: Texts.
-        max_new_tokens: Longest answer, in tokens.
-    """
-    own = model.generation_config
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id,
-    )
-    answers = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        ids, mask = (
-            inputs[name].to(model.get_input_embeddings().weight.device) for name in ("input_ids", "attention_mask")
-        )
-        with torch.inference_mode():
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-    return answers

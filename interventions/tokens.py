@@ -46,6 +46,10 @@ class TokenTracker:
         self.tokens: Tokens = tokens
         self._thread = threading.local()
 
+    def __deepcopy__(self, _: Any) -> TokenTracker:
+        # With the hooks of a model that is copied: those that ask share the tracker with the one that sees the passes.
+        return self
+
     def attach(self, model: nn.Module) -> Following:
         """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
         network = transformers_model(model)

@@ -19,7 +19,7 @@ from interventions.heads import HeadScaling
 from tests.tiny import tiny_conflicts
 
 PRUNED = HeadScaling.of([(0, 1), (2, 3)], 0.0)
-PROMPTS = [conflict.prompt for conflict in tiny_conflicts()][:4]
+PROMPTS = [conflict.prompt for conflict in tiny_conflicts()][:2]
 N_TOKENS = 8
 
 
@@ -54,7 +54,7 @@ def session(folded):
 
 
 def hooked(folder, ids) -> Any:
-    """The logits of the tokens ``ids`` and of those that follow, from the plain model with hooks instead of the fold."""
+    """From the plain model with hooks: the logits of the tokens ``ids`` and of those that follow, and the latter."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = torch.tensor([ids])
     with torch.inference_mode(), applied(model, PRUNED):

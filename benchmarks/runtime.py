@@ -1,0 +1,123 @@
+"""What an edit costs while text is generated: hooked, behind a gate, and folded into the weights.
+
+Run ``python -m benchmarks.runtime --json``. Four sides take turns on the same prompts, each turn generating as many
+tokens with transformers' ``generate`` and a KV cache:
+
+    plain     the model as it is
+    hooked    40 heads scaled by hooks (interventions.runtime)
+    gated     the same heads behind a gate that opens for every row, the dearest case
+    baked     the same heads folded into the weights of a copy
+
+A ratio is the median over turns of tokens per second, against plain in the same turn. Heads and probe are random; the
+cost does not depend on which they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from interp.anatomy import Anatomy
+from interp.models import DEFAULT_MODEL, DTYPES, decode_plainly, load_checkpoint, resolve_device
+from interventions.bake import fold
+from interventions.base import Intervention, applied
+from interventions.gating import ConflictGate
+from interventions.heads import HeadScaling, ScaledHead
+
+PROMPT = "Fact: the capital of Japan is Lima. Fact: the capital of Japan is"
+
+
+def random_heads(anatomy: Anatomy, count: int) -> HeadScaling:
+    """Heads of the upper two thirds of the layers, each with a scale of its own."""
+    rng = random.Random(0)
+    places = [(layer, h) for layer in range(anatomy.n_layers // 3, anatomy.n_layers) for h in range(anatomy.n_heads)]
+    chosen = sorted(rng.sample(places, min(count, len(places))))
+    return HeadScaling(tuple(ScaledHead(layer, head, rng.uniform(0.5, 1.5)) for layer, head in chosen))
+
+
+def tokens_per_second(network: Any, batch: dict[str, torch.Tensor], tokens: int) -> float:
+    """Generated tokens of all rows, per second."""
+    begin = time.perf_counter()
+    written = network.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    rate = len(written) * tokens
+    if written.is_cuda:
+        torch.cuda.synchronize()
+    return rate / (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def main(
+    model: Annotated[str, typer.Option(help="Model to measure on.")] = DEFAULT_MODEL,
+    heads: Annotated[int, typer.Option(min=1, help="How many heads are scaled.")] = 40,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in each turn.")] = 24,
+    turns: Annotated[int, typer.Option(min=1, help="How often each side generates.")] = 15,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
+) -> None:
+    """Time generation in turn."""
+    network, tokenizer = load_checkpoint(model)
+    network.to(resolve_device(device), DTYPES[dtype]).eval()
+    decode_plainly(network)
+    anatomy = Anatomy(network)
+    scaling = random_heads(anatomy, heads)
+    probe = torch.ones(anatomy.d_model)
+    gate = ConflictGate("block", anatomy.n_layers // 3 - 1, probe, 0.0, -1e9, (scaling,))
+    baked = copy.deepcopy(network)
+    fold(baked, [scaling])
+
+    def generating(network: Any, *edits: Intervention) -> Callable[[dict[str, torch.Tensor]], float]:
+        def side(batch: dict[str, torch.Tensor]) -> float:
+            with applied(network, *edits):
+                return tokens_per_second(network, batch, tokens)
+
+        return side
+
+    sides = {
+        "plain": generating(network),
+        "hooked": generating(network, scaling),
+        "gated": generating(network, gate),
+        "baked": generating(baked),
+    }
+    result: dict[str, Any] = {}
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(anatomy.device)
+    for rows in (1, 16):
+        batch = {"input_ids": ids.expand(rows, -1), "attention_mask": torch.ones_like(ids).expand(rows, -1)}
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        names = list(sides)
+        for turn in range(turns + 1):
+            # Each side is first as often as the others, and the first turn only warms up.
+            for name in names[turn % 4 :] + names[: turn % 4]:
+                rate = sides[name](batch)
+                if turn:
+                    rates[name].append(rate)
+        for name in names[1:]:
+            ratios = [edited / plain for edited, plain in zip(rates[name], rates["plain"], strict=True)]
+            result[f"{name}_ratio" if rows == 1 else f"{name}_ratio_batch_{rows}"] = round(median(ratios), 3)
+        result |= {f"{name}_tokens_per_second_batch_{rows}": round(median(rates[name]), 1) for name in names}
+    result |= {
+        "heads": len(scaling),
+        "turns": turns,
+        "tokens": tokens,
+        "model": model,
+        "device": str(anatomy.device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+    }
+    if not as_json:
+        for name, value in result.items():
+            print(f"{name:<32}{value}")
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,274 @@
+import copy
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from interp.errors import UserError
+from interp.generation import greedy_texts
+from interp.models import decode_plainly, load_model
+from interventions.base import applied
+from interventions.config import InterventionFile
+from interventions.gates import Gate, TrustDial
+from interventions.gating import ConflictGate
+from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
+from interventions.runtime import apply
+from interventions.steering import Steering
+from tests.tiny import CONFIGS, tiny_conflicts
+
+PROMPTS = [e.prompt for e in tiny_conflicts()][:5]
+VECTOR = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+HEADS = HeadScaling.of([(1, 1), (2, 3)], -2.0)
+KINDS: dict[str, list[Any]] = {
+    "heads": [HEADS],
+    "steering": [Steering(1, VECTOR)],
+    "gate": [ConflictGate("block", 0, VECTOR, 0.0, 0.0, (HEADS, Steering(1, VECTOR, tokens="answer")))],
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def llama(tiny_directories) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_directories["llama"]).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_directories) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_directories["llama"])
+
+
+@pytest.fixture
+def batch(tokenizer) -> Any:
+    return dict(tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left"))
+
+
+def file_of(kind: str, model: Any, tokenizer: Any = None) -> InterventionFile:
+    return InterventionFile.of(KINDS[kind], name=kind, model=ModelIdentity.of(model, "tiny", tokenizer))
+
+
+def greedy(model, batch, **options: Any):
+    with torch.inference_mode():
+        return model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+
+
+def logits(model, batch):
+    with torch.inference_mode():
+        return model(**batch).logits
+
+
+# What is applied
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_plain_model_gives_what_the_bridge_gives(tiny_directories, tmp_path, architecture, kind, batch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directories[architecture])
+    bridge = load_model(str(tiny_directories[architecture]), device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(tiny_directories[architecture]).eval()
+    file_of(kind, bridge).save(tmp_path / "edit.json")
+    plain = greedy(model, batch)
+    with applied(bridge, *KINDS[kind]):
+        expected = greedy(bridge.original_model, batch)
+    for path in (tmp_path / "edit.json", tmp_path):
+        with apply(model, path, tokenizer=tokenizer):
+            assert torch.equal(greedy(model, batch), expected)
+    # A random probe may open for none of these prompts.
+    assert kind == "gate" or not torch.equal(plain, expected)
+    assert torch.equal(greedy(model, batch), plain)
+
+
+def test_strength_and_trust_say_how_far(llama, batch):
+    file = file_of("heads", llama)
+    with apply(llama, file, strength=0.5):
+        half = logits(llama, batch)
+    with applied(llama, HeadScaling.of([(1, 1), (2, 3)], -0.5)):
+        assert torch.equal(logits(llama, batch), half)
+    with apply(llama, file, strength=0.0):
+        assert torch.equal(logits(llama, batch), logits(llama, batch))
+    dial = TrustDial((Gate(1, 1, 0.0, 2.0),))
+    dial_file = InterventionFile.of([dial], name="dial", model=file.model)
+    with apply(llama, dial_file, trust=-0.5):
+        turned = logits(llama, batch)
+    with applied(llama, dial.at(-0.5)):
+        assert torch.equal(logits(llama, batch), turned)
+
+
+def test_greedy_texts_ignore_what_the_checkpoint_would_penalise(llama, tokenizer):
+    expected = greedy_texts(llama, tokenizer, PROMPTS, max_new_tokens=6)
+    llama.generation_config.repetition_penalty = 10.0
+    assert greedy_texts(llama, tokenizer, PROMPTS, max_new_tokens=6) != expected
+    decode_plainly(llama)
+    assert greedy_texts(llama, tokenizer, PROMPTS, max_new_tokens=6) == expected
+
+
+# Ways to run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}],
+    ids=["no cache", "beams", "static cache"],
+)
+def test_each_row_of_a_batch_gets_what_it_gets_alone(llama, batch, tokenizer, kind, options):
+    with apply(llama, file_of(kind, llama)):
+        together = greedy(llama, batch, **options)[:, batch["input_ids"].shape[1] :]
+        for row, prompt in enumerate(PROMPTS):
+            alone = dict(tokenizer([prompt], return_tensors="pt"))
+            expected = greedy(llama, alone, **options)[0, alone["input_ids"].shape[1] :]
+            assert torch.equal(together[row], expected)
+
+
+def test_sampling_with_a_seed_gives_the_same_with_and_without_a_cache(llama, batch, kind):
+    found = []
+    with apply(llama, file_of(kind, llama)):
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            with torch.inference_mode():
+                found.append(llama.generate(**batch, max_new_tokens=5, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_of_the_float32_model_is_applied_to_its_half_precision_copy(llama, batch, kind, dtype):
+    file = file_of(kind, llama)
+    with apply(llama, file):
+        expected = logits(llama, batch)
+    half = copy.deepcopy(llama).to(dtype)
+    plain = logits(half, batch)
+    with apply(half, file):
+        found = logits(half, batch)
+    assert found.dtype == dtype
+    keep = batch["attention_mask"].bool()
+    distance = (found.float() - expected)[keep].norm() / expected[keep].norm()
+    assert distance < 0.1
+    assert not torch.equal(found, plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_edited_and_restored_whenever_the_edit_comes_and_goes(llama, batch, kind):
+    file = file_of(kind, llama)
+    plain = logits(llama, batch)
+    with apply(llama, file):
+        expected = logits(llama, batch)
+    # The graph is captured as always; only the code generator, which would take minutes, is left out.
+    compiled: Any = torch.compile(llama, backend="eager")
+    torch.testing.assert_close(logits(compiled, batch), plain)
+    with apply(compiled, file):
+        torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(compiled, batch), plain)
+    torch.compiler.reset()
+
+
+def test_threads_that_generate_at_once_do_not_disturb_each_other(llama, tokenizer, kind):
+    with apply(llama, file_of(kind, llama)):
+        inputs = [dict(tokenizer([prompt], return_tensors="pt")) for prompt in PROMPTS]
+        alone = [greedy(llama, one) for one in inputs]
+        found: dict[tuple[int, int], torch.Tensor] = {}
+
+        def work(row: int) -> None:
+            for turn in range(5):
+                found[row, turn] = greedy(llama, inputs[row])
+
+        threads = [threading.Thread(target=work, args=(row,)) for row in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 5 * len(inputs)
+    assert all(torch.equal(tokens, alone[row]) for (row, _), tokens in found.items())
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"assistant_model": True}], ids=str
+)
+def test_ways_to_generate_that_hide_tokens_are_served_or_refused(llama, tokenizer, kind, options):
+    batch = dict(tokenizer(PROMPTS[:1], return_tensors="pt"))
+    options = {name: llama if value is True else value for name, value in options.items()}
+    if kind == "heads":
+        with apply(llama, file_of(kind, llama)):
+            assert torch.equal(greedy(llama, batch, **options), greedy(llama, batch))
+        return
+    with apply(llama, file_of(kind, llama)), pytest.raises(UserError, match=f"generate without {next(iter(options))}"):
+        greedy(llama, batch, **options)
+
+
+def test_continuous_batching_is_refused_where_tokens_or_rows_matter(llama, kind):
+    with apply(llama, file_of(kind, llama)):
+        if kind == "heads":
+            assert "init_continuous_batching" not in vars(llama)
+        else:
+            with pytest.raises(UserError, match="cannot tell them apart in continuous batching"):
+                llama.init_continuous_batching()
+    assert not {"generate", "init_continuous_batching"} & vars(llama).keys()
+
+
+def test_a_deep_copy_made_meanwhile_generates_with_its_own_weights(llama, batch):
+    with apply(llama, file_of("steering", llama)):
+        other = copy.deepcopy(llama)
+        with torch.no_grad():
+            other.lm_head.weight.neg_()
+        assert not torch.equal(greedy(other, batch), greedy(llama, batch))
+
+
+def test_two_followed_edits_may_be_removed_in_any_order(llama, batch):
+    plain = greedy(llama, batch)
+    first, second = (apply(llama, file_of(kind, llama)) for kind in ("steering", "gate"))
+    first.remove()
+    with pytest.raises(UserError, match="prompt_lookup"):
+        greedy(llama, {k: v[:1] for k, v in batch.items()}, prompt_lookup_num_tokens=2)
+    second.remove()
+    assert torch.equal(greedy(llama, batch), plain)
+
+
+def test_device_map_and_offloading(tiny_directories, llama, batch, kind, tmp_path):
+    file = file_of(kind, llama)
+    with apply(llama, file):
+        expected = greedy(llama, batch)
+    mapped = AutoModelForCausalLM.from_pretrained(tiny_directories["llama"], device_map={"": "cpu"}).eval()
+    with apply(mapped, file):
+        assert torch.equal(greedy(mapped, batch), expected)
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tiny_directories["llama"], device_map={"": "disk"}, offload_folder=str(tmp_path)
+    )
+    with pytest.raises(UserError, match="cannot be read"):
+        apply(offloaded, file)
+
+
+def test_another_model_or_tokenizer_is_refused_and_nothing_stays_attached(llama, tokenizer, batch, tiny_directories):
+    file = file_of("steering", llama, tokenizer)
+    before = logits(llama, batch)
+    other: Any = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|other|>"])
+    with pytest.raises(UserError, match="another tokenizer"):
+        apply(llama, file, tokenizer=other)
+    assert torch.equal(logits(llama, batch), before)
+    assert "generate" not in vars(llama)
+    mistral = AutoModelForCausalLM.from_pretrained(tiny_directories["mistral"])
+    with pytest.raises(UserError, match="architecture LlamaForCausalLM"):
+        apply(mistral, file)
+
+
+# Import
+
+
+def seconds(code: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def test_importing_the_runtime_takes_little_longer_than_importing_the_models_it_edits():
+    # The least of several runs, taken in turn: whatever else the machine does only adds to it.
+    model = "from transformers import AutoModelForCausalLM, GenerationConfig; import transformers.generation"
+    runtime = "import interventions; from interventions.runtime import apply"
+    times = [(seconds(model), seconds(runtime)) for _ in range(3)]
+    assert min(mine for _, mine in times) < 1.2 * min(theirs for theirs, _ in times)
