@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench schema clean
 
 demo: $(STAMP)
 	$(BIN)/conflictscope demo --out out/demo
@@ -27,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.probes --json
 	$(BIN)/python -m benchmarks.detector --json
 	$(BIN)/python -m benchmarks.mutual_information --json
+	$(BIN)/python -m benchmarks.runtime --json
 
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt

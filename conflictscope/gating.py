@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from conflictscope.records import Records
 from conflictscope.study import condition_record, measure_edits, model_record, run_record
 from interp.activations import Activations, record, sites_of
 from interp.anatomy import Anatomy, located
-from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, STUDY_PHRASINGS, relation_named
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 Condition = Literal["unedited", "everywhere", "gated", "random_gate"]
 _CLASSES = ("other", "conflict")
+# Of each kind. Subjects matter more than phrasings of the same one.
+_EXAMPLES: dict[Split, int] = {"train": 180, "dev": 120}
 _OTHERS = tuple(kind for kind in CONTEXT_KINDS if kind != "conflict")
 
 
@@ -142,7 +145,7 @@ class Gating:
         Raises:
             UserError: If the model knows too little.
         """
-        chosen, gate, control = self.chosen, self.gate(self.chosen), self.gate(self.random)
+        chosen, gate, control = self.chosen, self.gate(self.chosen), self.gate(self.blind)
         measured: dict[Condition, tuple[UsageReport, np.ndarray]] = {
             "unedited": self._measured([], "Unedited"),
             "everywhere": self._measured(self.edits, "Edited everywhere"),
@@ -171,7 +174,7 @@ class Gating:
                 "dev": {"auroc": chosen.probe.validation_auroc, "opened": chosen.opened},
                 "test": {"opened": opened["gated"]},
             },
-            "random_gate": {"dev": {"opened": self.random.opened}, "test": {"opened": opened["random_gate"]}},
+            "random_gate": {"dev": {"opened": self.blind.opened}, "test": {"opened": opened["random_gate"]}},
             "conditions": {name: condition_record(*found) for name, found in measured.items()},
             "kept": {
                 name: kept_shares({key: report for key, (report, _) in measured.items()}, name, self.file.towards)
@@ -192,7 +195,7 @@ class Gating:
     @cached_property
     def chosen(self) -> Chosen:
         """The probe that lets fewest others through while it lets the wanted share of conflicts pass, on dev."""
-        parts = {"train": learned_part(self.conflicts, "train"), "dev": learned_part(self.conflicts, "dev")}
+        parts = {split: self._learned_from(split) for split in _EXAMPLES}
         sites = sites_of(self.model, layers=range(self.lowest))
         recorded = {
             split: record(self.model, part, sites, progress=f"Recording: {split}") for split, part in parts.items()
@@ -210,16 +213,25 @@ class Gating:
         return min(candidates, key=lambda chosen: sum(chosen.opened[kind] for kind in _OTHERS))
 
     @cached_property
-    def random(self) -> Chosen:
+    def blind(self) -> Chosen:
         """The control: a random direction at the chosen site, set to let as many conflicts pass."""
         probe = self.chosen.probe
         generator = torch.Generator().manual_seed(self.seed)
         weight = (
             torch.randn(probe.weight.shape, generator=generator) * probe.weight.norm() / probe.weight.numel() ** 0.5
         )
-        blind = LinearProbe(probe.site, _CLASSES, weight, torch.zeros(1), probe.strength, 0.5)
-        dev = learned_part(self.conflicts, "dev")
-        return self._set(blind, record(self.model, dev, [probe.site], progress="Recording: random gate"), dev)
+        direction = LinearProbe(probe.site, _CLASSES, weight, torch.zeros(1), probe.strength, 0.5)
+        dev = self._learned_from("dev")
+        return self._set(direction, record(self.model, dev, [probe.site], progress="Recording: random gate"), dev)
+
+    def _learned_from(self, split: Split) -> ConflictSet:
+        """As many prompts of each kind, at random."""
+        part = learned_part(self.conflicts, split)
+        rng = random.Random(f"{self.seed}/{split}")
+        kinds = [part.select(kind=kind).examples for kind in CONTEXT_KINDS]
+        return ConflictSet(
+            part.name, tuple(e for some in kinds for e in rng.sample(some, min(_EXAMPLES[split], len(some))))
+        )
 
     def gate(self, chosen: Chosen) -> ConflictGate:
         """The edits behind a probe."""
@@ -245,7 +257,7 @@ class Gating:
         values = record(self.model, asked, [self.chosen.probe.site], progress="Recording: test")
         frame = pl.DataFrame({"kind": [e.kind for e in asked], "subject": [e.subject for e in asked]})
         shares: dict[str, dict[str, dict[str, float]]] = {}
-        for name, (probe, threshold, _) in {"gated": self.chosen, "random_gate": self.random}.items():
+        for name, (probe, threshold, _) in {"gated": self.chosen, "random_gate": self.blind}.items():
             is_open = (probe.logits(values[probe.site])[:, 0].cpu() > threshold).double().numpy()
             opened = frame.with_columns(open=pl.Series(is_open))
             shares[name] = {

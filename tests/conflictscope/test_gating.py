@@ -92,7 +92,7 @@ def test_neither_test_subjects_nor_the_held_out_phrasing_choose_the_gate(tiny_ll
     monkeypatch.setattr(job, "record", watched)
     made = gating(tiny_llama, tmp_path)
     assert made.chosen
-    assert made.random
+    assert made.blind
     assert [{e.split for e in part} for part in seen] == [{"train"}, {"dev"}, {"dev"}]
     assert all(e.template != HELD_OUT_PHRASING for part in seen for e in part)
     assert {e.kind for e in seen[0]} == {"conflict", "aligned", "irrelevant", "none"}

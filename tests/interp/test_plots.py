@@ -46,7 +46,7 @@ def trace(figure: Any, **properties: Any) -> Any:
 
 
 def test_usage_bars_hold_rate_and_interval_in_the_colour_of_the_source() -> None:
-    figure = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
+    figure: Any = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
     memory, context = trace(figure, type="bar", name="memory"), trace(figure, type="bar", name="context")
     assert (list(memory.x), list(context.x)) == ([0.27, 0.03], [0.40, 0.93])
     assert (memory.marker.color, context.marker.color) == (MEMORY_COLOUR, CONTEXT_COLOUR)
@@ -55,7 +55,7 @@ def test_usage_bars_hold_rate_and_interval_in_the_colour_of_the_source() -> None
 
 
 def test_usage_bars_put_the_first_condition_on_top() -> None:
-    figure = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
+    figure: Any = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
     bottom, top = figure.layout.yaxis.range
     first, second = trace(figure, type="bar", name="memory").y
     assert top < first < second < bottom
@@ -85,19 +85,19 @@ def test_a_usage_report_is_plotted_by_its_own_rates() -> None:
 
 
 def test_labels_are_not_taken_for_markup() -> None:
-    figure = usage_bars({"<b>x</b>": rates(0.27, 0.40)})
+    figure: Any = usage_bars({"<b>x</b>": rates(0.27, 0.40)})
     assert figure.layout.annotations[0].text == "<b>&lt;b&gt;x&lt;/b&gt;</b>"
 
 
 def test_usage_by_template_marks_the_held_out_family() -> None:
     by_template = {"statement": rates(0.2, 0.5), "according_to": rates(0.3, 0.4)}
-    figure = usage_by_template({"unedited": by_template}, held_out=["according_to"])
+    figure: Any = usage_by_template({"unedited": by_template}, held_out=["according_to"])
     assert [a.text for a in figure.layout.annotations] == ["<b>statement</b>", "<b>according_to (held out)</b>"]
     assert list(trace(figure, name="context").x) == [0.5, 0.4]
 
 
 def test_head_map_has_layers_as_rows_and_memory_on_the_blue_end() -> None:
-    figure = head_map(MAP)
+    figure: Any = head_map(MAP)
     heat = trace(figure, type="heatmap")
     assert [list(row) for row in heat.z] == [pytest.approx(row) for row in MAP.mean().tolist()]
     assert figure.layout.xaxis.title.text == "head"
@@ -117,7 +117,7 @@ def test_head_map_says_direction_interval_and_n_on_hover() -> None:
 
 
 def test_head_map_marks_edited_heads_and_those_whose_interval_excludes_zero() -> None:
-    figure = head_map(MAP, highlighted=[(2, 1)])
+    figure: Any = head_map(MAP, highlighted=[(2, 1)])
     edited, certain = trace(figure, name="edited"), trace(figure, name="interval excludes 0")
     assert list(zip(edited.y, edited.x, strict=True)) == [(2, 1)]
     assert set(zip(certain.y, certain.x, strict=True)) == {(0, 1), (1, 0), (2, 1)}
@@ -129,7 +129,7 @@ def test_head_map_refuses_a_head_of_another_model() -> None:
 
 
 def test_top_heads_run_from_context_to_memory() -> None:
-    figure = top_heads_bars(MAP, 2)
+    figure: Any = top_heads_bars(MAP, 2)
     bars = trace(figure, type="bar")
     assert list(bars.y) == ["2.1", "1.0", "0.1"]
     assert list(bars.x) == pytest.approx([2.0, 0.5, -3.0])
@@ -154,13 +154,13 @@ def test_gain_and_damage_plots_the_wanted_rate_against_the_guard() -> None:
 
 def test_gain_and_damage_gives_divergence_in_nats() -> None:
     record = rates(0.27, 0.40, neutral_kl=0.03)
-    figure = gain_and_damage(record, {"pruning": {"memory": record}}, guard="neutral_kl")
+    figure: Any = gain_and_damage(record, {"pruning": {"memory": record}}, guard="neutral_kl")
     assert "nats" in figure.layout.yaxis.title.text
     assert "0.030 [0.010, 0.060]" in trace(figure, name="pruning").hovertext[0]
 
 
 def test_a_theme_swap_changes_paper_and_text_but_no_data_colour() -> None:
-    figure = usage_bars({"unedited": rates(0.27, 0.40)})
+    figure: Any = usage_bars({"unedited": rates(0.27, 0.40)})
     before = figure.to_plotly_json()["data"]
     assert figure.update_layout(template=DARK_THEME).to_plotly_json()["data"] == before
     light, dark = (theme.to_plotly_json()["layout"] for theme in (LIGHT_THEME, DARK_THEME))

@@ -149,7 +149,7 @@ class Fuzzed:
             assert_one_sentence(message)
             return
         self.seen["accepted"] += 1
-        assert_says(json.loads(path.read_text(encoding="utf-8")), loaded)
+        assert_says(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=said_once), loaded)
         if tensors is not None:
             assert_same_tensors(loaded._values, tensors_in(tensors))
         assert_within_the_model(loaded)
@@ -223,6 +223,11 @@ def assert_one_sentence(message: str) -> None:
     assert 20 < len(message) < 2000
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", message)
     assert message.endswith((".", "pip install --upgrade conflictscope"))
+
+
+def said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
 
 
 OPTIONAL: dict[str, Any] = {
@@ -510,7 +515,10 @@ def mutated(record: Any, mutations: list[tuple[int, int, Any, Any]]) -> Any:
     for first, second, change, value in mutations:
         places = places_in(record)
         if places:
-            container, key = places[first % len(places)]
+            # By name first, so that numbers in long lists are not nearly all that is changed.
+            names = sorted({str(key) for _, key in places})
+            alike = [place for place in places if str(place[1]) == names[first % len(names)]]
+            container, key = alike[second % len(alike)]
             from_container, from_key = places[second % len(places)]
             change(container, key, copy.deepcopy(value), copy.deepcopy(from_container[from_key]))
     return record
@@ -616,6 +624,21 @@ def test_mutated_records_are_refused_or_valid(fuzzed):
     fuzz(st.tuples(st.sampled_from(sorted(fuzzed.folders)), st.lists(MUTATION, min_size=1, max_size=3)), check, 2000)
     assert fuzzed.seen["refused"] > 500
     assert fuzzed.seen["attached"] > 100
+
+
+def test_tensors_anywhere_but_in_the_folder_are_refused(fuzzed):
+    for name in fuzzed.tensors:
+        for place in [
+            *NAMES,
+            str(fuzzed.folders[name] / TENSORS),
+            str(fuzzed.folders[name].parent / "out.safetensors"),
+        ]:
+            record = fuzzed.record(name)
+            record["tensors"]["file"] = place
+            path = fuzzed.folders[name] / "mutated.json"
+            path.write_text(json.dumps(record))
+            fuzzed.judge(path)
+            assert (load(path)[0] is not None) == (place in (TENSORS, "in.safetensors"))
 
 
 def test_records_of_mutated_bytes_are_refused_or_valid(fuzzed):
