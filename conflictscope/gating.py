@@ -24,9 +24,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from conflictscope.dialing import known_conflicts, learned_part, subjects_by_split, tested_part
+from conflictscope.dialing import known_conflicts, learned_part, subjects_by_split
 from conflictscope.records import Records
-from conflictscope.study import condition_record, measure_edits, model_record, run_record
+from conflictscope.study import TEST_PHRASINGS, condition_record, measure_edits, model_record, run_record
 from interp.activations import Activations, record, sites_of
 from interp.anatomy import Anatomy, located
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
@@ -50,6 +50,8 @@ Condition = Literal["unedited", "everywhere", "gated", "random_gate"]
 _CLASSES = ("other", "conflict")
 # Of each kind. Subjects matter more than phrasings of the same one.
 _EXAMPLES: dict[Split, int] = {"train": 180, "dev": 120}
+# What is most like a conflict, a context about something else, is asked in the same phrasings.
+_PHRASINGS = {**TEST_PHRASINGS, "irrelevant": STUDY_PHRASINGS}
 _OTHERS = tuple(kind for kind in CONTEXT_KINDS if kind != "conflict")
 
 
@@ -114,7 +116,7 @@ class Gating:
         *,
         relations: Sequence[str],
         out: Path,
-        keep: float = 0.95,
+        keep: float = 0.9,
         subjects: int = 40,
         seed: int = 0,
     ) -> None:
@@ -193,6 +195,12 @@ class Gating:
         )
 
     @cached_property
+    def tested(self) -> ConflictSet:
+        """What is asked on test."""
+        test = self.conflicts.select(split="test")
+        return ConflictSet(test.name, tuple(e for e in test if e.template in _PHRASINGS[e.kind]))
+
+    @cached_property
     def chosen(self) -> Chosen:
         """The probe that lets fewest others through while it lets the wanted share of conflicts pass, on dev."""
         parts = {split: self._learned_from(split) for split in _EXAMPLES}
@@ -247,13 +255,12 @@ class Gating:
         return Chosen(probe, threshold, {kind: float(is_open[kinds == kind].mean()) for kind in CONTEXT_KINDS})
 
     def _measured(self, edits: Sequence[AnyIntervention], label: str) -> tuple[UsageReport, np.ndarray]:
-        asked = tested_part(self.conflicts)
         key = [InterventionFile.of(edits, name="edits", model=self.file.model).digest if edits else None]
-        return measure_edits(self.model, self.records, asked, edits, key=key, label=f"Test: {label}")
+        return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
 
     def _opened(self) -> dict[str, dict[str, dict[str, float]]]:
         """For both gates the share of test's prompts of each kind for which they open."""
-        asked = tested_part(self.conflicts)
+        asked = self.tested
         values = record(self.model, asked, [self.chosen.probe.site], progress="Recording: test")
         frame = pl.DataFrame({"kind": [e.kind for e in asked], "subject": [e.subject for e in asked]})
         shares: dict[str, dict[str, dict[str, float]]] = {}

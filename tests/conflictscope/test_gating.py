@@ -67,7 +67,7 @@ def test_the_file_is_the_edit_behind_the_gate_that_the_summary_describes(finishe
 def test_what_is_said_to_open_is_what_the_file_edits(finished, tiny_llama):
     """The share of test prompts whose logits the file changes, against the share said to be open."""
     summary, out = finished
-    asked = dialing.tested_part(gating(tiny_llama, out).conflicts)
+    asked = gating(tiny_llama, out).tested
     network = transformers_model(tiny_llama)
     file = InterventionFile.load(out / "gated.json")
     for kind, share in summary["gate"]["test"]["opened"].items():
