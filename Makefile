@@ -29,6 +29,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.mutual_information --json
 	$(BIN)/python -m benchmarks.runtime --json
 
+schema: $(STAMP)
+	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"
+
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

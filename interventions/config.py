@@ -297,6 +297,12 @@ class InterventionFile(Strict):
         return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=provenance)
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the file, as ``schema.json`` holds it."""
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ConflictScope intervention file"}
+    return about | {key: value for key, value in InterventionFile.model_json_schema().items() if key != "title"}
+
+
 def _flat(parts: Sequence[AnyIntervention]) -> Iterator[Gateable]:
     for part in parts:
         yield from part.edits if isinstance(part, ConflictGate) else [part]
