@@ -141,7 +141,7 @@ def gate_fit(
     trust: TrustOption = None,
     keep: Annotated[
         float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
-    ] = 0.9,
+    ] = 0.95,
     subjects: Annotated[
         int, typer.Option(min=2, help="Subjects of each relation asked about at most, to learn from and to test on.")
     ] = 40,

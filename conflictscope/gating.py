@@ -116,7 +116,7 @@ class Gating:
         *,
         relations: Sequence[str],
         out: Path,
-        keep: float = 0.9,
+        keep: float = 0.95,
         subjects: int = 40,
         seed: int = 0,
     ) -> None:

@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +48,7 @@ UNEDITED = "none"
 """The intervention that a request names to get the model as it is."""
 
 _LARGEST_BODY = 2**20
+_USUAL_TOKENS = 64
 _INCOMPLETE = "\ufffd"
 _BEARER = HTTPBearer(auto_error=False)
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class _Asked(BaseModel):
     intervention: Annotated[str, Field(max_length=200)] | None = None
     trust: Annotated[float, Field(ge=-1, le=1)] | None = None
     strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -211,13 +212,14 @@ class Engine:
         """How many tokens prompt and answer may have together."""
         return getattr(self.model.config, "max_position_embeddings", None) or 2**62
 
-    def job(self, prompt: list[int], asked: _Asked, max_tokens: int, send: Callable[..., None]) -> Job:
-        """A job for a request, or what is wrong with it.
+    def job(self, prompt: list[int], asked: _Asked, max_tokens: int | None, send: Callable[..., None]) -> Job:
+        """A job for a request, or what is wrong with it; without ``max_tokens`` an answer has 64 at most.
 
         Raises:
             UserError: If it names another model or intervention, sets what that does not have, or is too long.
         """
         intervention = self._chosen(asked)
+        max_tokens = min(_USUAL_TOKENS, self.limits.new_tokens) if max_tokens is None else max_tokens
         if not prompt:
             raise UserError("The prompt has no tokens; give some text.")
         if len(prompt) > self.limits.prompt_tokens:
@@ -530,13 +532,15 @@ _CHAT = _Shape(
 
 
 async def _respond(
-    engine: Engine, request: Request, prompt: list[int], asked: _Asked, max_tokens: int, shape: _Shape
+    engine: Engine, request: Request, prompt: list[int], asked: _Asked, max_tokens: int | None, shape: _Shape
 ) -> Any:
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[str | Done | Exception] = asyncio.Queue()
 
     def send(event: str | Done | Exception) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, event)
+        # Where the server has stopped there is nobody left to tell.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
     job = engine.job(prompt, asked, max_tokens, send)
     engine.submit(job)

@@ -300,7 +300,12 @@ class InterventionFile(Strict):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of the file, as ``schema.json`` holds it."""
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ConflictScope intervention file"}
-    return about | {key: value for key, value in InterventionFile.model_json_schema().items() if key != "title"}
+    schema: dict[str, Any] = about | InterventionFile.model_json_schema() | {"title": about["title"]}
+    for record in (schema, *schema["$defs"].values()):
+        # Python need not say what can only be one thing: a file must.
+        if constant := [name for name, about in record.get("properties", {}).items() if "const" in about]:
+            record["required"] = [*constant, *record.get("required", [])]
+    return schema
 
 
 def _flat(parts: Sequence[AnyIntervention]) -> Iterator[Gateable]:

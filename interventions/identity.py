@@ -1,8 +1,9 @@
 """Which model an intervention is for: its architecture and shape, a sample of its weights, and its tokenizer.
 
-The sample tells the same model in another dtype from any other of its shape: a fine-tuned one, one with an edit folded
-in, another checkpoint. It holds a few numbers of the embedding and of four matrices of every block, at places that
-hashes of the matrices' names give, so that a file needs no more than their values.
+The sample tells the same model in another dtype from others of its shape: another checkpoint, or one of which a sampled
+weight was changed by fine-tuning or by folding an edit in. Changes of other weights it does not see. It holds a few
+numbers of the embedding and of four matrices of every block, at places that hashes of the matrices' names give, so that
+a file needs no more than their values.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def test_files_for_another_model_or_with_a_taken_name_are_refused(tiny_directori
     with pytest.raises(UserError, match="Two interventions are called heads"):
         named([files[0], tmp_path / "heads.json"])
     (tmp_path / "none.json").write_bytes(files[0].read_bytes())
-    with pytest.raises(UserError, match="none is the unedited model"):
+    with pytest.raises(UserError, match="cannot be called none: that is the unedited model"):
         engine_of(tiny_directories["llama"], [tmp_path / "none.json"])
 
 
@@ -318,7 +318,8 @@ def test_a_killed_server_has_lost_no_answer_and_a_stopped_one_gives_those_it_acc
 
     process, address = started(files[:2], journal)
     responses = asyncio.run(ask(address, process.terminate))
-    assert process.wait(60) == 0
+    # uvicorn ends as the signal would have ended it, once all is answered.
+    assert process.wait(60) in (0, -signal.SIGTERM)
     texts = [response.json()["choices"][0]["text"] for response in responses if isinstance(response, httpx.Response)]
     after = [record for record in lines_of(journal) if record["id"] not in kept]
     assert sorted(record["answer"] for record in after) == sorted(texts)

@@ -592,7 +592,7 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], cases: 
         database=None,
         # Not Phase.explain, whose tracing makes audit events of its own.
         phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(strategy)
     def run(case: Any) -> None:
