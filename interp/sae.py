@@ -42,7 +42,7 @@ _SPARSIFY_WEIGHTS = "sae.safetensors"
 _CARD = "card.json"
 
 # Weights beside W_dec (d_sae, d_in) and b_dec (d_in,).
-_WEIGHTS: dict[Architecture, tuple[str, ...]] = {
+WEIGHT_NAMES: dict[Architecture, tuple[str, ...]] = {
     "standard": ("W_enc", "b_enc"),
     "gated": ("W_enc", "b_gate", "b_mag", "r_mag"),
     "jumprelu": ("W_enc", "b_enc", "threshold"),
@@ -52,7 +52,7 @@ _WEIGHTS: dict[Architecture, tuple[str, ...]] = {
     "matching_pursuit": ("W_enc",),
 }
 # Whether each feature can be computed without the others.
-_SEPARATE: frozenset[Architecture] = frozenset({"standard", "gated", "jumprelu"})
+SEPARATE: frozenset[Architecture] = frozenset({"standard", "gated", "jumprelu"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class SparseAutoencoder:
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = ("W_dec", "b_dec", *_WEIGHTS[self.architecture])
+        wanted = ("W_dec", "b_dec", *WEIGHT_NAMES[self.architecture])
         if missing := [name for name in wanted if name not in self.weights]:
             raise UserError(f"The {self.architecture} SAE {self.name} has no weights {missing[0]}; export it again.")
         for name in ("W_dec", "W_enc"):
@@ -150,7 +150,7 @@ class SparseAutoencoder:
             scaled = scaled - w["b_dec"]
         z = self._activations(scaled)
         # Where features compete all are needed to know which are active.
-        return z[..., list(self.kept)] if self.kept is not None and self.architecture not in _SEPARATE else z
+        return z[..., list(self.kept)] if self.kept is not None and self.architecture not in SEPARATE else z
 
     def decoded_change(self, change: Tensor, x: Tensor) -> Tensor:
         """What a change of feature activations changes in the residual stream: the decoder without its bias.
@@ -191,8 +191,8 @@ class SparseAutoencoder:
         index = torch.tensor(list(features), dtype=torch.long, device=self.weights["W_dec"].device)
         chosen = dict(self.weights)
         chosen["W_dec"] = self.weights["W_dec"][index]
-        if self.architecture in _SEPARATE:
-            for name in _WEIGHTS[self.architecture]:
+        if self.architecture in SEPARATE:
+            for name in WEIGHT_NAMES[self.architecture]:
                 chosen[name] = self.weights[name][..., index]
         kept = tuple(features if self.kept is None else (self.kept[i] for i in features))
         return replace(self, weights=chosen, kept=kept, card={})
@@ -391,7 +391,7 @@ def _from_sae_lens(
         normalization = "centred"
     if normalization not in get_args(Normalization):
         raise UserError(f"The SAE {name} normalises its input by {normalization!r}, which is not known here.")
-    state = {key: values for key, values in weights.items() if key in ("W_dec", "b_dec", *_WEIGHTS[architecture])}
+    state = {key: values for key, values in weights.items() if key in ("W_dec", "b_dec", *WEIGHT_NAMES[architecture])}
     competing = architecture in ("topk", "abstopk")
     if config.get("rescale_acts_by_decoder_norm") and competing and {"W_dec", "W_enc", "b_enc"} <= state.keys():
         norms = state["W_dec"].norm(dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp.anatomy import Blueprint, Part
 from interp.errors import UserError
-from interp.sae import _SEPARATE, _WEIGHTS, Architecture, Normalization, SparseAutoencoder
+from interp.sae import SEPARATE, WEIGHT_NAMES, Architecture, Normalization, SparseAutoencoder
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import DialPoint, Gate, TrustDial
@@ -274,7 +274,7 @@ class EditedFeaturesEntry(Strict):
             raise UserError(f"Layer {self.layer} has a feature twice among those to remove and to add; give each once.")
         # Where each feature is computed by itself the others are not there: then numbers of features are but names.
         d_sae = sae.weights["W_enc"].shape[-1]
-        if self.architecture not in _SEPARATE and (outside := [i for i in features if i >= d_sae]):
+        if self.architecture not in SEPARATE and (outside := [i for i in features if i >= d_sae]):
             raise UserError(f"The SAE {sae.name} has no feature {outside[0]}; its features are 0 to {d_sae - 1}.")
         added = torch.arange(len(features)) >= len(self.removed)
         return EditedFeatures(sae, _tensor(tensors, self.targets), added)
@@ -282,7 +282,7 @@ class EditedFeaturesEntry(Strict):
     def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
         """See that its weights are those of such an autoencoder, and as wide as the model."""
         weights = {key: _tensor(tensors, name) for key, name in self.weights.items()}
-        if unknown := sorted(weights.keys() - {"W_dec", "b_dec", *_WEIGHTS[self.architecture]}):
+        if unknown := sorted(weights.keys() - {"W_dec", "b_dec", *WEIGHT_NAMES[self.architecture]}):
             raise UserError(f"a {self.architecture} autoencoder has no weights {unknown[0][:40]!r}")
         if len(dtypes := {str(values.dtype) for values in weights.values()}) > 1:
             raise UserError(f"the weights of one autoencoder are of the dtypes {' and '.join(sorted(dtypes))}")

@@ -16,6 +16,7 @@ are edited in one pass, each on what the edits below made of it. ``probes.featur
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -115,7 +116,7 @@ class FeatureEdit:
 
     def __post_init__(self) -> None:
         numbers = [edit.sae.layer for edit in self.layers]
-        if (twice := next((layer for layer in numbers if numbers.count(layer) > 1), None)) is not None:
+        if (twice := next((layer for layer, count in Counter(numbers).items() if count > 1), None)) is not None:
             raise UserError(f"Layer {twice} is edited twice; give each layer once.")
         if not math.isfinite(self.alpha):
             raise UserError(f"alpha must be a finite number, not {self.alpha}.")

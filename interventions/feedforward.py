@@ -6,6 +6,7 @@ the residual stream (Gemma), what the norm made of it is scaled.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class FeedForwardScaling:
 
     def __post_init__(self) -> None:
         layers = [layer for layer, _ in self.scales]
-        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+        if twice := [layer for layer, count in Counter(layers).items() if count > 1]:
             raise UserError(f"The feed-forward layer {twice[0]} is listed twice; give each layer once.")
 
     @property

@@ -11,6 +11,7 @@ so that t = 0 changes nothing, bit for bit. ``interventions.gate_training`` lear
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -75,7 +76,7 @@ class TrustDial:
         if not -1 <= self.trust <= 1:
             raise UserError(f"Trust lies between -1 (memory) and 1 (context), not at {self.trust:g}.")
         places = [(gate.layer, gate.head) for gate in self.gates]
-        if twice := [place for place in places if places.count(place) > 1]:
+        if twice := [place for place, count in Counter(places).items() if count > 1]:
             layer, head = twice[0]
             what = f"feed-forward layer {layer}" if head is None else f"head {layer}.{head}"
             raise UserError(f"The {what} has two gates; give it one.")

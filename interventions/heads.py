@@ -11,7 +11,7 @@ turns the head around. Attention is linear in its values, so scaling z scales th
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class HeadScaling:
 
     def __post_init__(self) -> None:
         places = [(h.layer, h.head) for h in self.heads]
-        if twice := next((place for place in places if places.count(place) > 1), None):
+        if twice := next((place for place, count in Counter(places).items() if count > 1), None):
             raise UserError(f"Head {twice[0]}.{twice[1]} is listed twice; give each head once.")
 
     @classmethod

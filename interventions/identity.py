@@ -2,8 +2,8 @@
 
 The sample tells the same model in another dtype from others of its shape: another checkpoint, or one of which a sampled
 weight was changed by fine-tuning or by folding an edit in. Changes of other weights it does not see. It holds a few
-numbers of the embedding and of four matrices of every block, at places that hashes of the matrices' names give, so that
-a file needs no more than their values.
+numbers of the embedding and of three matrices of every block, and one of each head's output matrix, so that no head is
+changed unseen. Their places are hashes of the matrices' names: a file needs no more than the values.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class ModelIdentity(Strict):
         Raises:
             UserError: If there is none, or it is not as long as a sample of this shape.
         """
-        count = _OF_EMBEDDING + 4 * self.n_layers * _OF_MATRIX
+        count = _OF_EMBEDDING + self.n_layers * (3 * _OF_MATRIX + self.n_heads)
         try:
             values = np.frombuffer(base64.b64decode(self.weights or "", validate=True), "<f4")
         except (binascii.Error, ValueError):
@@ -171,13 +171,22 @@ def _sample(anatomy: Anatomy, d_vocab: int) -> np.ndarray:
     """The sampled weights, float32; NaN where a weight has no plain numbers."""
     values = []
     for number, (name, weight) in enumerate(anatomy.sampled_weights()):
-        count = _OF_MATRIX if number else _OF_EMBEDDING
+        # Query, value, output projection and the MLP's last map of every block follow each other.
+        of_heads = number % 4 == 3
+        count = anatomy.n_heads if of_heads else _OF_MATRIX if number else _OF_EMBEDDING
         # An embedding may have got rows for new tokens since; its first rows are what they were.
         size = weight.numel() if number else d_vocab * anatomy.d_model
         if not weight.is_floating_point() or weight.is_meta or weight.numel() < size or weight.element_size() < 2:
             values.append(torch.full((count,), math.nan))
             continue
         hashes = (hashlib.sha256(f"{name}/{i}".encode()).digest()[:8] for i in range(count))
+        # Of a head the numbers are its own matrix's.
+        size = size // count if of_heads else size
         places = torch.tensor([int.from_bytes(h, "big") % size for h in hashes], device=weight.device)
-        values.append(weight.detach().flatten()[places].float().cpu())
+        if of_heads:
+            heads = anatomy.output_matrix((number - 1) // 4).detach()
+            rows, columns = places // anatomy.d_model, places % anatomy.d_model
+            values.append(heads[torch.arange(count, device=weight.device), rows, columns].float().cpu())
+        else:
+            values.append(weight.detach().flatten()[places].float().cpu())
     return torch.cat(values).numpy()

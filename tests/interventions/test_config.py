@@ -83,7 +83,7 @@ def test_a_file_for_another_model_is_refused(file, tiny_directories, architectur
         (lambda r: r.pop("sites"), "sites"),
         (lambda r: r["model"].update(architecture="NoSuchModel"), "NoSuchModel is not known"),
         (lambda r: r["model"].update(weights="AAAA"), "sample of weights of tiny is damaged"),
-        (lambda r: r["model"].update(n_layers=2), "it should hold 48 numbers"),
+        (lambda r: r["model"].update(n_layers=2), "it should hold 52 numbers"),
         (lambda r: r["provenance"].update(seed=2**64), r"provenance\.seed"),
         (lambda r: r["measured"].update(rate=[[float("nan")]]), "NaN is no number"),
         (lambda r: r["interventions"][0]["heads"][0].update(layer=-1), "layer"),

@@ -52,7 +52,7 @@ def test_the_real_model_is_told_from_a_copy_with_one_percent_of_noise(smollm2):
 def test_another_model_of_the_shape_is_refused(llama, identity):
     torch.manual_seed(1)
     other = AutoModelForCausalLM.from_config(llama.config)
-    with pytest.raises(UserError, match="56 sampled weights differ"):
+    with pytest.raises(UserError, match="62 sampled weights differ"):
         identity.check(other)
 
 
@@ -65,8 +65,10 @@ def test_one_changed_matrix_is_enough_to_be_another_model(llama, identity, part)
         identity.check(llama)
 
 
-def test_a_model_with_the_edit_folded_in_is_refused(llama, identity):
-    fold(llama, [HeadScaling.of([(layer, head) for layer in range(3) for head in range(4)], 0.5)])
+@pytest.mark.parametrize("scale", [0.0, 0.99, -1.0])
+@pytest.mark.parametrize("head", [(0, 0), (0, 3), (1, 2), (2, 1)])
+def test_a_model_with_one_scaled_head_folded_in_is_refused(llama, identity, head, scale):
+    fold(llama, [HeadScaling.of([head], scale)])
     with pytest.raises(UserError, match="edited already"):
         identity.check(llama)
 
@@ -90,7 +92,7 @@ def test_quantised_weights_are_passed_over_but_something_must_be_readable(llama,
     layer = llama.model.layers[0].self_attn.o_proj
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
     identity.check(llama)
-    assert ModelIdentity.of(llama, "tiny").expected_weights().shape == (56,)
+    assert ModelIdentity.of(llama, "tiny").expected_weights().shape == (62,)
     with pytest.raises(UserError, match="cannot be read"):
         identity.check(llama.to("meta"))
 
@@ -98,5 +100,5 @@ def test_quantised_weights_are_passed_over_but_something_must_be_readable(llama,
 @pytest.mark.parametrize("sample", ["", "AAAA", "A" * 301, "====", "gH8A" * 100])
 def test_a_damaged_sample_is_refused(llama, identity, sample):
     damaged = identity.model_copy(update={"weights": sample})
-    with pytest.raises(UserError, match="is damaged: it should hold 56 numbers"):
+    with pytest.raises(UserError, match="is damaged: it should hold 62 numbers"):
         damaged.check(llama)
