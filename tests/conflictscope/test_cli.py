@@ -84,9 +84,12 @@ def test_a_config_for_another_model(run, tmp_path, tiny_directories, tiny_llama,
 
 
 def test_a_head_that_does_not_exist(run, tmp_path, tiny, tiny_llama, data):
-    save_edit(tmp_path / "edit.json", tiny_llama, [(7, 0)])
+    save_edit(tmp_path / "edit.json", tiny_llama, [(1, 0)])
+    record = json.loads((tmp_path / "edit.json").read_text())
+    record["interventions"][0]["heads"][0]["layer"] = 7
+    (tmp_path / "edit.json").write_text(json.dumps(record))
     assert_one_sentence(
-        run("evaluate", "--model", tiny, "--data", data, "--config", "edit.json"), "Layer 7 does not exist"
+        run("evaluate", "--model", tiny, "--data", data, "--config", "edit.json"), "layer 7 does not exist"
     )
 
 
