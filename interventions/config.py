@@ -111,8 +111,9 @@ class Provenance(Strict):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Provenance:
-        """What ``record`` says, with all that has no field of its own among the details."""
-        known = {key: record[key] for key in cls.model_fields if key in record and key != "details"}
+        """What ``record`` says, with all that has no field of its own, or does not fit it, among the details."""
+        kinds = {"method": str, "data": str, "chosen_on": str, "seed": int, "versions": dict}
+        known = {key: record[key] for key, kind in kinds.items() if isinstance(record.get(key), kind)}
         return cls(**known, details={key: value for key, value in record.items() if key not in known})
 
 
