@@ -64,7 +64,7 @@ def inspect(
     about.add_row("made by", ", ".join(details) or "-")
     about.add_row("data", (source.data or "-")[:16])
     about.add_row("with", ", ".join(f"{name} {version}" for name, version in source.versions.items()) or "-")
-    output.print(about)
+    output.print(about, markup=False)
     conditions = {name: found for name, found in file.measured.items() if isinstance(found, Mapping)}
     columns = [name for name in _SHOWN if any(_is_estimate(found.get(name)) for found in conditions.values())]
     if not columns:
@@ -73,7 +73,7 @@ def inspect(
     table = Table("measured", *(name.replace("_", " ") for name in columns))
     for name, found in conditions.items():
         table.add_row(name, *(_estimate(found.get(column)) for column in columns))
-    output.print(table)
+    output.print(table, markup=False)
 
 
 def generate(
@@ -257,7 +257,7 @@ def _described(entry: Any) -> Iterator[str]:
 
 
 def _is_estimate(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys()
+    return isinstance(value, Mapping) and all(isinstance(value.get(k), int | float) for k in ("value", "low", "high"))
 
 
 def _estimate(value: Any) -> str:

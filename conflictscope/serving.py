@@ -4,7 +4,8 @@
 2. Requests wait in a bounded queue. One thread takes them in turn, attaches what the request chose, generates, and
    takes it off: every answer is what the model gives alone. (For throughput fold a setting into the weights and serve
    the checkpoint with a batching engine.)
-3. Text is sent as it is generated, or as a whole. Who hangs up is not generated for. A stop answers what was accepted.
+3. Text is sent as it is generated, or as a whole. Who hangs up is not generated for. A stop answers what was accepted,
+   for a minute.
 
 transformers has a server of its own, but it serves whatever model a client names, loads and unloads at a client's wish,
 and its parts are private; so this is FastAPI around transformers' ``generate``.
@@ -33,6 +34,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -49,6 +51,8 @@ UNEDITED = "none"
 
 _LARGEST_BODY = 2**20
 _USUAL_TOKENS = 64
+# Colder logits leave the range of float32.
+_COLDEST = 0.01
 _INCOMPLETE = "\ufffd"
 _BEARER = HTTPBearer(auto_error=False)
 _log = logging.getLogger(__name__)
@@ -167,7 +171,8 @@ class Engine:
         name: What the model is called.
         interventions: Files by name; the first is what a request gets that names none.
         limits: What requests may ask for.
-        journal: File to which every answer is appended, and synced, before it is sent; ``None`` keeps none.
+        journal: File to which every answer is appended, and synced, before it is sent, of a stream its end; ``None``
+            keeps none.
 
     Raises:
         UserError: If a file is for another model or tokenizer, or a name is taken.
@@ -196,7 +201,7 @@ class Engine:
         self.interventions = interventions
         self.limits = limits or Limits()
         self.metrics = _Metrics()
-        self.patches = lru_cache(maxsize=64)(self._patches)
+        self.patches = lru_cache(maxsize=8)(self._patches)
         self._journal = None if journal is None else _Journal(journal)
         self._jobs: queue.Queue[Job | None] = queue.Queue(self.limits.waiting)
         self._thread = threading.Thread(target=self._work, name="conflictscope-generate", daemon=True)
@@ -305,7 +310,7 @@ class Engine:
         ids = torch.tensor([job.prompt], device=device)
         streamer = _Streamer(self.tokenizer, asked.stops, job)
         sampling: dict[str, Any] = {"do_sample": False}
-        if asked.temperature > 0:
+        if asked.temperature >= _COLDEST:
             sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
             torch.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1 if asked.seed is None else asked.seed)
         patches = self.patches(job.intervention, asked.trust, asked.strength)
@@ -431,7 +436,7 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="ConflictScope", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="ConflictScope", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         if api_key is not None and not (given and hmac.compare_digest(given.credentials.encode(), api_key.encode())):
@@ -497,7 +502,10 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         if not engine.tokenizer.chat_template:
             raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
         messages = [message.model_dump() for message in asked.messages]
-        text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
         prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         return await _respond(engine, request, prompt, asked, asked.max_completion_tokens or asked.max_tokens, _CHAT)
 
@@ -557,19 +565,21 @@ async def _respond(
 
     if asked.stream:
         return StreamingResponse(_chunks(job, events, about, shape, usage), media_type="text/event-stream")
-    while True:
-        try:
-            event = await asyncio.wait_for(events.get(), 0.5)
-        except TimeoutError:
-            if await request.is_disconnected():
-                job.cancelled.set()
-                return PlainTextResponse("", 499)
-            continue
-        if isinstance(event, Exception):
-            return _error(500, "The answer could not be generated; the server's log says why.")
-        if isinstance(event, Done):
-            choice = {"index": 0, **shape.whole(event.text), "finish_reason": event.reason}
-            return {**about, "object": shape.kind, "choices": [choice], "usage": usage(event)}
+    try:
+        while True:
+            try:
+                event = await asyncio.wait_for(events.get(), 0.5)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return PlainTextResponse("", 499)
+                continue
+            if isinstance(event, Exception):
+                return _error(500, "The answer could not be generated; the server's log says why.")
+            if isinstance(event, Done):
+                choice = {"index": 0, **shape.whole(event.text), "finish_reason": event.reason}
+                return {**about, "object": shape.kind, "choices": [choice], "usage": usage(event)}
+    finally:
+        job.cancelled.set()
 
 
 async def _chunks(

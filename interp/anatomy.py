@@ -390,12 +390,13 @@ class Anatomy:
         """Weights that tell models of one shape apart: the embedding's, and four matrices of every block.
 
         Returns:
-            ``(name, weight)``, always in the same order; a quantised weight is what its module holds.
+            ``(name, weight)``, always in the same order; a quantised weight is what its module holds, or empty.
         """
         blueprint = self.blueprint
         parts = (blueprint.query, blueprint.value, blueprint.output_projection, blueprint.mlp_output)
         paths = [f"{blueprint.blocks}.{layer}.{part}" for layer in range(self.n_layers) for part in parts]
-        return [(path, self._matrix(path)) for path in (blueprint.embedding, *paths)]
+        modules = [(path, _unwrapped(self.model.get_submodule(path))) for path in (blueprint.embedding, *paths)]
+        return [(path, getattr(module, "weight", torch.empty(0))) for path, module in modules]
 
     def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
         """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.

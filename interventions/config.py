@@ -195,7 +195,8 @@ class InterventionFile(Strict):
         left out.
 
         Raises:
-            UserError: If the factor is not finite, or the file holds a dial, which has a setting of its own.
+            UserError: If the factor is not finite, or below 0 for features, which cannot fire less than not at all; or
+                the file holds a dial, which has a setting of its own.
         """
         if factor == 1:
             return self
@@ -204,7 +205,9 @@ class InterventionFile(Strict):
         provenance = self.provenance.details
         before = provenance.get("scaled_by", 1.0)
         details = {**provenance, "scaled_by": factor * before if isinstance(before, float | int) else factor}
-        return self._changed([_scaled(part, factor, self.name) for part in self.build()], self.towards, details)
+        opposite: dict[str | None, Literal["context", "memory"]] = {"context": "memory", "memory": "context"}
+        towards = self.towards if factor > 0 else opposite.get(self.towards) if factor < 0 else None
+        return self._changed([_scaled(part, factor, self.name) for part in self.build()], towards, details)
 
     @property
     def dial(self) -> TrustDial:
@@ -322,6 +325,8 @@ def _scaled(part: AnyIntervention, factor: float, name: str) -> Any:
     if isinstance(part, Steering):
         return replace(part, strength=part.strength * factor)
     if isinstance(part, FeatureEdit):
+        if factor < 0:
+            raise UserError(f"{name} edits features, which has no opposite; give a strength of 0 or more.")
         return replace(part, alpha=part.alpha * factor)
     if isinstance(part, HeadScaling):
         return HeadScaling(tuple(replace(head, scale=1 + factor * (head.scale - 1)) for head in part.heads))

@@ -63,7 +63,13 @@ class ConflictGate:
             raise UserError("A gate's bias and threshold must be finite numbers; fit it again.")
         if not self.edits:
             raise UserError("A gate needs an edit that it lets through; give it one at least.")
-        lowest = min((layer for edit in self.edits for layer in edit.edited_layers), default=None)
+        # A dial may be turned later, wherever it stands.
+        layers = [
+            layer
+            for edit in self.edits
+            for layer in ([g.layer for g in edit.gates] if isinstance(edit, TrustDial) else edit.edited_layers)
+        ]
+        lowest = min(layers, default=None)
         if lowest is not None and lowest <= self.layer:
             raise UserError(
                 f"The gate reads layer {self.layer}, but layer {lowest} is edited, which has been passed by then; gate "

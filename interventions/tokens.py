@@ -137,7 +137,8 @@ class Following:
 
 
 def _generate(network: Any, *args: Any, **kwargs: Any) -> Any:
-    config = kwargs.get("generation_config") or network.generation_config
+    # The second argument of generate.
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or network.generation_config
     for option, what in _UNFOLLOWED.items():
         if kwargs.get(option, getattr(config, option, None)) is not None:
             raise UserError(
