@@ -29,6 +29,7 @@ from conflictscope.options import (
     ModelOption,
     ProbesOption,
     PromptsArgument,
+    RecordingOption,
     RelationOption,
     SaeOption,
     SeedOption,
@@ -36,6 +37,7 @@ from conflictscope.options import (
     console,
     say,
 )
+from conflictscope.tables import print_frame
 from interp.errors import UserError
 
 app = typer.Typer(
@@ -115,7 +117,7 @@ def evaluate(
             bridge, conflicts.select(split=split), max_new_tokens=max_new_tokens, progress="Answering"
         )
     report.save(out)
-    _print_frame(report.summary(by=columns))
+    print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")
 
 
@@ -270,9 +272,7 @@ def record(
 
 @probe_app.command("fit")
 def probe_fit(
-    recording: Annotated[Path, typer.Option(help="A folder that `conflictscope record` wrote.")] = Path(
-        "out/recording"
-    ),
+    recording: RecordingOption = Path("out/recording"),
     out: Annotated[Path, typer.Option(help="Folder for the probes, their controls and the detector.")] = Path(
         "out/probes"
     ),
@@ -328,9 +328,7 @@ def probe_fit(
 
 @probe_app.command("score")
 def probe_score(
-    recording: Annotated[Path, typer.Option(help="A folder that `conflictscope record` wrote.")] = Path(
-        "out/recording"
-    ),
+    recording: RecordingOption = Path("out/recording"),
     probes: ProbesOption = Path("out/probes"),
     out: Annotated[Path, typer.Option(help="Folder for scores.parquet and figures/.")] = Path("out/probe-scores"),
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -340,7 +338,7 @@ def probe_score(
     from interp.activation_store import ActivationStore
 
     scores = score_probes(ActivationStore(recording), probes, out, seed=seed)
-    _print_frame(score_table(scores.frame))
+    print_frame(score_table(scores.frame))
     say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
 
 
@@ -456,7 +454,7 @@ def sae_train(
         seed=seed,
         device=device,
     )
-    _print_frame(sae_table(saes))
+    print_frame(sae_table(saes))
     say(f"SAEs and their cards are in {out}; {out / 'activations'} may be deleted")
 
 
@@ -483,7 +481,7 @@ def sae_evaluate(
     qualities = measure_saes(bridge, saes, out, seed=seed)
     records = {part: [quality.to_record() for quality in found] for part, found in qualities.items()}
     write_json(out / "quality.json", {"saes": [one.name for one in saes], "layers": [s.layer for s in saes], **records})
-    _print_frame(quality_table([one.layer for one in saes], records))
+    print_frame(quality_table([one.layer for one in saes], records))
     say(f"Everything measured is in {out / 'quality.json'}")
 
 
@@ -519,7 +517,7 @@ def sae_features(
     bridge = load_model(model, device=device, dtype=dtype)
     found[0].check(bridge, model)
     table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
-    _print_frame(table)
+    print_frame(table)
     say(f"More about each is in {out / 'features.json'}, figures next to it")
 
 
@@ -561,7 +559,7 @@ def spare_fit(
         saes = [one for one in saes if one.layer in wanted]
     control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
     results = fit_spare(control, saes, shares=share or SHARES, alphas=alpha or ALPHAS, alpha_form=alpha_form)
-    _print_frame(results_table(results))
+    print_frame(results_table(results))
     say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
 
 
@@ -587,7 +585,7 @@ def steer_fit(
         raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(STEERING_METHODS)}.")
     control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
     results = fit_steering(control, [name for name in STEERING_METHODS if name in (method or STEERING_METHODS)])
-    _print_frame(results_table(results))
+    print_frame(results_table(results))
     say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
 
 
@@ -683,11 +681,11 @@ def dial_fit(
         say(line)
     say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
     if compare:
-        _print_frame(dial_comparison.comparison_table(dial_comparison.Comparison(dialing).run()))
+        print_frame(dial_comparison.comparison_table(dial_comparison.Comparison(dialing).run()))
     if leave_one_out:
-        _print_frame(dial_comparison.transfer_table(dial_comparison.leave_one_out(dialing)))
+        print_frame(dial_comparison.transfer_table(dial_comparison.leave_one_out(dialing)))
     if counterfact is not None:
-        _print_frame(dial_comparison.counterfact_table(dial_comparison.counterfact(dialing, counterfact)))
+        print_frame(dial_comparison.counterfact_table(dial_comparison.counterfact(dialing, counterfact)))
 
 
 @dial_app.command("apply")
@@ -963,14 +961,6 @@ def _check_columns(columns: list[str]) -> None:
 def _check_parquet(path: Path) -> None:
     if path.suffix != ".parquet":
         raise UserError(f"--out is a Parquet file; give a name that ends in .parquet, not {path.name}.")
-
-
-def _print_frame(frame: Any) -> None:
-    table = Table(*frame.columns)
-    for row in frame.iter_rows():
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    # A pipe has no width of its own.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from conflictscope.study import (
     measure_edits,
     versions,
 )
+from conflictscope.tables import MEASURES, written
 from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
@@ -524,17 +525,9 @@ def _ablations(best: Edit, run: Sequence[_FittedFeatures], towards: Direction, s
 
 def results_table(results: Mapping[str, Any]) -> pl.DataFrame:
     """Results as a table of text: a row for each method and direction."""
-    measures = (
-        "memory_rate",
-        "context_rate",
-        "closed_book_accuracy",
-        "aligned_accuracy",
-        "irrelevant_accuracy",
-        "neutral_kl",
-    )
 
     def cells(test: Mapping[str, Any]) -> dict[str, str]:
-        return {name: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**test[name]) for name in measures}
+        return {name: written(test[name]) for name in MEASURES}
 
     rows = [{"method": "unedited", "towards": "", **cells(results["unedited"])}]
     for towards in DIRECTIONS:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, RelationOption, SeedOption, say
+from conflictscope.tables import MEASURES, print_frame, written
 from interp.errors import UserError
 
 gate_app = typer.Typer(help="Put an intervention behind a conflict detector.", no_args_is_help=True)
@@ -23,14 +24,6 @@ TrustOption = Annotated[
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
 ]
-_SHOWN = (
-    "memory_rate",
-    "context_rate",
-    "closed_book_accuracy",
-    "aligned_accuracy",
-    "irrelevant_accuracy",
-    "neutral_kl",
-)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,7 +59,7 @@ def inspect(
     about.add_row("with", ", ".join(f"{name} {version}" for name, version in source.versions.items()) or "-")
     output.print(about, markup=False)
     conditions = {name: found for name, found in file.measured.items() if isinstance(found, Mapping)}
-    columns = [name for name in _SHOWN if any(_is_estimate(found.get(name)) for found in conditions.values())]
+    columns = [name for name in MEASURES if any(_is_estimate(found.get(name)) for found in conditions.values())]
     if not columns:
         output.print("Nothing was measured of this file as it is.")
         return
@@ -136,7 +129,7 @@ def gate_fit(
     config: Annotated[Path, typer.Argument(help="The intervention file to put behind a gate.")],
     model: Annotated[
         str, typer.Option("--model", help="Its model: a registered name, a local directory or a hub id.")
-    ] = (DEFAULT_MODEL),
+    ] = DEFAULT_MODEL,
     relation: RelationOption = None,
     trust: TrustOption = None,
     keep: Annotated[
@@ -163,11 +156,7 @@ def gate_fit(
     bridge = load_model(model, device=device, dtype=dtype)
     gating = Gating(bridge, file, relations=relation or RELATIONS, out=out, keep=keep, subjects=subjects, seed=seed)
     summary = gating.run()
-    table = gating_table(summary)
-    shown = Table(*table.columns)
-    for row in table.iter_rows():
-        shown.add_row(*row)
-    Console(width=None if Console().is_terminal else 200).print(shown)
+    print_frame(gating_table(summary))
     for line in gating_lines(summary):
         say(line)
     say(f"The gated intervention is {out / 'gated.json'}, all numbers are in {out / 'summary.json'}")
@@ -194,7 +183,8 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     max_waiting: Annotated[int, typer.Option(min=1, help="How many requests may wait; more are refused.")] = 256,
     journal: Annotated[
-        Path | None, typer.Option(help="File to append every answer to, as a line of JSON, before it is sent.")
+        Path | None,
+        typer.Option(help="File to append every answer to, as a line of JSON, before it (or a stream's end) is sent."),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -261,4 +251,4 @@ def _is_estimate(value: Any) -> bool:
 
 
 def _estimate(value: Any) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if _is_estimate(value) else "-"
+    return written(value, 3) if _is_estimate(value) else "-"

@@ -22,6 +22,7 @@ import torch
 
 from conflictscope.dialing import Dialing, edit_record, learned_part
 from conflictscope.study import RANDOM_DRAWS, RANKED_METHODS, RankedMethod, candidates, condition_record, measure_edits
+from conflictscope.tables import written
 from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
@@ -294,9 +295,9 @@ def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
                 "method": "unedited",
                 "chosen": "",
                 "gates": 0,
-                "rate": _written(unedited[rate]),
+                "rate": written(unedited[rate]),
                 **dict.fromkeys(_LOSSES.values(), ""),
-                "neutral KL": _written(unedited["neutral_kl"], 3),
+                "neutral KL": written(unedited["neutral_kl"], 3),
             }
         )
         for choice in ("within_budget", "regardless"):
@@ -310,17 +311,12 @@ def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
                         "method": method.replace("_", " "),
                         "chosen": choice.replace("_", " "),
                         "gates": len(found["heads"]) + len(found["feed_forward"]),
-                        "rate": _written(found["test"][rate]),
-                        **{label: _written(found["loss"][kind]) for kind, label in _LOSSES.items()},
-                        "neutral KL": _written(found["test"]["neutral_kl"], 3),
+                        "rate": written(found["test"][rate]),
+                        **{label: written(found["loss"][kind]) for kind, label in _LOSSES.items()},
+                        "neutral KL": written(found["test"]["neutral_kl"], 3),
                     }
                 )
     return pl.DataFrame(rows)
-
-
-def _written(estimate: Mapping[str, Any], decimals: int = 2) -> str:
-    value, low, high = (f"{estimate[name]:.{decimals}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def leave_one_out(dialing: Dialing) -> dict[str, Any]:
@@ -384,10 +380,10 @@ def transfer_table(result: Mapping[str, Any]) -> pl.DataFrame:
                 {
                     "left out": relation,
                     "towards": towards,
-                    "unedited": _written(found["unedited"]["test"][rate]),
-                    "learned without it": _written(transferred["test"][rate]),
-                    "learned with it": _written(found[f"with_it_{towards}"]["test"][rate]),
-                    **{label: _written(transferred["loss"][kind]) for kind, label in _LOSSES.items()},
+                    "unedited": written(found["unedited"]["test"][rate]),
+                    "learned without it": written(transferred["test"][rate]),
+                    "learned with it": written(found[f"with_it_{towards}"]["test"][rate]),
+                    **{label: written(transferred["loss"][kind]) for kind, label in _LOSSES.items()},
                 }
             )
     return pl.DataFrame(rows)
@@ -461,7 +457,7 @@ def counterfact_table(result: Mapping[str, Any]) -> pl.DataFrame:
             {
                 f"CounterFact, {result['known']} of {result['items']} known": condition.replace("_", " "),
                 **{
-                    measure.replace("_", " "): _written(found[measure])
+                    measure.replace("_", " "): written(found[measure])
                     for measure in ("memory_rate", "context_rate", "closed_book_accuracy")
                 },
             }

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,6 +27,7 @@ from torch import Tensor
 from conflictscope.dialing import known_conflicts, learned_part, subjects_by_split
 from conflictscope.records import Records
 from conflictscope.study import TEST_PHRASINGS, condition_record, measure_edits, model_record, run_record
+from conflictscope.tables import MEASURES, written
 from interp.activations import Activations, record, sites_of
 from interp.anatomy import Anatomy, located
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
@@ -77,13 +78,11 @@ def passing_threshold(scores: Tensor, keep: float) -> float:
 
     Args:
         scores: Of prompts that should pass, ``(n,)``.
-        keep: The share that should.
+        keep: The share that should, between 0 and 1.
 
     Raises:
-        UserError: If that is no share, or there are too few scores for it.
+        UserError: If there are too few scores for it.
     """
-    if not 0 < keep < 1:
-        raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {keep:g}.")
     rank = math.floor((len(scores) + 1) * (1 - keep))
     if rank < 1:
         raise UserError(
@@ -106,7 +105,7 @@ class Gating:
         seed: Decides splits, conflicts and the random control.
 
     Raises:
-        UserError: If the file is for another model, is gated already, or edits the lowest layer.
+        UserError: If ``keep`` is no share, or the file is for another model, is gated already, or edits the lowest layer.
     """
 
     def __init__(
@@ -120,6 +119,8 @@ class Gating:
         subjects: int = 40,
         seed: int = 0,
     ) -> None:
+        if not 0 < keep < 1:
+            raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {keep:g}.")
         file.model.check(model)
         self.model = model
         self.file = file
@@ -136,7 +137,6 @@ class Gating:
                 f"{file.name} edits layer 0 or nothing, so that no gate can lie below it; take an edit of higher "
                 "layers, or set its dial."
             )
-        passing_threshold(torch.zeros(10**6), keep)
 
     def run(self) -> dict[str, Any]:
         """Fit and verify the gate, and write ``gated.json`` and ``summary.json``.
@@ -154,6 +154,7 @@ class Gating:
             "gated": self._measured([gate], "Gated"),
             "random_gate": self._measured([control], "Gated at random"),
         }
+        reports = {name: report for name, (report, _) in measured.items()}
         opened = self._opened()
         summary = {
             "model": model_record(self.model, self.file.model.name),
@@ -178,10 +179,7 @@ class Gating:
             },
             "random_gate": {"dev": {"opened": self.blind.opened}, "test": {"opened": opened["random_gate"]}},
             "conditions": {name: condition_record(*found) for name, found in measured.items()},
-            "kept": {
-                name: kept_shares({key: report for key, (report, _) in measured.items()}, name, self.file.towards)
-                for name in ("gated", "random_gate")
-            },
+            "kept": {name: self._kept(reports, name) for name in ("gated", "random_gate")},
         }
         self._write(gate, summary)
         return summary
@@ -258,21 +256,26 @@ class Gating:
         key = [InterventionFile.of(edits, name="edits", model=self.file.model).digest if edits else None]
         return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
 
-    def _opened(self) -> dict[str, dict[str, dict[str, float]]]:
-        """For both gates the share of test's prompts of each kind for which they open."""
+    def _opened(self) -> dict[str, dict[str, Any]]:
+        """For both gates the share of test's prompts of each kind for which they open, and in the unseen phrasing."""
         asked = self.tested
         values = record(self.model, asked, [self.chosen.probe.site], progress="Recording: test")
-        frame = pl.DataFrame({"kind": [e.kind for e in asked], "subject": [e.subject for e in asked]})
-        shares: dict[str, dict[str, dict[str, float]]] = {}
+        columns = {name: [getattr(e, name) for e in asked] for name in ("kind", "subject", "template")}
+        shares: dict[str, dict[str, Any]] = {}
         for name, (probe, threshold, _) in {"gated": self.chosen, "random_gate": self.blind}.items():
             is_open = (probe.logits(values[probe.site])[:, 0].cpu() > threshold).double().numpy()
-            opened = frame.with_columns(open=pl.Series(is_open))
-            shares[name] = {
-                kind: bootstrap_mean(part["open"].to_numpy(), part["subject"].to_list()).to_record()
-                for kind in CONTEXT_KINDS
-                if not (part := opened.filter(kind=kind)).is_empty()
-            }
+            opened = pl.DataFrame({**columns, "open": is_open})
+            unseen = opened.filter(template=HELD_OUT_PHRASING)
+            shares[name] = {**_shares(opened), "held_out_phrasing": _shares(unseen)}
         return shares
+
+    def _kept(self, reports: Mapping[Condition, UsageReport], gated: Condition) -> dict[str, Any]:
+        """What a gate keeps of gain and damage, over all phrasings and in the one it has not seen."""
+        unseen = {name: report.select(template=HELD_OUT_PHRASING) for name, report in reports.items()}
+        return {
+            **kept_shares(reports, gated, self.file.towards),
+            "held_out_phrasing": kept_shares(unseen, gated, self.file.towards),
+        }
 
     def _write(self, gate: ConflictGate, summary: dict[str, Any]) -> None:
         # The summary is taken away first and comes last: where there is one, it belongs to the file beside it.
@@ -293,6 +296,15 @@ class Gating:
             measured={"unedited": summary["conditions"]["unedited"], "test": summary["conditions"]["gated"]},
         ).save(self.out / "gated.json")
         write_json(self.out / "summary.json", summary)
+
+
+def _shares(opened: pl.DataFrame) -> dict[str, dict[str, float]]:
+    """Mean of the column ``open`` by kind, with intervals by subject."""
+    return {
+        kind: bootstrap_mean(part["open"].to_numpy(), part["subject"].to_list()).to_record()
+        for kind in CONTEXT_KINDS
+        if not (part := opened.filter(kind=kind)).is_empty()
+    }
 
 
 def kept_shares(
@@ -336,33 +348,28 @@ def kept_shares(
 
 def gating_table(summary: Mapping[str, Any]) -> pl.DataFrame:
     """What the gate does, a row for each condition."""
-    measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy")
     return pl.DataFrame(
         [
             {
                 "condition": name.replace("_", " "),
-                **{m.replace("_", " "): _written(found[m]) for m in (*measures, "neutral_kl")},
+                **{m.replace("_", " "): written(found[m]) for m in MEASURES},
             }
             for name, found in summary["conditions"].items()
         ]
     )
 
 
-def gating_lines(summary: Mapping[str, Any]) -> list[str]:
+def gating_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """What the gate lets through and keeps, in a few lines."""
-    gate = summary["gate"]
-    opened = ", ".join(f"{kind} {_written(share)}" for kind, share in gate["test"]["opened"].items())
-    kept = summary["kept"]["gated"]
-    lines = [f"The gate reads {gate['site']}; it opens for {opened}"]
-    if "gain" in kept:
-        lines.append(f"Of the gain it keeps {_written(kept['gain'])}")
-    if losses := [f"{kind} {_written(share)}" for kind, share in kept.items() if kind != "gain"]:
-        lines.append(f"Of the loss of accuracy it keeps {', '.join(losses)}")
-    return lines
 
+    def listed(shares: Mapping[str, Any]) -> str:
+        return ", ".join(f"{kind} {written(share)}" for kind, share in shares.items() if kind != "held_out_phrasing")
 
-def _written(record: Mapping[str, float]) -> str:
-    return f"{record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    opened, kept = summary["gate"]["test"]["opened"], summary["kept"]["gated"]
+    yield f"The gate reads {summary['gate']['site']}; it opens for {listed(opened)}"
+    yield f"in the unseen phrasing for {listed(opened['held_out_phrasing'])}"
+    yield f"It keeps of the gain, and of each loss of accuracy: {listed(kept)}"
+    yield f"in the unseen phrasing: {listed(kept['held_out_phrasing'])}"
 
 
 def _ungated(file: InterventionFile) -> tuple[Gateable, ...]:

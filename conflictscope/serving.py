@@ -51,6 +51,7 @@ UNEDITED = "none"
 
 _LARGEST_BODY = 2**20
 _USUAL_TOKENS = 64
+_FAILED = "The answer could not be generated; the server's log says why."
 # Colder logits leave the range of float32.
 _COLDEST = 0.01
 _INCOMPLETE = "\ufffd"
@@ -93,7 +94,6 @@ class _Asked(BaseModel):
     ) = None
     stream: bool = False
     n: Literal[1] = 1
-    user: str | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -121,6 +121,17 @@ class ChatRequest(_Asked):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """What is asked under either name.
+
+        Raises:
+            UserError: If it is asked under both.
+        """
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise UserError("max_tokens and max_completion_tokens mean the same; give one.")
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class Done(NamedTuple):
@@ -452,7 +463,11 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         elif int(length) > _LARGEST_BODY:
             response = _error(413, f"The request has {length} bytes, but this server takes {_LARGEST_BODY} at most.")
         else:
-            response = await call_next(request)
+            try:
+                response = await call_next(request)
+            except Exception:
+                _log.exception("a request failed")
+                response = _error(500, _FAILED)
         route = request.scope.get("route")
         engine.metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
         return response
@@ -507,7 +522,7 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         except TemplateError as error:
             raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
         prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return await _respond(engine, request, prompt, asked, asked.max_completion_tokens or asked.max_tokens, _CHAT)
+        return await _respond(engine, request, prompt, asked, asked.longest, _CHAT)
 
     return app
 
@@ -574,7 +589,7 @@ async def _respond(
                     return PlainTextResponse("", 499)
                 continue
             if isinstance(event, Exception):
-                return _error(500, "The answer could not be generated; the server's log says why.")
+                return _error(500, _FAILED)
             if isinstance(event, Done):
                 choice = {"index": 0, **shape.whole(event.text), "finish_reason": event.reason}
                 return {**about, "object": shape.kind, "choices": [choice], "usage": usage(event)}
@@ -594,7 +609,7 @@ async def _chunks(
         while True:
             found = await events.get()
             if isinstance(found, Exception):
-                yield event(_error_record(500, "The answer could not be generated; the server's log says why."))
+                yield event(_error_record(500, _FAILED))
                 return
             ends = isinstance(found, Done)
             choice = {

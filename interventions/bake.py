@@ -129,8 +129,9 @@ def write_folded(
         folded.model.check(network, tokenizer)
         fold(network, interventions)
         save_checkpoint(network, tokenizer, partial)
-        # What was measured is said by the file as it came: at another setting it is left out.
-        card = "\n".join(_card(model, folded, changes, file.measured))
+        # A dial's file was measured at both ends, and says so; at another strength nothing was.
+        measured = file.measured if strength == 1 else {}
+        card = "\n".join(_card(model, folded, changes, measured))
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 

@@ -38,6 +38,18 @@ Feature = Annotated[int, Field(ge=0, lt=2**31)]
 TensorName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+_SAE_SETTINGS = (
+    "layer",
+    "architecture",
+    "normalization",
+    "subtracts_b_dec",
+    "k",
+    "residual_threshold",
+    "max_iterations",
+    "stop_on_duplicate_support",
+)
+
+
 class Place(NamedTuple):
     """A part of a block; of the output projection its input is meant, of every other part its output."""
 
@@ -240,14 +252,7 @@ class EditedFeaturesEntry(Strict):
         tensors |= {weights[key]: values for key, values in sorted_sae.weights.items()}
         removed = len(order) - int(edit.added.sum())
         return cls(
-            layer=sae.layer,
-            architecture=sae.architecture,
-            normalization=sae.normalization,
-            subtracts_b_dec=sae.subtracts_b_dec,
-            k=sae.k,
-            residual_threshold=sae.residual_threshold,
-            max_iterations=sae.max_iterations,
-            stop_on_duplicate_support=sae.stop_on_duplicate_support,
+            **{name: getattr(sae, name) for name in _SAE_SETTINGS},
             removed=[features[i] for i in order[:removed]],
             added=[features[i] for i in order[removed:]],
             targets=f"{name}.targets",
@@ -258,15 +263,8 @@ class EditedFeaturesEntry(Strict):
         """The edit that this entry describes."""
         features = (*self.removed, *self.added)
         sae = SparseAutoencoder(
-            architecture=self.architecture,
+            **{name: getattr(self, name) for name in _SAE_SETTINGS},
             weights={key: _tensor(tensors, name) for key, name in self.weights.items()},
-            layer=self.layer,
-            k=self.k,
-            normalization=self.normalization,
-            subtracts_b_dec=self.subtracts_b_dec,
-            residual_threshold=self.residual_threshold,
-            max_iterations=self.max_iterations,
-            stop_on_duplicate_support=self.stop_on_duplicate_support,
             kept=features,
             name=f"of layer {self.layer}",
         )

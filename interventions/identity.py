@@ -115,7 +115,16 @@ class ModelIdentity(Strict):
                 )
         if self.weights is not None:
             self._check_weights(anatomy)
-        if tokenizer is not None and self.tokenizer is not None and tokenizer_hash(tokenizer) != self.tokenizer:
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse another tokenizer.
+
+        Raises:
+            UserError: If it makes other tokens, or has another vocabulary.
+        """
+        if self.tokenizer is not None and tokenizer_hash(tokenizer) != self.tokenizer:
             raise UserError(
                 f"This intervention is for {self.name} with another tokenizer than the one given; use the tokenizer "
                 "that belongs to the model."

@@ -12,8 +12,8 @@ act in every forward pass until the handle is removed, in all threads, on any de
 - ``torch.compile``: apply and remove at any time; what was compiled is compiled anew
 - ``device_map``: edits go where the activations are; where too many weights are offloaded to be read, the model cannot
   be recognised and is refused
-- assisted decoding, chunked prompts and continuous batching: served by edits of all tokens (scaled heads and
-  feed-forward layers); an edit of certain tokens, or behind a gate, refuses them in one sentence
+- assisted decoding, chunked prompts and continuous batching: served by edits of all tokens; an edit of certain tokens,
+  or behind a gate, refuses them in one sentence
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ def apply(
     chosen = loaded.at(trust=trust, strength=strength)
     network = getattr(model, "_orig_mod", model)
     if tokenizer is not None:
-        chosen.model.check(network, tokenizer)
+        chosen.model.check_tokenizer(tokenizer)
     return chosen.attach(network)

@@ -50,10 +50,12 @@ class TokenTracker:
         # With the hooks of a model that is copied: those that ask share the tracker with the one that sees the passes.
         return self
 
-    def attach(self, model: nn.Module) -> Following:
+    def attach(self, model: nn.Module) -> Following | RemovableHandle:
         """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
         network = transformers_model(model)
-        return Following(network, network.register_forward_pre_hook(self._see, with_kwargs=True))
+        hook = network.register_forward_pre_hook(self._see, with_kwargs=True)
+        # Where all tokens are meant it does not matter which is which.
+        return hook if self.tokens == "all" else Following(network, hook)
 
     def mask(self, device: torch.device) -> Tensor | None:
         """Which tokens of the pass that is under way are meant: boolean, ``(n_rows, n_tokens)``; ``None`` is none."""

@@ -70,15 +70,18 @@ def test_what_is_said_to_open_is_what_the_file_edits(finished, tiny_llama):
     asked = gating(tiny_llama, out).tested
     network = transformers_model(tiny_llama)
     file = InterventionFile.load(out / "gated.json")
-    for kind, share in summary["gate"]["test"]["opened"].items():
-        changed = []
+    opened = summary["gate"]["test"]["opened"]
+    for kind in ("conflict", "aligned", "irrelevant", "none"):
+        changed: dict[str, list[bool]] = {}
         for example in asked.select(kind=kind):
             inputs = encode(tiny_llama, [example.prompt])
             with torch.inference_mode():
                 before = network(**inputs).logits
                 with applied(tiny_llama, file):
-                    changed.append(not torch.equal(network(**inputs).logits, before))
-        assert np.mean(changed) == pytest.approx(share["value"])
+                    differs = not torch.equal(network(**inputs).logits, before)
+            changed.setdefault(example.template, []).append(differs)
+        assert np.mean(sum(changed.values(), [])) == pytest.approx(opened[kind]["value"])
+        assert np.mean(changed[HELD_OUT_PHRASING]) == pytest.approx(opened["held_out_phrasing"][kind]["value"])
 
 
 def test_neither_test_subjects_nor_the_held_out_phrasing_choose_the_gate(tiny_llama, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_a_second_run_reads_what_the_first_measured(finished, tiny_llama, monkey
 def test_the_table_has_all_conditions_and_the_lines_say_what_is_kept(finished):
     summary, _ = finished
     assert gating_table(summary)["condition"].to_list() == ["unedited", "everywhere", "gated", "random gate"]
-    assert any("it opens for" in line for line in gating_lines(summary))
+    assert sum("in the unseen phrasing" in line for line in gating_lines(summary)) == 2
 
 
 # Thresholds and shares
@@ -131,11 +134,11 @@ def test_a_new_score_passes_with_the_wanted_probability(n, keep):
     assert keep - 1e-9 <= (passed + 1) / (n + 1) < keep + 1 / (n + 1) + 1e-9
 
 
-def test_too_few_scores_or_no_share_are_refused():
+def test_too_few_scores_or_no_share_are_refused(tiny_llama, tmp_path):
     with pytest.raises(UserError, match=r"too few to let 0\.95"):
         passing_threshold(torch.zeros(18), 0.95)
     with pytest.raises(UserError, match="between 0 and 1"):
-        passing_threshold(torch.zeros(18), 1.0)
+        gating(tiny_llama, tmp_path, keep=1.0)
 
 
 def report(kind: str, usage: list[str], right: list[float]) -> pl.DataFrame:
