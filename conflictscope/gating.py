@@ -105,7 +105,8 @@ class Gating:
         seed: Decides splits, conflicts and the random control.
 
     Raises:
-        UserError: If ``keep`` is no share, or the file is for another model, is gated already, or edits the lowest layer.
+        UserError: If ``keep`` is no share, or the file is for another model, is gated already, or edits the lowest
+            layer.
     """
 
     def __init__(

@@ -184,7 +184,7 @@ def _sample(anatomy: Anatomy, d_vocab: int) -> np.ndarray:
         of_heads = number % 4 == 3
         count = anatomy.n_heads if of_heads else _OF_MATRIX if number else _OF_EMBEDDING
         # An embedding may have got rows for new tokens since; its first rows are what they were.
-        size = weight.numel() if number else d_vocab * anatomy.d_model
+        size = max(weight.numel(), 1) if number else d_vocab * anatomy.d_model
         if not weight.is_floating_point() or weight.is_meta or weight.numel() < size or weight.element_size() < 2:
             values.append(torch.full((count,), math.nan))
             continue

@@ -80,7 +80,8 @@ def test_what_is_said_to_open_is_what_the_file_edits(finished, tiny_llama):
                 with applied(tiny_llama, file):
                     differs = not torch.equal(network(**inputs).logits, before)
             changed.setdefault(example.template, []).append(differs)
-        assert np.mean(sum(changed.values(), [])) == pytest.approx(opened[kind]["value"])
+        every = [differs for some in changed.values() for differs in some]
+        assert np.mean(every) == pytest.approx(opened[kind]["value"])
         assert np.mean(changed[HELD_OUT_PHRASING]) == pytest.approx(opened["held_out_phrasing"][kind]["value"])
 
 

@@ -196,6 +196,7 @@ def test_two_hundred_requests_at_once_get_what_each_gets_alone(tiny_directories,
         ({"prompt": "a", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "a", "n": 2}, "n: Input should be 1"),
         ({"prompt": "a", "logprobs": 3}, "logprobs: Extra inputs are not permitted"),
+        ({"prompt": "a", "user": "me"}, "user: Extra inputs are not permitted"),
         ({"prompt": "a", "intervention": "lobotomy"}, "no intervention 'lobotomy'; there are none, heads"),
         ({"prompt": "a", "model": "gpt-4"}, "no model 'gpt-4'; it has tiny, tiny:none"),
         ({"prompt": "a", "model": "tiny:heads", "intervention": "gate"}, "name one"),
@@ -242,11 +243,42 @@ def test_without_the_key_only_health_is_open(tiny_directories, files):
     app = build_app(engine_of(tiny_directories["llama"], files), api_key="secret")
     with TestClient(app) as client:
         assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/openapi.json").status_code == 404
         for path in ("/v1/models", "/metrics"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
         assert client.post("/v1/completions", json={"prompt": PROMPTS[0]}).status_code == 401
+
+
+def test_a_chat_that_cannot_be_written_is_refused(tiny_directories, files):
+    engine = engine_of(tiny_directories["llama"], files)
+    engine.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with TestClient(build_app(engine)) as client:
+        body: dict[str, Any] = {"messages": [{"role": "system", "content": "a"}]}
+        found = client.post("/v1/chat/completions", json=body)
+        assert found.status_code == 400
+        assert "refuses these messages: no system role here" in found.json()["error"]["message"]
+        engine.tokenizer.chat_template = TEMPLATE
+        found = client.post("/v1/chat/completions", json=body | {"max_tokens": 1, "max_completion_tokens": 2})
+        assert "mean the same; give one" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_while_generating_is_said_and_does_not_stop_the_server(tiny_directories, files, stream, monkeypatch):
+    engine = engine_of(tiny_directories["llama"], files)
+    with TestClient(build_app(engine)) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model, "generate", lambda **_: 1 / 0)
+            found = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
+            assert "the server's log says why" in found.text
+            assert stream or found.status_code == 500
+        assert completion(client, PROMPTS[0])["choices"][0]["text"]
+
+
+def test_very_low_temperatures_are_greedy(client, answer):
+    found = completion(client, PROMPTS[0], temperature=1e-40)
+    assert found["choices"][0]["text"] == answer(PROMPTS[0], "heads")
 
 
 def test_a_full_queue_is_refused_and_said_in_the_metrics(tiny_directories, files):

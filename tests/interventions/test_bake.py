@@ -15,6 +15,7 @@ from interventions.config import InterventionFile
 from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import DialPoint, Gate, TrustDial
+from interventions.gating import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -115,6 +116,46 @@ def test_several_edits_of_one_place_are_folded_one_after_the_other(tiny_director
         expected = logits(model, inputs)
     fold(model, edits)
     assert_close(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("architecture", WITH_BIAS)
+def test_a_direction_at_all_tokens_goes_into_the_bias(tiny_directories, inputs, architecture):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    edits = [
+        Steering(1, vector, 2.0, "all"),
+        FeedForwardScaling(((1, 0.5), (2, -1.0))),
+        Steering(1, -0.25 * vector.roll(1), 3.0, "all"),
+        Steering(2, vector, -1.0, "all"),
+    ]
+    model = plain(tiny_directories[architecture])
+    before = logits(model, inputs)
+    with applied(model, *edits):
+        expected = logits(model, inputs)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    fold(model, edits)
+    assert_close(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_direction_is_refused_where_the_mlp_has_no_bias(tiny_directories, architecture):
+    model = plain(tiny_directories[architecture])
+    before = weights(model)
+    with pytest.raises(UserError, match="A direction is added after layer 1, which needs a bias"):
+        fold(model, [HeadScaling.of([(0, 0)], 0.0), Steering(1, torch.ones(32), 1.0, "all")])
+    assert_same_weights(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Steering(1, torch.ones(32), 1.0, "answer"),
+        Steering(1, torch.ones(32), 1.0, "all", "replace"),
+        ConflictGate("block", 0, torch.ones(32), 0.0, 0.0, (HeadScaling.of([(1, 0)], 0.0),)),
+    ],
+)
+def test_what_depends_on_token_or_activation_is_refused(tiny_directories, edit):
+    with pytest.raises(UserError, match="cannot be folded into weights"):
+        fold(plain(tiny_directories["gpt2"]), [edit])
 
 
 def test_half_precision_weights_are_rounded_once(tiny_directories):

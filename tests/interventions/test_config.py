@@ -420,3 +420,22 @@ def test_files_without_a_dial_cannot_be_dialed_and_dials_cannot_be_scaled(file, 
         dial_file(tiny_llama).scaled(0.5)
     with pytest.raises(UserError, match="between -1"):
         dial_file(tiny_llama).dialed(2.0)
+
+
+@pytest.mark.parametrize(("factor", "towards"), [(2.0, "context"), (0.0, None), (-1.0, "memory")])
+def test_a_strength_below_zero_strengthens_the_other_source(file, factor, towards):
+    assert file.scaled(factor).towards == towards
+
+
+def test_features_have_no_opposite(tiny_llama, tmp_path):
+    edit = feature_edit(tmp_path, "standard")
+    saved = InterventionFile.of([edit], name="features", model=ModelIdentity.of(tiny_llama, "tiny"))
+    with pytest.raises(UserError, match="features edits features, which has no opposite"):
+        saved.scaled(-1.0)
+
+
+def test_provenance_keeps_what_has_no_field_of_its_own(file):
+    given = {"method": "x", "seed": 3, "data": {"name": "not a hash"}, "relations": ["capital"]}
+    about = InterventionFile.of([SCALING], name="a", model=file.model, provenance=given).provenance
+    assert (about.method, about.seed, about.data) == ("x", 3, None)
+    assert about.details == {"data": {"name": "not a hash"}, "relations": ["capital"]}

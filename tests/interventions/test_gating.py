@@ -124,6 +124,8 @@ def test_padding_on_the_right_reads_the_last_token_of_each_prompt(tiny_llama):
         FeedForwardScaling(((1, 0.0),)),
         Steering(1, VECTOR),
         TrustDial((Gate(1, 0, 0.0, 2.0),), 1.0),
+        # It does nothing as it stands, but may be turned.
+        TrustDial((Gate(1, 0, 0.0, 2.0),), 0.0),
     ],
 )
 def test_an_edit_that_is_not_above_its_gate_is_refused(edit):

@@ -92,6 +92,9 @@ def test_quantised_weights_are_passed_over_but_something_must_be_readable(llama,
     layer = llama.model.layers[0].self_attn.o_proj
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
     identity.check(llama)
+    # As GPTQ and AWQ do it: the module has no plain weight at all.
+    del llama.model.layers[1].self_attn.q_proj.weight
+    identity.check(llama)
     assert ModelIdentity.of(llama, "tiny").expected_weights().shape == (62,)
     with pytest.raises(UserError, match="cannot be read"):
         identity.check(llama.to("meta"))

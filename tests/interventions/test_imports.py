@@ -9,10 +9,15 @@ import pytest
     [
         "interventions.bake",
         "interventions.base",
+        "interventions",
         "interventions.config",
+        "interventions.entries",
         "interventions.features",
         "interventions.gates",
+        "interventions.gating",
         "interventions.heads",
+        "interventions.identity",
+        "interventions.runtime",
         "interventions.steering",
     ],
 )

@@ -92,8 +92,10 @@ def test_strength_and_trust_say_how_far(llama, batch):
         half = logits(llama, batch)
     with applied(llama, HeadScaling.of([(1, 1), (2, 3)], -0.5)):
         assert torch.equal(logits(llama, batch), half)
+    plain = logits(llama, batch)
+    assert not torch.equal(half, plain)
     with apply(llama, file, strength=0.0):
-        assert torch.equal(logits(llama, batch), logits(llama, batch))
+        assert torch.equal(logits(llama, batch), plain)
     dial = TrustDial((Gate(1, 1, 0.0, 2.0),))
     dial_file = InterventionFile.of([dial], name="dial", model=file.model)
     with apply(llama, dial_file, trust=-0.5):
@@ -202,6 +204,25 @@ def test_ways_to_generate_that_hide_tokens_are_served_or_refused(llama, tokenize
         greedy(llama, batch, **options)
 
 
+def test_a_direction_at_all_tokens_is_served_in_every_way_to_generate(llama, tokenizer):
+    file = InterventionFile.of([Steering(1, VECTOR, tokens="all")], name="all", model=ModelIdentity.of(llama, "tiny"))
+    batch = dict(tokenizer(PROMPTS[:1], return_tensors="pt"))
+    plain = greedy(llama, batch)
+    with apply(llama, file):
+        expected = greedy(llama, batch)
+        for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"assistant_model": llama}):
+            assert torch.equal(greedy(llama, batch, **options), expected)
+    assert not torch.equal(plain, expected)
+
+
+def test_a_generation_config_given_by_position_is_looked_at_too(llama, tokenizer):
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    config = copy.deepcopy(llama.generation_config)
+    config.prompt_lookup_num_tokens = 3
+    with apply(llama, file_of("steering", llama)), pytest.raises(UserError, match="prompt lookup decoding"):
+        llama.generate(ids, config)
+
+
 def test_continuous_batching_is_refused_where_tokens_or_rows_matter(llama, kind):
     with apply(llama, file_of(kind, llama)):
         if kind == "heads":
@@ -259,6 +280,29 @@ def test_another_model_or_tokenizer_is_refused_and_nothing_stays_attached(llama,
 
 
 # Import
+
+
+def test_a_file_is_applied_and_served_where_only_what_serving_needs_is_installed(tiny_directories, llama, tmp_path):
+    file_of("gate", llama).save(tmp_path / "edit.json")
+    code = f"""
+import sys
+for name in ("transformer_lens", "sae_lens", "polars", "plotly", "sklearn", "scipy", "platformdirs"):
+    sys.modules[name] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from interventions.runtime import apply
+from conflictscope.serving import CompletionRequest, Done, Engine, named
+from pathlib import Path
+folder, edit = {str(tiny_directories["llama"])!r}, Path({str(tmp_path / "edit.json")!r})
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+with apply(model, edit, tokenizer=tokenizer):
+    model.generate(**tokenizer("The capital of", return_tensors="pt"), max_new_tokens=2)
+engine, found = Engine(model, tokenizer, name="tiny", interventions=named([edit])), []
+engine.submit(engine.job([5, 6], CompletionRequest(prompt=""), 2, found.append))
+engine.close()
+assert isinstance(found[-1], Done)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def seconds(code: str) -> float:
