@@ -492,6 +492,25 @@ class Anatomy:
             logits = logits if bias is None else logits + bias[token_ids]
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
+    def log_probabilities(self, residual: Tensor, token_ids: Tensor, *, rows_at_once: int) -> Tensor:
+        """Next-token log probabilities of some tokens in every residual stream.
+
+        Args:
+            residual: ``(n, n_streams, d_model)``, as for ``logits``.
+            token_ids: ``(n, n_tokens)``.
+            rows_at_once: How many streams are unembedded together; each takes ``d_vocab`` numbers.
+
+        Returns:
+            ``(n, n_streams, n_tokens)`` float32, nats.
+        """
+        targets = token_ids.unsqueeze(1).expand(-1, residual.shape[1], -1).flatten(0, 1)
+        chunks = zip(residual.flatten(0, 1).split(rows_at_once), targets.split(rows_at_once), strict=True)
+        parts = []
+        for rows, ids in chunks:
+            logits = self.logits(rows).float()
+            parts.append(logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True))
+        return torch.cat(parts).unflatten(0, residual.shape[:2])
+
     def logit_difference_direction(self, residual: Tensor, token_ids: Tensor) -> Tensor:
         """The direction whose dot product with a part of the residual stream is that part's logit difference.
 

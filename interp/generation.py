@@ -129,28 +129,72 @@ def continue_greedily(
     watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
     first_tokens = torch.zeros(len(prompts), dtype=torch.long)
     first_logits = torch.zeros(watched.shape)
-    network: Any = transformers_model(model)
     for batch in tracked(length_batches(model, prompts, batch_size), progress):
-        inputs = encode(model, [prompts[i] for i in batch])
-        prompt_length = inputs["input_ids"].shape[1]
-        with torch.inference_mode():
-            # transformers derives position ids from the mask itself here
-            output = network.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=model.tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        texts = model.tokenizer.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)
-        first_tokens[batch] = output.sequences[:, prompt_length].cpu()
-        first_logits[batch] = output.logits[0].float().cpu().gather(1, watched[batch])
+        sequences, logits = _answered(model, [prompts[i] for i in batch], max_new_tokens)
+        texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        first_tokens[batch] = sequences[:, 0].cpu()
+        first_logits[batch] = logits[0].float().cpu().gather(1, watched[batch])
         for index, text in zip(batch, texts, strict=True):
             answers[index] = first_sentence(text)
     return Continuations(answers, first_tokens, first_logits)
+
+
+def _answered(model: TransformerBridge, prompts: Sequence[str], max_new_tokens: int) -> tuple[Tensor, Sequence[Tensor]]:
+    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's logits."""
+    inputs = encode(model, prompts)
+    prompt_length = inputs["input_ids"].shape[1]
+    network: Any = transformers_model(model)
+    with torch.inference_mode():
+        # transformers derives position ids from the mask itself here
+        output = network.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return output.sequences[:, prompt_length:], output.logits
+
+
+class AnswerStep(NamedTuple):
+    """One token of a greedy answer.
+
+    Attributes:
+        token: Its text.
+        probability: Of this token, given all before it.
+        alternatives: The next most probable tokens and their probabilities, most probable first.
+    """
+
+    token: str
+    probability: float
+    alternatives: tuple[tuple[str, float], ...]
+
+
+def answer_steps(
+    model: TransformerBridge, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, alternatives: int = 3
+) -> list[AnswerStep]:
+    """How a greedy answer comes about, token by token, until its first sentence is complete.
+
+    Args:
+        model: The bridge; interventions that are applied to it are seen.
+        prompt: The whole prompt.
+        max_new_tokens: Longest answer, in tokens.
+        alternatives: How many tokens that were not chosen to tell of at each step.
+    """
+    sequences, logits = _answered(model, [prompt], max_new_tokens)
+    steps = []
+    for token, scores in zip(sequences[0].tolist(), logits, strict=True):
+        probabilities = scores[0].float().softmax(-1)
+        others = probabilities.clone()
+        others[token] = -1
+        next_best = others.topk(alternatives)
+        decoded = [model.tokenizer.decode([i]) for i in (token, *next_best.indices.tolist())]
+        ranked = zip(decoded[1:], next_best.values.tolist(), strict=True)
+        steps.append(AnswerStep(decoded[0], probabilities[token].item(), tuple(ranked)))
+    return steps
 
 
 def continuation_ids(model: TransformerBridge, prompt: str, answer: str) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +32,13 @@ CONTEXT_COLOUR = "#D55E00"
 OTHER_COLOUR = "#999999"
 """Blue, vermillion and grey of the colour-blind-safe palette of Okabe & Ito (2008)."""
 
-_COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
-_SYMBOLS = {"memory": "circle", "context": "diamond"}
+COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
+"""Colours by usage."""
+SYMBOLS = {"memory": "circle", "context": "diamond"}
+"""Markers by usage."""
+SERIES_COLOURS = ("#AA4499", "#44AA99", "#999933", "#CC6677", "#88CCEE")
+"""Muted colours of Tol (2021, SRON/EPS/TN/09-002) for what is neither memory nor context."""
+
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
 _FRONTS = {
     "pruning": ("square", "#E69F00"),
@@ -42,6 +48,14 @@ _FRONTS = {
     "hard_concrete": ("star", "#CC79A7"),
     "other_answers": ("x", OTHER_COLOUR),
     "random_gates": ("circle-open", OTHER_COLOUR),
+}
+_DOSE_SYMBOLS = {
+    "memory_rate": SYMBOLS["memory"],
+    "context_rate": SYMBOLS["context"],
+    "closed_book_accuracy": "square",
+    "aligned_accuracy": "triangle-up",
+    "irrelevant_accuracy": "star",
+    "neutral_kl": "hexagon",
 }
 _ROW = 21
 _IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -112,14 +126,14 @@ def usage_bars(conditions: Mapping[str, UsageReport | Mapping[str, EstimateLike]
         conditions: By label ("unedited", "pruned", ...): a report, or a record with ``memory_rate``,
             ``context_rate`` and ``other_rate``. The first is on top.
     """
-    groups = {label: _rates(source, tuple(_COLOURS)) for label, source in conditions.items()}
-    figure, y = _grouped_rows(groups, list(_COLOURS))
-    for row, (usage, colour) in enumerate(_COLOURS.items()):
+    groups = {label: _rates(source, tuple(COLOURS)) for label, source in conditions.items()}
+    figure, y = _grouped_rows(groups, list(COLOURS))
+    for row, (usage, colour) in enumerate(COLOURS.items()):
         estimates = [rates[usage] for rates in groups.values()]
         figure.add_bar(
             x=[e.value for e in estimates],
             y=[y(group, row) for group in range(len(groups))],
-            error_x=_interval(estimates),
+            error_x=interval(estimates),
             orientation="h",
             width=0.82,
             marker_color=colour,
@@ -163,9 +177,9 @@ def usage_by_template(
         figure.add_scatter(
             x=[e.value for e in estimates],
             y=[at for at, _, _ in points],
-            error_x={**_interval(estimates), "color": _COLOURS[usage], "thickness": 2, "width": 0},
+            error_x={**interval(estimates), "color": COLOURS[usage], "thickness": 2, "width": 0},
             mode="markers",
-            marker={"color": _COLOURS[usage], "symbol": _SYMBOLS[usage], "size": 11},
+            marker={"color": COLOURS[usage], "symbol": SYMBOLS[usage], "size": 11},
             name=usage,
             hovertext=[_hover(heading, f"{usage} rate", estimate) for _, heading, estimate in points],
             hovertemplate="%{hovertext}<extra></extra>",
@@ -229,9 +243,9 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
         template=LIGHT_THEME,
         height=cell * n_layers + 152,
         xaxis={"title": {"text": "head"}, "range": [-0.5, n_heads - 0.5], "showgrid": False, "zeroline": False}
-        | _integer_ticks(n_heads),
+        | integer_ticks(n_heads),
         yaxis={"title": {"text": "layer"}, "range": [-0.5, n_layers - 0.5], "showgrid": False, "zeroline": False}
-        | _integer_ticks(n_layers),
+        | integer_ticks(n_layers),
         coloraxis={
             "cmin": -limit,
             "cmax": limit,
@@ -259,7 +273,7 @@ def top_heads_bars(scores: HeadScores, k: int = 8) -> go.Figure:
         go.Bar(
             x=[e.value for e in estimates],
             y=[f"{head.layer}.{head.head}" for head in heads],
-            error_x=_interval(estimates),
+            error_x=interval(estimates),
             orientation="h",
             marker_color=[CONTEXT_COLOUR if head.score > 0 else MEMORY_COLOUR for head in heads],
             hovertext=[_head_hover(scores, head) for head in heads],
@@ -273,6 +287,55 @@ def top_heads_bars(scores: HeadScores, k: int = 8) -> go.Figure:
         xaxis_title_text=_score_title(scores),
         xaxis_zerolinewidth=1.5,
         yaxis={"title": {"text": "layer.head"}, "type": "category", "autorange": "reversed", "dtick": 1},
+    )
+
+
+def top_heads_by_group(scores: HeadScores, groups: Mapping[str, str], k: int = 3) -> go.Figure:
+    """The strongest heads of each direction, group by group: do phrasings or relations agree about a head?
+
+    Args:
+        scores: The scores.
+        groups: The group of each example, by example id: its template, or its relation.
+        k: How many heads of each direction.
+
+    Raises:
+        UserError: If an example has no group.
+    """
+    if missing := [example for example in scores.example_ids if example not in groups]:
+        raise UserError(f"The example {missing[0]} has no group; give a phrasing or a relation for every example.")
+    members: dict[str, list[int]] = {}
+    for number, example in enumerate(scores.example_ids):
+        members.setdefault(groups[example], []).append(number)
+    parts = {group: scores.select(rows) for group, rows in members.items()}
+    heads = [head for d in DIRECTIONS for head in scores.ranked(d)[:k] if (head.score > 0) == (d == "context")]
+    headings = [f"head {h.layer}.{h.head}, towards {'context' if h.score > 0 else 'memory'}" for h in heads]
+    figure, y = _grouped_rows(headings, list(parts))
+    for number, head in enumerate(heads):
+        colour = COLOURS["context" if head.score > 0 else "memory"]
+        found = []
+        for part in parts.values():
+            at = (head.layer, head.head)
+            low, high = part.interval
+            found.append(RankedHead(*at, part.mean()[at].item(), low[at].item(), high[at].item()))
+        figure.add_scatter(
+            x=[own.score for own in found],
+            y=[y(number, row) for row in range(len(found))],
+            error_x=interval([Estimate(own.score, own.low, own.high, 0) for own in found])
+            | {"color": colour, "thickness": 2, "width": 0},
+            mode="markers",
+            marker={"color": colour, "symbol": SYMBOLS["context" if head.score > 0 else "memory"], "size": 10},
+            hovertext=[
+                f"{escape(group)}<br>{_head_hover(part, own)}"
+                for (group, part), own in zip(parts.items(), found, strict=True)
+            ],
+            hovertemplate="%{hovertext}<extra></extra>",
+            showlegend=False,
+        )
+    figure.update_annotations(x=0, xref="paper")
+    return figure.update_layout(
+        height=round(_ROW * (len(parts) + 1.5) * len(heads)) + 90,
+        xaxis={"range": None, "autorange": True, "tickformat": "", "tickvals": None, "zerolinewidth": 1.5},
+        xaxis_title_text=_score_title(scores),
     )
 
 
@@ -301,7 +364,7 @@ def gain_and_damage(
     named = dict(zip(edits, _METHOD_SYMBOLS * len(edits), strict=False))
     for column, direction in enumerate(DIRECTIONS, start=1):
         points: list[tuple[str, str, Mapping[str, Any], str | None]] = [
-            (name, named[name], by[direction], _COLOURS[direction]) for name, by in edits.items() if direction in by
+            (name, named[name], by[direction], COLOURS[direction]) for name, by in edits.items() if direction in by
         ]
         if control is not None:
             points.append(("random heads", "circle-open", control, OTHER_COLOUR))
@@ -312,8 +375,8 @@ def gain_and_damage(
             figure.add_scatter(
                 x=[wanted.value],
                 y=[kept.value],
-                error_x=_interval([wanted]) | error,
-                error_y=_interval([kept]) | error,
+                error_x=interval([wanted]) | error,
+                error_y=interval([kept]) | error,
                 mode="markers",
                 marker={"symbol": symbol, "size": 11} | ({"color": colour} if colour else {}),
                 name=escape(name),
@@ -327,6 +390,16 @@ def gain_and_damage(
                 row=1,
                 col=column,
             )
+        figure.add_scatter(
+            **_front([by[direction] for by in edits.values() if direction in by] + [baseline], direction, guard),
+            mode="lines",
+            line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
+            name="front",
+            showlegend=column == 1,
+            hoverinfo="skip",
+            row=1,
+            col=column,
+        )
     keys = [*named.items(), *([("random heads", "circle-open")] if control is not None else []), ("unedited", "circle")]
     for name, symbol in keys:
         figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9}, name=escape(name))
@@ -405,6 +478,90 @@ def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> 
     )
 
 
+def _front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Guard) -> dict[str, list[float]]:
+    """The steps between records than which none has both more gain and less damage (Pareto)."""
+    sign = -1 if guard == "neutral_kl" else 1
+    points = [(_estimate(r[f"{direction}_rate"]).value, sign * _estimate(r[guard]).value) for r in records]
+    front: list[tuple[float, float]] = []
+    for gain, kept in sorted(points, reverse=True):
+        if not front or kept > front[-1][1]:
+            front.append((gain, kept))
+    corners = [(a[0], b[1]) for a, b in pairwise(front)]
+    steps = [point for pair in zip_longest(front, corners) for point in pair if point]
+    return {"x": [gain for gain, _ in steps], "y": [sign * kept for _, kept in steps]}
+
+
+def dose_response(
+    doses: Mapping[float, Mapping[str, Any]], *, dose: str = "scale", neutral: float | None = None
+) -> go.Figure:
+    """Usage, accuracy of the guards and movement on neutral text against how hard an edit acts, with intervals.
+
+    Args:
+        doses: Such records as ``conflictscope.study.condition_record`` gives, by dose: a head's scale, SpARE's alpha,
+            a direction's strength, a dial's trust. Measures that a record lacks are left out.
+        dose: What the dose is.
+        neutral: The dose that leaves the model as it is (1 for a scale, 0 for a strength); it is marked.
+
+    Raises:
+        UserError: If there are fewer than two doses.
+    """
+    if len(doses) < 2:
+        raise UserError("A dose-response curve needs two doses or more; measure another one.")
+    ordered = sorted(doses)
+    guards: list[Guard] = [guard for guard in _GUARD_LABELS if guard != "neutral_kl"]
+    colours: dict[str, str] = {f"{usage}_rate": COLOURS[usage] for usage in DIRECTIONS}
+    colours |= dict(zip([*guards, "neutral_kl"], SERIES_COLOURS, strict=False))
+    panels = {"usage on conflict prompts": [f"{usage}_rate" for usage in DIRECTIONS], "accuracy of the guards": guards}
+    panels["KL on neutral text (nats)"] = ["neutral_kl"]
+    shown = {
+        title: [m for m in measures if all(m in doses[at] for at in ordered)] for title, measures in panels.items()
+    }
+    shown = {title: measures for title, measures in shown.items() if measures}
+    figure = make_subplots(
+        rows=len(shown),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.09,
+        subplot_titles=[f"<b>{title}</b>" for title in shown],
+    )
+    for row, measures in enumerate(shown.values(), start=1):
+        for measure in measures:
+            estimates = [_estimate(doses[at][measure]) for at in ordered]
+            name = measure.removesuffix("_accuracy").replace("_", " ")
+            figure.add_scatter(
+                x=ordered,
+                y=[e.value for e in estimates],
+                error_y=interval(estimates) | {"color": colours[measure], "thickness": 1.5, "width": 0},
+                mode="lines+markers",
+                line={"color": colours[measure], "width": 1.5},
+                marker={"color": colours[measure], "size": 8, "symbol": _DOSE_SYMBOLS[measure]},
+                name=name,
+                showlegend=measure != "neutral_kl",
+                hovertext=[
+                    f"<b>{escape(dose)} {at:g}</b><br>{name} {_written(e, measure)}<br>95% interval, n = {e.n}"
+                    for at, e in zip(ordered, estimates, strict=True)
+                ],
+                hovertemplate="%{hovertext}<extra></extra>",
+                row=row,
+                col=1,
+            )
+        if measures == ["neutral_kl"]:
+            figure.update_yaxes(rangemode="tozero", row=row, col=1)
+        else:
+            figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], dtick=0.5, row=row, col=1)
+    if neutral is not None:
+        figure.add_vline(x=neutral, line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5})
+    figure.update_xaxes(zeroline=False)
+    figure.update_xaxes(title_text=escape(dose), row=len(shown), col=1)
+    return figure.update_annotations(font_size=13).update_layout(
+        template=LIGHT_THEME,
+        height=190 * len(shown) + 120,
+        margin_t=30,
+        hovermode="closest",
+        legend={"y": -70 / (190 * len(shown)), "yanchor": "top", "entrywidth": 110},
+    )
+
+
 def dial_curve(calibration: Sequence[Mapping[str, float]]) -> go.Figure:
     """Rates of memory and context answers by the setting of a dial.
 
@@ -417,8 +574,8 @@ def dial_curve(calibration: Sequence[Mapping[str, float]]) -> go.Figure:
             x=[point["trust"] for point in calibration],
             y=[point[f"{usage}_rate"] for point in calibration],
             mode="lines+markers",
-            marker={"symbol": _SYMBOLS[usage], "size": 8, "color": _COLOURS[usage]},
-            line={"color": _COLOURS[usage]},
+            marker={"symbol": SYMBOLS[usage], "size": 8, "color": COLOURS[usage]},
+            line={"color": COLOURS[usage]},
             name=f"answers from {usage}",
             hovertemplate=f"trust %{{x:+.2f}}: {usage} rate %{{y:.1%}}<extra></extra>",
         )
@@ -462,8 +619,8 @@ def _by_template(source: UsageReport | Mapping[str, Mapping[str, EstimateLike]])
     return {template: _rates(source.select(template=template), DIRECTIONS) for template in templates}
 
 
-def _interval(estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """The intervals as plotly's error bars, which are distances from the mean."""
+def interval(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """Error bars, which plotly wants as distances from the mean."""
     return {
         "type": "data",
         "symmetric": False,
@@ -504,7 +661,8 @@ def _grouped_rows(headings: Iterable[str], rows: Sequence[str]) -> tuple[go.Figu
     return figure, y
 
 
-def _integer_ticks(n: int) -> dict[str, Any]:
+def integer_ticks(n: int) -> dict[str, Any]:
+    """At most 16 ticks at whole numbers of an axis with ``n`` of them."""
     return {"tick0": 0, "dtick": next((step for step in (1, 2, 5, 10) if n <= 16 * step), 20)}
 
 

@@ -25,9 +25,10 @@ from interp.plots import (
     LIGHT_THEME,
     MEMORY_COLOUR,
     OTHER_COLOUR,
-    _integer_ticks,
-    _interval,
+    SERIES_COLOURS,
     escape,
+    integer_ticks,
+    interval,
     percent,
 )
 from interp.statistics import Estimate
@@ -45,9 +46,8 @@ _LABEL_COLOURS = {
     "aligned": ALIGNED_COLOUR,
     "other": OTHER_COLOUR,
 }
-_SERIES_COLOURS = ("#AA4499", "#44AA99", "#999933", "#CC6677", "#88CCEE")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star")
-_KIND_COLOURS: dict[SiteKind, str] = dict(zip(SITE_KINDS, _SERIES_COLOURS, strict=False))
+_KIND_COLOURS: dict[SiteKind, str] = dict(zip(SITE_KINDS, SERIES_COLOURS, strict=False))
 _KIND_SYMBOLS: dict[SiteKind, str] = dict(zip(SITE_KINDS, _SYMBOLS, strict=False))
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _PATTERN_TITLES = {
@@ -116,7 +116,7 @@ def auroc_by_layer(
         height=380,
         margin_t=40,
         hovermode="closest",
-        xaxis={"title": {"text": "layer"}, "range": reach, "zeroline": False} | _integer_ticks(2 * round(reach[1])),
+        xaxis={"title": {"text": "layer"}, "range": reach, "zeroline": False} | integer_ticks(2 * round(reach[1])),
         yaxis={
             "title": {"text": "AUROC"},
             "range": [bottom, top],
@@ -144,13 +144,13 @@ def reliability_curve(scores: Mapping[str, ProbeScore]) -> go.Figure:
         )
     )
     for i, (label, score) in enumerate(scores.items()):
-        colour = _SERIES_COLOURS[i % len(_SERIES_COLOURS)]
+        colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
         name = _site_label(label)
         frequencies = [b.frequency for b in score.reliability]
         figure.add_scatter(
             x=[b.confidence for b in score.reliability],
             y=[frequency.value for frequency in frequencies],
-            error_y=_interval(frequencies) | {"color": colour, "thickness": 1, "width": 0},
+            error_y=interval(frequencies) | {"color": colour, "thickness": 1, "width": 0},
             mode="lines+markers",
             line={"color": colour, "width": 1.5},
             marker={"color": colour, "symbol": _SYMBOLS[i % len(_SYMBOLS)], "size": 8},
@@ -281,7 +281,7 @@ def activation_patterns(frame: pl.DataFrame) -> go.Figure:
         if i + 2 >= len(patterns):
             figure.update_xaxes(title_text=f"layer ({kind})", row=row, col=col)
     reach = [min(layers.values()) - 0.5, max(layers.values()) + 0.5]
-    figure.update_xaxes({"range": reach, "zeroline": False, "tickangle": 0} | _integer_ticks(4 * max(layers.values())))
+    figure.update_xaxes({"range": reach, "zeroline": False, "tickangle": 0} | integer_ticks(4 * max(layers.values())))
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
         height=190 * n_rows + 60,
@@ -514,7 +514,7 @@ def _members(labels: Sequence[str]) -> dict[str, list[int]]:
 
 def _colour(label: str, labels: Sequence[str]) -> str:
     others = [each for each in labels if each not in _LABEL_COLOURS]
-    return _LABEL_COLOURS.get(label) or _SERIES_COLOURS[others.index(label) % len(_SERIES_COLOURS)]
+    return _LABEL_COLOURS.get(label) or SERIES_COLOURS[others.index(label) % len(SERIES_COLOURS)]
 
 
 def _symbol(label: str) -> str:
@@ -621,7 +621,7 @@ def _add_sources(figure: go.Figure, by_source: pl.DataFrame) -> None:
         figure.add_scatter(
             x=[estimate.value],
             y=[_SOURCE_ROW * i + 31],
-            error_x=_interval([estimate]) | {"color": colour, "thickness": 2, "width": 0},
+            error_x=interval([estimate]) | {"color": colour, "thickness": 2, "width": 0},
             mode="markers",
             marker={"color": colour, "symbol": _symbol(usage), "size": 11},
             name=usage,

@@ -242,21 +242,10 @@ def _scores(
         difference = logits[..., 0] - logits[..., 1]
         scores["logit_diff"] = difference[:, :1] - difference[:, 1:]
     if set(metrics) - {"logit_diff"}:
-        log_p = _log_probabilities(anatomy, streams, token_ids, rows_at_once)
+        log_p = anatomy.log_probabilities(streams, token_ids, rows_at_once=rows_at_once)
         context, memory = torch.expm1(log_p[:, 1:] - log_p[:, :1]).unbind(-1)
         scores |= {"context_probability": -context, "memory_probability": memory}
     return {metric: scores[metric] for metric in metrics}
-
-
-def _log_probabilities(anatomy: Anatomy, streams: Tensor, token_ids: Tensor, rows_at_once: int) -> Tensor:
-    """Log probabilities of the (context, memory) answers in every stream, ``(n, n_streams, 2)`` float32."""
-    targets = token_ids.unsqueeze(1).expand(-1, streams.shape[1], -1).flatten(0, 1)
-    chunks = zip(streams.flatten(0, 1).split(rows_at_once), targets.split(rows_at_once), strict=True)
-    parts = []
-    for rows, ids in chunks:
-        logits = anatomy.logits(rows).float()
-        parts.append(logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True))
-    return torch.cat(parts).unflatten(0, streams.shape[:2])
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -92,6 +92,11 @@ class HeadScores:
         means = bootstrap_means(self.values.double().numpy(), self.subjects)
         low, high = np.quantile(means, [0.025, 0.975], axis=0)
         return torch.from_numpy(low).float(), torch.from_numpy(high).float()
+
+    def select(self, examples: Sequence[int]) -> HeadScores:
+        """The scores of some of the examples, by their numbers."""
+        ids, subjects = ([names[i] for i in examples] for names in (self.example_ids, self.subjects))
+        return replace(self, values=self.values[list(examples)], example_ids=tuple(ids), subjects=tuple(subjects))
 
     def ranked(self, pushing_towards: Direction) -> list[RankedHead]:
         """All heads, those that push hardest towards ``pushing_towards`` first."""

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from interp.anatomy import Anatomy
 from interp.answers import first_sentence
 from interp.errors import UserError
-from interp.generation import ReadPrompts, continue_greedily, first_token_id
+from interp.generation import ReadPrompts, answer_steps, continue_greedily, first_token_id
 from interp.models import cached_path
 from interventions.base import applied
 from interventions.steering import Steering
@@ -66,3 +66,22 @@ def test_read_prompts_give_the_next_tokens_of_full_passes_under_edits_of_the_las
 def test_a_prompt_of_one_token_cannot_be_read_up_to_its_last(tiny_llama):
     with pytest.raises(UserError, match="one token only"):
         ReadPrompts(tiny_llama, ["Rome Rome Rome", tiny_llama.tokenizer.decode([5])])
+
+
+def test_the_steps_of_an_answer_are_its_tokens_with_the_models_own_probabilities(smollm2):
+    prompt = "Fact: the capital of Japan is Lima. Fact: the capital of Japan is"
+    steps = answer_steps(smollm2, prompt, max_new_tokens=4)
+    written = prompt
+    for step in steps:
+        with torch.inference_mode():
+            logits = smollm2.original_model(**smollm2.tokenizer(written, return_tensors="pt")).logits[0, -1]
+        best = logits.softmax(-1).topk(4)
+        expected = [smollm2.tokenizer.decode([token]) for token in best.indices]
+        assert [step.token, *(token for token, _ in step.alternatives)] == expected
+        found = [step.probability, *(probability for _, probability in step.alternatives)]
+        assert found == pytest.approx(best.values.tolist(), rel=1e-3, abs=1e-5)
+        written += step.token
+    assert (
+        first_sentence("".join(step.token for step in steps))
+        == continue_greedily(smollm2, [prompt]).answers[0][: len(written)]
+    )

@@ -15,10 +15,12 @@ from interp.plots import (
     MEMORY_COLOUR,
     damage_fronts,
     dial_curve,
+    dose_response,
     gain_and_damage,
     head_map,
     percent,
     top_heads_bars,
+    top_heads_by_group,
     usage_bars,
     usage_by_template,
 )
@@ -138,11 +140,68 @@ def test_top_heads_run_from_context_to_memory() -> None:
     assert figure.layout.yaxis.autorange == "reversed"
 
 
+def test_the_front_steps_between_the_edits_that_no_other_beats() -> None:
+    baseline = rates(0.27, 0.40, closed_book_accuracy=0.95)
+    edits: dict[str, Any] = {
+        "best": {"context": rates(0.0, 0.9, closed_book_accuracy=0.8)},
+        "beaten": {"context": rates(0.0, 0.7, closed_book_accuracy=0.75)},
+        "gentle": {"context": rates(0.0, 0.6, closed_book_accuracy=0.9)},
+    }
+    front = next(t for t in gain_and_damage(baseline, edits).data if t.name == "front" and len(t.x) > 1)
+    assert list(zip(front.x, front.y, strict=True)) == [
+        (0.9, 0.8),
+        (0.9, 0.9),
+        (0.6, 0.9),
+        (0.6, 0.95),
+        (0.4, 0.95),
+    ]
+
+
+def test_less_divergence_is_better_on_the_front_of_neutral_text() -> None:
+    baseline = rates(0.27, 0.40, neutral_kl=0.0)
+    edits: dict[str, Any] = {
+        "far": {"context": rates(0.0, 0.9, neutral_kl=0.1)},
+        "worse": {"context": rates(0.0, 0.8, neutral_kl=0.2)},
+    }
+    front = next(t for t in gain_and_damage(baseline, edits, guard="neutral_kl").data if t.name == "front")
+    assert list(zip(front.x, front.y, strict=True)) == [(0.9, 0.1), (0.9, 0.0), (0.4, 0.0)]
+
+
+def test_a_dose_response_shows_every_measure_that_all_doses_have_in_order_of_the_dose() -> None:
+    doses = {
+        1.0: rates(0.3, 0.4, closed_book_accuracy=0.95, neutral_kl=0.0),
+        0.0: rates(0.0, 0.9, closed_book_accuracy=0.5, neutral_kl=0.1, aligned_accuracy=0.9),
+    }
+    figure: Any = dose_response(doses, dose="scale of 23.4", neutral=1.0)
+    drawn = {t.name: (list(t.x), list(t.y)) for t in figure.data}
+    assert drawn == {
+        "context rate": ([0.0, 1.0], [0.9, 0.4]),
+        "memory rate": ([0.0, 1.0], [0.0, 0.3]),
+        "closed book": ([0.0, 1.0], [0.5, 0.95]),
+        "neutral kl": ([0.0, 1.0], [0.1, 0.0]),
+    }
+    assert "scale of 23.4 0</b><br>closed book 50.0% [48.0, 53.0]" in trace(figure, name="closed book").hovertext[0]
+    with pytest.raises(UserError, match="two doses or more"):
+        dose_response({1.0: doses[1.0]})
+
+
+def test_heads_are_compared_between_groups_by_the_groups_own_means() -> None:
+    values = torch.tensor([[[1.0, -2.0]], [[3.0, -2.0]], [[0.5, -1.0]]])
+    scores = HeadScores(values, ("a", "b", "c"), ("A", "B", "C"), "path_patching", "logit_diff", "m", "d")
+    figure: Any = top_heads_by_group(scores, {"a": "question", "b": "question", "c": "statement"}, k=2)
+    assert [list(t.x) for t in figure.data] == [[2.0, 0.5], [-2.0, -1.0]]
+    assert [t.marker.color for t in figure.data] == [CONTEXT_COLOUR, MEMORY_COLOUR]
+    assert list(figure.layout.yaxis.ticktext) == ["question", "statement"] * 2
+    assert "n = 2 examples of 2 subjects" in figure.data[0].hovertext[0]
+    with pytest.raises(UserError, match="example c has no group"):
+        top_heads_by_group(scores, {"a": "question", "b": "question"})
+
+
 def test_gain_and_damage_plots_the_wanted_rate_against_the_guard() -> None:
     baseline, pruned = (rates(0.27, 0.40, closed_book_accuracy=0.95), rates(0.03, 0.93, closed_book_accuracy=0.91))
     random = rates(0.26, 0.41, closed_book_accuracy=0.94)
     figure: Any = gain_and_damage(baseline, {"pruning": {"context": pruned}}, control=random)
-    points = [(t.name, t.x[0], t.y[0]) for t in figure.data if t.x[0] is not None]
+    points = [(t.name, t.x[0], t.y[0]) for t in figure.data if t.x[0] is not None and t.name != "front"]
     assert points == [
         ("pruning", 0.93, 0.91),
         ("random heads", 0.41, 0.94),
