@@ -81,7 +81,5 @@ def test_the_steps_of_an_answer_are_its_tokens_with_the_models_own_probabilities
         found = [step.probability, *(probability for _, probability in step.alternatives)]
         assert found == pytest.approx(best.values.tolist(), rel=1e-3, abs=1e-5)
         written += step.token
-    assert (
-        first_sentence("".join(step.token for step in steps))
-        == continue_greedily(smollm2, [prompt]).answers[0][: len(written)]
-    )
+    answered = continue_greedily(smollm2, [prompt], max_new_tokens=4).answers[0]
+    assert first_sentence(written[len(prompt) :]) == answered

@@ -29,6 +29,7 @@ def test_every_layer_is_read_with_the_models_own_norm_and_unembedding(smollm2, c
     for row, example in enumerate(conflicts):
         expected = by_hidden_states(plain, smollm2.tokenizer, example.prompt, plain.model.norm)
         ids = answer_token_ids(smollm2, example)
+        assert ids is not None
         torch.testing.assert_close(lens.log_probabilities[row], expected[:, list(ids)], rtol=1e-4, atol=1e-3)
 
 
@@ -39,7 +40,9 @@ def test_after_the_last_layer_it_is_what_the_model_says(tiny_bridge):
     for row, example in zip(lens.log_probabilities, [e for e in conflicts if e.id in lens.example_ids], strict=True):
         with torch.inference_mode():
             logits = tiny_bridge.original_model(**tiny_bridge.tokenizer(example.prompt, return_tensors="pt")).logits
-        said = logits[0, -1].float().log_softmax(-1)[list(answer_token_ids(tiny_bridge, example))]
+        ids = answer_token_ids(tiny_bridge, example)
+        assert ids is not None
+        said = logits[0, -1].float().log_softmax(-1)[list(ids)]
         torch.testing.assert_close(row[-1], said, rtol=1e-4, atol=1e-5)
 
 
