@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench schema clean
+.PHONY: demo test lint format bench schema notebooks docs clean
 
 demo: $(STAMP)
 	$(BIN)/conflictscope demo --out out/demo
@@ -31,6 +31,11 @@ bench: $(STAMP)
 
 schema: $(STAMP)
 	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"
+
+# All notebooks with their outputs, as pages that load nothing: plotly.js is part of them, and they have no formulas.
+notebooks: $(STAMP)
+	PLOTLY_RENDERER=notebook $(BIN)/python -m nbconvert --execute --to html --output-dir out/notebooks \
+		--HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:, notebooks/*.ipynb
 
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt

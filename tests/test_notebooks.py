@@ -1,0 +1,52 @@
+"""Every notebook runs from top to bottom on the real model, with few facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+# What makes a notebook short, by the names of its parameters.
+SMALL: dict[str, dict[str, Any]] = {
+    "1_do_they_conflict": {"n_facts": 12},
+    "2_which_heads_decide": {"n_facts": 24},
+    "3_when_does_the_model_know": {"n_facts": 24},
+    "4_which_features_carry_it": {"relations": ["capital"], "n_facts": 24},
+    "5_change_its_mind": {"n_facts": 24, "doses": [0.0, 1.0], "n_texts": 4},
+    "6_ship_it": {},
+}
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def small(path: Path) -> Any:
+    """The notebook with its parameters made small."""
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    given = SMALL[path.stem]
+    assert all(f"{name} =" in parameters.source for name in given), "a parameter that the notebook does not have"
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in given.items())
+    return notebook
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_kept_without_outputs(path: Path) -> None:
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_and_every_figure_of_it_has_data(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
+    notebook = small(path)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": "."}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    figures = [output.data[PLOTLY] for output in outputs if PLOTLY in output.get("data", {})]
+    assert figures or path.stem == "6_ship_it"
+    assert all(figure["data"] for figure in figures)
+    assert not [output for output in outputs if output.output_type == "error"]
