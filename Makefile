@@ -32,10 +32,8 @@ bench: $(STAMP)
 schema: $(STAMP)
 	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"
 
-# All notebooks with their outputs, as pages that load nothing: plotly.js is part of them, and they have no formulas.
 notebooks: $(STAMP)
-	PLOTLY_RENDERER=notebook $(BIN)/python -m nbconvert --execute --to html --output-dir out/notebooks \
-		--HTMLExporter.require_js_url=data:, --HTMLExporter.mathjax_url=data:, notebooks/*.ipynb
+	$(BIN)/python -m notebooks.render
 
 # torch alone first: with it in place nothing else can pull another, larger build of it.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,0 +1,83 @@
+"""Run the notebooks and write them with their outputs as pages that load nothing.
+
+    python -m notebooks.render                       # all of them, into out/notebooks
+    python -m notebooks.render notebooks/6_ship_it.ipynb --out elsewhere
+
+plotly.js stands in each page once. Sliders need a kernel, so a page shows what they showed at first.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import nbformat
+import plotly.io
+import typer
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+from rich.console import Console
+
+from interp.files import write_text
+
+FOLDER = Path(__file__).parent
+PLOTLY = "application/vnd.plotly.v1+json"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_STATE = "application/vnd.jupyter.widget-state+json"
+# An empty script: what nbconvert would get from the network is for formulas and widgets, and there are none.
+_NOTHING = "data:,"
+
+
+def executed(path: Path) -> Any:
+    """A notebook after it ran, its widgets replaced by what they showed."""
+    os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
+    widgets = notebook.metadata.pop("widgets", {}).get(_STATE, {}).get("state", {})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [shown for output in cell.outputs for shown in _without_widget(output, widgets)]
+    return notebook
+
+
+def page(notebook: Any) -> str:
+    """The notebook as one HTML page."""
+    first = True
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if PLOTLY in output.get("data", {}):
+                figure = output.data.pop(PLOTLY)
+                output.data["text/html"] = plotly.io.to_html(
+                    {key: figure[key] for key in ("data", "layout", "frames") if key in figure},
+                    include_plotlyjs=first,
+                    include_mathjax=False,
+                    full_html=False,
+                    validate=False,
+                )
+                first = False
+    exporter = HTMLExporter(require_js_url=_NOTHING, mathjax_url=_NOTHING)
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def _without_widget(output: Any, widgets: dict[str, Any]) -> list[Any]:
+    model = output.get("data", {}).get(_WIDGET, {}).get("model_id")
+    if model is None:
+        return [output]
+    children = [child.removeprefix("IPY_MODEL_") for child in widgets[model]["state"].get("children", ())]
+    return [nbformat.from_dict(shown) for child in children for shown in widgets[child]["state"].get("outputs", ())]
+
+
+def main(
+    notebooks: Annotated[list[Path] | None, typer.Argument(help="Which; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("out/notebooks"),
+) -> None:
+    """Run notebooks and write them as HTML."""
+    for path in notebooks or sorted(FOLDER.glob("*.ipynb")):
+        target = out / f"{path.stem}.html"
+        write_text(target, page(executed(path)))
+        Console().print(f"{path} ran; its page is {target}", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
