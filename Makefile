@@ -32,6 +32,10 @@ bench: $(STAMP)
 schema: $(STAMP)
 	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"
 
+# Into out/site; the variable silences a banner.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 notebooks: $(STAMP)
 	$(BIN)/python -m notebooks.render
 

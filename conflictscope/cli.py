@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope import deployment
+from conflictscope.asking import ask
+from conflictscope.explore import explore
 from conflictscope.options import (
     DEFAULT_MODEL,
     DEFAULT_RELATION,
@@ -37,6 +39,7 @@ from conflictscope.options import (
     console,
     say,
 )
+from conflictscope.reporting import report
 from conflictscope.tables import print_frame
 from interp.errors import UserError
 
@@ -805,6 +808,8 @@ def data_convert(
 
 
 deployment.add_to(app)
+for command in (ask, explore, report):
+    app.command()(command)
 
 
 def main() -> None:
@@ -816,7 +821,11 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or 'the file system refused'}; mend that and run again.", 2)
     except ModuleNotFoundError as error:
-        extras = {"sae": ("sae_lens", "sklearn"), "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client")}
+        extras = {
+            "explore": ("dash", "flask", "werkzeug"),
+            "sae": ("sae_lens", "sklearn"),
+            "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
+        }
         extra = next((name for name, packages in extras.items() if error.name in packages), "study")
         _fail(f"{error.name} is not installed; install what this needs with: pip install 'conflictscope[{extra}]'", 2)
     except SystemExit as end:

@@ -26,6 +26,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from conflictscope.examples import UNEDITED, condition_of, example_frame, read_examples, write_examples
 from conflictscope.probing import conflicts_for_probes
 from conflictscope.records import Records
 from conflictscope.saes import check_unseen
@@ -127,6 +128,7 @@ class Control:
         self.tokens: Tokens = tokens
         self.anatomy = Anatomy(model)
         self.records = Records(out / "records", model=fingerprint(model))
+        self._answers: dict[str, UsageReport] = {}
         self._test_phrasings: Mapping[str, Sequence[str]] | None = None
         if conflicts is None:
             self._test_phrasings = TEST_PHRASINGS
@@ -234,6 +236,8 @@ class Control:
     def verify(self, method: str, towards: Direction, edits: Sequence[Edit]) -> dict[str, Any]:
         """Measure a method's edit on test, or several draws of it together, and write the first as a file."""
         measured = [self.measured(f"{method} towards {towards}", edit) for edit in edits]
+        if len(edits) == 1:
+            self._answers[condition_of(method, towards)] = measured[0][0]
         result = {
             "settings": dict(edits[0].settings),
             "draws": len(edits),
@@ -255,6 +259,11 @@ class Control:
         """Put results by method into ``out/results.json``, next to those of other methods on the same data."""
         kept = self._results or {"basis": self._basis, "unedited": self.unedited(), "methods": {}}
         self._results = {**kept, "methods": {**kept["methods"], **results}}
+        examples = example_frame(self._test(), {UNEDITED: self.measured(UNEDITED, None)[0], **self._answers})
+        if (earlier := read_examples(self.out)) is not None:
+            others = earlier.filter(~pl.col("condition").is_in(examples["condition"].unique().implode()))
+            examples = pl.concat([examples, others])
+        write_examples(self.out, examples)
         write_json(self.out / "results.json", self._results)
         return self._results
 

@@ -195,7 +195,7 @@ def serve(
     from conflictscope.serving import Engine, Limits, build_app, named
     from interp.models import DTYPES, load_checkpoint, resolve_device
 
-    if not api_key and not _is_local(host):
+    if not api_key and not is_local(host):
         raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
     _check_dtype(dtype)
     files = named(config)
@@ -210,7 +210,8 @@ def serve(
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, so that no other reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

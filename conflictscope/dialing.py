@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
 from conflictscope.study import (
@@ -280,6 +281,10 @@ class Dialing:
             },
         ).save(self.out / "dial.json")
         self.conflicts.save(self.out / "conflicts.jsonl")
+        ends = {"towards context": dial.at(1.0), "towards memory": dial.at(-1.0)}
+        shown = {UNEDITED: None, **ends}
+        reports = {name: self.measured(end, name)[0] for name, end in shown.items()}
+        write_examples(self.out, example_frame(self.tested, reports))
         save_figure(dial_curve(summary["calibration"]), self.out / "dial.html")
         write_json(self.out / "summary.json", summary)
 

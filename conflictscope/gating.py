@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from conflictscope.dialing import known_conflicts, learned_part, subjects_by_split
+from conflictscope.examples import example_frame, write_examples
 from conflictscope.records import Records
 from conflictscope.study import TEST_PHRASINGS, condition_record, measure_edits, model_record, run_record
 from conflictscope.tables import MEASURES, written
@@ -155,7 +156,7 @@ class Gating:
             "gated": self._measured([gate], "Gated"),
             "random_gate": self._measured([control], "Gated at random"),
         }
-        reports = {name: report for name, (report, _) in measured.items()}
+        reports: dict[Condition, UsageReport] = {name: report for name, (report, _) in measured.items()}
         opened = self._opened()
         summary = {
             "model": model_record(self.model, self.file.model.name),
@@ -182,7 +183,7 @@ class Gating:
             "conditions": {name: condition_record(*found) for name, found in measured.items()},
             "kept": {name: self._kept(reports, name) for name in ("gated", "random_gate")},
         }
-        self._write(gate, summary)
+        self._write(gate, summary, reports)
         return summary
 
     @cached_property
@@ -272,13 +273,15 @@ class Gating:
 
     def _kept(self, reports: Mapping[Condition, UsageReport], gated: Condition) -> dict[str, Any]:
         """What a gate keeps of gain and damage, over all phrasings and in the one it has not seen."""
-        unseen = {name: report.select(template=HELD_OUT_PHRASING) for name, report in reports.items()}
+        unseen: dict[Condition, UsageReport] = {
+            name: report.select(template=HELD_OUT_PHRASING) for name, report in reports.items()
+        }
         return {
             **kept_shares(reports, gated, self.file.towards),
             "held_out_phrasing": kept_shares(unseen, gated, self.file.towards),
         }
 
-    def _write(self, gate: ConflictGate, summary: dict[str, Any]) -> None:
+    def _write(self, gate: ConflictGate, summary: dict[str, Any], reports: Mapping[Condition, UsageReport]) -> None:
         # The summary is taken away first and comes last: where there is one, it belongs to the file beside it.
         (self.out / "summary.json").unlink(missing_ok=True)
         InterventionFile.of(
@@ -296,6 +299,8 @@ class Gating:
             },
             measured={"unedited": summary["conditions"]["unedited"], "test": summary["conditions"]["gated"]},
         ).save(self.out / "gated.json")
+        named = {name.replace("_", " "): report for name, report in reports.items()}
+        write_examples(self.out, example_frame(self.tested, named))
         write_json(self.out / "summary.json", summary)
 
 

@@ -339,7 +339,7 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
     Args:
         store: A finished recording; only test subjects on which nothing was fitted are used.
         folder: What ``fit_probes`` wrote.
-        out: Folder for ``scores.parquet`` and ``figures/``.
+        out: Folder for ``scores.parquet``, ``scores.json`` (of what) and ``figures/``.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -350,6 +350,8 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
     results = [_Scoring(store, folder, label, seed).result() for label in found]
     scores = Scores(pl.concat([r.frame for r in results]), {k: f for r in results for k, f in r.figures.items()})
     write_parquet(out / "scores.parquet", scores.frame)
+    about = ProbeSet.load(folder / f"{found[0]}.safetensors").settings
+    write_json(out / "scores.json", {key: about[key] for key in ("model", "data", "seed", "held_out_template")})
     for name, figure in scores.figures.items():
         save_figure(figure, out / "figures" / f"{name}.html")
     return scores

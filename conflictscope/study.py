@@ -25,9 +25,10 @@ from rich.console import Console
 from torch import Tensor
 
 from conflictscope import __version__
+from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
-from conflictscope.report import write_report
+from conflictscope.report import demo_run, write_report
 from interp.anatomy import Anatomy
 from interp.attribution.path_patching import path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead, top_heads
@@ -227,7 +228,12 @@ class Study:
             "methods": methods,
         }
         edits: dict[Direction, Candidate] = {towards: chosen[towards][winners[towards]] for towards in DIRECTIONS}
-        self._write(summary, scores["logit_diff"], edits)
+        shown: dict[str, Candidate | None] = {
+            UNEDITED: None,
+            **{condition_of(method, d): chosen[d][method] for d in DIRECTIONS for method in competing},
+        }
+        examples = example_frame(self._tested, {name: self._measured(name, edit)[0] for name, edit in shown.items()})
+        self._write(summary, scores["logit_diff"], edits, examples)
         return summary
 
     def head_scores(self) -> dict[str, HeadScores]:
@@ -344,9 +350,10 @@ class Study:
 
         return self.records.usage(step, [conflicts.digest, candidate and candidate.to_record()], compute)
 
-    def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, np.ndarray]:
-        """Answers on test, and the KL of every neutral text."""
-        asked = ConflictSet(
+    @cached_property
+    def _tested(self) -> ConflictSet:
+        """What is asked on test."""
+        return ConflictSet(
             self.conflicts.name,
             (
                 *self._selected("test", ["conflict"], TEST_PHRASINGS["conflict"]),
@@ -354,9 +361,12 @@ class Study:
                 *self._selected("test", ["none"], TEST_PHRASINGS["none"]),
             ),
         )
+
+    def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, np.ndarray]:
+        """Answers on test, and the KL of every neutral text."""
         # Means, and so what a candidate does, depend on the data too.
         key = [self.conflicts.digest, candidate and candidate.to_record()]
-        return measure_edits(self.model, self.records, asked, self._edits(candidate), key=key, label=label)
+        return measure_edits(self.model, self.records, self._tested, self._edits(candidate), key=key, label=label)
 
     def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
         return {
@@ -387,7 +397,13 @@ class Study:
             "test": condition_record(report, divergences),
         }
 
-    def _write(self, summary: dict[str, Any], scores: HeadScores, edits: Mapping[Direction, Candidate]) -> None:
+    def _write(
+        self,
+        summary: dict[str, Any],
+        scores: HeadScores,
+        edits: Mapping[Direction, Candidate],
+        examples: pl.DataFrame,
+    ) -> None:
         # The summary is taken away first and comes last: where there is one, it belongs to the files beside it.
         (self.out / "summary.json").unlink(missing_ok=True)
         for towards in DIRECTIONS:
@@ -408,7 +424,8 @@ class Study:
             ).save(self.out / "interventions" / f"towards_{towards}.json")
         scores.save(self.out / "heads.parquet")
         self.conflicts.save(self.out / "conflicts.jsonl")
-        write_report(self.out / "report.html", summary, scores)
+        write_report(self.out / "report.html", [demo_run(self.out.resolve().name, summary, scores, examples)])
+        write_examples(self.out, examples)
         write_json(self.out / "summary.json", summary)
 
 

@@ -101,10 +101,12 @@ def _theme(*, ink: str, muted: str, paper: str, neutral: str, grid: str, zero: s
                 "traceorder": "normal",
             },
             "annotationdefaults": {"font": {"color": ink}},
+            "shapedefaults": {"line": {"color": ink}},
         },
         data={
             "bar": [{"error_x": {"color": ink, "thickness": 1.2, "width": 3}}],
             "scatter": [{"marker": {"color": ink}, "textfont": {"color": ink}}],
+            "heatmap": [{"textfont": {"color": ink}}],
         },
     )
 
@@ -223,7 +225,9 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
             hovertemplate="%{hovertext}<extra></extra>",
         )
     )
-    certain = [(head.layer, head.head) for head in ranked if head.low > 0 or head.high < 0]
+    # One subject has no spread to speak of.
+    several = len(set(scores.subjects)) > 1
+    certain = [(head.layer, head.head) for head in ranked if several and (head.low > 0 or head.high < 0)]
     for name, places, symbol, size, width in (
         ("interval excludes 0", certain, "circle", 4, 0),
         ("edited", framed, "square-open", min(cell, 16) - 1, 2.5),
@@ -273,7 +277,7 @@ def top_heads_bars(scores: HeadScores, k: int = 8) -> go.Figure:
         go.Bar(
             x=[e.value for e in estimates],
             y=[f"{head.layer}.{head.head}" for head in heads],
-            error_x=interval(estimates),
+            error_x=interval(estimates) if len(set(scores.subjects)) > 1 else None,
             orientation="h",
             marker_color=[CONTEXT_COLOUR if head.score > 0 else MEMORY_COLOUR for head in heads],
             hovertext=[_head_hover(scores, head) for head in heads],
@@ -690,10 +694,13 @@ def _unit(scores: HeadScores) -> str:
 
 def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -> str:
     towards = "context" if head.score > 0 else "memory"
+    n, n_subjects = len(scores.example_ids), len(set(scores.subjects))
+    name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}, towards {towards}"
+    if n == 1:
+        return f"{name}<br>score {head.score:+.3f}, one prompt<br>{_unit(scores)}"
     return (
-        f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}, towards {towards}"
-        f"<br>mean score {head.score:+.3f} [{head.low:+.3f}, {head.high:+.3f}]<br>{_unit(scores)}"
-        f"<br>95% interval by subject, n = {len(scores.example_ids)} examples of {len(set(scores.subjects))} subjects"
+        f"{name}<br>mean score {head.score:+.3f} [{head.low:+.3f}, {head.high:+.3f}]<br>{_unit(scores)}"
+        f"<br>95% interval by subject, n = {n} examples of {n_subjects} subjects"
     )
 
 

@@ -27,7 +27,7 @@ _STEP_ROW = 58
 _BAND_OPACITY = 0.15
 _LOWEST = -12
 # How much, not which source: Tol's teal, from nothing to full.
-_WEIGHT_SCALE = [[0, "rgba(68,170,153,0)"], [1, "rgba(68,170,153,1)"]]
+_WEIGHT_SCALE = [[0, "rgba(68,170,153,0)"], [1, "rgba(68,170,153,0.75)"]]
 
 
 def answer_race(lenses: Mapping[str, LogitLens]) -> go.Figure:

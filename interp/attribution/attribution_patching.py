@@ -1,6 +1,6 @@
 """Attribution patching: the first-order estimate of patching every head, from two forwards and one backward.
 
-score = (z_corrupted - z_clean) . d(metric)/dz at the last prompt position (Nanda 2023; Kramar et al. 2024,
+score = -(z_corrupted - z_clean) . d(metric)/dz at the last prompt position (Nanda 2023; Kramar et al. 2024,
 arXiv 2403.00745). The gradient runs through everything above the head, later heads included, so this
 estimates activation patching; path patching holds later heads frozen.
 """

@@ -61,6 +61,8 @@ def test_the_summary_has_the_demo_s_keys_and_says_what_it_cost(finished):
     demo = {"model", "data", "settings", "baseline", "towards_context", "towards_memory", "random_heads"}
     assert demo < set(summary)
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    answered = pl.read_parquet(out / "examples.parquet").filter(kind="conflict", condition="towards memory")["usage"]
+    assert (answered == "memory").mean() == pytest.approx(summary["towards_memory"]["test"]["memory_rate"]["value"])
     for end in ("towards_context", "towards_memory"):
         part = summary[end]
         assert 0 < len(part["heads"]) + len(part["feed_forward"]) <= LEARNING.max_gates

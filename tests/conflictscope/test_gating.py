@@ -60,6 +60,8 @@ def test_the_file_is_the_edit_behind_the_gate_that_the_summary_describes(finishe
     assert gate.layer < 2
     assert gate.threshold == summary["gate"]["threshold"]
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    answered = pl.read_parquet(out / "examples.parquet").filter(kind="conflict", condition="gated")["usage"]
+    assert (answered == "memory").mean() == pytest.approx(summary["conditions"]["gated"]["memory_rate"]["value"])
     assert file.measured["test"] == summary["conditions"]["gated"]
     assert file.provenance.data == summary["data"]["digest"]
 

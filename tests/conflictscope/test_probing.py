@@ -151,7 +151,7 @@ def test_score_writes_scores_of_probes_and_controls_and_figures(run, chain, tmp_
     assert code == 0, error
     assert "unseen phrasing" in output
     figures = {f"figures/conflict_{name}.html" for name in ("auroc_by_layer", "calibration", "projection", "patterns")}
-    assert set(contents(tmp_path / "scores")) == {"scores.parquet", *figures}
+    assert set(contents(tmp_path / "scores")) == {"scores.parquet", "scores.json", *figures}
     scores = pl.read_parquet(tmp_path / "scores" / "scores.parquet")
     assert set(scores["probe"]) == {
         "fitted",

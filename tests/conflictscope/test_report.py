@@ -1,16 +1,27 @@
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
+import typer
 from plotly.offline import get_plotlyjs
+from typer.testing import CliRunner
 
-from conflictscope.report import write_report
+from conflictscope import reporting
+from conflictscope.control import STEERING_METHODS
+from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
+from conflictscope.report import demo_run, read_runs, write_report
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
+from interp.files import read_json, write_json, write_parquet
+from interp.plots import percent
+from tests.conflictscope import report_samples as samples
+from tests.conflictscope.report_samples import WRITERS
 
 PHRASINGS = ("statement", "question", "document", "according_to")
 MEMORY_HEADS, CONTEXT_HEADS = [(2, 0), (3, 1)], [(2, 1), (3, 3)]
@@ -128,7 +139,7 @@ class Page(HTMLParser):
 
 
 def report(folder: Path, summary: dict[str, Any]) -> Page:
-    write_report(folder / "report.html", summary, sample_scores())
+    write_report(folder / "report.html", [demo_run("demo", summary, sample_scores(), None)])
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
@@ -203,22 +214,36 @@ def test_the_figures_hold_the_rates_of_the_summary(page: Page) -> None:
     assert memory["x"] == [0.27, 0.03, 0.55, 0.26]
 
 
-def test_every_figure_has_its_place_and_a_text_alternative(page: Page) -> None:
+def assert_every_plot_has_its_place(page: Page) -> dict[str, dict[str, str | None]]:
     plots = {
-        attributes["id"]: attributes
+        attributes["id"] or "": attributes
         for tag, attributes in page.tags
         if tag == "div" and attributes.get("role") == "img"
     }
     assert set(plots) == {f"plot-{name}" for name in figures_of(page.scripts[-1])}
     assert all(attributes["aria-label"] for attributes in plots.values())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    labelled = {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes}
+    assert labelled <= set(ids)
+    return plots
+
+
+def test_every_figure_has_its_place_and_a_text_alternative(page: Page) -> None:
+    plots = assert_every_plot_has_its_place(page)
     assert "towards context: memory 3%, context 93%" in (plots["plot-usage"]["aria-label"] or "")
 
 
-def test_the_page_loads_nothing(page: Page) -> None:
+def assert_loads_nothing(page: Page) -> None:
     assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
-    assert not [attributes for _, attributes in page.tags if {"src", "href", "srcset"} & attributes.keys()]
+    addresses = [value for _, found in page.tags for name, value in found.items() if name in ("src", "href", "srcset")]
+    assert all((address or "").startswith("#") for address in addresses)
     own = page.source.replace(get_plotlyjs(), "")
-    assert not re.search(r"https?://|@import|url\(|fetch\(|\bimport\(", own)
+    assert not re.search(r"https?://|@import|url\(|fetch\(|\bimport\(|innerHTML", own)
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    assert_loads_nothing(page)
 
 
 def test_plotly_js_is_inlined_exactly_once(page: Page) -> None:
@@ -258,3 +283,212 @@ def test_scores_of_another_model_are_refused_and_leave_no_file(tmp_path: Path) -
     with pytest.raises(UserError, match=r"23\.4 is not among these scores of 4 layers x 4 heads"):
         report(tmp_path, summary)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {kind: write(root / kind) for kind, write in WRITERS.items()}
+
+
+def page_of(path: Path, *folders: Path) -> Page:
+    write_report(path, read_runs(folders))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+HEADLINES = {
+    "demo": "tiny answers from context {unedited_context} of the time and from memory {unedited_memory}.",
+    "dial": "at one end it answers from context {context} of the time, at the other from memory {memory};",
+    "gate": "keeps 97% of its gain on conflicts and 5% of the closed-book accuracy that it costs.",
+    "control": "Of 5 methods, ",
+    "probes": "probes of tiny read conflict at blocks.16.mlp.hook_out with AUROC 0.70 and source at ",
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_run_has_its_headline(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    rates = {
+        "unedited_context": samples.measures(UNEDITED)["context_rate"],
+        "unedited_memory": samples.measures(UNEDITED)["memory_rate"],
+        "context": samples.measures("context", 10)["context_rate"],
+        "memory": samples.measures("memory", 10)["memory_rate"],
+    }
+    page = page_of(tmp_path / "report.html", folders[kind])
+    assert HEADLINES[kind].format(**{name: percent(e["value"]) for name, e in rates.items()}) in page.text
+    assert f"conflictscope {'probe' if kind == 'probes' else 'steer' if kind == 'control' else kind}" in page.text
+    assert_loads_nothing(page)
+    assert_every_plot_has_its_place(page)
+
+
+def test_the_page_of_a_demo_s_folder_is_the_one_that_demo_writes(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["demo"]
+    page = page_of(tmp_path / "read.html", folder)
+    summary, scores = read_json(folder / "summary.json"), HeadScores.load(folder / "heads.parquet")
+    write_report(tmp_path / "made.html", [demo_run("demo", summary, scores, read_examples(folder))])
+    assert (tmp_path / "made.html").read_text(encoding="utf-8") == page.source
+
+
+def test_the_best_edit_of_each_direction_is_the_one_of_the_headline(folders: dict[str, Path], tmp_path: Path) -> None:
+    methods = read_json(folders["control"] / "results.json")["methods"]
+    text = page_of(tmp_path / "report.html", folders["control"]).text
+    for d in ("context", "memory"):
+        rates = {m: methods[m][f"towards_{d}"]["test"][f"{d}_rate"]["value"] for m in (*STEERING_METHODS, "spare")}
+        best = max(rates, key=lambda method: rates[method])
+        assert f"{best.replace('_', ' ')}, towards {d}" in text.split("Which source")[0]
+        assert percent(rates[best]) in text.split("Every number")[0]
+
+
+def test_a_gate_that_nothing_is_kept_of_has_dashes(folders: dict[str, Path], tmp_path: Path) -> None:
+    summary = read_json(folders["gate"] / "summary.json")
+    summary["kept"] = {"gated": {}, "random_gate": {}}
+    summary["towards"] = None
+    write_json(tmp_path / "gate" / "summary.json", summary)
+    text = page_of(tmp_path / "report.html", tmp_path / "gate").text
+    assert "conflicting 50% 40–60% 50% 40–60% – –" in text  # noqa: RUF001
+
+
+def test_several_runs_are_compared_in_one_table(folders: dict[str, Path], tmp_path: Path) -> None:
+    runs = read_runs([*folders.values()])
+    page = page_of(tmp_path / "report.html", *folders.values())
+    compared = page.text.split("All edits next to each other")[1].split("The answers themselves")[0]
+    for run in runs:
+        assert run.name in page.text
+        for c in run.conditions:
+            cells = [written(c.test[m]) for m in ("memory_rate", "context_rate", "memorisation_ratio")]
+            guards = [written(c.test[m]) for m in ("closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy")]
+            row = " ".join([*cells, *guards, f"{c.test['neutral_kl']['value']:.3f}"])
+            assert row in compared.split(f" {c.name} ", 1)[1]
+    assert "compared" in figures_of(page.scripts[-1])
+    assert_every_plot_has_its_place(page)
+
+
+def written(estimate: dict[str, float]) -> str:
+    low, high = percent(estimate["low"]).removesuffix("%"), percent(estimate["high"])
+    return f"{percent(estimate['value'])} {low}\N{EN DASH}{high}"
+
+
+def test_runs_of_other_models_or_data_are_called_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    alike = page_of(tmp_path / "alike.html", folders["demo"], folders["dial"])
+    assert "Not one to one" not in alike.text
+    summary = read_json(folders["dial"] / "summary.json")
+    summary["model"]["fingerprint"], summary["data"]["digest"] = "another", "another"
+    write_json(tmp_path / "other" / "summary.json", summary)
+    page = page_of(tmp_path / "report.html", folders["demo"], tmp_path / "other")
+    assert "These runs are of different models and of different data" in page.text
+
+
+def test_probes_alone_have_neither_edits_to_compare_nor_answers(folders: dict[str, Path], tmp_path: Path) -> None:
+    page = page_of(tmp_path / "report.html", folders["probes"], folders["probes"])
+    assert "2 runs compared" in page.text
+    assert "The answers themselves" not in page.text
+    assert_every_plot_has_its_place(page)
+
+
+def test_runs_of_the_same_name_are_numbered(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert [run.name for run in read_runs([folders["demo"], folders["gate"], folders["demo"]])] == [
+        "demo (1)",
+        "gate",
+        "demo (3)",
+    ]
+
+
+def test_the_answers_of_the_page_are_those_of_the_records(folders: dict[str, Path], tmp_path: Path) -> None:
+    page = page_of(tmp_path / "report.html", folders["gate"])
+    (run,) = json.loads(page.scripts[0])
+    assert [condition["name"] for condition in run["conditions"]] == ["unedited", "everywhere", "gated", "random gate"]
+    frame = read_examples(folders["gate"])
+    assert frame is not None
+    for condition in run["conditions"]:
+        own = frame.filter(condition=condition["name"])
+        assert condition["answer"] == own["answer"].to_list()
+        assert condition["usage"] == "".join(usage[0] for usage in own["usage"])
+        assert condition["logit"] == [value and pytest.approx(value, abs=0.006) for value in own["logit_difference"]]
+    expected = frame.filter(condition=UNEDITED)["memory_answers"].to_list()
+    assert run["prompts"]["memory"] == [" / ".join(answers) for answers in expected]
+
+
+def test_a_run_without_answers_says_how_to_get_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(folders["dial"] / "summary.json", tmp_path)
+    page = page_of(tmp_path / "report.html", tmp_path)
+    assert "left no examples.parquet" in page.text
+    assert "Run its command again in the same folder" in page.text
+    assert len(page.scripts) == 2
+
+
+def test_answers_stay_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    hostile = "</script><script>alert('x')</script><!--"
+    frame = read_examples(folders["gate"])
+    assert frame is not None
+    write_examples(
+        tmp_path, frame.with_columns(answer=pl.lit(hostile), prompt=pl.lit(hostile), relation=pl.lit(hostile))
+    )
+    shutil.copy(folders["gate"] / "summary.json", tmp_path)
+    page = page_of(tmp_path / "report.html", tmp_path)
+    assert hostile not in page.source
+    assert [tag for tag, _ in page.tags].count("script") == 4
+    assert json.loads(page.scripts[0])[0]["prompts"]["prompt"][0] == hostile
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda _: None, "holds no records of a study"),
+        (lambda folder: write_json(folder / "summary.json", {"accuracy": 1}), "holds no records of a study"),
+        (lambda folder: write_json(folder / "results.json", [1]), "holds no records of a study"),
+        (lambda folder: write_json(folder / "summary.json", {"gate": {}}), "lacks something that a report shows"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / "scores.parquet").write_text("no table"), "cannot be read"),
+        (lambda folder: (folder / EXAMPLES).write_text("no table"), "cannot be read"),
+        (lambda folder: write_parquet(folder / EXAMPLES, pl.DataFrame({"id": ["a"]})), "lacks answer, condition"),
+    ],
+)
+def test_what_is_no_run_is_refused_with_a_sentence(write, said: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(folder)
+    if (folder / EXAMPLES).exists():
+        shutil.copy(folders["gate"] / "summary.json", folder)
+    with pytest.raises(UserError, match=said):
+        read_runs([folder])
+
+
+def test_a_summary_that_lacks_a_measure_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    summary = read_json(folders["dial"] / "summary.json")
+    del summary["random_heads"]["test"]["aligned_accuracy"]
+    write_json(tmp_path / "summary.json", summary)
+    with pytest.raises(UserError, match="has no aligned_accuracy of random gates"):
+        read_runs([tmp_path])
+
+
+def test_examples_of_other_prompts_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    frame = read_examples(folders["gate"])
+    assert frame is not None
+    write_examples(tmp_path, frame.filter((pl.col("condition") == UNEDITED) | (pl.col("kind") == "conflict")))
+    shutil.copy(folders["gate"] / "summary.json", tmp_path)
+    with pytest.raises(UserError, match="have other prompts of everywhere"):
+        page_of(tmp_path / "report.html", tmp_path)
+
+
+def test_the_command_writes_a_page_for_one_run_and_for_several(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(reporting.report)
+    shutil.copytree(folders["dial"], "dial")
+    assert CliRunner().invoke(app, ["dial"]).exit_code == 0
+    assert Path("dial/report.html").exists()
+    assert CliRunner().invoke(app, ["dial", str(folders["gate"])]).exit_code == 0
+    assert "2 runs compared" in Path("out/report.html").read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["dial", "--out", "page.html"]).exit_code == 0
+    assert Path("page.html").exists()
+
+
+def test_the_frame_of_answers_has_each_condition_with_what_was_expected() -> None:
+    reports = {UNEDITED: samples.answered(UNEDITED), "edited": samples.answered("context")}
+    frame = example_frame(samples.asked(), reports)
+    for name, report in reports.items():
+        assert frame.filter(condition=name)[report.frame.columns].equals(report.frame)
+    expected = {e.id: (list(e.memory_answers), list(e.context_answers)) for e in samples.asked()}
+    rows = frame.select("id", "memory_answers", "context_answers").rows()
+    assert all(expected[key] == (memory, context) for key, memory, context in rows)

@@ -45,6 +45,13 @@ def test_a_study_writes_every_file(make_study, tmp_path):
         assert heads == summary[f"towards_{towards}"]["heads"]
     assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
     assert "<html" in (tmp_path / "report.html").read_text()
+    examples = pl.read_parquet(tmp_path / "examples.parquet").filter(kind="conflict")
+    used = examples.group_by("condition").agg(pl.col("usage").eq("memory").mean())
+    shares = dict(used.iter_rows())
+    assert shares["unedited"] == pytest.approx(summary["baseline"]["test"]["memory_rate"]["value"])
+    for towards in ("context", "memory"):
+        chosen = f"{summary[f'towards_{towards}']['method'].replace('_', ' ')}, towards {towards}"
+        assert shares[chosen] == pytest.approx(summary[f"towards_{towards}"]["test"]["memory_rate"]["value"])
 
 
 @pytest.mark.parametrize("architecture", ["gpt-neox", "gemma2"])

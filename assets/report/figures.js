@@ -1,0 +1,25 @@
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const PRINTED_WIDTH = 660;
+let printing = false;
+function draw([name, figure]) {
+  const template = dark.matches && !printing ? themes.dark : themes.light;
+  const layout = {...figure.layout, template, dragmode: false, autosize: !printing};
+  if (printing) layout.width = PRINTED_WIDTH;
+  Plotly.react(`plot-${name}`, figure.data, layout, {displayModeBar: false, responsive: true});
+}
+// One figure a frame, so that the page can be read and used meanwhile.
+async function drawInTurn() {
+  for (const entry of Object.entries(figures)) {
+    await new Promise(requestAnimationFrame);
+    draw(entry);
+  }
+}
+function drawPrinted(begins) {
+  printing = begins;
+  for (const details of document.querySelectorAll("details")) details.open = begins;
+  Object.entries(figures).forEach(draw);
+}
+addEventListener("load", drawInTurn);
+dark.addEventListener("change", drawInTurn);
+addEventListener("beforeprint", () => drawPrinted(true));
+addEventListener("afterprint", () => drawPrinted(false));

@@ -1,0 +1,133 @@
+"""The page: templates of ``assets/report`` filled with one run or several.
+
+The page needs nothing but itself: plotly.js is part of it, and it loads nothing over the network. What models and data
+say is text and stays text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from plotly.basedatatypes import BaseFigure
+from plotly.offline import get_plotlyjs
+
+from conflictscope.examples import EXAMPLES
+from conflictscope.probing import score_table
+from conflictscope.report import words
+from conflictscope.report.answers import answers_of
+from conflictscope.report.figures import compared, plots_of
+from conflictscope.report.runs import Condition, Run
+from interp.attribution.scores import DIRECTIONS, Direction, RankedHead
+from interp.errors import UserError
+from interp.files import assets_directory, write_text
+from interp.plots import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
+
+_LISTED = 12
+
+
+def write_report(path: str | Path, runs: Sequence[Run]) -> None:
+    """Write the report of one run, or of several next to each other, as one self-contained HTML file, atomically.
+
+    Args:
+        path: The file to write.
+        runs: What ``read_run`` or ``demo_run`` gave.
+
+    Raises:
+        UserError: If a run's records do not fit together or lack something, or the file cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(assets_directory() / "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.share,
+        "interval": words.interval,
+        "decimals": words.decimals,
+        "edits": words.edits,
+        "scale": words.scale,
+        "signed": words.signed,
+        "words": words.words,
+        "literal": repr,
+    }
+    prefixes = [f"run{number}-" if len(runs) > 1 else "" for number in range(1, len(runs) + 1)]
+    plots = {
+        f"{prefix}{name}": plot
+        for prefix, run in zip(prefixes, runs, strict=True)
+        for name, plot in plots_of(run).items()
+    }
+    if len(runs) > 1 and any(run.conditions for run in runs):
+        plots["compared"] = compared(runs)
+    try:
+        page = environment.get_template("page.html").render(
+            runs=runs,
+            prefixes=prefixes,
+            differing=_differing(runs),
+            strongest=_strongest(runs),
+            best_probes=_best_probes,
+            probe_table=score_table,
+            directions=DIRECTIONS,
+            colours={"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR},
+            both_rates=_both_rates,
+            edited_heads=_edited_heads,
+            listed=_LISTED,
+            alt={name: plot.alt for name, plot in plots.items()},
+            figures={name: _plain(plot.figure) for name, plot in plots.items()},
+            themes={"light": LIGHT_THEME.to_plotly_json(), "dark": DARK_THEME.to_plotly_json()},
+            answers=answers_of(runs),
+            examples_file=EXAMPLES,
+            plotly_js=get_plotlyjs(),
+        )
+    except UndefinedError as error:
+        raise UserError(f"The records lack something that the report shows ({error}); run the study again.") from error
+    write_text(path, page)
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """What keeps the numbers of several runs from being compared one to one."""
+    models = {run.model.get("fingerprint", run.model["name"]) for run in runs}
+    data = {run.data.get("digest") for run in runs if run.conditions}
+    return ["models"] * (len(models) > 1) + ["data"] * (len(data) > 1)
+
+
+def _strongest(runs: Sequence[Run]) -> dict[Direction, tuple[Run, Condition]]:
+    """The edit with the highest rate of each direction."""
+    edits = [(run, c) for run in runs for c in run.conditions if c.towards and not c.is_control]
+    by_direction: dict[Direction, list[tuple[Run, Condition]]] = {
+        d: [(run, c) for run, c in edits if c.towards == d] for d in DIRECTIONS
+    }
+    return {d: max(own, key=lambda edit: edit[1].test[f"{d}_rate"]["value"]) for d, own in by_direction.items() if own}
+
+
+def _best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each label the AUROC on test of the probe that dev chose."""
+    chosen = table.filter(pl.col("chosen"), probe="fitted", group="test", measure="auroc")
+    return {row["label"]: row for row in chosen.iter_rows(named=True)}
+
+
+def _both_rates(run: Run) -> str:
+    """The smallest to the largest share of answers that name both sources, over the key conditions."""
+    rates = [condition.test["both_rate"]["value"] for condition in run.cards]
+    return "\N{EN DASH}".join(dict.fromkeys(percent(rate) for rate in (min(rates), max(rates))))
+
+
+def _edited_heads(run: Run, direction: Direction) -> list[tuple[RankedHead, float]]:
+    """The heads of the exported edit with their scores and scales, strongest first."""
+    assert run.scores is not None
+    scales = {(layer, head): factor for layer, head, factor in run.record[f"towards_{direction}"]["heads"]}
+    edited = [head for head in run.scores.ranked("context") if (head.layer, head.head) in scales]
+    return [(head, scales[head.layer, head.head]) for head in sorted(edited, key=lambda head: -abs(head.score))]
+
+
+def _plain(figure: BaseFigure) -> dict[str, Any]:
+    """The figure without its theme, which the page chooses."""
+    record = json.loads(figure.to_json() or "{}")
+    del record["layout"]["template"]
+    return record

@@ -1,0 +1,393 @@
+"""The records of a study as the report reads them: every kind of study becomes one kind of ``Run``."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import polars as pl
+
+from conflictscope.examples import UNEDITED, condition_of, read_examples
+from conflictscope.report.words import edit, edits, settings, words
+from conflictscope.tables import MEASURES
+from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.errors import UserError
+from interp.facts import HELD_OUT_PHRASING
+from interp.facts import relations as known_relations
+from interp.files import read_json
+
+Kind = Literal["demo", "dial", "gate", "control", "probes"]
+
+_COMMANDS = "demo, dial fit, gate fit, steer fit, spare fit or probe score"
+_MEASURES = (*MEASURES, "both_rate", "other_rate", "memorisation_ratio", "by_template")
+_STEERING = ("actadd", "caa", "probe", "task_vector")
+_ABLATIONS = ("remove_only", "add_only", "constant")
+_CONTROLS = ("random_direction", "random_features")
+
+
+class Change(NamedTuple):
+    """One measure before and after an edit."""
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """What the two intervals allow to say: ``rises``, ``falls``, or ``unclear`` where they overlap."""
+        if self.after["low"] > self.before["high"]:
+            return "rises"
+        return "falls" if self.after["high"] < self.before["low"] else "unclear"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The model as it comes or as it is edited, measured on test.
+
+    Attributes:
+        name: What it is called here and in ``examples.parquet``.
+        test: The measures; see ``conflictscope.study.condition_record``.
+        towards: The source that the edit is to strengthen.
+        method: What kind of edit it is; edits of both directions share it.
+        edit: What it does, in words.
+        title: What its card is called.
+        marked: Whether it is one of those that the study is about: the exported ones, the best ones.
+        in_figures: Whether the figures show it, or the table alone.
+        is_control: Whether it was drawn at random.
+    """
+
+    name: str
+    test: Mapping[str, Any]
+    towards: Direction | None = None
+    method: str = ""
+    edit: str = ""
+    title: str = ""
+    marked: bool = False
+    in_figures: bool = True
+    is_control: bool = False
+
+    @property
+    def wanted(self) -> Direction:
+        """The source whose rate tells what the edit gains."""
+        return self.towards or "context"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One study.
+
+    Attributes:
+        kind: Which.
+        name: What it is called where there are several.
+        record: ``summary.json`` or ``results.json`` as it is, or what is known of probes.
+        model: ``name``, and where it is known architecture and shape.
+        data: ``digest``, and where they are known ``relations``, ``counts`` and so on.
+        command: How to run it again.
+        seed: Its seed.
+        held_out: The phrasing family that nothing was chosen on.
+        conditions: What was measured, the unedited model first; none for probes.
+        examples: See ``conflictscope.examples``; ``None`` where the study left none.
+        scores: What the heads of a demo were chosen by.
+        table: What probes scored.
+    """
+
+    kind: Kind
+    name: str
+    record: Mapping[str, Any]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    command: str
+    seed: int | None = None
+    held_out: str = HELD_OUT_PHRASING
+    conditions: tuple[Condition, ...] = ()
+    examples: pl.DataFrame | None = field(default=None, repr=False)
+    scores: HeadScores | None = field(default=None, repr=False)
+    table: pl.DataFrame | None = field(default=None, repr=False)
+
+    @property
+    def unedited(self) -> Condition:
+        """The model as it comes."""
+        return self.conditions[0]
+
+    @property
+    def cards(self) -> list[Condition]:
+        """The key conditions: unedited, the marked ones, and the controls that the figures show."""
+        return [c for c in self.conditions if c is self.unedited or c.marked or (c.is_control and c.in_figures)]
+
+    def towards(self, direction: Direction) -> Condition:
+        """The marked condition of a direction."""
+        return next(c for c in self.conditions if c.marked and c.towards == direction)
+
+    def change(self, condition: Condition, measure: str) -> Change:
+        """A measure before and after an edit."""
+        return Change(self.unedited.test[measure], condition.test[measure])
+
+
+def read_run(folder: Path) -> Run:
+    """The records in a folder.
+
+    Args:
+        folder: What ``demo``, ``dial fit``, ``gate fit``, ``steer fit``, ``spare fit`` or ``probe score`` wrote.
+
+    Raises:
+        UserError: If it holds none of these, or they are damaged or unfinished.
+    """
+    readers: dict[str, Callable[[Path], Run | None]] = {
+        "summary.json": _read_summary,
+        "results.json": _read_results,
+        "scores.parquet": _read_scores,
+    }
+    for file, read in readers.items():
+        if not (folder / file).exists():
+            continue
+        try:
+            run = read(folder)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{folder / file} lacks something that a report shows ({error}); run the study again."
+            ) from error
+        if run is None:
+            continue
+        for condition in run.conditions:
+            if missing := [measure for measure in _MEASURES if measure not in condition.test]:
+                raise UserError(f"{folder / file} has no {missing[0]} of {condition.name}; run the study again.")
+        return run
+    raise UserError(f"{folder} holds no records of a study; give a folder that {_COMMANDS} wrote and finished.")
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The records of several folders; where two have the same name, they are numbered.
+
+    Raises:
+        UserError: See ``read_run``.
+    """
+    runs = [read_run(folder) for folder in folders]
+    named = Counter(run.name for run in runs)
+    return [
+        replace(run, name=f"{run.name} ({number})") if named[run.name] > 1 else run
+        for number, run in enumerate(runs, 1)
+    ]
+
+
+def _read_summary(folder: Path) -> Run | None:
+    summary = read_json(folder / "summary.json")
+    name, examples = folder.resolve().name, read_examples(folder)
+    if not isinstance(summary, dict):
+        return None
+    if "methods" in summary:
+        return demo_run(name, summary, HeadScores.load(folder / "heads.parquet"), examples)
+    if "calibration" in summary:
+        return _dial_run(name, summary, examples)
+    return _gate_run(name, summary, examples) if "gate" in summary else None
+
+
+def _read_results(folder: Path) -> Run | None:
+    results = read_json(folder / "results.json")
+    if not isinstance(results, dict) or "basis" not in results:
+        return None
+    return _control_run(folder.resolve().name, results, read_examples(folder))
+
+
+def demo_run(name: str, summary: Mapping[str, Any], scores: HeadScores, examples: pl.DataFrame | None) -> Run:
+    """What ``conflictscope demo`` found.
+
+    Args:
+        name: The name of its folder.
+        summary: What ``summary.json`` holds.
+        scores: The head scores that the edited heads were chosen by.
+        examples: What ``examples.parquet`` holds, if there is one.
+    """
+    conditions = [_unedited(summary["baseline"]["test"])]
+    for d in DIRECTIONS:
+        chosen = summary[f"towards_{d}"]
+        for method, by_direction in summary["methods"].items():
+            is_chosen = chosen["method"] == method
+            if found := chosen if is_chosen else by_direction.get(f"towards_{d}"):
+                conditions.append(
+                    Condition(
+                        condition_of(method, d),
+                        found["test"],
+                        towards=d,
+                        method=words(method),
+                        edit=edit(found),
+                        title=f"Turned towards {d}",
+                        marked=is_chosen,
+                        in_figures=is_chosen,
+                    )
+                )
+    conditions.append(_drawn(summary["random_heads"], "random heads"))
+    return _of_summary("demo", name, summary, conditions, examples, _demo_command(summary), scores)
+
+
+def _dial_run(name: str, summary: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
+    ends = [
+        Condition(
+            f"towards {d}",
+            summary[f"towards_{d}"]["test"],
+            towards=d,
+            method="dial",
+            edit=edit(summary[f"towards_{d}"]),
+            title=f"Dial at {1 if d == 'context' else -1:+d}".replace("-", "\N{MINUS SIGN}") + f", towards {d}",
+            marked=True,
+        )
+        for d in DIRECTIONS
+    ]
+    drawn = _drawn(summary["random_heads"], "random gates")
+    conditions = [_unedited(summary["baseline"]["test"]), *ends, drawn]
+    return _of_summary("dial", name, summary, conditions, examples, _dial_command(summary))
+
+
+def _gate_run(name: str, summary: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
+    site = summary["gate"]["site"]
+    acts = {
+        "everywhere": "on every prompt, without a gate",
+        "gated": f"where a probe of {site} sees a conflict",
+        "random_gate": f"where a random direction of {site} is high",
+    }
+    conditions = [
+        _unedited(summary["conditions"][UNEDITED]),
+        *(
+            Condition(
+                words(key),
+                summary["conditions"][key],
+                towards=summary["towards"],
+                method=words(key),
+                edit=where,
+                title=words(key).capitalize(),
+                marked=key != "random_gate",
+                is_control=key == "random_gate",
+            )
+            for key, where in acts.items()
+        ),
+    ]
+    return _of_summary("gate", name, summary, conditions, examples, _gate_command(summary))
+
+
+def _control_run(name: str, results: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
+    conditions = [_unedited(results[UNEDITED])]
+    for d in DIRECTIONS:
+        own = [
+            Condition(
+                condition_of(method, d),
+                found[f"towards_{d}"]["test"],
+                towards=d,
+                method=words(method),
+                edit=settings(found[f"towards_{d}"]["settings"]),
+                title=condition_of(method, d),
+                in_figures=method not in (*_ABLATIONS, *_CONTROLS),
+                is_control=method in _CONTROLS,
+            )
+            for method, found in results["methods"].items()
+        ]
+        best = max((c for c in own if c.in_figures), key=lambda c: c.test[f"{d}_rate"]["value"])
+        conditions += [replace(c, marked=c is best) for c in own]
+    basis = results["basis"]
+    return Run(
+        "control",
+        name,
+        results,
+        model=basis["model"],
+        data=basis["data"],
+        command=_control_commands(results),
+        seed=basis["seed"],
+        conditions=tuple(conditions),
+        examples=examples,
+    )
+
+
+def _read_scores(folder: Path) -> Run | None:
+    try:
+        table = pl.read_parquet(folder / "scores.parquet")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{folder / 'scores.parquet'} cannot be read ({error}); run probe score again.") from error
+    if not {"label", "probe", "group", "site", "chosen", "measure", "value", "low", "high", "n"} <= set(table.columns):
+        return None
+    about = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
+    return Run(
+        "probes",
+        folder.resolve().name,
+        about,
+        model=about.get("model", {"name": "an unnamed model"}),
+        data=about.get("data", {}),
+        command="conflictscope probe fit\nconflictscope probe score",
+        seed=about.get("seed"),
+        held_out=about.get("held_out_template", HELD_OUT_PHRASING),
+        table=table,
+    )
+
+
+def _unedited(test: Mapping[str, Any]) -> Condition:
+    return Condition(UNEDITED, test, method=UNEDITED, title="Unedited")
+
+
+def _drawn(control: Mapping[str, Any], name: str) -> Condition:
+    title = f"{name.capitalize()} instead"
+    return Condition(name, control["test"], method=name, edit=edits(control["draws"]), title=title, is_control=True)
+
+
+def _of_summary(
+    kind: Kind,
+    name: str,
+    summary: Mapping[str, Any],
+    conditions: list[Condition],
+    examples: pl.DataFrame | None,
+    command: list[str],
+    scores: HeadScores | None = None,
+) -> Run:
+    return Run(
+        kind,
+        name,
+        summary,
+        model=summary["model"],
+        data=summary["data"],
+        command=shlex.join(["conflictscope", *command, "--dtype", summary["settings"]["dtype"]])
+        + " --quick" * bool(summary["settings"].get("quick")),
+        seed=summary["settings"]["seed"],
+        held_out=summary["data"]["phrasings"]["held_out"],
+        conditions=tuple(conditions),
+        examples=examples,
+        scores=scores,
+    )
+
+
+def _demo_command(summary: Mapping[str, Any]) -> list[str]:
+    return ["demo", *_what(summary), "--seed", str(summary["settings"]["seed"])]
+
+
+def _dial_command(summary: Mapping[str, Any]) -> list[str]:
+    chosen = summary["settings"]
+    options = [
+        f"--{name.replace('_', '-')}={chosen[name]}" for name in ("budget", "context_budget", "max_gates", "steps")
+    ]
+    options += ["--feed-forward"] * chosen["feed_forward"]
+    subjects = ["--subjects", str(chosen["subjects"]["train"]), "--seed", str(chosen["seed"])]
+    return ["dial", "fit", *_what(summary), *options, *subjects]
+
+
+def _gate_command(summary: Mapping[str, Any]) -> list[str]:
+    chosen = summary["settings"]
+    options = ["--keep", str(chosen["keep"]), "--subjects", str(chosen["subjects"]["train"])]
+    return ["gate", "fit", "INTERVENTION.json", *_what(summary), *options, "--seed", str(chosen["seed"])]
+
+
+def _what(summary: Mapping[str, Any]) -> list[str]:
+    relations = [part for relation in summary["data"]["relations"] for part in ("--relation", relation)]
+    return ["--model", summary["model"]["name"], *relations]
+
+
+def _control_commands(results: Mapping[str, Any]) -> str:
+    basis = results["basis"]
+    relations = basis["data"]["name"].split("+")
+    if all(relation in known_relations() for relation in relations):
+        data = [part for relation in relations for part in ("--relation", relation)]
+    else:
+        data = ["--data", f"{basis['data']['name']}.jsonl"]
+    shared = ["--model", basis["model"]["name"], *data, "--tokens", basis["tokens"]]
+    shared += ["--test-subjects", str(basis["data"]["test_subjects"]), "--seed", str(basis["seed"])]
+    steering = [part for m in results["methods"] if m in _STEERING for part in ("--method", m)]
+    commands = [["steer", "fit", *steering]] if steering else []
+    commands += [["spare", "fit"]] if "spare" in results["methods"] else []
+    return "\n".join(shlex.join(["conflictscope", *command, *shared]) for command in commands)

@@ -1,0 +1,167 @@
+"""The documentation: built without a warning, no broken link, and nothing that is loaded from the network."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import pytest
+import typer
+from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+from conflictscope.cli import app
+
+pytest_plugins = ["tests.browser"]
+
+ROOT = Path(__file__).parents[1]
+WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Attributes by which a page loads something without being asked to; links in <a> are followed by readers only.
+_LOADING = {
+    "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
+    "object": "data",
+}  # fmt: skip
+_LOADING_RELATIONS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload"}
+
+
+class Warned(logging.Handler):
+    """Keeps what the build warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def warned() -> Warned:
+    return Warned()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, warned: Warned) -> Path:
+    """The built site."""
+    folder = tmp_path_factory.mktemp("site")
+    loggers = [logging.getLogger(name) for name in ("mkdocs", "mkdocs.plugins", "griffe")]
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+    for logger in loggers:
+        logger.addHandler(warned)
+    try:
+        config.plugins.on_startup(command="build", dirty=False)
+        build(config)
+    finally:
+        config.plugins.on_shutdown()
+        for logger in loggers:
+            logger.removeHandler(warned)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, BeautifulSoup]:
+    """The built pages, parsed."""
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in site.rglob("*.html")}
+
+
+def test_the_site_is_built_without_a_warning(site, warned):
+    assert (site / "index.html").is_file()
+    assert warned.messages == []
+
+
+def test_every_link_of_the_site_leads_somewhere(site, pages):
+    anchors = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
+    broken = []
+    for path, page in pages.items():
+        if path.name == "404.html":
+            # It is shown at any address, so its links start at the root.
+            continue
+        for attribute in ("href", "src"):
+            for tag in page.find_all(attrs={attribute: True}):
+                target, anchor = urldefrag(str(tag[attribute]))
+                if urlparse(target).scheme:
+                    continue
+                place = (path.parent / unquote(target)).resolve() if target else path
+                place = place / "index.html" if place.is_dir() else place
+                if not place.is_file() or (anchor and place in anchors and unquote(anchor) not in anchors[place]):
+                    broken.append(f"{path.relative_to(site)}: {tag[attribute]}")
+    assert broken == []
+
+
+def test_pages_load_nothing_from_the_network(site, pages):
+    loaded = []
+    for path, page in pages.items():
+        loaded += [(path, tag.get(name)) for element, name in _LOADING.items() for tag in page.find_all(element)]
+        links = page.find_all("link", rel=True)
+        loaded += [(path, tag.get("href")) for tag in links if _LOADING_RELATIONS & set(tag["rel"])]
+    for path in site.rglob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        loaded += [(path, url) for url in re.findall(r"(?:url\(|@import )['\"]?([^'\")\s]+)", text)]
+    assert [(path.name, url) for path, url in loaded if url and re.match(r"(https?:)?//", url)] == []
+
+
+def test_pages_and_search_work_from_the_file_system(site, browser_page):
+    asked: list[str] = []
+    browser_page.on("request", lambda request: asked.append(request.url))
+    for name in ("index.html", "methods/path_patching.html", "api/interp.html"):
+        browser_page.goto((site / name).as_uri())
+        browser_page.wait_for_load_state("networkidle")
+    browser_page.locator("input.md-search__input").fill("memorisation ratio")
+    browser_page.locator(".md-search-result__article").first.wait_for(timeout=20_000)
+    assert [url for url in asked if url.startswith("http")] == []
+
+
+def test_formulas_are_mathml(site, pages):
+    page = pages[site / "methods" / "path_patching.html"]
+    assert len(page.find_all("math")) > 3
+    assert not re.search(r"\\\(|\\\[|\$\$|\\frac", page.get_text())
+
+
+def test_every_command_is_in_the_reference(site, pages):
+    def names(command, name) -> Iterator[str]:
+        for part, inner in getattr(command, "commands", {}).items():
+            yield from names(inner, f"{name} {part}") if hasattr(inner, "commands") else [f"{name} {part}"]
+
+    headings = {tag.get_text().rstrip("¶") for tag in pages[site / "commands.html"].find_all("h2")}
+    assert set(names(typer.main.get_command(app), "conflictscope")) == headings
+
+
+def test_every_public_module_is_in_the_reference(site, pages):
+    for package in ("interp", "probes", "interventions", "conflictscope"):
+        documented = {tag["id"] for tag in pages[site / "api" / f"{package}.html"].find_all("h2", id=True)}
+        modules = {
+            ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for path in (ROOT / package).rglob("*.py")
+            if not path.name.startswith("_")
+        }
+        assert modules <= documented
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere_where_the_text_is_read_as_it_is(document):
+    """On a code host, where README and docs are read without being built."""
+    tokens = [
+        child for token in MarkdownIt().parse(document.read_text(encoding="utf-8")) for child in token.children or []
+    ]
+    links = [str(token.attrs.get("href", token.attrs.get("src", ""))) for token in tokens]
+    broken = []
+    for link in filter(None, links):
+        target, anchor = urldefrag(link)
+        if urlparse(target).scheme:
+            continue
+        place = (document.parent / unquote(target)).resolve() if target else document
+        if not place.exists() or (anchor and place.suffix == ".md" and anchor not in _headings(place)):
+            broken.append(link)
+    assert broken == []
+
+
+def _headings(path: Path) -> set[str]:
+    """The anchors that a code host gives the headings of a text."""
+    tokens = MarkdownIt().parse(path.read_text(encoding="utf-8"))
+    titles = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
