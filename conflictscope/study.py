@@ -227,13 +227,12 @@ class Study:
             "random_heads": self._random_control([chosen[towards][winners[towards]] for towards in DIRECTIONS]),
             "methods": methods,
         }
-        edits: dict[Direction, Candidate] = {towards: chosen[towards][winners[towards]] for towards in DIRECTIONS}
         shown: dict[str, Candidate | None] = {
             UNEDITED: None,
             **{condition_of(method, d): chosen[d][method] for d in DIRECTIONS for method in competing},
         }
         examples = example_frame(self._tested, {name: self._measured(name, edit)[0] for name, edit in shown.items()})
-        self._write(summary, scores["logit_diff"], edits, examples)
+        self._write(summary, scores["logit_diff"], chosen, examples)
         return summary
 
     def head_scores(self) -> dict[str, HeadScores]:
@@ -401,27 +400,31 @@ class Study:
         self,
         summary: dict[str, Any],
         scores: HeadScores,
-        edits: Mapping[Direction, Candidate],
+        chosen: Mapping[Direction, Mapping[Method, Candidate]],
         examples: pl.DataFrame,
     ) -> None:
         # The summary is taken away first and comes last: where there is one, it belongs to the files beside it.
         (self.out / "summary.json").unlink(missing_ok=True)
-        for towards in DIRECTIONS:
-            result = summary[f"towards_{towards}"]
-            InterventionFile.of(
-                [edits[towards].scaling(self.mean_outputs)],
-                name=f"{self.name} towards {towards}",
-                towards=towards,
-                model=ModelIdentity.of(self.model, self.name),
-                provenance={
-                    "method": result["method"],
-                    "chosen_on": "dev",
-                    "data": summary["data"]["digest"],
-                    "relations": self.relations,
-                    **summary["settings"],
-                },
-                measured={"test": result["test"], "unedited": summary["baseline"]["test"]},
-            ).save(self.out / "interventions" / f"towards_{towards}.json")
+        for towards, by_method in chosen.items():
+            for method, candidate in by_method.items():
+                test = summary["methods"][method][f"towards_{towards}"]["test"]
+                file = InterventionFile.of(
+                    [candidate.scaling(self.mean_outputs)],
+                    name=f"{self.name}: {method.replace('_', ' ')} towards {towards}",
+                    towards=towards,
+                    model=ModelIdentity.of(self.model, self.name),
+                    provenance={
+                        "method": method,
+                        "chosen_on": "dev",
+                        "data": summary["data"]["digest"],
+                        "relations": self.relations,
+                        **summary["settings"],
+                    },
+                    measured={"test": test, "unedited": summary["baseline"]["test"]},
+                )
+                file.save(self.out / "interventions" / f"{method}-towards_{towards}.json")
+                if method == summary[f"towards_{towards}"]["method"]:
+                    file.save(self.out / "interventions" / f"towards_{towards}.json")
         scores.save(self.out / "heads.parquet")
         self.conflicts.save(self.out / "conflicts.jsonl")
         write_report(self.out / "report.html", [demo_run(self.out.resolve().name, summary, scores, examples)])

@@ -299,7 +299,7 @@ def page_of(path: Path, *folders: Path) -> Page:
 HEADLINES = {
     "demo": "tiny answers from context {unedited_context} of the time and from memory {unedited_memory}.",
     "dial": "at one end it answers from context {context} of the time, at the other from memory {memory};",
-    "gate": "keeps 97% of its gain on conflicts and 5% of the closed-book accuracy that it costs.",
+    "gate": "keeps 97% of its gain on conflicts and 5% of its closed-book damage.",
     "control": "Of 5 methods, ",
     "probes": "probes of tiny read conflict at blocks.16.mlp.hook_out with AUROC 0.70 and source at ",
 }

@@ -43,6 +43,10 @@ def test_a_study_writes_every_file(make_study, tmp_path):
         assert isinstance(edit, HeadScaling)
         heads = [[h.layer, h.head, h.scale] for h in edit.heads]
         assert heads == summary[f"towards_{towards}"]["heads"]
+        for method, found in summary["methods"].items():
+            of_method = InterventionFile.load(tmp_path / "interventions" / f"{method}-towards_{towards}.json")
+            assert of_method.measured["test"] == found[f"towards_{towards}"]["test"]
+            assert of_method.provenance.method == method
     assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
     assert "<html" in (tmp_path / "report.html").read_text()
     examples = pl.read_parquet(tmp_path / "examples.parquet").filter(kind="conflict")
