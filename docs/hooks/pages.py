@@ -76,7 +76,7 @@ def _described(name: str, command: Any) -> Iterator[str]:
     records = [parameter.get_help_record(context) for parameter in command.params]
     if records:
         yield "| name | what it says |\n| --- | --- |"
-    yield from (f"| `{_bars(names)}` | {_bars(_text(about))} |" for names, about in filter(None, records))
+    yield from (f"| `{names}` | {_bars(_text(about))} |" for names, about in filter(None, records))
     yield ""
 
 
