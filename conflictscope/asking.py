@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, say
+from interp.errors import UserError
 
 if TYPE_CHECKING:
     from conflictscope.exploring import Look
@@ -55,7 +56,7 @@ def ask(
             listed = ", ".join(f"{head.layer}.{head.head} ({head.score:+.2f})" for head in ranked)
             output.print(f"Heads that write most towards {towards}: {listed}", markup=False, highlight=False)
     if look.no_race:
-        say(look.no_race)
+        say(f"{look.no_race} (--memory-answer, --context-answer)" if look.example.kind == "conflict" else look.no_race)
     if out is not None:
         _as_data(look).save(out)
         say(f"The question is in {out}, for --data of other commands")
@@ -79,6 +80,11 @@ def _as_data(look: Look) -> ConflictSet:
     """The prompt, and the same question without its context."""
     from interp.conflicts import ConflictSet
 
+    for source, answers in (("memory", look.example.memory_answers), ("context", look.example.context_answers)):
+        if not answers:
+            raise UserError(
+                f"What the {source} answers is not known; say it with --{source}-answer to keep the question."
+            )
     bare = replace(
         look.example, id="closed-book", kind="none", context="", context_answers=(), prompt=look.closed_book_prompt
     )

@@ -192,8 +192,9 @@ def serve(
     """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
     import uvicorn
 
-    from conflictscope.serving import Engine, Limits, build_app, named
+    from conflictscope.serving import Engine, Limits, build_app
     from interp.models import DTYPES, load_checkpoint, resolve_device
+    from interventions.config import named
 
     if not api_key and not is_local(host):
         raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")

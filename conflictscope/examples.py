@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
+from interp.answers import USAGES
 from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -73,4 +74,7 @@ def read_examples(folder: Path) -> pl.DataFrame | None:
         raise UserError(f"{path} cannot be read ({error}); remove it and run the study again.") from error
     if missing := _COLUMNS - set(frame.columns):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; remove it and run the study again.")
+    text = frame.schema["logit_difference"] not in (pl.Float64, pl.Null)
+    if text or not frame["usage"].is_in(USAGES).all():
+        raise UserError(f"{path} holds usages or logit differences that are none; remove it and run the study again.")
     return frame

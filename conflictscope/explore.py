@@ -38,8 +38,8 @@ def explore(
     """Open a local page to ask a model live: its answers, their race by layer, its heads, and what edits change."""
     from conflictscope.explore_page import build_app, listening
     from conflictscope.exploring import Explorer, find_detector
-    from conflictscope.serving import named
     from interp.models import load_model
+    from interventions.config import named
 
     if not public and not is_local(host):
         raise UserError(

@@ -275,6 +275,7 @@ class Explorer:
             memory = memory or short_answer(own[0])
             found = short_answer(own[1])
             context = context or ("" if usage_of(found, [memory], []) == "memory" else found)
+        agrees = bool(memory and context) and usage_of(context, [memory], []) == "memory"
         example = ConflictExample(
             id="prompt",
             subject=asked.question,
@@ -282,8 +283,8 @@ class Explorer:
             question=asked.question,
             context=asked.context,
             memory_answers=(memory,) if memory else (),
-            context_answers=(context,) if context else (),
-            kind="conflict",
+            context_answers=(memory,) if agrees else (context,) if context else (),
+            kind="aligned" if agrees else "conflict",
             template="asked",
             source="asked",
             prompt=prompt,
@@ -300,6 +301,11 @@ class Explorer:
             return (
                 f"The model's answer with the context does not tell what the context says ({example.memory_answers[0]} "
                 "is memory's); type the context's answer to see the race and the heads."
+            )
+        if example.kind == "aligned":
+            return (
+                f"Memory and context both answer {example.memory_answers[0]}; give a context that contradicts memory "
+                "to see the race and the heads."
             )
         if answer_token_ids(self.model, example) is None:
             return (

@@ -172,7 +172,13 @@ class Gating:
                 },
                 "digest": self.conflicts.digest,
             },
-            "settings": {"keep": self.keep, "subjects": self.subjects, "seed": self.seed, **run_record(self.model)},
+            "settings": {
+                "keep": self.keep,
+                "trust": next((edit.trust for edit in self.edits if isinstance(edit, TrustDial)), None),
+                "subjects": self.subjects,
+                "seed": self.seed,
+                **run_record(self.model),
+            },
             "gate": {
                 "site": chosen.probe.site,
                 "threshold": chosen.threshold,

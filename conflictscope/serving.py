@@ -22,7 +22,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -632,18 +632,3 @@ def _error_record(status: int, message: str) -> dict[str, Any]:
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse(_error_record(status, message), status)
-
-
-def named(paths: Iterable[Path]) -> dict[str, InterventionFile]:
-    """Intervention files by the names that requests choose them by: those of the files, or of their folders.
-
-    Raises:
-        UserError: If a file cannot be read, or two have the same name.
-    """
-    files: dict[str, InterventionFile] = {}
-    for path in paths:
-        name = path.resolve().name if path.is_dir() else path.stem
-        if name in files:
-            raise UserError(f"Two interventions are called {name}; rename one of the files.")
-        files[name] = InterventionFile.load(path)
-    return files

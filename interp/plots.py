@@ -592,7 +592,7 @@ def save_figure(figure: go.Figure, path: str | Path) -> None:
     """Write a figure, atomically: HTML that works offline, or PNG, SVG or PDF (these need the ``images`` extra).
 
     Raises:
-        UserError: If the suffix is none of these, or the file cannot be written.
+        UserError: If the suffix is none of these, an image cannot be drawn, or the file cannot be written.
     """
     suffix = Path(path).suffix
     if suffix == ".html":
@@ -602,8 +602,15 @@ def save_figure(figure: go.Figure, path: str | Path) -> None:
         raise UserError(
             f"Cannot save a figure as {Path(path).name}; end the name in .html, {', '.join(_IMAGE_SUFFIXES)}."
         )
+    try:
+        image = figure.to_image(format=suffix[1:])
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"{Path(path).name} cannot be drawn ({str(error).strip().splitlines()[0]}); install Chrome or Chromium and "
+            "pip install 'conflictscope[images]', or save it as .html."
+        ) from error
     with atomic_path(path) as temporary:
-        temporary.write_bytes(figure.to_image(format=suffix[1:]))
+        temporary.write_bytes(image)
 
 
 def _estimate(source: EstimateLike) -> Estimate:
@@ -696,8 +703,8 @@ def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -
     towards = "context" if head.score > 0 else "memory"
     n, n_subjects = len(scores.example_ids), len(set(scores.subjects))
     name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}, towards {towards}"
-    if n == 1:
-        return f"{name}<br>score {head.score:+.3f}, one prompt<br>{_unit(scores)}"
+    if n_subjects == 1:
+        return f"{name}<br>mean score {head.score:+.3f}<br>{_unit(scores)}<br>n = {n} of one subject, no interval"
     return (
         f"{name}<br>mean score {head.score:+.3f} [{head.low:+.3f}, {head.high:+.3f}]<br>{_unit(scores)}"
         f"<br>95% interval by subject, n = {n} examples of {n_subjects} subjects"

@@ -50,14 +50,15 @@ def answer_race(lenses: Mapping[str, LogitLens]) -> go.Figure:
     )
     lowest = 1.0
     for (label, lens), dash in zip(lenses.items(), cycle(_DASHES), strict=False):
-        n = len(lens.example_ids)
+        # One subject has no spread to speak of.
+        several = len(set(lens.subjects)) > 1
         lines = [(answer, COLOURS[answer], lens.probability(answer), 1) for answer in DIRECTIONS]
         lines.append(("difference", OTHER_COLOUR, lens.difference(), 2))
         lowest = min(lowest, *(e.value for *_, estimates, row in lines if row == 1 for e in estimates))
         for name, colour, estimates, row in lines:
             shown = escape(f"{name} answer, {label}" if row == 1 else f"context - memory, {label}")
             measure = "probability" if row == 1 else "logit difference"
-            figure.add_traces(_band(estimates, colour) if n > 1 else [], rows=row, cols=1)
+            figure.add_traces(_band(estimates, colour) if several else [], rows=row, cols=1)
             figure.add_scatter(
                 x=list(range(len(estimates))),
                 y=[e.value for e in estimates],
@@ -65,7 +66,7 @@ def answer_race(lenses: Mapping[str, LogitLens]) -> go.Figure:
                 line={"color": colour, "dash": dash, "width": 2},
                 name=shown,
                 showlegend=row == 1,
-                hovertext=[_lens_hover(shown, measure, layer, e) for layer, e in enumerate(estimates)],
+                hovertext=[_lens_hover(shown, measure, layer, e, several) for layer, e in enumerate(estimates)],
                 hovertemplate="%{hovertext}<extra></extra>",
                 row=row,
                 col=1,
@@ -222,16 +223,16 @@ def _band(estimates: Sequence[Estimate], colour: str) -> list[Any]:
     ]
 
 
-def _lens_hover(shown: str, measure: str, layer: int, estimate: Estimate) -> str:
-    interval = f"<br>95% interval by subject [{estimate.low:.3f}, {estimate.high:.3f}], n = {estimate.n} prompts"
-    of = interval if estimate.n > 1 else ", one prompt"
-    return f"<b>{shown}</b><br>after layer {layer}: {measure} {estimate.value:.3f}{of}"
+def _lens_hover(shown: str, measure: str, layer: int, estimate: Estimate, several: bool) -> str:
+    interval = f"95% interval by subject [{estimate.low:.3f}, {estimate.high:.3f}], n = {estimate.n} prompts"
+    about = interval if several else f"n = {estimate.n} of one subject, no interval"
+    return f"<b>{shown}</b><br>after layer {layer}: {measure} {estimate.value:.3f}<br>{about}"
 
 
 def _step_hover(label: str, row: int, step: AnswerStep) -> str:
-    lines = [f"{escape(_visible(token))} {probability:.3f}" for token, probability in step.alternatives]
-    said = f"{escape(_visible(step.token))} {step.probability:.3f}"
-    return f"<b>{escape(label)}, token {row + 1}</b><br>{said}<br>instead of " + ", ".join(lines)
+    others = ", ".join(f"{escape(_visible(token))} ({probability:.3f})" for token, probability in step.alternatives)
+    said = f"{escape(_visible(step.token))}, probability {step.probability:.3f}"
+    return f"<b>{escape(label)}, token {row + 1}</b><br>{said}" + (f"<br>instead of {others}" if others else "")
 
 
 def _visible(token: str) -> str:

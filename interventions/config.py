@@ -28,7 +28,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -299,6 +299,21 @@ class InterventionFile(Strict):
     ) -> InterventionFile:
         provenance = self.provenance.model_copy(update={"details": details})
         return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=provenance)
+
+
+def named(paths: Iterable[Path]) -> dict[str, InterventionFile]:
+    """Intervention files by the names that requests choose them by: those of the files, or of their folders.
+
+    Raises:
+        UserError: If a file cannot be read, or two have the same name.
+    """
+    files: dict[str, InterventionFile] = {}
+    for path in paths:
+        name = path.resolve().name if path.is_dir() else path.stem
+        if name in files:
+            raise UserError(f"Two interventions are called {name}; rename one of the files.")
+        files[name] = InterventionFile.load(path)
+    return files
 
 
 def json_schema() -> dict[str, Any]:

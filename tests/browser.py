@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 SCREENSHOTS = Path(__file__).parents[1] / "out" / "screenshots"
 WIDTHS = (1280, 390)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """Debian's Chromium, started once a module; tests that need it are skipped where it is missing.
+    """A Chromium, started once a module; tests that need it are skipped where it is missing.
 
     Not once a session: while it is there, playwright's event loop counts as running, and nothing else may run one.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = shutil.which("chromium")
+    executable = next(filter(None, map(shutil.which, _NAMES)), None)
     if executable is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
+        pytest.skip(f"there is no browser ({', '.join(_NAMES)}); for example apt-get install chromium")
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield started

@@ -113,6 +113,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "towards_context.json": edit,
         "out/demo/interventions/towards_context.json": edit,
         "out/demo/interventions/towards_memory.json": edit,
+        "out/demo/interventions/pruning-towards_context.json": edit,
         "out/dial/dial.json": TrustDial((Gate(1, 1, 2.0, 0.5),), 0.0, points),
         "out/gate/gated.json": ConflictGate("block", 0, vector, 0.0, 0.0, (edit,)),
         "out/control/interventions/actadd-towards_context.json": Steering(1, vector),

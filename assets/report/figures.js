@@ -1,6 +1,7 @@
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const PRINTED_WIDTH = 660;
 let printing = false;
+let opened = [];
 function draw([name, figure]) {
   const template = dark.matches && !printing ? themes.dark : themes.light;
   const layout = {...figure.layout, template, dragmode: false, autosize: !printing};
@@ -16,7 +17,10 @@ async function drawInTurn() {
 }
 function drawPrinted(begins) {
   printing = begins;
-  for (const details of document.querySelectorAll("details")) details.open = begins;
+  // What was open before is open afterwards.
+  const all = [...document.querySelectorAll("details")];
+  if (begins) opened = all.filter((details) => details.open);
+  for (const details of all) details.open = begins || opened.includes(details);
   Object.entries(figures).forEach(draw);
 }
 addEventListener("load", drawInTurn);

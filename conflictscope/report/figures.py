@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 from conflictscope.report.runs import Condition, Run
 from conflictscope.report.words import interval, share
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.errors import UserError
 from interp.plots import (
     LIGHT_THEME,
     SERIES_COLOURS,
@@ -146,8 +147,11 @@ def gain_against_damage(groups: Mapping[str, Sequence[Condition]]) -> go.Figure:
 
 def _hover(name: str, condition: Condition, direction: Direction) -> str:
     measures = {f"{direction} rate": f"{direction}_rate", "closed-book accuracy": "closed_book_accuracy"}
-    values = (f"{label} {share(condition.test[m])} [{interval(condition.test[m])}]" for label, m in measures.items())
-    return "<br>".join([f"<b>{escape(name)}</b>", escape(condition.name), *values])
+    values = (
+        f"{label} {share(condition.test[m])} [{interval(condition.test[m])}], n = {condition.test[m]['n']} prompts"
+        for label, m in measures.items()
+    )
+    return "<br>".join([f"<b>{escape(name)}</b>", escape(condition.name), *values, "95% intervals by subject"])
 
 
 def _usage_plots(run: Run) -> dict[str, Plot]:
@@ -189,7 +193,9 @@ def _probe_plots(table: pl.DataFrame) -> dict[str, Plot]:
         floors = _scores(own.filter(probe="floor"))
         shuffled = {site: score.auroc for site, score in _scores(own.filter(probe="shuffled labels")).items()}
         floor = next(iter(floors), None)
-        best = own.filter(chosen=True, probe="fitted")["site"][0]
+        best = next(iter(own.filter(chosen=True, probe="fitted")["site"]), None)
+        if best not in fitted:
+            raise UserError(f"The scores of {label} lack the probe that was chosen on dev; run probe score again.")
         plots[label] = Plot(
             auroc_by_layer(
                 fitted,

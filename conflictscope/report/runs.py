@@ -19,6 +19,7 @@ from interp.errors import UserError
 from interp.facts import HELD_OUT_PHRASING
 from interp.facts import relations as known_relations
 from interp.files import read_json
+from interp.statistics import Estimate
 
 Kind = Literal["demo", "dial", "gate", "control", "probes"]
 
@@ -145,17 +146,27 @@ def read_run(folder: Path) -> Run:
             continue
         try:
             run = read(folder)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"{folder / file} lacks something that a report shows ({error}); run the study again."
             ) from error
         if run is None:
             continue
         for condition in run.conditions:
-            if missing := [measure for measure in _MEASURES if measure not in condition.test]:
+            if missing := [measure for measure in _MEASURES if not _is_measured(condition.test, measure)]:
                 raise UserError(f"{folder / file} has no {missing[0]} of {condition.name}; run the study again.")
         return run
     raise UserError(f"{folder} holds no records of a study; give a folder that {_COMMANDS} wrote and finished.")
+
+
+def _is_measured(test: Mapping[str, Any], measure: str) -> bool:
+    """Whether a record holds a measure: an estimate, or estimates by phrasing family."""
+    found = test.get(measure)
+    if not isinstance(found, dict):
+        return False
+    if measure == "by_template":
+        return all(_is_measured(rates, f"{source}_rate") for rates in found.values() for source in DIRECTIONS)
+    return found.keys() == set(Estimate.__annotations__) and all(isinstance(v, (int, float)) for v in found.values())
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -343,8 +354,13 @@ def _of_summary(
         summary,
         model=summary["model"],
         data=summary["data"],
-        command=shlex.join(["conflictscope", *command, "--dtype", summary["settings"]["dtype"]])
-        + " --quick" * bool(summary["settings"].get("quick")),
+        command=shlex.join(
+            [
+                *("conflictscope", *command, "--dtype", summary["settings"]["dtype"]),
+                *["--quick"] * bool(summary["settings"].get("quick")),
+                *("--out", f"out/{name}"),
+            ]
+        ),
         seed=summary["settings"]["seed"],
         held_out=summary["data"]["phrasings"]["held_out"],
         conditions=tuple(conditions),
@@ -354,7 +370,14 @@ def _of_summary(
 
 
 def _demo_command(summary: Mapping[str, Any]) -> list[str]:
-    return ["demo", *_what(summary), "--seed", str(summary["settings"]["seed"])]
+    return [
+        "demo",
+        "--model",
+        summary["model"]["name"],
+        *_relations(summary),
+        "--seed",
+        str(summary["settings"]["seed"]),
+    ]
 
 
 def _dial_command(summary: Mapping[str, Any]) -> list[str]:
@@ -364,18 +387,20 @@ def _dial_command(summary: Mapping[str, Any]) -> list[str]:
     ]
     options += ["--feed-forward"] * chosen["feed_forward"]
     subjects = ["--subjects", str(chosen["subjects"]["train"]), "--seed", str(chosen["seed"])]
-    return ["dial", "fit", *_what(summary), *options, *subjects]
+    return ["dial", "fit", summary["model"]["name"], *_relations(summary), *options, *subjects]
 
 
 def _gate_command(summary: Mapping[str, Any]) -> list[str]:
     chosen = summary["settings"]
     options = ["--keep", str(chosen["keep"]), "--subjects", str(chosen["subjects"]["train"])]
-    return ["gate", "fit", "INTERVENTION.json", *_what(summary), *options, "--seed", str(chosen["seed"])]
+    if chosen.get("trust") is not None:
+        options += ["--trust", str(chosen["trust"])]
+    model = ["--model", summary["model"]["name"]]
+    return ["gate", "fit", "INTERVENTION.json", *model, *_relations(summary), *options, "--seed", str(chosen["seed"])]
 
 
-def _what(summary: Mapping[str, Any]) -> list[str]:
-    relations = [part for relation in summary["data"]["relations"] for part in ("--relation", relation)]
-    return ["--model", summary["model"]["name"], *relations]
+def _relations(summary: Mapping[str, Any]) -> list[str]:
+    return [part for relation in summary["data"]["relations"] for part in ("--relation", relation)]
 
 
 def _control_commands(results: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from conflictscope.asking import _table
+from conflictscope.asking import _as_data, _table
 from conflictscope.exploring import Asked, Explorer
 from interp.conflicts import ConflictSet
+from interp.errors import UserError
 from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
@@ -67,8 +70,25 @@ def test_answers_that_cannot_race_are_told_apart_from_an_error(run, llama):
     )
     assert code == 0
     assert "P(" not in output
-    assert "start with the same token" in error
+    assert "Memory and context both answer Lima" in error
 
 
 def test_an_empty_context_is_refused(run, llama):
     assert_one_sentence(run("ask", SENTENCE, "--context", " ", "--model", llama), "There is no context")
+
+
+def test_a_context_that_agrees_is_kept_as_one(run, llama, tmp_path):
+    answers = ("--memory-answer", "Tokyo", "--context-answer", "Tokyo")
+    code, output, error = run("ask", SENTENCE, *CONTEXT, *answers, "--model", llama, "--out", "mine.jsonl")
+    assert code == 0
+    assert "Memory and context both answer Tokyo" in " ".join(f"{output} {error}".split())
+    example = next(iter(ConflictSet.load(tmp_path / "mine.jsonl")))
+    assert (example.kind, example.context_answers) == ("aligned", ("Tokyo",))
+
+
+def test_a_question_whose_answers_are_not_known_is_not_kept(tiny_llama):
+    look = Explorer(tiny_llama, name="tiny").look(Asked(SENTENCE, "Lima is big.", "Tokyo", "Lima"))
+    for source in ("memory", "context"):
+        unknown = replace(look, example=replace(look.example, **{f"{source}_answers": ()}))
+        with pytest.raises(UserError, match=f"--{source}-answer"):
+            _as_data(unknown)

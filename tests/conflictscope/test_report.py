@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from conflictscope import reporting
+from conflictscope.cli import app
 from conflictscope.control import STEERING_METHODS
 from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
 from conflictscope.report import demo_run, read_runs, write_report
@@ -427,6 +429,49 @@ def test_answers_stay_text(folders: dict[str, Path], tmp_path: Path) -> None:
     assert hostile not in page.source
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert json.loads(page.scripts[0])[0]["prompts"]["prompt"][0] == hostile
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_commands_of_a_page_are_ones_that_the_command_line_takes(kind: str, folders: dict[str, Path]) -> None:
+    (run,) = read_runs([folders[kind]])
+    for line in run.command.splitlines():
+        program, *arguments = shlex.split(line)
+        context = typer.main.get_command(app).make_context(program, list(arguments))
+        while hasattr(context.command, "commands"):
+            command: Any = context.command
+            rest = [*getattr(context, "_protected_args", []), *context.args]
+            name, inner, left = command.resolve_command(context, rest)
+            context = inner.make_context(name, left, parent=context)
+
+
+def _without_low(found: dict[str, Any]) -> None:
+    del found["conditions"]["gated"]["memory_rate"]["low"]
+
+
+def _bare(found: dict[str, Any]) -> None:
+    found["conditions"]["gated"]["neutral_kl"] = 0.5
+
+
+def _surplus(found: dict[str, Any]) -> None:
+    found["conditions"]["gated"]["by_template"]["question"]["context_rate"]["more"] = 1
+
+
+@pytest.mark.parametrize("damage", [_without_low, _bare, _surplus])
+def test_a_damaged_measure_is_named(damage: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    summary = read_json(folders["gate"] / "summary.json")
+    damage(summary)
+    write_json(tmp_path / "gate" / "summary.json", summary)
+    with pytest.raises(UserError, match=r"has no (memory_rate|neutral_kl|by_template) of gated; run the study again"):
+        read_runs([tmp_path / "gate"])
+
+
+@pytest.mark.parametrize("column", [pl.lit("nothing").alias("usage"), pl.lit("text").alias("logit_difference")])
+def test_answers_that_are_none_are_refused(column: pl.Expr, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["gate"], tmp_path / "gate")
+    frame = pl.read_parquet(tmp_path / "gate" / EXAMPLES).with_columns(column)
+    write_parquet(tmp_path / "gate" / EXAMPLES, frame)
+    with pytest.raises(UserError, match="holds usages or logit differences that are none"):
+        read_runs([tmp_path / "gate"])
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from conflictscope.serving import Engine, Limits, build_app, named
+from conflictscope.serving import Engine, Limits, build_app
 from interp.errors import UserError
 from interp.generation import greedy_texts
 from interp.models import load_checkpoint
-from interventions.config import InterventionFile
+from interventions.config import InterventionFile, named
 from interventions.gates import Gate, TrustDial
 from interventions.gating import ConflictGate
 from interventions.heads import HeadScaling

@@ -1,4 +1,6 @@
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,6 +21,7 @@ from interp.plots import (
     gain_and_damage,
     head_map,
     percent,
+    save_figure,
     top_heads_bars,
     top_heads_by_group,
     usage_bars,
@@ -260,3 +263,33 @@ def test_a_dial_s_curve_has_both_rates_in_their_colours() -> None:
         ([-1.0, 0.0, 1.0], [p["memory_rate"] for p in points], MEMORY_COLOUR),
         ([-1.0, 0.0, 1.0], [p["context_rate"] for p in points], CONTEXT_COLOUR),
     ]
+
+
+def test_one_subject_has_no_interval() -> None:
+    scores = MAP.select([0])
+    figure: Any = top_heads_bars(scores)
+    assert figure.data[0].error_x.array is None
+    assert "of one subject, no interval" in figure.data[0].hovertext[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [(".html", b"<html>"), (".png", b"\x89PNG"), (".svg", b"<svg"), (".pdf", b"%PDF")]
+)
+def test_a_figure_is_saved_as_what_its_name_says(tmp_path: Path, suffix: str, begins: bytes) -> None:
+    if suffix != ".html" and not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.skip("images need Chrome or Chromium")
+    save_figure(head_map(MAP), tmp_path / f"map{suffix}")
+    assert (tmp_path / f"map{suffix}").read_bytes().startswith(begins)
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"end the name in \.html"):
+        save_figure(head_map(MAP), tmp_path / "map.txt")
+
+    def no_browser(*_: Any, **__: Any) -> bytes:
+        raise RuntimeError("Chrome is missing\nand more")
+
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", no_browser)
+    with pytest.raises(UserError, match=r"map.png cannot be drawn \(Chrome is missing\); install Chrome"):
+        save_figure(head_map(MAP), tmp_path / "map.png")
+    assert not list(tmp_path.iterdir())

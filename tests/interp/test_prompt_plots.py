@@ -37,7 +37,7 @@ def test_the_race_holds_mean_probabilities_and_the_difference_by_layer() -> None
 def test_the_race_of_one_prompt_has_no_interval_and_says_so() -> None:
     figure: Any = answer_race({"unedited": LENS.select(["a"])})
     assert [trace.mode for trace in figure.data] == ["lines"] * 3
-    assert figure.data[0].hovertext[1].endswith("probability 0.500, one prompt")
+    assert figure.data[0].hovertext[1].endswith("probability 0.500<br>n = 1 of one subject, no interval")
 
 
 def test_every_condition_of_a_race_has_a_line_style_of_its_own() -> None:
@@ -70,3 +70,11 @@ def test_an_answer_is_shown_with_its_probabilities_and_framed_where_it_differs()
     assert texts[0].startswith("<b>␣Tokyo</b> 50%<br>")
     assert "&lt;b&gt; 10%" in texts[0]
     assert [shape.line.width for shape in figure.layout.shapes] == [0, 0, 2.5, 0]
+
+
+def test_the_hover_of_a_step_says_what_else_could_have_been_said() -> None:
+    figure: Any = answer_view({"unedited": STEPS, "edited": [AnswerStep(" x", 1.0, ())]})
+    assert figure.data[0].hovertext[0] == (
+        "<b>unedited, token 1</b><br>␣Tokyo, probability 0.500<br>instead of ␣Lima (0.250), &lt;b&gt; (0.100)"
+    )
+    assert figure.data[1].hovertext == ("<b>edited, token 1</b><br>␣x, probability 1.000",)
