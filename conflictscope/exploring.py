@@ -275,7 +275,7 @@ class Explorer:
             memory = memory or short_answer(own[0])
             found = short_answer(own[1])
             context = context or ("" if usage_of(found, [memory], []) == "memory" else found)
-        agrees = bool(memory and context) and usage_of(context, [memory], []) == "memory"
+        agrees = bool(memory and context) and normalise(context) == normalise(memory)
         example = ConflictExample(
             id="prompt",
             subject=asked.question,

@@ -213,7 +213,7 @@ def test_wrong_input_is_answered_by_a_sentence_and_right_input_after_it_by_a_loo
 def test_answers_that_cannot_race_leave_the_rest_of_the_page(page):
     page.locator("#context_answer").fill(FIRST.memory_answer)
     page.locator("#context_answer").press("Enter")
-    page.get_by_text("start with the same token").wait_for()
+    page.get_by_text("Memory and context both answer").wait_for()
     assert page.locator("#race").is_hidden()
     assert page.locator("#head-map").is_hidden()
     assert page.locator("#steps").is_visible()

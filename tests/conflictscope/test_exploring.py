@@ -194,7 +194,8 @@ def test_an_answer_that_repeats_the_question_is_waited_for_after_what_it_repeats
     [
         ("Tokyo", "Tokyo", {}, "type the context's answer"),
         ("", "Lima", {}, "type the memory answer"),
-        ("Tokyo", "Lima", {"context_answer": "Tokyo"}, "start with the same token"),
+        ("Tokyo", "Lima", {"context_answer": "tokyo"}, "Memory and context both answer Tokyo"),
+        ("Tokyo", "Lima", {"context_answer": "Tokyo Bay"}, "start with the same token"),
     ],
 )
 def test_where_answers_cannot_race_a_sentence_says_why_and_the_rest_is_shown(
