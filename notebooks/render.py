@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
-# An empty script: what nbconvert would get from the network is for formulas and widgets, and there are none.
-_NOTHING = "data:,"
+# Empty scripts: what nbconvert would get from the network is for formulas, widgets and diagrams, and there are none.
+_URLS = dict.fromkeys(("require_js_url", "mathjax_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), "data:,")
 
 
 def executed(path: Path) -> Any:
@@ -56,8 +56,7 @@ def page(notebook: Any) -> str:
                     validate=False,
                 )
                 first = False
-    exporter = HTMLExporter(require_js_url=_NOTHING, mathjax_url=_NOTHING)
-    return exporter.from_notebook_node(notebook)[0]
+    return HTMLExporter(**_URLS).from_notebook_node(notebook)[0]
 
 
 def _without_widget(output: Any, widgets: dict[str, Any]) -> list[Any]:
