@@ -290,7 +290,8 @@ for name in ("transformer_lens", "sae_lens", "polars", "plotly", "sklearn", "sci
     sys.modules[name] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from interventions.runtime import apply
-from conflictscope.serving import CompletionRequest, Done, Engine, named
+from interventions.config import named
+from conflictscope.serving import CompletionRequest, Done, Engine
 from pathlib import Path
 folder, edit = {str(tiny_directories["llama"])!r}, Path({str(tmp_path / "edit.json")!r})
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
