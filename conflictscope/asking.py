@@ -29,7 +29,7 @@ def ask(
         str, typer.Option(help="What memory answers; by default what the model says without the context.")
     ] = "",
     context_answer: Annotated[
-        str, typer.Option(help="What the context answers; by default what the model says with it, unless from memory.")
+        str, typer.Option(help="What the context answers; by default what the model says, if the context says so.")
     ] = "",
     config: Annotated[Path | None, typer.Option("--config", help="Intervention file to try as well.")] = None,
     out: Annotated[

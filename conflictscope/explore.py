@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -57,4 +58,5 @@ def explore(
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with listening(app, host, port) as server:
         say(f"Open {server.address} in a browser; Ctrl-C ends it.")
-        server.wait()
+        with suppress(KeyboardInterrupt):
+            server.wait()

@@ -280,7 +280,7 @@ def _form(built_in: Mapping[str, Asked], first: Asked) -> html.Section:
     about = {
         "question": "Or a sentence to continue: then the answer is the next word.",
         "context": "",
-        "context_answer": "If empty: what the model answers with the context, unless that is memory's.",
+        "context_answer": "If empty: what the model answers with the context, if the context says so.",
         "memory_answer": "If empty: what the model answers without the context.",
     }
     fields = []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from interp.anatomy import Anatomy, transformers_model
-from interp.answers import Usage, normalise, usage_of
+from interp.answers import Usage, contains_answer, normalise, usage_of
 from interp.attention import PromptAttention, attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.scores import HeadScores
@@ -70,7 +70,8 @@ class Asked:
         question: A question, or a sentence that the answer continues.
         context: What is put before it.
         memory_answer: What memory answers; if empty, what the model answers without the context.
-        context_answer: What the context answers; if empty, what the model answers with it, unless from memory.
+        context_answer: What the context answers; if empty, what the model answers with it, if the context says
+            so and memory does not.
     """
 
     question: str
@@ -274,7 +275,9 @@ class Explorer:
             own = continue_greedily(self.model, [closed_book, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
             memory = memory or short_answer(own[0])
             found = short_answer(own[1])
-            context = context or ("" if usage_of(found, [memory], []) == "memory" else found)
+            # What the model says is the context's answer only if the context says it.
+            is_context = contains_answer(asked.context, (found,)) and usage_of(found, [memory], []) != "memory"
+            context = context or (found if found and is_context else "")
         agrees = bool(memory and context) and normalise(context) == normalise(memory)
         example = ConflictExample(
             id="prompt",
@@ -299,8 +302,8 @@ class Explorer:
             )
         if not example.context_answers:
             return (
-                f"The model's answer with the context does not tell what the context says ({example.memory_answers[0]} "
-                "is memory's); type the context's answer to see the race and the heads."
+                "The model's answer with the context does not tell what the context says; type the context's answer to "
+                "see the race and the heads."
             )
         if example.kind == "aligned":
             return (

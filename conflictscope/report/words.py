@@ -26,7 +26,8 @@ def decimals(estimate: Mapping[str, Any], digits: int = 3) -> tuple[str, str]:
 
 def signed(score: float) -> str:
     """A score with its sign."""
-    return _minus(f"{score:+.2f}")
+    # No minus before nothing.
+    return _minus(f"{round(score, 2) + 0.0:+.2f}")
 
 
 def scale(factor: float) -> str:

@@ -315,4 +315,4 @@ def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, t
             assert "ConflictScope" in httpx.get(said.split()[1]).text
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) != 0
+            assert process.wait(30) == 0

@@ -176,14 +176,14 @@ def scripted(answers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_that_repeats_the_question_is_waited_for_after_what_it_repeats(tiny_llama, monkeypatch):
     question = "What is the capital of Japan?"
     closed = f"User: {question}\nAssistant:"
-    prompt = f"User: Tokyo burnt down. {question}\nAssistant: The capital of Japan is"
+    prompt = f"User: Lima it is. {question}\nAssistant: The capital of Japan is"
     said = {
         closed: "The capital of Japan is Tokyo",
         f"{closed} The capital of Japan is": "Tokyo, a city",
         prompt: "Lima",
     }
     scripted(said, monkeypatch)
-    look = Explorer(tiny_llama, name="tiny").look(Asked(question, "Tokyo burnt down."))
+    look = Explorer(tiny_llama, name="tiny").look(Asked(question, "Lima it is."))
     assert look.example.prompt == prompt
     assert look.closed_book_prompt == f"{closed} The capital of Japan is"
     assert (look.example.memory_answers, look.example.context_answers) == (("Tokyo",), ("Lima",))
@@ -194,6 +194,7 @@ def test_an_answer_that_repeats_the_question_is_waited_for_after_what_it_repeats
     [
         ("Tokyo", "Tokyo", {}, "type the context's answer"),
         ("", "Lima", {}, "type the memory answer"),
+        ("Tokyo", "Quito", {}, "does not tell what the context says; type the context's answer"),
         ("Tokyo", "Lima", {"context_answer": "tokyo"}, "Memory and context both answer Tokyo"),
         ("Tokyo", "Lima", {"context_answer": "Tokyo Bay"}, "start with the same token"),
     ],
