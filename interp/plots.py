@@ -358,13 +358,7 @@ def gain_and_damage(
         control: Such a record with as many random heads edited; drawn in both panels.
         guard: What should not change.
     """
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        shared_yaxes=True,
-        horizontal_spacing=0.12,
-        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
-    )
+    figure = gain_panels()
     named = dict(zip(edits, _METHOD_SYMBOLS * len(edits), strict=False))
     for column, direction in enumerate(DIRECTIONS, start=1):
         points: list[tuple[str, str, Mapping[str, Any], str | None]] = [
@@ -408,21 +402,39 @@ def gain_and_damage(
     for name, symbol in keys:
         figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9}, name=escape(name))
     guards = [_estimate(record[guard]) for record in (baseline, *(r for by in edits.values() for r in by.values()))]
+    return with_gain_axes(figure, lowest=min(estimate.low for estimate in guards), guard=guard)
+
+
+def gain_panels() -> go.Figure:
+    """An empty figure of what edits gain and cost, a panel for each direction; ``with_gain_axes`` finishes it."""
+    return make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.12,
+        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
+    )
+
+
+def with_gain_axes(
+    figure: go.Figure, *, lowest: float, guard: Guard = "closed_book_accuracy", height: int = 400
+) -> go.Figure:
+    """The figure with its axes: the wanted rate to the right, the guard upwards, from ``lowest`` at the latest."""
     figure.update_yaxes(title_text=_GUARD_LABELS[guard], col=1)
     if guard == "neutral_kl":
         figure.update_yaxes(rangemode="tozero")
     else:
-        figure.update_yaxes(tickformat=".0%", range=[min(0.8, *(e.low - 0.05 for e in guards)), 1.01])
+        figure.update_yaxes(tickformat=".0%", range=[min(0.8, lowest - 0.05), 1.01])
     for column, direction in enumerate(DIRECTIONS, start=1):
         figure.update_xaxes(
             title_text=f"{direction} rate", range=[-0.04, 1.04], tickformat=".0%", dtick=0.5, col=column
         )
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
-        height=400,
+        height=height,
         margin_t=30,
         hovermode="closest",
-        legend={"y": -0.2, "yanchor": "top", "entrywidth": 125},
+        legend={"y": -0.2, "yanchor": "top", "entrywidth": 140},
     )
 
 

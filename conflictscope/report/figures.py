@@ -9,22 +9,22 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 import polars as pl
 from plotly.basedatatypes import BaseFigure
-from plotly.subplots import make_subplots
 
 from conflictscope.report.runs import Condition, Run
 from conflictscope.report.words import interval, share
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
 from interp.errors import UserError
 from interp.plots import (
-    LIGHT_THEME,
     SERIES_COLOURS,
     dial_curve,
     escape,
     gain_and_damage,
+    gain_panels,
     head_map,
     top_heads_bars,
     usage_bars,
     usage_by_template,
+    with_gain_axes,
 )
 from interp.plots import interval as error_bars
 from interp.statistics import Estimate
@@ -90,14 +90,8 @@ def gain_against_damage(groups: Mapping[str, Sequence[Condition]]) -> go.Figure:
         groups: Conditions that share a colour and a symbol, by name. What has no direction is in both panels; what is
             unedited is open, random controls are open with a dot.
     """
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        shared_yaxes=True,
-        horizontal_spacing=0.12,
-        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
-    )
-    lowest = 0.85
+    figure = gain_panels()
+    lowest = 1.0
     for number, (name, conditions) in enumerate(groups.items()):
         symbol, colour = _SYMBOLS[number % len(_SYMBOLS)], SERIES_COLOURS[number % len(SERIES_COLOURS)]
         for column, direction in enumerate(DIRECTIONS, start=1):
@@ -130,19 +124,7 @@ def gain_against_damage(groups: Mapping[str, Sequence[Condition]]) -> go.Figure:
         figure.add_scatter(
             x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9, "color": colour}, name=escape(name)
         )
-    for column, direction in enumerate(DIRECTIONS, start=1):
-        figure.update_xaxes(
-            title_text=f"{direction} rate", range=[-0.04, 1.04], tickformat=".0%", dtick=0.5, col=column
-        )
-    figure.update_yaxes(tickformat=".0%", range=[lowest - 0.05, 1.01])
-    figure.update_yaxes(title_text="closed-book accuracy", col=1)
-    return figure.update_annotations(font_size=13).update_layout(
-        template=LIGHT_THEME,
-        height=360 + 22 * math.ceil(len(groups) / 2),
-        margin_t=30,
-        hovermode="closest",
-        legend={"y": -0.2, "yanchor": "top", "entrywidth": 140},
-    )
+    return with_gain_axes(figure, lowest=lowest, height=360 + 22 * math.ceil(len(groups) / 2))
 
 
 def _hover(name: str, condition: Condition, direction: Direction) -> str:
