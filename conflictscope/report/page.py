@@ -119,7 +119,7 @@ def _both_rates(run: Run) -> str:
 
 
 def _edited_heads(run: Run, direction: Direction) -> list[tuple[RankedHead, float]]:
-    """The heads of the exported edit with their scores and scales, strongest first."""
+    """The heads of the chosen edit with their scores and scales, strongest first."""
     assert run.scores is not None
     scales = {(layer, head): factor for layer, head, factor in run.record[f"towards_{direction}"]["heads"]}
     edited = [head for head in run.scores.ranked("context") if (head.layer, head.head) in scales]

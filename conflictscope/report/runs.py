@@ -55,7 +55,7 @@ class Condition:
         method: What kind of edit it is; edits of both directions share it.
         edit: What it does, in words.
         title: What its card is called.
-        marked: Whether it is one of those that the study is about: the exported ones, the best ones.
+        marked: Whether it is one of those that the study is about: the chosen ones, the best ones.
         in_figures: Whether the figures show it, or the table alone.
         is_control: Whether it was drawn at random.
     """

@@ -179,9 +179,9 @@ def test_an_edit_that_does_nothing_is_not_praised(tmp_path: Path) -> None:
 def test_the_damage_table_has_a_row_for_every_method_direction_and_control(page: Page) -> None:
     for row in (
         "unedited 27% 22–33% 40% 35–46%",  # noqa: RUF001
-        "pruning, towards context 2 heads pruned; exported 3% 0–9% 93% 88–99%",  # noqa: RUF001
+        "pruning, towards context 2 heads pruned; chosen 3% 0–9% 93% 88–99%",  # noqa: RUF001
         "value scaling, towards context 2 heads inverted 5%",
-        "pruning, towards memory 2 heads pruned; exported 55%",
+        "pruning, towards memory 2 heads pruned; chosen 55%",
         "value scaling, towards memory 2 heads inverted 52%",
         "random heads 2 heads pruned 26%",
         "0.031 0.025–0.037",  # noqa: RUF001
