@@ -33,7 +33,7 @@ def executed(path: Path) -> Any:
     """A notebook after it ran, its widgets replaced by what they showed."""
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     widgets = notebook.metadata.pop("widgets", {}).get(_STATE, {}).get("state", {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
