@@ -32,7 +32,7 @@ import pytest
 import torch
 import typer
 from markdown_it import MarkdownIt
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from conflictscope.cli import app, main
 from conflictscope.probing import read_prompts
@@ -56,6 +56,8 @@ from probes.detector import ConflictDetector
 from probes.linear import ProbeSet
 from tests.tiny import tiny_conflicts, tiny_tokenizer
 
+# What the command line complains with; typer does not name it itself.
+UsageError: Any = typer.BadParameter.__base__
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FACTS = 30
@@ -322,24 +324,29 @@ def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "error", "said"),
     [
-        "conflictscope evalute --by kind",
-        "conflictscope evaluate --colour red",
-        "conflictscope generate smollm2-135m",
-        "conflictscope attribute --method guessing",
-        "echo prompt | conflictscope probe detcet",
-        "python -m benchmarks.nothing",
-        "python -m benchmarks.path_patching --colour",
-        "make coffee",
-        "pip install 'conflictscope[everything]'",
-        """curl localhost:8000/v1/completions -d '{"prompt": "Hi", "colour": "red"}'""",
-        "wget something",
+        ("conflictscope evalute --by kind", UsageError, "No such command 'evalute'"),
+        ("conflictscope evaluate --colour red", UsageError, "No such option: --colour"),
+        ("conflictscope generate smollm2-135m", UsageError, "Missing parameter: prompt"),
+        ("conflictscope attribute --method guessing", UsageError, "'guessing' is not one of"),
+        ("echo prompt | conflictscope probe detcet", UsageError, "No such command 'detcet'"),
+        ("python -m benchmarks.nothing", ModuleNotFoundError, "benchmarks.nothing"),
+        ("python -m benchmarks.path_patching --colour", UsageError, "No such option: --colour"),
+        ("make coffee", AssertionError, ""),
+        ("pip install 'conflictscope[everything]'", AssertionError, ""),
+        (
+            """curl localhost:8000/v1/completions -d '{"prompt": "Hi", "colour": "red"}'""",
+            ValidationError,
+            "Extra inputs are not permitted",
+        ),
+        ("wget something", KeyError, "wget"),
     ],
 )
-def test_a_wrong_command_is_found(line):
-    with pytest.raises((Exception, SystemExit)):
+def test_a_wrong_command_is_found(line, error, said):
+    with pytest.raises(error) as found:
         check_shell(Block(1, "shell", line), lambda *_: None)
+    assert said in str(found.value)
 
 
 def test_commands_are_read_as_a_shell_reads_them():
