@@ -38,6 +38,8 @@ SYMBOLS = {"memory": "circle", "context": "diamond"}
 """Markers by usage."""
 SERIES_COLOURS = ("#AA4499", "#44AA99", "#999933", "#CC6677", "#88CCEE")
 """Muted colours of Tol (2021, SRON/EPS/TN/09-002) for what is neither memory nor context."""
+HTML_CONFIG = {"showSendToCloud": False}
+"""How figures are written to HTML: without plotly.js 4's button that uploads the figure."""
 
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
 _FRONTS = {
@@ -608,7 +610,7 @@ def save_figure(figure: go.Figure, path: str | Path) -> None:
     """
     suffix = Path(path).suffix
     if suffix == ".html":
-        write_text(path, figure.to_html(include_plotlyjs=True))
+        write_text(path, figure.to_html(include_plotlyjs=True, config=HTML_CONFIG))
         return
     if suffix not in _IMAGE_SUFFIXES:
         raise UserError(

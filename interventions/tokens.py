@@ -66,7 +66,8 @@ class TokenTracker:
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs["inputs_embeds"] if given is None else given
         rows, new = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
+        # The second name is that of transformers 5.24.
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
         before = 0 if cache is None else cache.get_seq_length()
         state = self._thread
         seen: int | None = getattr(state, "seen", None)

@@ -20,6 +20,7 @@ from nbconvert import HTMLExporter
 from rich.console import Console
 
 from interp.files import write_text
+from interp.plots import HTML_CONFIG
 
 FOLDER = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -50,6 +51,7 @@ def page(notebook: Any) -> str:
                 figure = output.data.pop(PLOTLY)
                 output.data["text/html"] = plotly.io.to_html(
                     {key: figure[key] for key in ("data", "layout", "frames") if key in figure},
+                    config=HTML_CONFIG,
                     include_plotlyjs=first,
                     include_mathjax=False,
                     full_html=False,

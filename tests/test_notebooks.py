@@ -52,5 +52,6 @@ def test_it_runs_and_its_page_shows_every_figure_and_loads_nothing(path: Path, t
     assert all(figure["data"] for figure in figures)
     shown = page(notebook)
     assert shown.count('class="plotly-graph-div"') == len(figures)
+    assert shown.count('"showSendToCloud": false') == len(figures), "a figure with a button that uploads it"
     loaded = r"""(?:src|href)=["']?(?:https?:)?//(?!arxiv\.org)[^"' >]*\.(?:js|css)|import\(["']https?:"""
     assert not re.findall(loaded, shown)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
@@ -289,6 +289,15 @@ def test_a_cache_that_the_model_makes_itself_is_followed(plain, inputs, tokens):
             output = plain(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     assert torch.equal(torch.cat(said, -1), expected)
     close(torch.stack(steps, 1), expected_logits)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_known_by_the_names_that_versions_of_transformers_give_it(name):
+    tracker, cache = TokenTracker("generated"), DynamicCache()
+    tracker._see(nn.Identity(), (), {"input_ids": torch.ones(1, 3, dtype=torch.long), name: cache})
+    cache.update(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), 0)
+    tracker._see(nn.Identity(), (), {"input_ids": torch.ones(1, 1, dtype=torch.long), name: cache})
+    assert torch.equal(tracker.mask(torch.device("cpu")), torch.tensor([[True]]))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
