@@ -243,7 +243,7 @@ def _visible(token: str) -> str:
     return f"\N{OPEN BOX}{shown[1:]}" if shown.startswith(" ") else shown
 
 
-def _cut(text: str, width: int = 30) -> str:
+def _cut(text: str, width: int = 24) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -16,40 +17,49 @@ from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling
 
 
-@pytest.fixture
-def make_study(tiny_llama, monkeypatch):
+@pytest.fixture(scope="module")
+def make_study(tiny_llama):
     """A study of a tiny random model that is taken to know thirty capitals."""
-    monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
-    monkeypatch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
-    monkeypatch.setattr(study_module, "_ABLATED_HEADS", (2,))
-    settings = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
-    monkeypatch.setattr(study_module, "_GATES", settings)
-    monkeypatch.setattr(gate_fit, "_TEXT_TOKENS", 8)
-    monkeypatch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})
-    monkeypatch.setattr(gate_fit, "_SIZES", {"train": {"conflicts": 24}, "dev": {"conflicts": 12, "guards": 6}})
 
     def make(out, model=tiny_llama):
         return Study(model, "tiny", relations=["capital"], out=out)
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
+        patch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
+        patch.setattr(study_module, "_ABLATED_HEADS", (2,))
+        settings = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
+        patch.setattr(study_module, "_GATES", settings)
+        patch.setattr(gate_fit, "_TEXT_TOKENS", 8)
+        patch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})
+        patch.setattr(gate_fit, "_SIZES", {"train": {"conflicts": 24}, "dev": {"conflicts": 12, "guards": 6}})
+        yield make
 
 
-def test_a_study_writes_every_file(make_study, tmp_path):
-    summary = make_study(tmp_path).run()
-    assert summary == json.loads((tmp_path / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def finished(make_study, tmp_path_factory):
+    """A study that ran, to be read; and what it returned."""
+    study = make_study(tmp_path_factory.mktemp("study"))
+    return study, study.run()
+
+
+def test_a_study_writes_every_file(finished):
+    study, summary = finished
+    out = study.out
+    assert summary == json.loads((out / "summary.json").read_text())
     for towards in ("context", "memory"):
-        file = InterventionFile.load(tmp_path / "interventions" / f"towards_{towards}.json")
+        file = InterventionFile.load(out / "interventions" / f"towards_{towards}.json")
         (edit,) = file.build()
         assert isinstance(edit, HeadScaling)
         heads = [[h.layer, h.head, h.scale] for h in edit.heads]
         assert heads == summary[f"towards_{towards}"]["heads"]
         for method, found in summary["methods"].items():
-            of_method = InterventionFile.load(tmp_path / "interventions" / f"{method}-towards_{towards}.json")
+            of_method = InterventionFile.load(out / "interventions" / f"{method}-towards_{towards}.json")
             assert of_method.measured["test"] == found[f"towards_{towards}"]["test"]
             assert of_method.provenance.method == method
-    assert len(HeadScores.load(tmp_path / "heads.parquet").values) > 0
-    assert "<html" in (tmp_path / "report.html").read_text()
-    examples = pl.read_parquet(tmp_path / "examples.parquet").filter(kind="conflict")
+    assert len(HeadScores.load(out / "heads.parquet").values) > 0
+    assert "<html" in (out / "report.html").read_text()
+    examples = pl.read_parquet(out / "examples.parquet").filter(kind="conflict")
     used = examples.group_by("condition").agg(pl.col("usage").eq("memory").mean())
     shares = dict(used.iter_rows())
     assert shares["unedited"] == pytest.approx(summary["baseline"]["test"]["memory_rate"]["value"])
@@ -64,8 +74,8 @@ def test_a_study_runs_on_other_architectures(make_study, tiny_directories, tmp_p
     assert make_study(tmp_path, model).run()["model"]["architecture"] == type(model.original_model).__name__
 
 
-def test_the_summary_has_what_its_readers_need(make_study, tmp_path):
-    summary = make_study(tmp_path).run()
+def test_the_summary_has_what_its_readers_need(finished):
+    _, summary = finished
     assert {"model", "data", "baseline", "towards_context", "towards_memory", "random_heads"} <= set(summary)
     for condition in ("baseline", "towards_context", "towards_memory", "random_heads"):
         test = summary[condition]["test"]
@@ -81,8 +91,8 @@ def test_the_summary_has_what_its_readers_need(make_study, tmp_path):
     assert summary["towards_context"]["chosen_on"] == summary["towards_memory"]["chosen_on"] == "dev"
 
 
-def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(make_study, tmp_path):
-    summary = make_study(tmp_path).run()
+def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(finished):
+    _, summary = finished
     winners = [summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")]
     draws = [draw["heads"] for draw in summary["random_heads"]["draws"]]
     assert [[s for *_, s in drawn] for drawn in draws] == 2 * [[s for *_, s in heads] for heads in winners]
@@ -105,20 +115,20 @@ def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path,
     assert make_study(tmp_path).run()["baseline"]
 
 
-def test_a_damaged_record_is_computed_again(make_study, tmp_path):
-    expected = make_study(tmp_path).run()
+def test_a_damaged_record_is_computed_again(finished, make_study, tmp_path):
+    study, expected = finished
+    shutil.copytree(study.out, tmp_path, dirs_exist_ok=True)
     for record in (tmp_path / "records").glob("*.parquet"):
         record.write_bytes(b"damaged")
     assert make_study(tmp_path).run() == expected
 
 
-def test_answers_on_test_come_from_held_out_subjects_and_include_the_unseen_phrasing(make_study, tmp_path):
-    study = make_study(tmp_path)
-    study.run()
-    attributed = set(pl.read_parquet(tmp_path / "heads.parquet")["subject"])
+def test_answers_on_test_come_from_held_out_subjects_and_include_the_unseen_phrasing(finished):
+    study, _ = finished
+    heads = pl.read_parquet(study.out / "heads.parquet")
     test = study.conflicts.select(split="test")
-    assert not attributed & set(test.subjects)
-    assert not any("according_to" in e for e in pl.read_parquet(tmp_path / "heads.parquet")["example_id"])
+    assert not set(heads["subject"]) & set(test.subjects)
+    assert not any("according_to" in e for e in heads["example_id"])
     assert "according_to" in {e.template for e in test}
 
 
@@ -147,8 +157,8 @@ def test_candidates_within_one_standard_error_of_the_best_stay(reports, chosen):
     assert as_good_as_the_best([report(*usages) for usages in reports], "context") == chosen
 
 
-def test_learned_gates_compete_with_what_ranks_heads(make_study, tmp_path):
-    summary = make_study(tmp_path).run()
+def test_learned_gates_compete_with_what_ranks_heads(finished):
+    _, summary = finished
     assert list(summary["methods"]) == list(METHODS)
     for towards in ("context", "memory"):
         learned = summary["methods"]["learned_gates"][f"towards_{towards}"]
@@ -165,8 +175,8 @@ def test_a_model_whose_gates_cannot_be_learned_is_studied_without_them(make_stud
     assert set(METHODS) - set(summary["methods"]) == {"learned_gates"}
 
 
-def test_candidates_prune_the_opponents_and_never_name_a_head_twice(make_study, tmp_path):
-    scores = make_study(tmp_path).head_scores()
+def test_candidates_prune_the_opponents_and_never_name_a_head_twice(finished):
+    scores = finished[0].head_scores()
     opponents = [(h.layer, h.head) for h in scores["logit_diff"].ranked("memory")]
     first = candidates(scores, "context", "pruning")[0]
     assert first.heads == ((*opponents[0], 0.0),)
