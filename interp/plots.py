@@ -337,7 +337,8 @@ def top_heads_by_group(scores: HeadScores, groups: Mapping[str, str], k: int = 3
             hovertemplate="%{hovertext}<extra></extra>",
             showlegend=False,
         )
-    figure.update_annotations(x=0, xref="paper")
+    # They begin about where the names below them do, left of the line at 0.
+    figure.update_annotations(x=0, xref="paper", xshift=-7 * max(map(len, parts)))
     return figure.update_layout(
         height=round(_ROW * (len(parts) + 1.5) * len(heads)) + 90,
         xaxis={"range": None, "autorange": True, "tickformat": "", "tickvals": None, "zerolinewidth": 1.5},
