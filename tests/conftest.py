@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: at the end, one worker would run it while the others wait."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint directory for every architecture."""

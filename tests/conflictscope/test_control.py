@@ -28,15 +28,16 @@ run = test_cli.run
 @pytest.fixture(scope="module", autouse=True)
 def few_neutral_texts():
     with pytest.MonkeyPatch.context() as patch:
-        few = neutral_texts()[:4]
+        few = neutral_texts()[:2]
         patch.setattr("interp.evaluation.neutral_texts", lambda: few)
         yield
 
 
 @pytest.fixture(scope="module")
 def conflicts(capital_conflicts):
-    """Twelve capitals, with as few test prompts as a study has."""
-    kept = (e for e in capital_conflicts if e.split != "test" or e.template in study.TEST_PHRASINGS[e.kind])
+    """Twelve capitals, with test prompts in two of the phrasings that a study has."""
+    tested = {"question", HELD_OUT_PHRASING}
+    kept = (e for e in capital_conflicts if e.split != "test" or e.template in tested & {*study.TEST_PHRASINGS[e.kind]})
     return ConflictSet("capitals", tuple(kept))
 
 
