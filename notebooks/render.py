@@ -16,6 +16,7 @@ import nbformat
 import plotly.io
 import typer
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 from nbconvert import HTMLExporter
 from rich.console import Console
 
@@ -30,11 +31,24 @@ _STATE = "application/vnd.jupyter.widget-state+json"
 _URLS = dict.fromkeys(("require_js_url", "mathjax_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), "data:,")
 
 
+class _QuietOutput(OutputWidget):
+    """A widget's outputs, which the page takes from the client and the kernel is not told.
+
+    nbclient tells it over the socket on which a cell's reply is awaited, past asyncio, which then may never see the
+    reply: a run waited for ever.
+    """
+
+    def send(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+
 def executed(path: Path) -> Any:
     """A notebook after it ran, its widgets replaced by what they showed."""
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3")
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": _QuietOutput}}
+    client.execute()
     widgets = notebook.metadata.pop("widgets", {}).get(_STATE, {}).get("state", {})
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -55,3 +55,14 @@ def test_it_runs_and_its_page_shows_every_figure_and_loads_nothing(path: Path, t
     assert shown.count('"showSendToCloud": false') == len(figures), "a figure with a button that uploads it"
     loaded = r"""(?:src|href)=["']?(?:https?:)?//(?!arxiv\.org)[^"' >]*\.(?:js|css)|import\(["']https?:"""
     assert not re.findall(loaded, shown)
+
+
+def test_a_run_with_many_outputs_in_widgets_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """Where the kernel was told of them, one in about twelve such cells was never known to have ended."""
+    widget = "import ipywidgets\nshown = ipywidgets.Output()\ndisplay(ipywidgets.VBox([shown]))"
+    many = "with shown:\n    for number in range(8):\n        print(number, flush=True)\n        display(number)"
+    cells = [nbformat.v4.new_code_cell(source) for source in (widget, *[many] * 60)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "many.ipynb")
+    notebook = executed(tmp_path / "many.ipynb")
+    assert len(notebook.cells[0].outputs) == 60 * 16
+    assert all(cell.execution_count for cell in notebook.cells)
