@@ -118,7 +118,9 @@ def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path,
 def test_a_damaged_record_is_computed_again(finished, make_study, tmp_path):
     study, expected = finished
     shutil.copytree(study.out, tmp_path, dirs_exist_ok=True)
-    for record in (tmp_path / "records").glob("*.parquet"):
+    records = list((tmp_path / "records").glob("*.parquet"))
+    assert records
+    for record in records:
         record.write_bytes(b"damaged")
     assert make_study(tmp_path).run() == expected
 
