@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ from conflictscope.options import (
 )
 from conflictscope.reporting import report
 from conflictscope.tables import print_frame
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 
 app = typer.Typer(
     name="conflictscope",
@@ -814,6 +815,15 @@ for command in (ask, explore, report):
 
 def main() -> None:
     """Run the command line: a user's mistake is one sentence and exit code 2, never a traceback."""
+    plain = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, Caution):
+            console.print(f"Note: {message}", markup=False, style="yellow", soft_wrap=True, highlight=False)
+        else:
+            plain(message, category, *where)
+
+    warnings.showwarning = shown
     try:
         app()
     except UserError as error:
