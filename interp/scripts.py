@@ -1,7 +1,7 @@
 """Tell which characters belong to a script that writes words without spaces between them.
 
-Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan text runs on: an answer there follows the text before it without
-a space, and is part of it without a word boundary. Korean has spaces.
+Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan text runs on: there an answer follows the text before it
+without a space, and is part of a text without a word boundary. Korean has spaces.
 """
 
 from __future__ import annotations
