@@ -25,7 +25,7 @@ import typer
 from benchmarks.path_patching import capital_prompts
 from interp.activations import sites_of
 from interp.anatomy import Anatomy
-from interp.generation import encode
+from interp.inputs import encode
 from interp.models import DEFAULT_MODEL, load_model
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector
 from probes.linear import LinearProbe

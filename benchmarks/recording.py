@@ -34,7 +34,7 @@ from interp.activation_store import ActivationStore
 from interp.activations import observations, observe, sites_of
 from interp.anatomy import Anatomy
 from interp.facts import PHRASINGS, closed_book_prompt, relations, usable_facts
-from interp.generation import encode, length_batches
+from interp.inputs import padded, prompt_batches
 from interp.models import DEFAULT_MODEL, REGISTERED, cached_path, load_model
 
 BATCH_SIZE = 32
@@ -112,7 +112,7 @@ def main(
     where = observations(bridge, sites_of(bridge, ["residual"], range(anatomy.checked_layer(layer) + 1)))
     base = truncated_base(model, layer, anatomy.device)
     texts = [example.prompt for example in capital_prompts(prompts)]
-    batches = [encode(bridge, [texts[i] for i in batch]) for batch in length_batches(bridge, texts, BATCH_SIZE)]
+    batches = [padded(bridge, batch.tokens) for batch in prompt_batches(bridge, texts, BATCH_SIZE)]
 
     def recording(inputs: dict[str, Tensor]) -> object:
         rows = torch.arange(len(inputs["input_ids"]), device=anatomy.device)

@@ -48,7 +48,8 @@ from interp.errors import UserError
 from interp.evaluation import AnswerStarts, UsageReport
 from interp.facts import HELD_OUT_PHRASING
 from interp.files import read_json, write_json
-from interp.generation import ReadPrompts, first_token_id, tracked
+from interp.generation import ReadPrompts, tracked
+from interp.inputs import first_token_id
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder
 from interventions.base import applied

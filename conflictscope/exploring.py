@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from interp.anatomy import Anatomy, transformers_model
+from interp.anatomy import Anatomy
 from interp.answers import Usage, contains_answer, normalise, usage_of
 from interp.attention import PromptAttention, attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
@@ -28,6 +28,7 @@ from interp.errors import UserError
 from interp.evaluation import answer_token_ids
 from interp.facts import load_facts, relation_named
 from interp.generation import AnswerStep, answer_steps, continue_greedily
+from interp.inputs import most_positions, token_ids
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
 from interventions.base import Intervention, applied
@@ -192,7 +193,7 @@ class Explorer:
             file.model.check(model, model.tokenizer)
         anatomy = Anatomy(model)
         self.heads = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
-        positions = getattr(transformers_model(model).config, "max_position_embeddings", None) or _MOST_TOKENS
+        positions = most_positions(model) or _MOST_TOKENS
         self.most_tokens = min(_MOST_TOKENS, positions - MAX_NEW_TOKENS)
         # Hooks and intervention are the model's, not the thread's.
         self._lock = threading.Lock()
@@ -318,7 +319,7 @@ class Explorer:
         return ""
 
     def _check_length(self, prompt: str) -> None:
-        count = len(self.model.tokenizer(prompt)["input_ids"])
+        count = len(token_ids(self.model.tokenizer, [prompt])[0])
         if count > self.most_tokens:
             raise UserError(f"The prompt has {count} tokens, more than the {self.most_tokens} shown here; shorten it.")
 

@@ -42,6 +42,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from interp.errors import UserError
+from interp.inputs import most_positions, token_ids
 from interp.models import decode_plainly
 from interventions.base import Patch, attach_patches
 from interventions.config import InterventionFile
@@ -226,7 +227,7 @@ class Engine:
     @property
     def longest(self) -> int:
         """How many tokens prompt and answer may have together."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2**62
+        return most_positions(self.model) or 2**62
 
     def job(self, prompt: list[int], asked: _Asked, max_tokens: int | None, send: Callable[..., None]) -> Job:
         """A job for a request, or what is wrong with it; without ``max_tokens`` an answer has 64 at most.
@@ -509,7 +510,7 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(asked: CompletionRequest, request: Request) -> Any:
-        prompt = engine.tokenizer(asked.prompt)["input_ids"]
+        (prompt,) = token_ids(engine.tokenizer, [asked.prompt])
         return await _respond(engine, request, prompt, asked, asked.max_tokens, _COMPLETION)
 
     @app.post("/v1/chat/completions", dependencies=guarded)

@@ -44,7 +44,8 @@ SHARD_PROMPTS = 256
 SHARD_BYTES = 256 * 2**20
 
 _FORMAT = "conflictscope-activations"
-_VERSION = 1
+# Raised when the same prompts would be recorded otherwise.
+_VERSION = 2
 
 
 class ActivationStore(Mapping[str, Tensor]):
@@ -191,6 +192,7 @@ class ActivationStore(Mapping[str, Tensor]):
                 writing to it, a site or position does not exist, or a value overflows ``dtype``.
         """
         source = PromptSource(model, prompts, positions)
+        source.check()
         where = observations(model, sites)
         if answers and source.examples is None:
             raise UserError("Answers are judged by what the examples say; give conflict examples, not texts alone.")

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from interp.anatomy import Anatomy, Observation, transformers_model
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
-from interp.generation import BATCH_SIZE, encode
+from interp.generation import BATCH_SIZE
+from interp.inputs import check_lengths, continuation_ids, joined, most_positions, padded, token_ids, token_spans
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -31,6 +32,8 @@ SiteKind = Literal["residual", "attention", "mlp", "z"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 Position = Literal["last", "last_context", "memory_answer", "context_answer", "all"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
+
+_CHECKED_AT_ONCE, _MARGIN = 1024, 64
 
 _SITE_NAMES: dict[str, SiteKind] = {
     "hook_out": "residual",
@@ -149,13 +152,14 @@ def record(
         UserError: If a site or position does not exist, there is no prompt, or a value overflows ``dtype``.
     """
     source = PromptSource(model, prompts, positions)
+    source.check()
     where = observations(model, sites)
     with prompt_progress(progress, len(source)) as advance:
         return collected_activations(model, source, range(len(source)), where, dtype, batch_size, advance).result()
 
 
 class _Wanted(NamedTuple):
-    """A text and the numbers of its tokens that are to be recorded."""
+    """A text, its tokens and the numbers of those that are to be recorded."""
 
     text: str
     token_ids: list[int]
@@ -176,7 +180,7 @@ class PromptSource:
         self.examples = prompts.examples if isinstance(prompts, ConflictSet) else None
         self._texts = [] if isinstance(prompts, ConflictSet) else list(prompts)
         self._positions = positions
-        self._tokenizer: Any = model.tokenizer
+        self._model = model
         if not len(self):
             raise UserError("There is no prompt to record; choose a split, kind or template that has examples.")
         if not isinstance(positions, str):
@@ -194,51 +198,63 @@ class PromptSource:
 
     def wanted(self, numbers: Sequence[int]) -> list[_Wanted]:
         """Texts, tokens and wanted positions of some prompts."""
+        if self._positions in ("memory_answer", "context_answer"):
+            return [self._answered(i) for i in numbers]
+        if self._positions == "last_context":
+            return [self._up_to_question(i) for i in numbers]
         texts = [self._text(i) for i in numbers]
-        named = isinstance(self._positions, str) and self._positions not in ("last", "all")
-        tokens = self._tokenizer(texts, return_offsets_mapping=named)
-        offsets = tokens["offset_mapping"] if named else [None] * len(texts)
-        return [
-            _Wanted(text, ids, self._tokens_of(i, len(ids), spans))
-            for i, text, ids, spans in zip(numbers, texts, tokens["input_ids"], offsets, strict=True)
-        ]
+        tokens = zip(numbers, texts, token_ids(self._model.tokenizer, texts), strict=True)
+        return [_Wanted(text, ids, self._tokens_of(i, len(ids))) for i, text, ids in tokens]
+
+    def check(self) -> None:
+        """Refuse empty prompts, and those that are too long for the model with what is written after them.
+
+        Raises:
+            UserError: For one of them.
+        """
+        # No tokenizer makes many more tokens than there are bytes.
+        positions = (most_positions(self._model) or 2**62) - _MARGIN
+        suspects = [i for i in range(len(self)) if not 0 < len(self._text(i).encode("utf-8", "replace")) < positions]
+        for start in range(0, len(suspects), _CHECKED_AT_ONCE):
+            numbers = suspects[start : start + _CHECKED_AT_ONCE]
+            check_lengths(self._model, [found.token_ids for found in self.wanted(numbers)], numbers=numbers)
 
     def _text(self, i: int) -> str:
-        if self.examples is None:
-            return self._texts[i]
-        prompt = self.examples[i].prompt
-        return f"{prompt} {self._answer(i)}" if self._positions in ("memory_answer", "context_answer") else prompt
+        return self._texts[i] if self.examples is None else self.examples[i].prompt
 
-    def _answer(self, i: int) -> str:
+    def _example(self, i: int) -> ConflictExample:
         assert self.examples is not None
-        example = self.examples[i]
+        return self.examples[i]
+
+    def _answered(self, i: int) -> _Wanted:
+        example = self._example(i)
         answers = example.memory_answers if self._positions == "memory_answer" else example.context_answers
         if not answers:
             raise UserError(
                 f"The example {example.id} has no {str(self._positions).replace('_', ' ')}; "
                 "leave out the kinds of context that have none."
             )
-        return answers[0]
+        prompt, answer = continuation_ids(self._model, example.prompt, answers[0])
+        text = joined(self._model.tokenizer, example.prompt, answers[0])
+        return _Wanted(text, prompt + answer, list(range(len(prompt), len(prompt) + len(answer))))
 
-    def _tokens_of(self, i: int, length: int, spans: Sequence[tuple[int, int]] | None) -> list[int]:
-        if not length:
-            raise UserError(f"Prompt {i} has no tokens; leave out empty prompts.")
+    def _up_to_question(self, i: int) -> _Wanted:
+        example = self._example(i)
+        end = _context_end(example)
+        ids, spans = token_spans(self._model.tokenizer, example.prompt)
+        last = max(t for t, (start, stop) in enumerate(spans) if start < end and stop > start)
+        return _Wanted(example.prompt, ids, [last])
+
+    def _tokens_of(self, i: int, length: int) -> list[int]:
         if self._positions == "last":
             return [length - 1]
         if self._positions == "all":
             return list(range(length))
-        if not isinstance(self._positions, str):
-            chosen = list(self._positions[i])
-            if outside := [p for p in chosen if not -length <= p < length]:
-                raise UserError(f"Prompt {i} has no token {outside[0]}: it has {length} tokens.")
-            return [p % length for p in chosen]
-        assert self.examples is not None
-        assert spans is not None
-        example = self.examples[i]
-        if self._positions == "last_context":
-            end = _context_end(example)
-            return [max(t for t, (start, stop) in enumerate(spans) if start < end and stop > start)]
-        return [t for t, (_, stop) in enumerate(spans) if stop > len(example.prompt)]
+        assert not isinstance(self._positions, str)
+        chosen = list(self._positions[i])
+        if outside := [p for p in chosen if not -length <= p < length]:
+            raise UserError(f"Prompt {i} has no token {outside[0]}: it has {length} tokens.")
+        return [p % length for p in chosen]
 
 
 def _context_end(example: ConflictExample) -> int:
@@ -377,7 +393,7 @@ def collected_activations(
     order = sorted(numbers, key=lambda i: (-len(wanted[i].token_ids), i))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        inputs = encode(model, [wanted[i].text for i in batch])
+        inputs = padded(model, [wanted[i].token_ids for i in batch])
         width = inputs["input_ids"].shape[1]
         places = [(row, i, p) for row, i in enumerate(batch) for p in wanted[i].positions]
         if places:

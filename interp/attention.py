@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

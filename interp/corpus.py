@@ -21,7 +21,8 @@ from interp.conflicts import Split, split_of
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.files import read_json, write_json
-from interp.generation import encode, tracked
+from interp.generation import tracked
+from interp.inputs import check_lengths, padded, padding_id, token_ids
 from interp.models import fingerprint
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def _starts(model: TransformerBridge, split: Split, seed: int) -> list[str]:
 
 
 def _sampled(model: TransformerBridge, starts: Sequence[str], new_tokens: int, seed: int) -> list[str]:
-    inputs = encode(model, starts)
+    tokens = token_ids(model.tokenizer, starts)
+    check_lengths(model, tokens, new_tokens=new_tokens)
+    inputs = padded(model, tokens)
     network: Any = transformers_model(model)
     device = inputs["input_ids"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -108,7 +111,7 @@ def _sampled(model: TransformerBridge, starts: Sequence[str], new_tokens: int, s
                 max_new_tokens=new_tokens,
                 # One text after another, as in the training of the model, until there are enough tokens.
                 eos_token_id=[],
-                pad_token_id=model.tokenizer.pad_token_id,
+                pad_token_id=padding_id(model),
             )
     length = inputs["input_ids"].shape[1]
     new = model.tokenizer.batch_decode(sequences[:, length:])

@@ -27,11 +27,9 @@ from interp.generation import (
     MAX_NEW_TOKENS,
     ReadPrompts,
     continue_greedily,
-    encode,
-    first_token_id,
-    length_batches,
     tracked,
 )
+from interp.inputs import first_token_id, padded, prompt_batches
 from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
 
 _SCORE_COLUMNS = (
@@ -317,8 +315,8 @@ def neutral_kl(
     chosen = neutral_texts() if texts is None else list(texts)
     network: Any = transformers_model(model)
     values = torch.zeros(len(chosen))
-    for batch in tracked(length_batches(model, chosen, batch_size), progress):
-        inputs = encode(model, [chosen[i] for i in batch])
+    for numbers, tokens in tracked(prompt_batches(model, chosen, batch_size), progress):
+        inputs = padded(model, tokens)
         with torch.inference_mode():
             clean = network(**inputs).logits.float().log_softmax(-1)
             with edit():
@@ -327,5 +325,5 @@ def neutral_kl(
         mask = inputs["attention_mask"].to(divergence.dtype)
         if position == "last":
             mask[:, :-1] = 0
-        values[batch] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
+        values[numbers] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
     return values.numpy()

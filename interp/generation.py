@@ -1,7 +1,6 @@
 """Greedy answers and last-token logits of many prompts, in batches.
 
-Prompts of similar length share a batch, padded on the left with an attention mask and the position ids that
-go with it, so that a prompt's answer does not depend on its batch (up to float rounding).
+Prompts of similar length share a batch, padded so that a prompt's answer does not depend on it (up to float rounding).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
+from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -56,35 +56,19 @@ def greedy_texts(network: Any, tokenizer: Any, prompts: Sequence[str], *, max_ne
     device = network.get_input_embeddings().weight.device
     answers = []
     for prompt in prompts:
-        tokens = tokenizer(prompt, return_tensors="pt")
-        inputs = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        tokens = token_ids(tokenizer, [prompt])
+        check_lengths(network, tokens, new_tokens=max_new_tokens)
+        ids = torch.tensor(tokens, device=device)
         with torch.inference_mode():
-            written = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers.append(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            written = network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=padding_id(network),
+            )
+        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return answers
-
-
-def encode(model: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Left-padded model inputs on the model's device.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``position_ids``, each ``(n_prompts, n_tokens)``.
-    """
-    tokens = model.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    device = next(transformers_model(model).parameters()).device
-    mask = tokens["attention_mask"].to(device)
-    return {
-        "input_ids": tokens["input_ids"].to(device),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
-
-
-def length_batches(model: TransformerBridge, prompts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Indices of ``prompts`` in batches of similar token length, longest first."""
-    lengths = [len(ids) for ids in model.tokenizer(list(prompts))["input_ids"]] if prompts else []
-    order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def tracked(items: Iterable[_T], label: str | None, *, total: int | None = None) -> Iterator[_T]:
@@ -124,24 +108,29 @@ def continue_greedily(
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If a prompt has no tokens, or is too long to be answered.
     """
     answers = [""] * len(prompts)
     watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
     first_tokens = torch.zeros(len(prompts), dtype=torch.long)
     first_logits = torch.zeros(watched.shape)
-    for batch in tracked(length_batches(model, prompts, batch_size), progress):
-        sequences, logits = _answered(model, [prompts[i] for i in batch], max_new_tokens)
+    for batch in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
+        sequences, logits = _answered(model, batch.tokens, max_new_tokens)
         texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        first_tokens[batch] = sequences[:, 0].cpu()
-        first_logits[batch] = logits[0].float().cpu().gather(1, watched[batch])
-        for index, text in zip(batch, texts, strict=True):
+        first_tokens[batch.numbers] = sequences[:, 0].cpu()
+        first_logits[batch.numbers] = logits[0].float().cpu().gather(1, watched[batch.numbers])
+        for index, text in zip(batch.numbers, texts, strict=True):
             answers[index] = first_sentence(text)
     return Continuations(answers, first_tokens, first_logits)
 
 
-def _answered(model: TransformerBridge, prompts: Sequence[str], max_new_tokens: int) -> tuple[Tensor, Sequence[Tensor]]:
+def _answered(
+    model: TransformerBridge, tokens: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[Tensor, Sequence[Tensor]]:
     """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's logits."""
-    inputs = encode(model, prompts)
+    inputs = padded(model, tokens)
     prompt_length = inputs["input_ids"].shape[1]
     network: Any = transformers_model(model)
     with torch.inference_mode():
@@ -151,7 +140,7 @@ def _answered(model: TransformerBridge, prompts: Sequence[str], max_new_tokens: 
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id,
+            pad_token_id=padding_id(model),
             stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
             return_dict_in_generate=True,
             output_logits=True,
@@ -184,7 +173,8 @@ def answer_steps(
         max_new_tokens: Longest answer, in tokens.
         alternatives: How many tokens that were not chosen to tell of at each step.
     """
-    sequences, logits = _answered(model, [prompt], max_new_tokens)
+    (batch,) = prompt_batches(model, [prompt], 1, new_tokens=max_new_tokens)
+    sequences, logits = _answered(model, batch.tokens, max_new_tokens)
     steps = []
     for token, scores in zip(sequences[0].tolist(), logits, strict=True):
         probabilities = scores[0].float().softmax(-1)
@@ -195,21 +185,6 @@ def answer_steps(
         ranked = zip(decoded[1:], next_best.values.tolist(), strict=True)
         steps.append(AnswerStep(decoded[0], probabilities[token].item(), tuple(ranked)))
     return steps
-
-
-def continuation_ids(model: TransformerBridge, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The ids of a prompt's tokens, and those of the tokens with which ``answer`` continues it."""
-    bare = model.tokenizer(prompt)["input_ids"]
-    full = model.tokenizer(f"{prompt} {answer}")["input_ids"]
-    if full[: len(bare)] == bare and len(full) > len(bare):
-        return bare, full[len(bare) :]
-    # The tokenizer merges across the border; what it makes of the answer alone is the next best.
-    return bare, model.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-
-
-def first_token_id(model: TransformerBridge, prompt: str, answer: str) -> int:
-    """The id of the first token with which ``answer`` continues ``prompt``."""
-    return continuation_ids(model, prompt, answer)[1][0]
 
 
 class ReadPrompts:
@@ -224,22 +199,22 @@ class ReadPrompts:
         batch_size: Prompts per batch.
 
     Raises:
-        UserError: If a prompt has one token only.
+        UserError: If a prompt has one token only, or more than the model has positions.
     """
 
     def __init__(self, model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> None:
         self._network: Any = transformers_model(model)
         self._count = len(prompts)
         self._batches: list[tuple[list[int], dict[str, Tensor], Any]] = []
-        for batch in length_batches(model, prompts, batch_size):
-            inputs = encode(model, [prompts[i] for i in batch])
-            if int(inputs["attention_mask"].sum(-1).min()) < 2:
+        for batch in prompt_batches(model, prompts, batch_size):
+            inputs = padded(model, batch.tokens)
+            if min(map(len, batch.tokens)) < 2:
                 raise UserError("A prompt has one token only, which leaves nothing to read before it; leave it out.")
             with torch.inference_mode():
                 prefix = {name: values[:, :-1] for name, values in inputs.items()}
                 cache = self._network(**prefix, use_cache=True, logits_to_keep=1).past_key_values
             last = {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
-            self._batches.append((batch, last, cache))
+            self._batches.append((batch.numbers, last, cache))
 
     def next_logits(self) -> Iterator[tuple[list[int], Tensor]]:
         """Run the last tokens: for each batch the numbers of its prompts and their logits ``(n, d_vocab)``."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.generation import continuation_ids, tracked
+from interp.generation import tracked
+from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -37,15 +38,21 @@ class Continued:
 
 
 def continued(model: TransformerBridge, prompt: str, answer: str) -> Continued:
-    """``prompt`` and the tokens of ``answer`` after it."""
+    """``prompt`` and the tokens of ``answer`` after it.
+
+    Raises:
+        UserError: If they are longer than the model's positions.
+    """
     before, after = continuation_ids(model, prompt, answer)
+    check_lengths(model, [before], new_tokens=len(after))
     return Continued((*before, *after), len(after))
 
 
 def text_tokens(model: TransformerBridge, text: str, longest: int) -> Continued:
     """The first tokens of a text, of which all but the very first are looked at."""
-    tokens = model.tokenizer(text)["input_ids"][:longest]
-    return Continued(tuple(tokens), len(tokens) - 1)
+    (tokens,) = token_ids(model.tokenizer, [text])
+    kept = tokens[: min(longest, most_positions(model) or longest)]
+    return Continued(tuple(kept), len(kept) - 1)
 
 
 def token_batches(items: Sequence[Continued]) -> list[list[int]]:
@@ -71,20 +78,12 @@ def predicting_residuals(model: TransformerBridge, items: Sequence[Continued]) -
     """
     anatomy = Anatomy(model)
     network: Any = anatomy.model
-    width = max(len(item.tokens) for item in items)
-    padding = [width - len(item.tokens) for item in items]
-    rows = [[0] * pad + list(item.tokens) for pad, item in zip(padding, items, strict=True)]
-    mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(anatomy.device)
+    inputs = padded(model, [item.tokens for item in items])
+    width = inputs["input_ids"].shape[1]
     seen: list[Tensor] = []
     handle = anatomy.final_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        network(
-            input_ids=torch.tensor(rows, device=anatomy.device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        network(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     return torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])

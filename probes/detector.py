@@ -16,7 +16,8 @@ from interp.activations import observations, observe, watching
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import read_json, write_json
-from interp.generation import BATCH_SIZE, encode, length_batches
+from interp.generation import BATCH_SIZE
+from interp.inputs import padded, prompt_batches
 from probes.linear import LinearProbe, ProbeSet, numbered
 
 if TYPE_CHECKING:
@@ -138,12 +139,13 @@ class ConflictDetector:
         """
         where = observations(model, self._sites)
         found: dict[int, Detection] = {}
-        for batch in length_batches(model, prompts, batch_size):
-            inputs = encode(model, [prompts[i] for i in batch])
-            rows = torch.arange(len(batch), device=inputs["input_ids"].device)
+        for numbers, tokens in prompt_batches(model, prompts, batch_size):
+            inputs = padded(model, tokens)
+            rows = torch.arange(len(numbers), device=inputs["input_ids"].device)
             # Padding is on the left, so that the last token of every prompt is in the last column.
             columns = torch.full_like(rows, inputs["input_ids"].shape[1] - 1)
-            found |= zip(batch, self._judged(observe(model, inputs, rows, columns, where, torch.float32)), strict=True)
+            judged = self._judged(observe(model, inputs, rows, columns, where, torch.float32))
+            found |= zip(numbers, judged, strict=True)
         return [found[i] for i in range(len(prompts))]
 
     @contextmanager

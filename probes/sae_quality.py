@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from interp.activations import observations, watching
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode, length_batches, tracked
+from interp.generation import tracked
+from interp.inputs import padded, prompt_batches
 from interp.sae import SparseAutoencoder
 from interp.statistics import Estimate, bootstrap_mean
 
@@ -86,9 +87,9 @@ def evaluate_saes(
         sae.check(model)
     network: Any = transformers_model(model)
     order: list[int] = []
-    for batch in tracked(length_batches(model, texts, batch_size), progress):
-        order += batch
-        inputs = encode(model, [texts[i] for i in batch])
+    for numbers, tokens in tracked(prompt_batches(model, texts, batch_size), progress):
+        order += numbers
+        inputs = padded(model, tokens)
         real = inputs["attention_mask"].bool()
         if int(real.sum(-1).min()) < 2:
             raise UserError("A text has fewer than two tokens, which leaves nothing to predict; leave it out.")

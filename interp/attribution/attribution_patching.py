@@ -18,7 +18,8 @@ from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
-from interp.generation import encode, length_batches, tracked
+from interp.generation import tracked
+from interp.inputs import padded, prompt_batches
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -52,9 +53,9 @@ def attribution_patching(
     z = last_token_states(model, prompts).z
     change = z[corrupted_partners(examples, seed)] - z
     values = torch.empty(z.shape[:3])
-    for batch in tracked(length_batches(model, prompts, batch_size), progress):
-        gradient = _gradient(anatomy, encode(model, [prompts[i] for i in batch]), token_ids[batch])
-        values[batch] = -(gradient.float() * change[batch].float()).sum(-1).cpu()
+    for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size), progress):
+        gradient = _gradient(anatomy, padded(model, tokens), token_ids[numbers])
+        values[numbers] = -(gradient.float() * change[numbers].float()).sum(-1).cpu()
     return HeadScores.of(
         values,
         examples,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.generation import encode, length_batches, tracked
+from interp.generation import tracked
+from interp.inputs import padded, prompt_batches
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -54,8 +55,8 @@ def last_token_states(
         torch.empty(n, anatomy.d_model, device=anatomy.device, dtype=dtype),
         torch.empty(n, anatomy.d_model, device=anatomy.device, dtype=dtype),
     )
-    for batch in tracked(length_batches(model, prompts, batch_size), progress):
-        rows = torch.tensor(batch, device=anatomy.device)
+    for batch in tracked(prompt_batches(model, prompts, batch_size), progress):
+        rows = torch.tensor(batch.numbers, device=anatomy.device)
 
         def keep_z(layer: int, rows: Tensor = rows) -> Any:
             def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -79,5 +80,5 @@ def last_token_states(
             handles.append(last.register_forward_pre_hook(keep(states.final), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
-            network(**encode(model, [prompts[i] for i in batch]), logits_to_keep=1)
+            network(**padded(model, batch.tokens), logits_to_keep=1)
     return states

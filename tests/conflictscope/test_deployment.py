@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conflictscope.serving import CompletionRequest, Done, Engine
-from interp.generation import encode, greedy_texts
+from interp.generation import greedy_texts
+from interp.inputs import encode
 from interp.models import decode_plainly, load_checkpoint, load_model
 from interventions.base import applied
 from interventions.config import InterventionFile

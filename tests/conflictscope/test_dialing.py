@@ -14,7 +14,7 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import neutral_texts
 from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS
-from interp.generation import encode
+from interp.inputs import encode
 from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile

@@ -12,7 +12,7 @@ from interp.anatomy import transformers_model
 from interp.errors import UserError
 from interp.evaluation import UsageReport, neutral_texts
 from interp.facts import HELD_OUT_PHRASING
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.gates import Gate, TrustDial

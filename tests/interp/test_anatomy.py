@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from tests.tiny import tiny_conflicts
 
 

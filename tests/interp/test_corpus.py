@@ -11,7 +11,7 @@ from interp.conflicts import split_of
 from interp.corpus import TEMPERATURE, sampled_texts
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
-from interp.generation import encode
+from interp.inputs import encode
 from interp.models import load_model
 
 

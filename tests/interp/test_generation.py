@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from interp.anatomy import Anatomy
 from interp.answers import first_sentence
 from interp.errors import UserError
-from interp.generation import ReadPrompts, answer_steps, continue_greedily, first_token_id
+from interp.generation import ReadPrompts, answer_steps, continue_greedily
+from interp.inputs import first_token_id
 from interp.models import cached_path
 from interventions.base import applied
 from interventions.steering import Steering

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from interp.anatomy import Anatomy, transformers_model
-from interp.generation import encode
+from interp.inputs import encode
 from interp.teacher_forcing import (
     Continued,
     continued,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interp.models import load_model
 from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied

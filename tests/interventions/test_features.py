@@ -8,7 +8,7 @@ from torch import Tensor
 
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
 from interventions.features import ALPHA_FORMS, EditedFeatures, FeatureEdit

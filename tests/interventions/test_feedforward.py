@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import applied
 from interventions.feedforward import FeedForwardScaling
 from tests.tiny import tiny_conflicts

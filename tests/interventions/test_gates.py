@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import applied
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import DialPoint, Gate, TrustDial

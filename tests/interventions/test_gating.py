@@ -6,7 +6,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import applied
 from interventions.feedforward import FeedForwardScaling
 from interventions.gates import Gate, TrustDial

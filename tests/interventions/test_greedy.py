@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from interp import teacher_forcing
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interp.models import load_model
 from interp.teacher_forcing import continued
 from interventions import greedy

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import applied
 from interventions.steering import Steering
 from tests.tiny import tiny_conflicts

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from interventions.base import Handle, applied, attach_patches
 from interventions.residual import residual_patches
 from interventions.steering import Steering

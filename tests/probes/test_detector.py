@@ -11,7 +11,7 @@ from torch import Tensor
 from interp.activations import record
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import encode
+from interp.inputs import encode
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, Detection
 from probes.linear import LinearProbe, ProbeSet
 from tests.probes.test_linear import edit_json

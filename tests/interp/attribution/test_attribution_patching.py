@@ -4,7 +4,7 @@ from interp.anatomy import Anatomy
 from interp.attribution.attribution_patching import attribution_patching
 from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.states import last_token_states
-from interp.generation import encode
+from interp.inputs import encode
 from tests.tiny import tiny_conflicts
 
 

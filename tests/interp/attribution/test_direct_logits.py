@@ -3,7 +3,7 @@ import torch
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.examples import scorable
 from interp.conflicts import ConflictSet
-from interp.generation import encode
+from interp.inputs import encode
 from tests.tiny import tiny_conflicts
 
 
