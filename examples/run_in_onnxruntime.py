@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from interp.errors import UserError
 from interp.files import atomic_directory
+from interp.inputs import token_ids
 from interp.models import load_checkpoint
 
 PROMPTS = ("The capital of Italy is", "The capital of Italy is Oslo. The capital of Italy is")
@@ -132,7 +133,8 @@ def main(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     model, tokenizer = load_checkpoint(checkpoint)
     model = model.float().eval()
-    prompts = {text: tokenizer(text)["input_ids"] for text in prompt or PROMPTS}
+    texts = list(prompt or PROMPTS)
+    prompts = dict(zip(texts, token_ids(tokenizer, texts), strict=True))
     if not all(prompts.values()):
         raise UserError("A prompt has no tokens; give a text after each --prompt.")
     started = time.perf_counter()

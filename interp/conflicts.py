@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -119,7 +120,7 @@ class ConflictSet:
         """Distinct subjects, sorted."""
         return sorted({e.subject for e in self.examples})
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash of the content: two sets with the same digest have the same examples in the same order."""
         return hashlib.sha256(self._to_json_lines().encode()).hexdigest()

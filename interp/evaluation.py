@@ -7,6 +7,7 @@ Intervals are bootstrapped by subject.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from interp.anatomy import transformers_model
 from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 from interp.files import assets_directory, write_parquet
 from interp.generation import (
     BATCH_SIZE,
@@ -31,6 +32,9 @@ from interp.generation import (
 )
 from interp.inputs import first_token_id, padded, prompt_batches
 from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
+
+# Fewer answers, or more of them that start as expected, and nothing is said.
+_FEWEST_TOLD, _ALMOST_NONE = 10, 0.1
 
 _SCORE_COLUMNS = (
     *(f"{source}_{score}" for source in ("memory", "context") for score in ("exact_match", "span_match", "f1")),
@@ -133,6 +137,25 @@ def answer_token_ids(model: TransformerBridge, example: ConflictExample) -> tupl
     return None if context == memory else (context, memory)
 
 
+def check_starts(first_tokens: Sequence[int], watched: Sequence[Sequence[int] | None]) -> None:
+    """Say in a ``Caution`` where almost no answer starts as numbers about first tokens assume.
+
+    Args:
+        first_tokens: The greedy first token of each answer.
+        watched: For each the first tokens of the two answers that are compared; ``None`` where there are none.
+    """
+    told = [token in pair for token, pair in zip(first_tokens, watched, strict=True) if pair is not None]
+    if len(told) >= _FEWEST_TOLD and sum(told) < _ALMOST_NONE * len(told):
+        warnings.warn(
+            Caution(
+                f"Only {sum(told)} of {len(told)} answers start with the first token of either answer, so that numbers "
+                "about first tokens (logit differences, head scores, the logit lens) say little here; end the prompts "
+                "where the answer itself begins, and write the answers as the model does."
+            ),
+            stacklevel=3,
+        )
+
+
 def measure_usage(
     model: TransformerBridge,
     conflicts: ConflictSet,
@@ -166,6 +189,7 @@ def measure_usage(
         batch_size=batch_size,
         progress=progress,
     )
+    check_starts(continuations.first_tokens.tolist(), tokens)
     differences = (continuations.first_logits[:, 0] - continuations.first_logits[:, 1]).tolist()
     rows = [
         {
@@ -197,7 +221,9 @@ def answer_starts(
     """
     prompts = [example.prompt for example in conflicts]
     first = continue_greedily(model, prompts, max_new_tokens=1, batch_size=batch_size, progress=progress).first_tokens
-    return _starts_report(conflicts, [answer_token_ids(model, example) for example in conflicts], first)
+    watched = [answer_token_ids(model, example) for example in conflicts]
+    check_starts(first.tolist(), watched)
+    return _starts_report(conflicts, watched, first)
 
 
 class AnswerStarts:
@@ -213,6 +239,7 @@ class AnswerStarts:
         self._conflicts = conflicts
         self._tokens = [answer_token_ids(model, example) for example in conflicts]
         self._prompts = ReadPrompts(model, [example.prompt for example in conflicts], batch_size=batch_size)
+        check_starts(self._prompts.next_tokens().tolist(), self._tokens)
 
     def report(self) -> UsageReport:
         """What the answers start with now, under whatever edits are applied."""

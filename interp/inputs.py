@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # What opens something where nothing but a space or an opening bracket stands before it; elsewhere it closes something.
-_OPENS = re.compile(r"(?:^|[\s(\[{<=:\u2014])(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$")
+_OPENS = re.compile(
+    r"(?:^|[\s(\[{<\u2014]|[=:](?![*_]))(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$"
+)
+_AFTER_NUMBER = re.compile(r"\d\s*.$")
 
 
 class Spans(NamedTuple):
@@ -205,7 +208,7 @@ def joins_at_once(prompt: str) -> bool:
     if not prompt or prompt[-1].isspace() or is_unspaced(prompt[-1]):
         return True
     last = unicodedata.category(prompt[-1])
-    if last == "Ps" or (last == "Sc" and (len(prompt) == 1 or prompt[-2].isspace() or prompt[-2] in "(~")):
+    if last == "Ps" or (last == "Sc" and not _AFTER_NUMBER.search(prompt)):
         return True
     line = prompt.rpartition("\n")[2]
     if prompt[-1] == '"':

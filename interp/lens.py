@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp.activations import record, sites_of
 from interp.anatomy import Anatomy
-from interp.attribution.examples import scorable
+from interp.attribution.examples import check_attributed, scorable
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -92,6 +92,7 @@ def logit_lens(
     sites = sites_of(model, ["residual"])
     prompts = [example.prompt for example in examples]
     recorded = record(model, prompts, sites, dtype=anatomy.dtype, batch_size=batch_size, progress=progress)
+    check_attributed(anatomy, recorded[sites[-1]].to(anatomy.device), token_ids)
     with torch.inference_mode():
         by_layer = [
             anatomy.log_probabilities(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.examples import corrupted_partners, scorable
+from interp.attribution.examples import check_attributed, corrupted_partners, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
@@ -50,7 +50,9 @@ def attribution_patching(
     examples, token_ids = scorable(model, conflicts)
     prompts = [example.prompt for example in examples]
     anatomy = Anatomy(model)
-    z = last_token_states(model, prompts).z
+    states = last_token_states(model, prompts)
+    check_attributed(anatomy, states.final, token_ids)
+    z = states.z
     change = z[corrupted_partners(examples, seed)] - z
     values = torch.empty(z.shape[:3])
     for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size), progress):

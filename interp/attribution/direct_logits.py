@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.examples import scorable
+from interp.attribution.examples import check_attributed, scorable
 from interp.attribution.path_patching import check_clean_stream
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
@@ -65,6 +65,7 @@ def direct_logit_attribution(
     examples, token_ids = scorable(model, conflicts)
     states = last_token_states(model, [example.prompt for example in examples], progress=progress)
     anatomy = Anatomy(model)
+    check_attributed(anatomy, states.final, token_ids)
     rows = [slice(start, start + _EXAMPLES_AT_ONCE) for start in range(0, len(examples), _EXAMPLES_AT_ONCE)]
     parts = [_parts(anatomy, states[chunk], token_ids[chunk]) for chunk in rows]
     heads, mlps, embedding, biases = (torch.cat(part).cpu() for part in zip(*parts, strict=True))

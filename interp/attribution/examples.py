@@ -13,10 +13,12 @@ from interp.anatomy import Anatomy
 from interp.answers import contains_answer
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
-from interp.evaluation import answer_token_ids
+from interp.evaluation import answer_token_ids, check_starts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_ROWS_AT_ONCE = 64
 
 
 def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
@@ -31,6 +33,19 @@ def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[Con
             "No example can be attributed: give conflict prompts whose two answers start with different tokens."
         )
     return [example for example, _ in pairs], torch.tensor([ids for _, ids in pairs], device=Anatomy(model).device)
+
+
+def check_attributed(anatomy: Anatomy, final: Tensor, token_ids: Tensor) -> None:
+    """Say in a ``Caution`` where almost no answer starts with one of the tokens whose logits are attributed.
+
+    Args:
+        anatomy: The model's anatomy.
+        final: The final residual stream at the end of each prompt, ``(n, d_model)``.
+        token_ids: First tokens of the (context, memory) answers, ``(n, 2)``.
+    """
+    with torch.inference_mode():
+        first = [anatomy.logits(rows).argmax(-1) for rows in final.split(_ROWS_AT_ONCE)]
+    check_starts(torch.cat(first).tolist(), token_ids.tolist())
 
 
 def with_partners(examples: Sequence[ConflictExample]) -> list[ConflictExample]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.attribution.examples import corrupted_partners, scorable
+from interp.attribution.examples import check_attributed, corrupted_partners, scorable
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictExample, ConflictSet
@@ -87,6 +87,7 @@ def path_patching(
         _check_choice("metric", metric, get_args(Metric))
     examples, token_ids = scorable(model, conflicts)
     states = last_token_states(model, [example.prompt for example in examples])
+    check_attributed(Anatomy(model), states.final, token_ids)
     replacement = _replacement_z(states, examples, baseline, seed)
     values = patching_scores(
         Anatomy(model),

@@ -57,3 +57,12 @@ def test_an_empty_or_broken_file_is_an_error(tmp_path, text, message):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="Could not read"):
         ConflictSet.load(tmp_path / "none.jsonl")
+
+
+def test_the_digest_is_computed_once(monkeypatch):
+    conflicts = tiny_conflicts()
+    written = []
+    plain = ConflictSet._to_json_lines
+    monkeypatch.setattr(ConflictSet, "_to_json_lines", lambda self: written.append(1) or plain(self))
+    assert conflicts.digest == conflicts.digest == tiny_conflicts().digest
+    assert len(written) == 2

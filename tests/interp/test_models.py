@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from interp import models
+from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.models import REGISTERED, fetch, fingerprint, is_cached, load_model
 
@@ -151,3 +152,26 @@ def test_greedy_means_greedy_whatever_the_checkpoint_asks_for(tmp_path, tiny_dir
 def test_weights_load_in_the_dtype_asked_for(tiny_directories):
     bridge = load_model(str(tiny_directories["llama"]), device="cpu", dtype="bfloat16")
     assert {p.dtype for p in bridge.original_model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_are_hashed_once_for_each_model_and_again_when_they_change(tiny_directories, monkeypatch):
+    model, other = (load_model(str(tiny_directories["llama"]), device="cpu") for _ in range(2))
+    weight, same = (Anatomy(m).module("mlp", 1).get_parameter("up_proj.weight") for m in (model, other))
+    hashed = []
+    plain = models.hashlib.sha256
+    monkeypatch.setattr(models.hashlib, "sha256", lambda *given: hashed.append(1) or plain(*given))
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    assert len(hashed) == 1
+    with torch.no_grad():
+        weight[3, 4] += 1
+    changed = fingerprint(model)
+    assert changed != first
+    # Written to past PyTorch's count of changes, in the first number and back.
+    same.data[3, 4] += 1
+    assert fingerprint(other) == changed
+    weight.data[0, 0] += 1
+    assert fingerprint(model) not in (first, changed)
+    weight.data[0, 0] -= 1
+    weight.data[3, 4] -= 1
+    assert len(hashed) == 4
