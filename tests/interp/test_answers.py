@@ -46,7 +46,7 @@ def test_an_answer_is_complete_at_its_first_sentence_end(continuation, complete)
         ("Rome, the eternal city", "context"),
         ("Rome, not Paris", "both"),
         ("Romeo", "other"),
-        ("", "other"),
+        ("", "empty"),
         ("the City of Light", "memory"),
     ],
 )
