@@ -5,12 +5,12 @@ Exact match and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250); ``nor
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
+from interp.sentences import sentence_end
 from interp.words import Span, Words
 
 Usage = Literal["memory", "context", "both", "other", "empty"]
@@ -19,12 +19,6 @@ USAGES: tuple[Usage, ...] = get_args(Usage)
 # The same answers come again in other phrasings; a text is mostly asked about several times in a row.
 _answer = lru_cache(maxsize=2**14)(Words)
 _text = lru_cache(maxsize=64)(Words)
-
-# A full stop ends a sentence unless it closes an initial ("D.C.") or a title; so does a line break.
-_STOP = r"(?<!\b[A-Z])(?<!\bSt)(?<!\bDr)(?<!\bMr)(?<!\bMt)(?<!\bMrs)[.!?]"
-_SENTENCE_END = re.compile(rf"{_STOP}(?=\s|$)|\n")
-# Text that breaks off after a full stop may go on ("Booking.com").
-_CERTAIN_END = re.compile(rf"{_STOP}(?=\s)|\n")
 
 
 def normalise(text: str) -> str:
@@ -41,14 +35,13 @@ def normalise(text: str) -> str:
 
 def first_sentence(continuation: str) -> str:
     """The part of a continuation that answers: up to its first sentence end or line break."""
-    text = continuation.strip()
-    end = _SENTENCE_END.search(text)
-    return text if end is None else text[: end.start()].rstrip()
+    text = continuation.strip() + "\n"
+    return text[: sentence_end(text)].rstrip()
 
 
 def is_complete(continuation: str) -> bool:
     """Whether more tokens could no longer change ``first_sentence(continuation)``."""
-    return _CERTAIN_END.search(continuation.lstrip()) is not None
+    return sentence_end(continuation.lstrip()) is not None
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
