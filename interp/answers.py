@@ -6,19 +6,21 @@ Exact match and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250); ``nor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from interp.sentences import sentence_end
 from interp.words import Span, Words
 
+if TYPE_CHECKING:
+    from interp.conflicts import ConflictExample
+
 Usage = Literal["memory", "context", "both", "other", "empty"]
 USAGES: tuple[Usage, ...] = get_args(Usage)
 
-# The same answers come again in other phrasings; a text is mostly asked about several times in a row.
-_answer = lru_cache(maxsize=2**14)(Words)
-_text = lru_cache(maxsize=64)(Words)
+_known = lru_cache(maxsize=2**13)(Words)
+_LONGEST_KNOWN = 200
 
 
 def normalise(text: str) -> str:
@@ -30,7 +32,7 @@ def normalise(text: str) -> str:
     ("Paris/Lyon"), and an article is dropped only before another word ("Vitamin A" stays). Unicode's compatible forms
     are one, accents of Latin and Greek letters go, and scripts without spaces are words of one character each.
     """
-    return _text(text).normal
+    return _words(text).normal
 
 
 def first_sentence(continuation: str) -> str:
@@ -46,13 +48,13 @@ def is_complete(continuation: str) -> bool:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """Whether the prediction is one of the answers, both normalised."""
-    return normalise(prediction) in {_answer(answer).normal for answer in answers}
+    return normalise(prediction) in {_words(answer).normal for answer in answers}
 
 
 def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers occurs in the prediction as whole words (sub-span match)."""
-    text = _text(prediction)
-    return any(text.find(_answer(answer)) for answer in answers)
+    text = _words(prediction)
+    return any(text.find(_words(answer)) for answer in answers)
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -60,7 +62,7 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     predicted = normalise(prediction).split()
 
     def f1(answer: str) -> float:
-        expected = _answer(answer).normal.split()
+        expected = _words(answer).normal.split()
         common = sum((Counter(predicted) & Counter(expected)).values())
         return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
@@ -77,11 +79,11 @@ def usage_of(prediction: str, memory_answers: Sequence[str], context_answers: Se
         ``empty`` for a prediction without a letter or digit, ``other`` for one in which neither source is found.
     """
     fold = _fold(memory_answers, context_answers)
-    text = _text(prediction, fold=fold)
+    text = _words(prediction, fold=fold)
     if not text:
         return "empty"
     memory, context = (
-        {span for answer in answers for span in text.find(_answer(answer, fold=fold))}
+        {span for answer in answers for span in text.find(_words(answer, fold=fold))}
         for answers in (memory_answers, context_answers)
     )
     memory, context = _outside(memory, context), _outside(context, memory)
@@ -98,9 +100,28 @@ def overlap(one: Sequence[str], other: Sequence[str]) -> Literal["same", "contai
         occurs within another ("New York", "York"), so that only the longer match decides; ``None`` where neither.
     """
     fold = _fold(one, other)
-    pairs = [(_answer(a, fold=fold), _answer(b, fold=fold)) for a in one for b in other]
+    pairs = [(_words(a, fold=fold), _words(b, fold=fold)) for a in one for b in other]
     found = [(bool(a.find(b)), bool(b.find(a))) for a, b in pairs]
     return "same" if (True, True) in found else "contained" if any(map(any, found)) else None
+
+
+def ambiguous(examples: Iterable[ConflictExample]) -> dict[str, int]:
+    """Count conflict prompts whose answers are hard to tell apart.
+
+    Returns:
+        ``prompts`` in all, those whose answers are the ``same``, those where one is ``contained`` in the other (see
+        ``overlap``), and those with ``both_in_context``.
+    """
+    counts = {"prompts": 0, "same": 0, "contained": 0, "both_in_context": 0}
+    for example in examples:
+        if example.kind != "conflict":
+            continue
+        answers = example.memory_answers, example.context_answers
+        counts["prompts"] += 1
+        if kind := overlap(*answers):
+            counts[kind] += 1
+        counts["both_in_context"] += usage_of(example.context, *answers) == "both"
+    return counts
 
 
 def _fold(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -108,7 +129,7 @@ def _fold(one: Sequence[str], other: Sequence[str]) -> bool:
     if all(answer.isascii() for answers in (one, other) for answer in answers):
         return True
     shared = [
-        {_answer(a, fold=fold).normal for a in one} & {_answer(b, fold=fold).normal for b in other}
+        {_words(a, fold=fold).normal for a in one} & {_words(b, fold=fold).normal for b in other}
         for fold in (True, False)
     ]
     return len(shared[0]) <= len(shared[1])
@@ -121,3 +142,8 @@ def _outside(spans: set[Span], others: set[Span]) -> set[Span]:
         for first, last in spans
         if not any(start <= first and last <= end and (start, end) != (first, last) for start, end in others)
     }
+
+
+def _words(text: str, *, fold: bool = True) -> Words:
+    """The words of a text; answers and short predictions come again and are kept, contexts are not."""
+    return _known(text, fold=fold) if len(text) <= _LONGEST_KNOWN else Words(text, fold=fold)

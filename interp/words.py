@@ -15,13 +15,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from itertools import pairwise
+from functools import cached_property
 from typing import NamedTuple
 
 from interp.scripts import is_unspaced
 
 Span = tuple[int, int]
-"""Which words of a text, articles counted: first, and one after the last."""
+"""Which words of a text: the first, and the one after the last."""
 
 # Signs that stand for others (apostrophes, hyphens, point, sharp), and signs that NFKC would make letters of a word.
 _TYPED = str.maketrans(
@@ -45,6 +45,9 @@ _WORD = re.compile(
     r"|(?:(?<![^ \n(])-?\.?(?=0))?[aA0][aA0m]*(?:(?<=0)[.,](?=0)[aA0m]+)*(?:(?<=[aAm])\++(?![aA0]))?"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+# What stands between two words that may be one, and what stands before a sentence or a quotation.
+_INNER = ("-", "'", ".")
+_BEGINNING = frozenset(".!(\n")
 _ARTICLES = frozenset(["a", "an", "the"])
 _AFTER_A_CHOICE = frozenset(["is", "was", "are", "would", "will", "has", "because", "and", "or", "but", "not"])
 # What an apostrophe parts from a word that is none by itself, and so no answer: "I'd" has no D.
@@ -68,12 +71,12 @@ class Words:
 
     def __init__(self, text: str, *, fold: bool = True) -> None:
         pieces = _WRITTEN.findall(_written(text, fold))
-        bare = [(between, word, number) for number, (between, word, article) in enumerate(pieces) if not article]
-        self.normal = "".join(word if between in _LOOSE else f" {word}" for between, word, _ in bare).lstrip()
-        self._bare = _Reading.of(bare)
-        self._whole = self._bare
-        if len(bare) < len(pieces):
-            self._whole = _Reading.of([(between, word, number) for number, (between, word, _) in enumerate(pieces)])
+        # A span that begins with an article is as long as the same without it.
+        whole = [(between, word, i + bool(article), i + 1) for i, (between, word, article) in enumerate(pieces)]
+        bare = [piece for piece in whole if piece[2] < piece[3]]
+        self.normal = "".join([word if between in _LOOSE else f" {word}" for between, word, *_ in bare]).lstrip()
+        self._bare = _Reading(bare)
+        self._whole = self._bare if len(bare) == len(whole) else _Reading(whole)
 
     def __bool__(self) -> bool:
         return bool(self.normal)
@@ -82,37 +85,44 @@ class Words:
         """Every place where another text's words occur: without the articles of both, or with them."""
         found = self._bare.find(answer._bare)
         # The choice "A" must not be found in an article.
-        if len(answer._whole.ends) > 1 and (self._whole is not self._bare or answer._whole is not answer._bare):
+        if answer._whole.length > 1 and (self._whole is not self._bare or answer._whole is not answer._bare):
             found |= self._whole.find(answer._whole)
         return found
 
 
-class _Reading(NamedTuple):
-    """Words as letters that run on.
+class _Places(NamedTuple):
+    """Where words meet in letters that run on.
 
     Attributes:
-        letters: The words, one after the other.
-        starts: Which word may start at a place in ``letters``.
+        starts: Which word may start at a place.
         ends: Which word follows one that may end there.
         parted: Where one word ends and another starts, whoever compares.
     """
 
-    letters: str
     starts: dict[int, int]
     ends: dict[int, int]
     parted: frozenset[int]
 
-    @classmethod
-    def of(cls, pieces: list[tuple[str, str, int]]) -> _Reading:
+
+class _Reading:
+    """Words as letters that run on; where they meet is only looked at where the letters agree."""
+
+    def __init__(self, pieces: list[tuple[str, str, int, int]]) -> None:
+        self.letters = "".join([word for _, word, *_ in pieces])
+        self.length = len(pieces)
+        self._pieces = pieces
+
+    @cached_property
+    def places(self) -> _Places:
         place, starts, ends, parted = 0, {}, {}, []
-        for between, word, number in pieces:
+        for between, word, first, last in self._pieces:
             if between not in _LOOSE:
                 parted.append(place)
             if between != _CONTRACTION:
-                starts[place] = number
+                starts[place] = first
             place += len(word)
-            ends[place] = number + 1
-        return cls("".join(word for _, word, _ in pieces), starts, ends, frozenset(parted))
+            ends[place] = last
+        return _Places(starts, ends, frozenset(parted))
 
     def find(self, answer: _Reading) -> set[Span]:
         found: set[Span] = set()
@@ -120,13 +130,14 @@ class _Reading(NamedTuple):
         first = self.letters.find(answer.letters) if length else -1
         while first >= 0:
             last = first + length
+            starts, ends, parted = self.places
             if (
-                first in self.starts
-                and last in self.ends
-                and all(first + place in self.ends for place in answer.parted if place)
-                and all(place - first in answer.ends for place in self.parted if first < place < last)
+                first in starts
+                and last in ends
+                and all(first + place in ends for place in answer.places.parted if place)
+                and all(place - first in answer.places.ends for place in parted if first < place < last)
             ):
-                found.add((self.starts[first], self.ends[last]))
+                found.add((starts[first], ends[last]))
             first = self.letters.find(answer.letters, first + 1)
         return found
 
@@ -136,22 +147,21 @@ def _written(text: str, fold: bool) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", _RAISED.sub(" ", text.translate(_TYPED))).translate(_PLAIN)
     classes = text.translate(_CLASSES)
-    found = list(_WORD.finditer(classes))
-    words = [_spelt(text[match.start() : match.end()], initials=match["initials"] is not None) for match in found]
-    between = [classes[a.end() : b.start()] for a, b in pairwise(found)]
-    parts = [" "]
-    for word, gap, (one, other) in zip(words[1:], between, pairwise(found), strict=True):
-        loose = gap in ("-", "'", ".") and (classes[one.end() - 1] in "aAm+." or classes[other.start()] in "aA")
-        contracted = gap == "'" and word.lower() in _CONTRACTED
-        parts.append(" " if not loose else _CONTRACTION if contracted else _JOINED)
     written: list[str] = []
-    for i, word in enumerate(words):
-        written += (parts[i], word)
-        if word.lower() in _ARTICLES and i + 1 < len(words) and parts[i] == parts[i + 1] == " ":
-            begins = i == 0 or any(stop in between[i - 1] for stop in ".!(\n")
-            article = word != "A" or (begins and words[i + 1].lower() not in _AFTER_A_CHOICE)
-            if article and between[i][:1] in (" ", "\n"):
-                written.append("_")
+    last, article = 0, ""
+    for found in _WORD.finditer(classes):
+        start, end = found.span()
+        gap, word = classes[last:start], text[start:end]
+        part = " "
+        if gap in _INNER and written and (classes[last - 1] in "aAm+." or classes[start] in "aA"):
+            part = _CONTRACTION if gap == "'" and word.lower() in _CONTRACTED else _JOINED
+        elif article and gap[:1] in (" ", "\n") and (article != "A" or word.lower() not in _AFTER_A_CHOICE):
+            written.append("_")
+        written += (part, word if word.isalnum() else _spelt(word, initials=found.lastgroup is not None))
+        article = ""
+        if word.lower() in _ARTICLES and part == " " and (word != "A" or not last or not _BEGINNING.isdisjoint(gap)):
+            article = word
+        last = end
     plain = "".join(written).casefold()
     return plain if plain.isascii() else _folded(plain) if fold else unicodedata.normalize("NFC", plain)
 

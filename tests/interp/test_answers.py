@@ -298,6 +298,10 @@ def test_an_answer_within_a_longer_one_of_the_other_source_does_not_count(predic
     assert usage_of(prediction, ["York"], ["New York"]) == swapped.get(usage, usage)
 
 
+def test_an_article_makes_no_answer_longer():
+    assert usage_of("It is The Hague", ["The Hague"], ["Hague"]) == "both"
+
+
 def test_accents_count_where_answers_differ_by_them_alone():
     assert usage_of("Jose", ["José"], ["Jose"]) == "context"
     assert usage_of(unicodedata.normalize("NFD", "JOSÉ"), ["José"], ["Jose"]) == "memory"
