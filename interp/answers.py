@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 Usage = Literal["memory", "context", "both", "other", "empty"]
 USAGES: tuple[Usage, ...] = get_args(Usage)
 
-_known = lru_cache(maxsize=2**13)(Words)
-_LONGEST_KNOWN = 200
+# Answers and short predictions come again and again, longer texts are asked about several times in a row.
+_short_text = lru_cache(maxsize=2**13)(Words)
+_long_text = lru_cache(maxsize=8)(Words)
+_SHORT = 200
 
 
 def normalise(text: str) -> str:
@@ -145,5 +147,4 @@ def _outside(spans: set[Span], others: set[Span]) -> set[Span]:
 
 
 def _words(text: str, *, fold: bool = True) -> Words:
-    """The words of a text; answers and short predictions come again and are kept, contexts are not."""
-    return _known(text, fold=fold) if len(text) <= _LONGEST_KNOWN else Words(text, fold=fold)
+    return _short_text(text, fold=fold) if len(text) <= _SHORT else _long_text(text, fold=fold)
