@@ -774,12 +774,21 @@ def data_inspect(
     file: Annotated[Path, typer.Argument(help="JSON lines from `conflictscope data`.")],
     show: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 2,
 ) -> None:
-    """Say what is in a file of conflict data."""
+    """Say what is in a file of conflict data, and how often its answers are hard to tell apart."""
+    from interp.answers import ambiguous
     from interp.conflicts import ConflictSet
 
     conflicts = ConflictSet.load(file)
     output = Console()
     output.print_json(json.dumps(conflicts.counts()))
+    unclear = ambiguous(conflicts)
+    output.print(
+        f"Of {unclear['prompts']} conflict prompts, {unclear['same']} have the same answer on both sides, "
+        f"{unclear['contained']} have one answer within the other (the longer match counts), and "
+        f"{unclear['both_in_context']} have both answers in their context.",
+        soft_wrap=True,
+        highlight=False,
+    )
     for example in conflicts.examples[:show]:
         output.rule(f"{example.id}  ({example.kind}, {example.split})")
         output.print(example.prompt, markup=False)

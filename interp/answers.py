@@ -1,56 +1,62 @@
 """Compare answers as text: normalisation, exact match, sub-span match, F1, and which source an answer used.
 
-Normalisation and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no punctuation, no
-articles, single spaces.
+Exact match and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250); ``normalise`` says where they depart from it.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, get_args
 
-Usage = Literal["memory", "context", "both", "other"]
-USAGES: tuple[Usage, ...] = ("memory", "context", "both", "other")
+from interp.sentences import sentence_end
+from interp.words import Span, Words
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-# A full stop ends a sentence unless it closes an initial ("D.C.") or a title; so does a line break.
-_STOP = r"(?<!\b[A-Z])(?<!\bSt)(?<!\bDr)(?<!\bMr)(?<!\bMt)(?<!\bMrs)[.!?]"
-_SENTENCE_END = re.compile(rf"{_STOP}(?=\s|$)|\n")
-# Text that breaks off after a full stop may go on ("Booking.com").
-_CERTAIN_END = re.compile(rf"{_STOP}(?=\s)|\n")
+if TYPE_CHECKING:
+    from interp.conflicts import ConflictExample
+
+Usage = Literal["memory", "context", "both", "other", "empty"]
+USAGES: tuple[Usage, ...] = get_args(Usage)
+
+# Answers and short predictions come again and again, longer texts are asked about several times in a row.
+_short_text = lru_cache(maxsize=2**13)(Words)
+_long_text = lru_cache(maxsize=8)(Words)
+_SHORT = 200
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles, with single spaces; a text that is only an article stays."""
-    plain = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
+    """Reduce a text to its words in lower case, without articles, joined by single spaces.
+
+    For ordinary English text this is SQuAD's rule: punctuation is deleted ("Lima-based" is "limabased", "D.C." is
+    "dc"). It departs from that rule where deleting makes another answer of a text: numbers keep their sign and point
+    ("3.5" is not "35"), C++ is not C, what is neither hyphen, apostrophe nor full stop within a word separates words
+    ("Paris/Lyon"), and an article is dropped only before another word ("Vitamin A" stays). Unicode's compatible forms
+    are one, accents of Latin and Greek letters go, and scripts without spaces are words of one character each.
+    """
+    return _words(text).normal
 
 
 def first_sentence(continuation: str) -> str:
     """The part of a continuation that answers: up to its first sentence end or line break."""
-    text = continuation.strip()
-    end = _SENTENCE_END.search(text)
-    return text if end is None else text[: end.start()].rstrip()
+    text = continuation.strip() + "\n"
+    return text[: sentence_end(text)].rstrip()
 
 
 def is_complete(continuation: str) -> bool:
     """Whether more tokens could no longer change ``first_sentence(continuation)``."""
-    return _CERTAIN_END.search(continuation.lstrip()) is not None
+    return sentence_end(continuation.lstrip()) is not None
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """Whether the prediction is one of the answers, both normalised."""
-    return normalise(prediction) in {normalise(answer) for answer in answers}
+    return normalise(prediction) in {_words(answer).normal for answer in answers}
 
 
 def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers occurs in the prediction as whole words, both normalised (sub-span match)."""
-    words = f" {normalise(prediction)} "
-    return any(f" {normal} " in words for answer in answers if (normal := normalise(answer)))
+    """Whether one of the answers occurs in the prediction as whole words (sub-span match)."""
+    text = _words(prediction)
+    return any(text.find(_words(answer)) for answer in answers)
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -58,7 +64,7 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     predicted = normalise(prediction).split()
 
     def f1(answer: str) -> float:
-        expected = normalise(answer).split()
+        expected = _words(answer).normal.split()
         common = sum((Counter(predicted) & Counter(expected)).values())
         return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
@@ -66,9 +72,79 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def usage_of(prediction: str, memory_answers: Sequence[str], context_answers: Sequence[str]) -> Usage:
-    """Which source an answer used, by sub-span match with all aliases (not by its first token alone)."""
-    memory = contains_answer(prediction, memory_answers)
-    context = contains_answer(prediction, context_answers)
+    """Which source an answer used, by sub-span match with all aliases (not by its first token alone).
+
+    An answer found within a longer one of the other source does not count: "New York" is not York. Where answers of
+    the two sources differ by accents alone, accents count.
+
+    Returns:
+        ``empty`` for a prediction without a letter or digit, ``other`` for one in which neither source is found.
+    """
+    fold = _fold(memory_answers, context_answers)
+    text = _words(prediction, fold=fold)
+    if not text:
+        return "empty"
+    memory, context = (
+        {span for answer in answers for span in text.find(_words(answer, fold=fold))}
+        for answers in (memory_answers, context_answers)
+    )
+    memory, context = _outside(memory, context), _outside(context, memory)
     if memory and context:
         return "both"
     return "memory" if memory else "context" if context else "other"
+
+
+def overlap(one: Sequence[str], other: Sequence[str]) -> Literal["same", "contained"] | None:
+    """Say why answers of two sources cannot be told apart, if they cannot.
+
+    Returns:
+        ``same`` where an alias of one is an alias of the other, as ``usage_of`` compares them; ``contained`` where one
+        occurs within another ("New York", "York"), so that only the longer match decides; ``None`` where neither.
+    """
+    fold = _fold(one, other)
+    pairs = [(_words(a, fold=fold), _words(b, fold=fold)) for a in one for b in other]
+    found = [(bool(a.find(b)), bool(b.find(a))) for a, b in pairs]
+    return "same" if (True, True) in found else "contained" if any(map(any, found)) else None
+
+
+def ambiguous(examples: Iterable[ConflictExample]) -> dict[str, int]:
+    """Count conflict prompts whose answers are hard to tell apart.
+
+    Returns:
+        ``prompts`` in all, those whose answers are the ``same``, those where one is ``contained`` in the other (see
+        ``overlap``), and those with ``both_in_context``.
+    """
+    counts = {"prompts": 0, "same": 0, "contained": 0, "both_in_context": 0}
+    for example in examples:
+        if example.kind != "conflict":
+            continue
+        answers = example.memory_answers, example.context_answers
+        counts["prompts"] += 1
+        if kind := overlap(*answers):
+            counts[kind] += 1
+        counts["both_in_context"] += usage_of(example.context, *answers) == "both"
+    return counts
+
+
+def _fold(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether accents do not matter: no two answers differ by them alone."""
+    if all(answer.isascii() for answers in (one, other) for answer in answers):
+        return True
+    shared = [
+        {_words(a, fold=fold).normal for a in one} & {_words(b, fold=fold).normal for b in other}
+        for fold in (True, False)
+    ]
+    return len(shared[0]) <= len(shared[1])
+
+
+def _outside(spans: set[Span], others: set[Span]) -> set[Span]:
+    """The spans that do not lie strictly within one of the others."""
+    return {
+        (first, last)
+        for first, last in spans
+        if not any(start <= first and last <= end and (start, end) != (first, last) for start, end in others)
+    }
+
+
+def _words(text: str, *, fold: bool = True) -> Words:
+    return _short_text(text, fold=fold) if len(text) <= _SHORT else _long_text(text, fold=fold)

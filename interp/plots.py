@@ -31,8 +31,15 @@ MEMORY_COLOUR = "#0072B2"
 CONTEXT_COLOUR = "#D55E00"
 OTHER_COLOUR = "#999999"
 """Blue, vermillion and grey of the colour-blind-safe palette of Okabe & Ito (2008)."""
+EMPTY_COLOUR = "#C4C4C4"
+"""A paler grey, for answers without a word."""
 
-COLOURS: dict[str, str] = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
+COLOURS: dict[str, str] = {
+    "memory": MEMORY_COLOUR,
+    "context": CONTEXT_COLOUR,
+    "other": OTHER_COLOUR,
+    "empty": EMPTY_COLOUR,
+}
 """Colours by usage."""
 SYMBOLS = {"memory": "circle", "context": "diamond"}
 """Markers by usage."""
@@ -124,15 +131,17 @@ def percent(share: float) -> str:
 
 
 def usage_bars(conditions: Mapping[str, UsageReport | Mapping[str, EstimateLike]]) -> go.Figure:
-    """How often each condition answers from memory, from context and from neither: bars with intervals.
+    """How often each condition answers from memory, from context, from neither and not at all: bars with intervals.
 
     Args:
         conditions: By label ("unedited", "pruned", ...): a report, or a record with ``memory_rate``,
-            ``context_rate`` and ``other_rate``. The first is on top.
+            ``context_rate``, ``other_rate`` and ``empty_rate``. The first is on top. Empty answers have bars only
+            where there are some.
     """
-    groups = {label: _rates(source, tuple(COLOURS)) for label, source in conditions.items()}
-    figure, y = _grouped_rows(groups, list(COLOURS))
-    for row, (usage, colour) in enumerate(COLOURS.items()):
+    usages = [usage for usage in COLOURS if usage != "empty" or _some_empty(list(conditions.values()))]
+    groups = {label: _rates(source, usages) for label, source in conditions.items()}
+    figure, y = _grouped_rows(groups, usages)
+    for row, usage in enumerate(usages):
         estimates = [rates[usage] for rates in groups.values()]
         figure.add_bar(
             x=[e.value for e in estimates],
@@ -140,7 +149,7 @@ def usage_bars(conditions: Mapping[str, UsageReport | Mapping[str, EstimateLike]
             error_x=interval(estimates),
             orientation="h",
             width=0.82,
-            marker_color=colour,
+            marker_color=COLOURS[usage],
             name=usage,
             hovertext=[_hover(label, f"{usage} rate", e) for label, e in zip(groups, estimates, strict=True)],
             hovertemplate="%{hovertext}<extra></extra>",
@@ -636,6 +645,13 @@ def _rates(source: UsageReport | Mapping[str, EstimateLike], usages: Sequence[An
     if isinstance(source, Mapping):
         return {usage: _estimate(source[f"{usage}_rate"]) for usage in usages}
     return {usage: source.rate(usage) for usage in usages}
+
+
+def _some_empty(sources: Sequence[UsageReport | Mapping[str, EstimateLike]]) -> bool:
+    """Whether any answer is empty; records of older studies do not say."""
+    if any(isinstance(source, Mapping) and "empty_rate" not in source for source in sources):
+        return False
+    return any(_rates(source, ["empty"])["empty"].value > 0 for source in sources)
 
 
 def _by_template(source: UsageReport | Mapping[str, Mapping[str, EstimateLike]]) -> dict[str, dict[str, Estimate]]:

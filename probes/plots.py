@@ -22,6 +22,7 @@ from interp.activations import SITE_KINDS, SiteKind, site_kind
 from interp.errors import UserError
 from interp.plots import (
     CONTEXT_COLOUR,
+    EMPTY_COLOUR,
     LIGHT_THEME,
     MEMORY_COLOUR,
     OTHER_COLOUR,
@@ -45,6 +46,7 @@ _LABEL_COLOURS = {
     "conflict": CONFLICT_COLOUR,
     "aligned": ALIGNED_COLOUR,
     "other": OTHER_COLOUR,
+    "empty": EMPTY_COLOUR,
 }
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star")
 _KIND_COLOURS: dict[SiteKind, str] = dict(zip(SITE_KINDS, SERIES_COLOURS, strict=False))

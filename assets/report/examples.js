@@ -1,6 +1,6 @@
 (() => {
   const runs = JSON.parse(document.getElementById("answers").textContent);
-  const USAGES = {m: "memory", c: "context", b: "both", o: "other"};
+  const USAGES = {m: "memory", c: "context", b: "both", o: "other", e: "empty"};
   const SHOWN = 20;
   const section = document.getElementById("browser");
   const form = section.querySelector("form");

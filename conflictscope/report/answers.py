@@ -12,7 +12,7 @@ from conflictscope.examples import UNEDITED
 from conflictscope.report.runs import Run
 from interp.errors import UserError
 
-_LETTERS = {"memory": "m", "context": "c", "both": "b", "other": "o"}
+_LETTERS = {"memory": "m", "context": "c", "both": "b", "other": "o", "empty": "e"}
 
 
 def answers_of(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -182,5 +182,31 @@ def test_data_build_and_inspect(run, tmp_path):
     assert run("data", "build", "--all-facts", "--relation", "capital", "--out", "c.jsonl")[0] == 0
     code, output, _ = run("data", "inspect", "c.jsonl", "--show", "1")
     assert code == 0
-    assert '"subjects": 184,' in output
+    assert '"subjects": 183,' in output
     assert "The capital of" in output
+
+
+def test_data_inspect_counts_answers_that_are_hard_to_tell_apart(run, tmp_path):
+    row = {"id": "0", "subject": "s", "relation": "r", "question": "q", "template": "t", "source": "x", "prompt": "p"}
+    row |= {"split": "test", "kind": "conflict"}
+    pairs = [
+        (["Paris"], ["Rome"], "It is Rome."),
+        (["The Hague"], ["hague"], "It is The Hague."),
+        (["New York"], ["York"], "It is York."),
+        (["York"], ["New York"], "It is New York."),
+        (["Paris"], ["Rome"], "It is Rome, not Paris."),
+    ]
+    rows = [
+        {**row, "id": str(i), "memory_answers": memory, "context_answers": answers, "context": context}
+        for i, (memory, answers, context) in enumerate(pairs)
+    ]
+    rows.append(
+        {**row, "id": "aligned", "kind": "aligned", "memory_answers": ["a"], "context_answers": ["a"], "context": "a"}
+    )
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, output, _ = run("data", "inspect", "c.jsonl", "--show", "0")
+    assert code == 0
+    assert (
+        "Of 5 conflict prompts, 1 have the same answer on both sides, 2 have one answer within the other (the longer "
+        "match counts), and 2 have both answers in their context." in output
+    )

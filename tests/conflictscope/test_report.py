@@ -18,6 +18,7 @@ from conflictscope.cli import app
 from conflictscope.control import STEERING_METHODS
 from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
 from conflictscope.report import demo_run, read_runs, write_report
+from interp.answers import USAGES
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.files import read_json, write_json, write_parquet
@@ -407,6 +408,20 @@ def test_the_answers_of_the_page_are_those_of_the_records(folders: dict[str, Pat
         assert condition["logit"] == [value and pytest.approx(value, abs=0.006) for value in own["logit_difference"]]
     expected = frame.filter(condition=UNEDITED)["memory_answers"].to_list()
     assert run["prompts"]["memory"] == [" / ".join(answers) for answers in expected]
+
+
+def test_every_usage_is_told_on_the_page(folders: dict[str, Path], tmp_path: Path) -> None:
+    frame = read_examples(folders["gate"])
+    assert frame is not None
+    usages = [USAGES[i % len(USAGES)] for i in range(frame.height)]
+    write_examples(tmp_path, frame.with_columns(pl.Series("usage", usages)))
+    shutil.copy(folders["gate"] / "summary.json", tmp_path)
+    page = page_of(tmp_path / "report.html", tmp_path)
+    told = "".join(condition["usage"] for condition in json.loads(page.scripts[0])[0]["conditions"])
+    (listed,) = re.findall(r"USAGES = \{(.*?)\}", page.source)
+    names = dict(re.findall(r'(\w): "(\w+)"', listed))
+    assert sorted(names.values()) == sorted(USAGES)
+    assert sorted(names[letter] for letter in told) == sorted(usages)
 
 
 def test_a_run_without_answers_says_how_to_get_them(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -60,6 +60,17 @@ def test_usage_bars_hold_rate_and_interval_in_the_colour_of_the_source() -> None
     assert list(memory.error_x.arrayminus) == pytest.approx([0.02, 0.02])
 
 
+def test_usage_bars_show_empty_answers_where_there_are_some() -> None:
+    some: Any = usage_bars(
+        {"unedited": rates(0.27, 0.40, empty_rate=0.0), "pruned": rates(0.03, 0.93, empty_rate=0.02)}
+    )
+    assert list(trace(some, type="bar", name="empty").x) == [0.0, 0.02]
+    none: Any = usage_bars({"unedited": rates(0.27, 0.40, empty_rate=0.0), "pruned": rates(0.03, 0.93, empty_rate=0.0)})
+    older: Any = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93, empty_rate=0.02)})
+    for figure in (none, older):
+        assert [bar.name for bar in figure.data if bar.type == "bar"] == ["memory", "context", "other"]
+
+
 def test_usage_bars_put_the_first_condition_on_top() -> None:
     figure: Any = usage_bars({"unedited": rates(0.27, 0.40), "pruned": rates(0.03, 0.93)})
     bottom, top = figure.layout.yaxis.range
