@@ -81,11 +81,11 @@ def usage_of(prediction: str, memory_answers: Sequence[str], context_answers: Se
         ``empty`` for a prediction without a letter or digit, ``other`` for one in which neither source is found.
     """
     fold = _fold(memory_answers, context_answers)
-    text = _words(prediction, fold=fold)
+    text = _words(prediction, fold)
     if not text:
         return "empty"
     memory, context = (
-        {span for answer in answers for span in text.find(_words(answer, fold=fold))}
+        {span for answer in answers for span in text.find(_words(answer, fold))}
         for answers in (memory_answers, context_answers)
     )
     memory, context = _outside(memory, context), _outside(context, memory)
@@ -102,7 +102,7 @@ def overlap(one: Sequence[str], other: Sequence[str]) -> Literal["same", "contai
         occurs within another ("New York", "York"), so that only the longer match decides; ``None`` where neither.
     """
     fold = _fold(one, other)
-    pairs = [(_words(a, fold=fold), _words(b, fold=fold)) for a in one for b in other]
+    pairs = [(_words(a, fold), _words(b, fold)) for a in one for b in other]
     found = [(bool(a.find(b)), bool(b.find(a))) for a, b in pairs]
     return "same" if (True, True) in found else "contained" if any(map(any, found)) else None
 
@@ -130,10 +130,7 @@ def _fold(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether accents do not matter: no two answers differ by them alone."""
     if all(answer.isascii() for answers in (one, other) for answer in answers):
         return True
-    shared = [
-        {_words(a, fold=fold).normal for a in one} & {_words(b, fold=fold).normal for b in other}
-        for fold in (True, False)
-    ]
+    shared = [{_words(a, fold).normal for a in one} & {_words(b, fold).normal for b in other} for fold in (True, False)]
     return len(shared[0]) <= len(shared[1])
 
 
@@ -146,5 +143,5 @@ def _outside(spans: set[Span], others: set[Span]) -> set[Span]:
     }
 
 
-def _words(text: str, *, fold: bool = True) -> Words:
-    return _short_text(text, fold=fold) if len(text) <= _SHORT else _long_text(text, fold=fold)
+def _words(text: str, fold: bool = True) -> Words:
+    return _short_text(text, fold) if len(text) <= _SHORT else _long_text(text, fold)

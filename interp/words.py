@@ -69,7 +69,7 @@ class Words:
         normal: The words without articles, joined by single spaces; what may be one word is one ("limas").
     """
 
-    def __init__(self, text: str, *, fold: bool = True) -> None:
+    def __init__(self, text: str, fold: bool = True) -> None:
         pieces = _WRITTEN.findall(_written(text, fold))
         # A span that begins with an article is as long as the same without it.
         whole = [(between, word, i + bool(article), i + 1) for i, (between, word, article) in enumerate(pieces)]
@@ -154,7 +154,9 @@ def _written(text: str, fold: bool) -> str:
         gap, word = classes[last:start], text[start:end]
         part = " "
         if gap in _INNER and written and (classes[last - 1] in "aAm+." or classes[start] in "aA"):
-            part = _CONTRACTION if gap == "'" and word.lower() in _CONTRACTED else _JOINED
+            lower = word.lower()
+            # "Don't" has neither Don nor T.
+            part = _JOINED if gap != "'" or lower not in _CONTRACTED else "" if lower == "t" else _CONTRACTION
         elif article and gap[:1] in (" ", "\n") and (article != "A" or word.lower() not in _AFTER_A_CHOICE):
             written.append("_")
         written += (part, word if word.isalnum() else _spelt(word, initials=found.lastgroup is not None))

@@ -302,6 +302,10 @@ def test_an_article_makes_no_answer_longer():
     assert usage_of("It is The Hague", ["The Hague"], ["Hague"]) == "both"
 
 
+def test_a_contraction_is_no_answer():
+    assert usage_of("I don't know", ["Don"], ["T"]) == "other"
+
+
 def test_accents_count_where_answers_differ_by_them_alone():
     assert usage_of("Jose", ["José"], ["Jose"]) == "context"
     assert usage_of(unicodedata.normalize("NFD", "JOSÉ"), ["José"], ["Jose"]) == "memory"
