@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from interp.anatomy import Anatomy
-from interp.answers import Usage, contains_answer, normalise, usage_of
+from interp.answers import Usage, contains_answer, normalise, overlap, usage_of
 from interp.attention import PromptAttention, attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.scores import HeadScores
@@ -279,7 +279,7 @@ class Explorer:
             # What the model says is the context's answer only if the context says it.
             is_context = contains_answer(asked.context, (found,)) and usage_of(found, [memory], []) != "memory"
             context = context or (found if found and is_context else "")
-        agrees = bool(memory and context) and normalise(context) == normalise(memory)
+        agrees = overlap((memory,), (context,)) == "same"
         example = ConflictExample(
             id="prompt",
             subject=asked.question,
