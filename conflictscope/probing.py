@@ -46,7 +46,7 @@ from interp.files import write_json, write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
-from interp.statistics import Estimate, bootstrap_mean
+from interp.statistics import Estimate, rate
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
@@ -471,8 +471,8 @@ class _Scoring:
             )
             for measure, kind in (("true_positive_rate", "conflict"), ("false_positive_rate", "aligned")):
                 part = called.filter(label=kind)
-                rate = bootstrap_mean(part["called"].to_numpy(), part["subject"].to_list(), seed=self.seed)
-                self._note("detector", name, probe.site, measure, rate)
+                found = rate(part["called"].to_numpy(), part["subject"].to_list())
+                self._note("detector", name, probe.site, measure, found)
 
     def _floor(self, by_site: Mapping[str, ProbeScore]) -> tuple[str, ProbeScore] | None:
         """Scores the floors; the one to draw, with its name."""

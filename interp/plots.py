@@ -629,7 +629,7 @@ def save_figure(figure: go.Figure, path: str | Path) -> None:
 
 
 def _estimate(source: EstimateLike) -> Estimate:
-    return Estimate(**source) if isinstance(source, Mapping) else source
+    return Estimate.from_record(source) if isinstance(source, Mapping) else source
 
 
 def _rates(source: UsageReport | Mapping[str, EstimateLike], usages: Sequence[Any]) -> dict[str, Estimate]:
