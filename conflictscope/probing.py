@@ -32,9 +32,10 @@ from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import measure_usage
+from interp.evaluation import ANSWERS_VERSION, measure_usage
 from interp.facts import (
     HELD_OUT_PHRASING,
+    KNOWN_VERSION,
     PHRASINGS,
     Fact,
     build_conflicts,
@@ -92,11 +93,15 @@ def conflicts_for_probes(
             f"known-{relation}",
             [[fact.subject, fact.answers] for fact in usable],
             lambda relation=relation: [f.subject for f in known_facts(model, relation, progress=f"Known: {relation}")],
+            version=(KNOWN_VERSION, ANSWERS_VERSION),
         )
         facts[relation] = [fact for fact in usable if fact.subject in known]
     closed_book = build_conflicts(facts, seed=seed, kinds=("none",), phrasings=tuple(PHRASINGS))
     report = records.usage(
-        "closed_book", closed_book.digest, lambda: measure_usage(model, closed_book, progress="Closed-book")
+        "closed_book",
+        closed_book.digest,
+        lambda: measure_usage(model, closed_book, progress="Closed-book"),
+        version=ANSWERS_VERSION,
     )
     right = report.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template").rows()
     return conflicts_by_phrasing(facts, set(right), seed=seed, kinds=kinds)

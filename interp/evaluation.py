@@ -45,6 +45,11 @@ _SCORE_COLUMNS = (
     "logit_difference",
 )
 _IS_RIGHT = pl.col("memory_span_match") > 0
+_GUARDS: dict[str, ContextKind] = {
+    "closed_book_accuracy": "none",
+    "aligned_accuracy": "aligned",
+    "irrelevant_accuracy": "irrelevant",
+}
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -106,6 +111,18 @@ class UsageReport:
     def accuracy_change(self, before: UsageReport) -> Difference:
         """How the accuracy changed, prompt by prompt; see ``rate_change``."""
         return self._change(before, _IS_RIGHT)
+
+    def changes(self, before: UsageReport) -> dict[str, Difference]:
+        """How the rates on conflict prompts and the accuracies on all other kinds changed; see ``rate_change``.
+
+        Returns:
+            By measure, named as in a study's summary; accuracies as far as there are prompts of their kind.
+        """
+        conflict, guards = self.select(kind="conflict"), {m: self.select(kind=kind) for m, kind in _GUARDS.items()}
+        return {
+            **{f"{usage}_rate": conflict.rate_change(before, usage) for usage in USAGES},
+            **{measure: part.accuracy_change(before) for measure, part in guards.items() if len(part.frame)},
+        }
 
     def summary(self, by: Sequence[str] = ()) -> pl.DataFrame:
         """Rates, accuracy, memorisation ratio and mean scores with intervals, by combination of the columns ``by``.
@@ -299,18 +316,10 @@ class Damage:
     @classmethod
     def of(cls, report: UsageReport, divergences: np.ndarray) -> Damage:
         """The guards of a report that holds prompts of kinds none, aligned and irrelevant, and of ``neutral_kl``."""
+        accuracies = {measure: report.select(kind=kind).accuracy() for measure, kind in _GUARDS.items()}
+        return cls(**accuracies, neutral_kl=bootstrap_mean(divergences, range(len(divergences))))
 
-        def accuracy(kind: ContextKind) -> Estimate:
-            return report.select(kind=kind).accuracy()
-
-        return cls(
-            accuracy("none"),
-            accuracy("aligned"),
-            accuracy("irrelevant"),
-            bootstrap_mean(divergences, range(len(divergences))),
-        )
-
-    def to_record(self) -> dict[str, dict[str, float]]:
+    def to_record(self) -> dict[str, dict[str, Any]]:
         """As plain dictionaries for JSON."""
         return {name: estimate.to_record() for name, estimate in vars(self).items()}
 

@@ -16,6 +16,9 @@ from interp.generation import encode, length_batches, tracked
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+STATES_VERSION = 1
+"""Version of ``last_token_states``: raise it when the same prompts would give others."""
+
 
 @dataclass(frozen=True)
 class LastTokenStates:
