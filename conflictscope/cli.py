@@ -96,7 +96,10 @@ def evaluate(
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="Intervention file to apply; repeatable, applied in order.")
     ] = None,
-    split: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only this split.")] = None,
+    split: Annotated[
+        Literal["train", "dev", "test", "all"],
+        typer.Option(help="The split to ask; edits are learned and chosen on train and dev, and shown on test."),
+    ] = "test",
     by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
     out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
         "out/usage.parquet"
@@ -106,7 +109,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Answer every prompt and say how often memory and context were used."""
+    """Answer every prompt of a split and say how often memory and context were used."""
     from interp.evaluation import measure_usage
     from interventions.base import applied
     from interventions.config import InterventionFile
@@ -116,10 +119,16 @@ def evaluate(
     _check_parquet(out)
     edits = [InterventionFile.load(path) for path in config or []]
     bridge, conflicts = _model_and_data(model, relation, data, seed, device, dtype)
-    with applied(bridge, *edits):
-        report = measure_usage(
-            bridge, conflicts.select(split=split), max_new_tokens=max_new_tokens, progress="Answering"
+    asked = conflicts if split == "all" else conflicts.select(split=split)
+    if not len(asked):
+        counts = {name: count for name, count in conflicts.counts()["examples_by_split"].items() if count}
+        there = " and ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(
+            f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
+            "or --split all."
         )
+    with applied(bridge, *edits):
+        report = measure_usage(bridge, asked, max_new_tokens=max_new_tokens, progress="Answering")
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")

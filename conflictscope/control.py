@@ -36,6 +36,7 @@ from conflictscope.study import (
     as_good_as_the_best,
     condition_record,
     measure_edits,
+    pooled_record,
     versions,
 )
 from conflictscope.tables import MEASURES, written
@@ -45,7 +46,7 @@ from interp.anatomy import Anatomy
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
-from interp.evaluation import AnswerStarts, UsageReport
+from interp.evaluation import ANSWERS_VERSION, AnswerStarts, UsageReport
 from interp.facts import HELD_OUT_PHRASING
 from interp.files import read_json, write_json
 from interp.generation import ReadPrompts, tracked
@@ -53,7 +54,8 @@ from interp.inputs import first_token_id
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder
 from interventions.base import applied
-from interventions.config import InterventionFile
+from interventions.config import InterventionFile, effect_digest
+from interventions.entries import EDITS_VERSION
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -76,6 +78,7 @@ STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 REPLACED = (0.5, 1.0)
 
 _DEV_SUBJECTS = 40
+_GUARDS = ("none", "aligned")
 _ROWS_AT_ONCE = 512
 
 
@@ -194,24 +197,27 @@ class Control:
 
     def best(self, edits: Sequence[Edit], towards: Direction, label: str) -> Edit:
         """The winner on dev."""
-        settings = [dict(edit.settings) for edit in edits]
-        conflicts = self._dev("conflict")
+        conflicts, guard = self._dev("conflict"), self._dev(*_GUARDS)
+        version = (ANSWERS_VERSION, EDITS_VERSION)
+        effects = [effect_digest(edit.interventions) for edit in edits]
 
-        def usages() -> list[list[str]]:
-            answers = []
-            for edit in tracked(edits, f"{label} towards {towards}"):
-                with applied(self.model, *edit.interventions):
-                    answers.append(self._dev_starts.report().frame["usage"].to_list())
-            return answers
+        def usages(edit: Edit) -> list[str]:
+            with applied(self.model, *edit.interventions):
+                return self._dev_starts.report().frame["usage"].to_list()
 
-        step = f"dev-{label}-{towards}"
+        answers = [
+            self.records.json("dev", [conflicts.digest, effect], lambda edit=edit: usages(edit), version=version)
+            for edit, effect in zip(tracked(edits, f"{label} towards {towards}"), effects, strict=True)
+        ]
         frame = pl.DataFrame({"subject": [example.subject for example in conflicts]})
-        answers = self.records.json(step, [self._basis, settings], usages)
         reports = [UsageReport(frame.with_columns(usage=pl.Series(usage))) for usage in answers]
         rates = [usage.count(towards) / len(usage) for usage in answers]
         kept = {
             index: self.records.json(
-                f"{step}-guard", [self._basis, settings[index]], lambda edit=edits[index]: self._kept(edit)
+                "dev_guard",
+                [guard.digest, effects[index]],
+                lambda edit=edits[index]: self._kept(edit),
+                version=version,
             )
             for index in as_good_as_the_best(reports, towards)
         }
@@ -225,26 +231,24 @@ class Control:
             self.records,
             self._test(),
             interventions,
-            key=[self._basis, method, edit and dict(edit.settings)],
             label=f"Test: {method}",
             neutral_position="last",
         )
 
     def unedited(self) -> dict[str, Any]:
         """What the model does without an edit, on test."""
-        return condition_record(*self.measured("unedited", None))
+        return condition_record(*self.measured(UNEDITED, None))
 
     def verify(self, method: str, towards: Direction, edits: Sequence[Edit]) -> dict[str, Any]:
         """Measure a method's edit on test, or several draws of it together, and write the first as a file."""
         measured = [self.measured(f"{method} towards {towards}", edit) for edit in edits]
+        unedited, _ = self.measured(UNEDITED, None)
         if len(edits) == 1:
             self._answers[condition_of(method, towards)] = measured[0][0]
         result = {
             "settings": dict(edits[0].settings),
             "draws": len(edits),
-            "test": condition_record(
-                UsageReport(pl.concat([report.frame for report, _ in measured])), np.mean([kl for _, kl in measured], 0)
-            ),
+            "test": pooled_record(measured, unedited),
         }
         InterventionFile.of(
             edits[0].interventions,
@@ -291,7 +295,7 @@ class Control:
     @cached_property
     def _dev_guard(self) -> tuple[ReadPrompts, Tensor]:
         """Closed-book and aligned prompts, and the first token of the right answer to each."""
-        guard = self._dev("none", "aligned")
+        guard = self._dev(*_GUARDS)
         right = [first_token_id(self.model, example.prompt, example.memory_answers[0]) for example in guard]
         return ReadPrompts(self.model, [example.prompt for example in guard]), torch.tensor(right)
 
@@ -317,12 +321,19 @@ def fit_steering(
         methods: The methods.
         layers: Layers that compete; ``None`` takes every second one, but for the first and last few.
         strengths: Strengths that compete. A task vector replaces half or all of what is there instead.
+
+    Raises:
+        UserError: If none of the methods can run; where some can, the results say why the others can't.
     """
     n_layers = control.anatomy.n_layers
     competing = range(n_layers // 6, n_layers - n_layers // 10, 2) if layers is None else layers
-    results: dict[str, Any] = {}
+    refused: dict[str, UserError] = {}
     for method in methods:
-        candidates = _steering_candidates(control, method, competing, strengths)
+        try:
+            candidates = _steering_candidates(control, method, competing, strengths)
+        except UserError as error:
+            refused[method] = error
+            continue
         found: dict[str, dict[str, Any]] = {method: {}}
         for towards in DIRECTIONS:
             best = control.best(candidates[towards], towards, method)
@@ -330,8 +341,10 @@ def fit_steering(
             if method == "actadd":
                 measured = control.verify("random_direction", towards, [_random_direction(best, control.seed)])
                 found.setdefault("random_direction", {})[f"towards_{towards}"] = measured
-        results = control.add_results(found)
-    return results
+        control.add_results(found)
+    if refused.keys() == set(methods):
+        raise next(iter(refused.values()))
+    return control.add_results({method: {"not_run": str(error)} for method, error in refused.items()})
 
 
 def _random_direction(edit: Edit, seed: int) -> Edit:
@@ -354,13 +367,14 @@ def _steering_candidates(
         vectors["context"] = _contrastive_vectors(control, layers)
     elif method == "probe":
         vectors["context"] = _probe_vectors(control, layers)
-    for layer in layers:
-        states, follows = control.train_states(layer)
-        context, memory = states[follows].mean(0), states[~follows].mean(0)
-        if method == "task_vector":
-            vectors["context"][layer], vectors["memory"][layer] = context, memory
-        elif method == "actadd":
-            vectors["context"][layer] = context - memory
+    else:
+        for layer in layers:
+            states, follows = control.train_states(layer)
+            context, memory = states[follows].mean(0), states[~follows].mean(0)
+            if method == "task_vector":
+                vectors["context"][layer], vectors["memory"][layer] = context, memory
+            else:
+                vectors["context"][layer] = context - memory
     if method != "task_vector":
         vectors["memory"] = {layer: -vector for layer, vector in vectors["context"].items()}
     replaces = method == "task_vector"
@@ -534,7 +548,7 @@ def _ablations(best: Edit, run: Sequence[_FittedFeatures], towards: Direction, s
 
 
 def results_table(results: Mapping[str, Any]) -> pl.DataFrame:
-    """Results as a table of text: a row for each method and direction."""
+    """Results as a table of text: a row for each method and direction; one that can't run says why."""
 
     def cells(test: Mapping[str, Any]) -> dict[str, str]:
         return {name: written(test[name]) for name in MEASURES}
@@ -542,7 +556,12 @@ def results_table(results: Mapping[str, Any]) -> pl.DataFrame:
     rows = [{"method": "unedited", "towards": "", **cells(results["unedited"])}]
     for towards in DIRECTIONS:
         for method in METHODS:
-            if method in results["methods"]:
-                found = results["methods"][method][f"towards_{towards}"]
-                rows.append({"method": method, "towards": towards, **cells(found["test"])})
+            found = results["methods"].get(method, {})
+            if f"towards_{towards}" in found:
+                test = found[f"towards_{towards}"]["test"]
+                rows.append({"method": method, "towards": towards, **cells(test)})
+    for method, found in results["methods"].items():
+        if "not_run" in found:
+            reason = f"not run: {found['not_run']}"
+            rows.append({"method": method, "towards": reason, **dict.fromkeys(MEASURES, "")})
     return pl.DataFrame(rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,22 +24,25 @@ from conflictscope.dialing import Dialing, edit_record, learned_part
 from conflictscope.study import RANDOM_DRAWS, RANKED_METHODS, RankedMethod, candidates, condition_record, measure_edits
 from conflictscope.tables import written
 from interp.attribution.examples import with_partners
-from interp.attribution.path_patching import path_patching
+from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.corpus import TEXTS_VERSION
 from interp.errors import UserError
-from interp.evaluation import UsageReport, answer_starts
+from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts
 from interp.files import write_json
 from interp.formats import load_dataset
 from interp.generation import tracked
 from interp.plots import damage_fronts, save_figure
-from interp.statistics import bootstrap_mean
-from interp.teacher_forcing import continued, greedily_continued
+from interp.statistics import paired_difference, rate
+from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
 from interventions.base import applied
-from interventions.gate_data import Checked, Place, check_scales, evenly, to_budget
+from interventions.config import effect_digest
+from interventions.entries import EDITS_VERSION
+from interventions.gate_data import GATE_DATA_VERSION, Checked, Place, check_scales, evenly, to_budget
 from interventions.gate_training import GateTraining
 from interventions.gates import Gate, TrustDial
-from interventions.greedy import greedy_heads
+from interventions.greedy import GREEDY_VERSION, greedy_heads
 
 Scales = Mapping[Place, float]
 
@@ -94,41 +97,56 @@ class Comparison:
             "unedited": {"test": dialing.verified([None], "Unedited model")},
         }
         for towards in DIRECTIONS:
-            tried = self._tried(towards)
+            edits = self.edits(towards)
+            tried = self._tried(towards, {method: some for method, some in edits.items() if not isinstance(some, str)})
+            not_run = {method: {"not_run": why} for method, why in edits.items() if isinstance(why, str)}
             result[f"towards_{towards}"] = {
                 "dev": [
                     {"method": t.method, "setting": t.setting, **edit_record(_dial(t.scales)), **asdict(t.checked)}
                     for t in tried
                 ],
-                "test": self._chosen(towards, tried),
+                "test": {**self._chosen(towards, tried), **not_run},
             }
         figure = damage_fronts({towards: result[f"towards_{towards}"]["dev"] for towards in DIRECTIONS})
         save_figure(figure, dialing.out / "comparison.html")
         write_json(dialing.out / "comparison.json", result)
         return result
 
-    def edits(self, towards: Direction) -> dict[str, dict[str, Scales]]:
-        """Every edit of every method, by method and by what sets it apart."""
-        found: dict[str, dict[str, Scales]] = {}
-        for method in _RANKED:
-            found[method] = {
-                ", ".join(f"{layer}.{head} x{scale:g}" for layer, head, scale in edit.heads): {
-                    (layer, head): scale for layer, head, scale in edit.heads
-                }
-                for edit in candidates(self._head_scores, towards, method)
-            }
-        greedy = self._greedy(towards)
-        counts = sorted({min(count, len(greedy)) for count in _GREEDY_COUNTS})
-        found["greedy_pruning"] = {f"{count} heads": dict.fromkeys(greedy[:count], 0.0) for count in counts}
+    def edits(self, towards: Direction) -> dict[str, dict[str, Scales] | str]:
+        """Every edit of every method, by method and by what sets it apart; of a method that can't run, why."""
         settings = self.dialing.settings
         end = _end(self.dialing.dial, towards)
-        found["learned_gates"] = {"the dial": _scales(end)}
-        found["hard_concrete"] = {"its gates": self._learned(towards, replace(settings, **_NOISY))}
-        found["other_answers"] = {"its gates": self._learned(towards, replace(settings, shuffled=True))}
-        found["random_gates"] = {
-            f"draw {draw}": _scales(self.dialing.elsewhere(end, f"{towards}/{draw}")) for draw in range(RANDOM_DRAWS)
+        learners = {
+            **{method: partial(self._ranked, towards, method) for method in _RANKED},
+            "greedy_pruning": partial(self._pruned_greedily, towards),
+            "learned_gates": lambda: {"the dial": _scales(end)},
+            "hard_concrete": partial(self._learned, towards, replace(settings, **_NOISY)),
+            "other_answers": partial(self._learned, towards, replace(settings, shuffled=True)),
+            "random_gates": lambda: {
+                f"draw {draw}": _scales(self.dialing.elsewhere(end, f"{towards}/{draw}"))
+                for draw in range(RANDOM_DRAWS)
+            },
         }
+        found: dict[str, dict[str, Scales] | str] = {}
+        for method, learn in learners.items():
+            try:
+                found[method] = learn()
+            except UserError as error:
+                found[method] = str(error)
         return found
+
+    def _ranked(self, towards: Direction, method: RankedMethod) -> dict[str, Scales]:
+        return {
+            ", ".join(f"{layer}.{head} x{scale:g}" for layer, head, scale in edit.heads): {
+                (layer, head): scale for layer, head, scale in edit.heads
+            }
+            for edit in candidates(self._head_scores, towards, method)
+        }
+
+    def _pruned_greedily(self, towards: Direction) -> dict[str, Scales]:
+        greedy = self._greedy(towards)
+        counts = sorted({min(count, len(greedy)) for count in _GREEDY_COUNTS})
+        return {f"{count} heads": dict.fromkeys(greedy[:count], 0.0) for count in counts}
 
     @cached_property
     def _head_scores(self) -> dict[str, HeadScores]:
@@ -149,6 +167,7 @@ class Comparison:
                     progress="Path patching, all heads",
                 )
             ),
+            version=PATH_PATCHING_VERSION,
         )
 
     def _greedy(self, towards: Direction) -> list[Place]:
@@ -168,19 +187,21 @@ class Comparison:
                     progress=f"Greedy selection towards {towards}",
                 )
             ],
+            version=(GREEDY_VERSION, GATE_DATA_VERSION, FORCING_VERSION),
         )
         return [(layer, head) for layer, head, _ in chosen]
 
-    def _learned(self, towards: Direction, settings: GateTraining) -> Scales:
+    def _learned(self, towards: Direction, settings: GateTraining) -> dict[str, Scales]:
         gates = self.dialing.gate_fit.learned(towards, settings)["gates"]
-        return {(layer, head): scale for layer, head, scale in gates}
+        return {"its gates": {(layer, head): scale for layer, head, scale in gates}}
 
-    def _tried(self, towards: Direction) -> list[Tried]:
+    def _tried(self, towards: Direction, edits: Mapping[str, Mapping[str, Scales]]) -> list[Tried]:
         """Every edit on dev, as it is and within the budgets."""
         dialing = self.dialing
         dev = dialing.gate_fit.data["dev"]
         wanted = dev.wanted(towards)
         budgets = dialing.settings.budgets
+        checked_by = (GATE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
 
         def check(scales: Scales, *, back: bool = False) -> dict[str, Any]:
             places, values = list(scales), torch.tensor([*scales.values()])
@@ -197,13 +218,13 @@ class Comparison:
         def kept(scales: Scales, *, back: bool = False) -> tuple[Scales, Checked]:
             depends_on = [dialing.gate_fit.basis, [[*place, scale] for place, scale in scales.items()]]
             depends_on += [budgets] if back else []
-            found = self.records.json(f"dev-{towards}", depends_on, lambda: check(scales, back=back))
+            found = self.records.json(
+                f"dev-{towards}", depends_on, lambda: check(scales, back=back), version=checked_by
+            )
             moved = dict(zip(scales, found["scales"], strict=True))
             return {place: scale for place, scale in moved.items() if scale != 1}, Checked(**found["checked"])
 
-        every = [
-            (method, name, scales) for method, some in self.edits(towards).items() for name, scales in some.items()
-        ]
+        every = [(method, name, scales) for method, some in edits.items() for name, scales in some.items()]
         tried = []
         for method, name, scales in tracked(every, f"On dev, towards {towards}"):
             tried.append(Tried(method, name, *kept(scales)))
@@ -247,13 +268,10 @@ def losses(before: UsageReport, after: Sequence[UsageReport]) -> dict[str, dict[
     found = {}
     for kind in (kind for kind in CONTEXT_KINDS if kind != "conflict"):
         clean = before.select(kind=kind).frame
-        lost = np.concatenate(
-            [
-                (clean["memory_span_match"] - report.select(kind=kind).frame["memory_span_match"]).to_numpy()
-                for report in after
-            ]
-        )
-        found[kind] = bootstrap_mean(lost, clean["subject"].to_list() * len(after)).to_record()
+        kept = np.concatenate([report.select(kind=kind).frame["memory_span_match"].to_numpy() for report in after])
+        right, subjects = np.tile(clean["memory_span_match"].to_numpy(), len(after)), clean["subject"].to_list()
+        # What is lost is what would be won on the way back.
+        found[kind] = paired_difference(kept, right, subjects * len(after)).to_record()
     return found
 
 
@@ -294,7 +312,7 @@ def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
                 "towards": towards,
                 "method": "unedited",
                 "chosen": "",
-                "gates": 0,
+                "gates": "0",
                 "rate": written(unedited[rate]),
                 **dict.fromkeys(_LOSSES.values(), ""),
                 "neutral KL": written(unedited["neutral_kl"], 3),
@@ -302,6 +320,7 @@ def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
         )
         for choice in ("within_budget", "regardless"):
             for method, choices in result[f"towards_{towards}"]["test"].items():
+                # Random gates are taken as they are drawn: none is chosen within the budgets.
                 if choice not in choices:
                     continue
                 found = choices[choice]
@@ -310,12 +329,23 @@ def comparison_table(result: Mapping[str, Any]) -> pl.DataFrame:
                         "towards": towards,
                         "method": method.replace("_", " "),
                         "chosen": choice.replace("_", " "),
-                        "gates": len(found["heads"]) + len(found["feed_forward"]),
+                        "gates": str(len(found["heads"]) + len(found["feed_forward"])),
                         "rate": written(found["test"][rate]),
                         **{label: written(found["loss"][kind]) for kind, label in _LOSSES.items()},
                         "neutral KL": written(found["test"]["neutral_kl"], 3),
                     }
                 )
+        rows += [
+            {
+                "towards": towards,
+                "method": method.replace("_", " "),
+                "chosen": f"not run: {choices['not_run']}",
+                "gates": "",
+                **dict.fromkeys(("rate", *_LOSSES.values(), "neutral KL"), ""),
+            }
+            for method, choices in result[f"towards_{towards}"]["test"].items()
+            if "not_run" in choices
+        ]
     return pl.DataFrame(rows)
 
 
@@ -356,16 +386,18 @@ def _ends(home: Dialing, asked: ConflictSet, dials: Mapping[str, TrustDial]) -> 
     """What the unedited model and both ends of some dials do on some prompts."""
 
     def measured(dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
-        key = [None if dial is None else edit_record(dial)]
         edits = [] if dial is None else [dial]
-        return measure_edits(home.model, home.records, asked, edits, key=key, label=f"{asked.name}: {label}")
+        return measure_edits(home.model, home.records, asked, edits, label=f"{asked.name}: {label}")
 
     before = measured(None, "unedited")
     found: dict[str, Any] = {"unedited": {"test": condition_record(*before)}}
     for name, dial in dials.items():
         for towards in DIRECTIONS:
             after = measured(_end(dial, towards), f"{name}, towards {towards}")
-            found[f"{name}_{towards}"] = {"test": condition_record(*after), "loss": losses(before[0], [after[0]])}
+            found[f"{name}_{towards}"] = {
+                "test": condition_record(*after, before[0]),
+                "loss": losses(before[0], [after[0]]),
+            }
     return found
 
 
@@ -419,7 +451,8 @@ def counterfact(dialing: Dialing, file: Path) -> dict[str, Any]:
             with applied(model, dial):
                 return greedily_continued(model, items, progress=label)
 
-        return dialing.records.json("counterfact-known", [[vars(item) for item in items], edit_record(dial)], ask)
+        key = [[vars(item) for item in items], effect_digest([dial])]
+        return dialing.records.json("counterfact-known", key, ask, version=(FORCING_VERSION, EDITS_VERSION))
 
     right = still_known(bare, dialing.dial.at(0), "CounterFact, bare")
     known = [example for example, is_known in zip(bare, right, strict=True) if is_known]
@@ -440,11 +473,12 @@ def counterfact(dialing: Dialing, file: Path) -> dict[str, Any]:
             with applied(model, dial):
                 return answer_starts(model, conflicts, progress="CounterFact, conflicts")
 
-        report = dialing.records.usage("counterfact", [conflicts.digest, edit_record(dial)], ask)
+        key = [conflicts.digest, effect_digest([dial])]
+        report = dialing.records.usage("counterfact", key, ask, version=(ANSWERS_VERSION, EDITS_VERSION))
         kept = still_known(known, dial, "CounterFact, known")
         result[name] = {
             **{f"{usage}_rate": report.rate(usage).to_record() for usage in ("memory", "context")},
-            "closed_book_accuracy": bootstrap_mean(kept, [example.subject for example in known]).to_record(),
+            "closed_book_accuracy": rate(kept, [example.subject for example in known]).to_record(),
         }
     write_json(dialing.out / "counterfact.json", result)
     return result

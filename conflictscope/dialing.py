@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 
 from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
@@ -25,15 +24,15 @@ from conflictscope.records import Records
 from conflictscope.study import (
     RANDOM_DRAWS,
     TEST_PHRASINGS,
-    condition_record,
     measure_edits,
     model_record,
+    pooled_record,
     run_record,
 )
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError
-from interp.evaluation import UsageReport, answer_starts
+from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts
 from interp.facts import (
     HELD_OUT_PHRASING,
     LEARNED_PHRASINGS,
@@ -50,9 +49,10 @@ from interp.files import write_json
 from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import dial_curve, save_figure
-from interp.teacher_forcing import continued, greedily_continued
+from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
 from interventions.base import applied
-from interventions.config import InterventionFile
+from interventions.config import InterventionFile, effect_digest
+from interventions.entries import EDITS_VERSION
 from interventions.gate_data import gate_places
 from interventions.gate_training import GateTraining
 from interventions.gates import DialPoint, Gate, TrustDial
@@ -113,9 +113,10 @@ class Dialing:
         baseline = self.verified([None], "Unedited model")
         ends = {towards: dial.at(1.0 if towards == "context" else -1.0) for towards in DIRECTIONS}
         measured = {towards: self.verified([end], f"Dial towards {towards}") for towards, end in ends.items()}
-        draws = [
-            self.elsewhere(ends[towards], f"{towards}/{draw}") for towards in DIRECTIONS for draw in range(RANDOM_DRAWS)
-        ]
+        draws = {
+            towards: [self.elsewhere(end, f"{towards}/{draw}") for draw in range(RANDOM_DRAWS)]
+            for towards, end in ends.items()
+        }
         summary = {
             "model": model_record(self.model, self.name),
             "data": {
@@ -146,9 +147,12 @@ class Dialing:
                 for towards in DIRECTIONS
             },
             "random_heads": {
-                "draws": [edit_record(draw) for draw in draws],
-                "chosen_on": "random",
-                "test": self.verified(draws, "Random gates"),
+                f"towards_{towards}": {
+                    "draws": [edit_record(draw) for draw in drawn],
+                    "chosen_on": "random",
+                    "test": self.verified(drawn, f"Random gates, towards {towards}"),
+                }
+                for towards, drawn in draws.items()
             },
             "calibration": [vars(point) for point in dial.calibration],
             "asked": {f"towards_{towards}": self._asked(towards) for towards in DIRECTIONS},
@@ -193,7 +197,8 @@ class Dialing:
             with applied(self.model, dial):
                 return answer_starts(self.model, conflicts)
 
-        return self.records.usage("starts", [conflicts.digest, edit_record(dial)], ask)
+        key = [conflicts.digest, effect_digest([dial])]
+        return self.records.usage("starts", key, ask, version=(ANSWERS_VERSION, EDITS_VERSION))
 
     @cached_property
     def _learned(self) -> dict[Direction, dict[str, Any]]:
@@ -216,15 +221,13 @@ class Dialing:
 
     def verified(self, dials: Sequence[TrustDial | None], label: str) -> dict[str, Any]:
         """What some dials, or no dial, do on test, all together."""
-        measured = [self.measured(dial, label) for dial in dials]
-        report = UsageReport(pl.concat([report.frame for report, _ in measured]))
-        return condition_record(report, np.mean([kl for _, kl in measured], axis=0))
+        unedited = None if dials == [None] else self.measured(None, "Unedited model")[0]
+        return pooled_record([self.measured(dial, label) for dial in dials], unedited)
 
     def measured(self, dial: TrustDial | None, label: str) -> tuple[UsageReport, np.ndarray]:
         """What a dial, or no dial, does on test, and the KL divergence on every neutral text; both are kept."""
         edits = [] if dial is None else [dial]
-        key = [None if dial is None else edit_record(dial)]
-        return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
+        return measure_edits(self.model, self.records, self.tested, edits, label=f"Test: {label}")
 
     def _asked(self, towards: Direction) -> dict[str, Any]:
         """The rate on test when the dial is asked for the one halfway between no trust and its end.
@@ -325,7 +328,10 @@ def known_conflicts(
         for relation, fact, phrasing in asked
     ]
     known = records.json(
-        "known", [vars(item) for item in items], lambda: greedily_continued(model, items, progress="Closed-book")
+        "known",
+        [vars(item) for item in items],
+        lambda: greedily_continued(model, items, progress="Closed-book"),
+        version=FORCING_VERSION,
     )
     # As in a study, a fact is known if most seen phrasings get it right; it is then asked about in all.
     hits = Counter(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from conflictscope.records import Records
 from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
-from interp.corpus import sampled_texts
-from interventions.gate_data import GateData
-from interventions.gate_training import GateTraining, learn_gates
+from interp.corpus import TEXTS_VERSION, sampled_texts
+from interp.teacher_forcing import FORCING_VERSION
+from interventions.gate_data import GATE_DATA_VERSION, GateData
+from interventions.gate_training import GATES_VERSION, GateTraining, learn_gates
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -48,7 +49,8 @@ class GateFit:
     def learned(self, towards: Direction, settings: GateTraining) -> dict[str, Any]:
         """The gates ``[layer, head, scale]`` of one direction, and what they do on dev."""
         depends_on = [self.basis, vars(settings)]
-        checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors")
+        version = (GATES_VERSION, GATE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
+        checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors", version=version)
 
         def compute() -> dict[str, Any]:
             progress = f"Learning towards {towards}"
@@ -66,7 +68,7 @@ class GateFit:
                 "dev": asdict(gates.dev),
             }
 
-        found = self.records.json(f"gates-{towards}", depends_on, compute)
+        found = self.records.json(f"gates-{towards}", depends_on, compute, version=version)
         checkpoint.unlink(missing_ok=True)
         return found
 

@@ -37,7 +37,7 @@ from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, STUDY_PHRASINGS, relation_named
 from interp.files import write_json
 from interp.models import fingerprint
-from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
+from interp.statistics import Estimate, bootstrap_means, rate
 from interventions.config import InterventionFile
 from interventions.entries import AnyIntervention
 from interventions.gates import TrustDial
@@ -186,7 +186,10 @@ class Gating:
                 "test": {"opened": opened["gated"]},
             },
             "random_gate": {"dev": {"opened": self.blind.opened}, "test": {"opened": opened["random_gate"]}},
-            "conditions": {name: condition_record(*found) for name, found in measured.items()},
+            "conditions": {
+                name: condition_record(*found, None if name == "unedited" else reports["unedited"])
+                for name, found in measured.items()
+            },
             "kept": {name: self._kept(reports, name) for name in ("gated", "random_gate")},
         }
         self._write(gate, summary, reports)
@@ -261,8 +264,7 @@ class Gating:
         return Chosen(probe, threshold, {kind: float(is_open[kinds == kind].mean()) for kind in CONTEXT_KINDS})
 
     def _measured(self, edits: Sequence[AnyIntervention], label: str) -> tuple[UsageReport, np.ndarray]:
-        key = [InterventionFile.of(edits, name="edits", model=self.file.model).digest if edits else None]
-        return measure_edits(self.model, self.records, self.tested, edits, key=key, label=f"Test: {label}")
+        return measure_edits(self.model, self.records, self.tested, edits, label=f"Test: {label}")
 
     def _opened(self) -> dict[str, dict[str, Any]]:
         """For both gates the share of test's prompts of each kind for which they open, and in the unseen phrasing."""
@@ -310,10 +312,10 @@ class Gating:
         write_json(self.out / "summary.json", summary)
 
 
-def _shares(opened: pl.DataFrame) -> dict[str, dict[str, float]]:
-    """Mean of the column ``open`` by kind, with intervals by subject."""
+def _shares(opened: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """Share of ones in the column ``open`` by kind, with intervals by subject."""
     return {
-        kind: bootstrap_mean(part["open"].to_numpy(), part["subject"].to_list()).to_record()
+        kind: rate(part["open"].to_numpy(), part["subject"].to_list()).to_record()
         for kind in CONTEXT_KINDS
         if not (part := opened.filter(kind=kind)).is_empty()
     }
@@ -321,7 +323,7 @@ def _shares(opened: pl.DataFrame) -> dict[str, dict[str, float]]:
 
 def kept_shares(
     reports: Mapping[Condition, UsageReport], gated: Condition, towards: str | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Which share of the ungated edit's gain and damage is left behind a gate, with intervals by subject.
 
     Args:
@@ -330,10 +332,10 @@ def kept_shares(
         towards: The source whose rate is the gain; ``None`` has damage only.
 
     Returns:
-        ``gain``, and the losses of accuracy ``none``, ``aligned``, ``irrelevant``; what has no change to keep a share
-        of is left out.
+        ``gain``, and the losses of accuracy ``none``, ``aligned``, ``irrelevant``, as far as there are such prompts.
+        Of what the ungated edit does not change the share is undefined.
     """
-    shares: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, Any]] = {}
     for kind in CONTEXT_KINDS:
         if kind == "conflict" and towards is None:
             continue
@@ -346,16 +348,28 @@ def kept_shares(
             ],
             axis=1,
         )
-        if not len(right) or right[:, 0].mean() == right[:, 1].mean():
-            continue
-        means = np.vstack([right.mean(0), bootstrap_means(right, frames[0]["subject"].to_list())])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = (means[:, 2] - means[:, 0]) / (means[:, 1] - means[:, 0])
-        # Where a resample has no change at all there is no share; what it would be is bounded by nothing.
-        low, high = np.quantile(share[1:][np.isfinite(share[1:])], [0.025, 0.975])
-        name = "gain" if kind == "conflict" else kind
-        shares[name] = Estimate(float(share[0]), float(low), float(high), len(right)).to_record()
+        if len(right):
+            name = "gain" if kind == "conflict" else kind
+            shares[name] = _kept_share(right, frames[0]["subject"].to_list()).to_record()
     return shares
+
+
+def _kept_share(right: np.ndarray, subjects: Sequence[str]) -> Estimate:
+    """Which share of a change is kept; ``right`` is ``(n, 3)``: unedited, edited everywhere, gated."""
+    changed, kept = right[:, 1] - right[:, 0], right[:, 2] - right[:, 0]
+    if not changed.sum():
+        return Estimate.undefined(len(right))
+    moved = np.flatnonzero(changed).tolist()
+    one_way, kept_of_moved = abs(changed.sum()) == len(moved), kept[moved] / changed[moved]
+    if one_way and np.count_nonzero(kept) == kept_of_moved.sum() and np.isin(kept_of_moved, (0, 1)).all():
+        # Nothing else changed, and of what did each prompt keeps its change or loses it: a rate.
+        return rate(kept_of_moved, [subjects[i] for i in moved])
+    means = np.vstack([right.mean(0), bootstrap_means(right, subjects)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (means[:, 2] - means[:, 0]) / (means[:, 1] - means[:, 0])
+    # Where a resample has no change at all there is no share; what it would be is bounded by nothing.
+    low, high = np.quantile(share[1:][np.isfinite(share[1:])], [0.025, 0.975])
+    return Estimate(float(share[0]), float(low), float(high), len(right))
 
 
 def gating_table(summary: Mapping[str, Any]) -> pl.DataFrame:

@@ -32,9 +32,10 @@ from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import measure_usage
+from interp.evaluation import ANSWERS_VERSION, measure_usage
 from interp.facts import (
     HELD_OUT_PHRASING,
+    KNOWN_VERSION,
     PHRASINGS,
     Fact,
     build_conflicts,
@@ -46,7 +47,7 @@ from interp.files import write_json, write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
 from interp.plots import save_figure
-from interp.statistics import Estimate, bootstrap_mean
+from interp.statistics import Estimate, rate
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
@@ -92,11 +93,15 @@ def conflicts_for_probes(
             f"known-{relation}",
             [[fact.subject, fact.answers] for fact in usable],
             lambda relation=relation: [f.subject for f in known_facts(model, relation, progress=f"Known: {relation}")],
+            version=(KNOWN_VERSION, ANSWERS_VERSION),
         )
         facts[relation] = [fact for fact in usable if fact.subject in known]
     closed_book = build_conflicts(facts, seed=seed, kinds=("none",), phrasings=tuple(PHRASINGS))
     report = records.usage(
-        "closed_book", closed_book.digest, lambda: measure_usage(model, closed_book, progress="Closed-book")
+        "closed_book",
+        closed_book.digest,
+        lambda: measure_usage(model, closed_book, progress="Closed-book"),
+        version=ANSWERS_VERSION,
     )
     right = report.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template").rows()
     return conflicts_by_phrasing(facts, set(right), seed=seed, kinds=kinds)
@@ -471,8 +476,8 @@ class _Scoring:
             )
             for measure, kind in (("true_positive_rate", "conflict"), ("false_positive_rate", "aligned")):
                 part = called.filter(label=kind)
-                rate = bootstrap_mean(part["called"].to_numpy(), part["subject"].to_list(), seed=self.seed)
-                self._note("detector", name, probe.site, measure, rate)
+                found = rate(part["called"].to_numpy(), part["subject"].to_list())
+                self._note("detector", name, probe.site, measure, found)
 
     def _floor(self, by_site: Mapping[str, ProbeScore]) -> tuple[str, ProbeScore] | None:
         """Scores the floors; the one to draw, with its name."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import polars as pl
 
-from conflictscope import __version__
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
@@ -18,36 +17,40 @@ from interp.files import read_json, write_json
 
 _T = TypeVar("_T")
 
+Version = int | Sequence[int]
+
 
 class Records:
     """Results of finished steps in a folder, each under a key made of everything that decides it.
 
+    Part of the key is the version of the code that a step runs: the constants ``..._VERSION`` next to that code, which
+    are raised when it would give other results. A step that runs several such pieces has all their versions.
+
     Args:
         folder: Where the results lie.
-        **basis: What every step depends on: the model's fingerprint, for example. The package's version is added.
+        **basis: What every step depends on: the model's fingerprint, for example.
     """
 
     def __init__(self, folder: Path, **basis: Any) -> None:
         self.folder = folder
-        self._basis = {**basis, "version": __version__}
+        self._basis = basis
 
-    def json(self, step: str, depends_on: Any, compute: Callable[[], Any]) -> Any:
+    def json(self, step: str, depends_on: Any, compute: Callable[[], Any], *, version: Version) -> Any:
         """The JSON result of ``step``: read if it is there, else computed and kept."""
-        return self._kept(step, depends_on, ".json", read_json, lambda path, result: write_json(path, result), compute)
+        path = self.place(step, depends_on, ".json", version=version)
+        return self._kept(path, read_json, lambda path, result: write_json(path, result), compute)
 
-    def usage(self, step: str, depends_on: Any, compute: Callable[[], UsageReport]) -> UsageReport:
+    def usage(self, step: str, depends_on: Any, compute: Callable[[], UsageReport], *, version: Version) -> UsageReport:
         """The same for a usage report."""
         return self._kept(
-            step,
-            depends_on,
-            ".parquet",
+            self.place(step, depends_on, ".parquet", version=version),
             lambda path: UsageReport(pl.read_parquet(path)),
             lambda path, report: report.save(path),
             compute,
         )
 
     def head_scores(
-        self, step: str, depends_on: Any, compute: Callable[[], dict[Any, HeadScores]]
+        self, step: str, depends_on: Any, compute: Callable[[], dict[Any, HeadScores]], *, version: Version
     ) -> dict[str, HeadScores]:
         """The same for head scores by metric; they are kept together in one folder."""
 
@@ -60,23 +63,20 @@ class Records:
             # Written last: a folder without it is a step that did not finish.
             write_json(folder / "metrics.json", list(scores))
 
-        return self._kept(step, depends_on, "", read, write, compute)
+        return self._kept(self.place(step, depends_on, "", version=version), read, write, compute)
 
-    def place(self, step: str, depends_on: Any, suffix: str) -> Path:
-        """The file of a step: another one for anything else that it depends on."""
-        key = json.dumps([self._basis, step, depends_on], sort_keys=True, default=str)
+    def place(self, step: str, depends_on: Any, suffix: str, *, version: Version) -> Path:
+        """The file of a step: another one for anything else that it depends on, and for another version of it."""
+        key = json.dumps([self._basis, step, version, depends_on], sort_keys=True, default=str)
         return self.folder / f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:12]}{suffix}"
 
     def _kept(
         self,
-        step: str,
-        depends_on: Any,
-        suffix: str,
+        path: Path,
         read: Callable[[Path], _T],
         write: Callable[[Path, _T], None],
         compute: Callable[[], _T],
     ) -> _T:
-        path = self.place(step, depends_on, suffix)
         if path.exists():
             try:
                 return read(path)

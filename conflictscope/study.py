@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import polars as pl
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -29,15 +30,27 @@ from conflictscope.examples import UNEDITED, condition_of, example_frame, write_
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
 from conflictscope.report import demo_run, write_report
+from conflictscope.report.words import words
 from interp.anatomy import Anatomy
-from interp.attribution.path_patching import path_patching
+from interp.answers import USAGES
+from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead, top_heads
-from interp.attribution.states import last_token_states
+from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
-from interp.evaluation import Damage, UsageReport, answer_starts, measure_usage, neutral_kl, neutral_texts
+from interp.evaluation import (
+    ANSWERS_VERSION,
+    NEUTRAL_KL_VERSION,
+    Damage,
+    UsageReport,
+    answer_starts,
+    measure_usage,
+    neutral_kl,
+    neutral_texts,
+)
 from interp.facts import (
     HELD_OUT_PHRASING,
+    KNOWN_VERSION,
     SEEN_PHRASINGS,
     STUDY_PHRASINGS,
     Fact,
@@ -50,8 +63,9 @@ from interp.facts import (
 from interp.files import write_json
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
-from interventions.base import Intervention, applied
-from interventions.config import InterventionFile
+from interventions.base import applied
+from interventions.config import InterventionFile, effect_digest
+from interventions.entries import EDITS_VERSION, AnyIntervention
 from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
@@ -190,8 +204,9 @@ class Study:
             The summary, as it is written to ``summary.json``.
         """
         scores = self.head_scores()
-        baseline = condition_record(*self._measured("Unedited model", None))
-        competing = self._competing()
+        unedited, _ = before = self._measured("Unedited model", None)
+        baseline = condition_record(*before)
+        competing, not_run = self._competing()
         chosen: dict[Direction, dict[Method, Candidate]] = {
             d: {method: self._chosen(scores, d, method) for method in competing} for d in DIRECTIONS
         }
@@ -200,7 +215,7 @@ class Study:
         }
         methods = {
             method: {
-                f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method])
+                f"towards_{towards}": self._verified(f"{method} towards {towards}", chosen[towards][method], unedited)
                 for towards in DIRECTIONS
             }
             for method in competing
@@ -224,8 +239,8 @@ class Study:
                 f"towards_{towards}": {"method": winners[towards], **methods[winners[towards]][f"towards_{towards}"]}
                 for towards in DIRECTIONS
             },
-            "random_heads": self._random_control([chosen[towards][winners[towards]] for towards in DIRECTIONS]),
-            "methods": methods,
+            "random_heads": self._random_control({d: chosen[d][winners[d]] for d in DIRECTIONS}, unedited),
+            "methods": {**methods, **{method: {"not_run": reason} for method, reason in not_run.items()}},
         }
         shown: dict[str, Candidate | None] = {
             UNEDITED: None,
@@ -251,6 +266,7 @@ class Study:
                     progress="Path patching, all heads",
                 )
             ),
+            version=PATH_PATCHING_VERSION,
         )
 
     def _build_conflicts(self) -> ConflictSet:
@@ -269,6 +285,7 @@ class Study:
                     fact.subject
                     for fact in known_facts(self.model, relation, among=asked, progress=f"Closed-book: {relation}")
                 ],
+                version=(KNOWN_VERSION, ANSWERS_VERSION),
             )
             facts[relation] = [fact for fact in asked if fact.subject in known]
             self.console.print(f"{self.name} knows {len(known)} of {len(asked)} facts of {relation} closed-book.")
@@ -289,7 +306,12 @@ class Study:
     def mean_outputs(self) -> Tensor:
         """Each head's mean z at the end of the train split's closed-book prompts, ``(n_layers, n_heads, d_head)``."""
         prompts = [example.prompt for example in self._selected("train", ["none"], SEEN_PHRASINGS)]
-        return last_token_states(self.model, prompts).z.mean(0).float().cpu()
+
+        def compute() -> list[Any]:
+            return last_token_states(self.model, prompts).z.mean(0).float().cpu().tolist()
+
+        # Kept, since what they decide is kept under their digits, which may differ from run to run.
+        return torch.tensor(self.records.json("mean_outputs", prompts, compute, version=STATES_VERSION))
 
     def _chosen(self, scores: Mapping[str, HeadScores], towards: Direction, method: Method) -> Candidate:
         """The method's winner on dev."""
@@ -298,15 +320,14 @@ class Study:
         competitors = candidates(scores, towards, method)
         return competitors[self._best(competitors, towards)]
 
-    def _competing(self) -> list[Method]:
-        """The methods that this model allows: gates need gradients, and text to guard them."""
+    def _competing(self) -> tuple[list[Method], dict[Method, str]]:
+        """The methods that this model allows, and why not the others: gates need gradients, and text to guard them."""
         try:
             for towards in DIRECTIONS:
                 self._learned_gates(towards)
         except UserError as error:
-            self.console.print(f"Without learned gates: {error}", markup=False)
-            return [method for method in METHODS if method != "learned_gates"]
-        return list(METHODS)
+            return [method for method in METHODS if method != "learned_gates"], {"learned_gates": str(error)}
+        return list(METHODS), {}
 
     def _learned_gates(self, towards: Direction) -> Candidate:
         """The scales of all heads, learned together."""
@@ -343,11 +364,14 @@ class Study:
     def _edited_report(
         self, step: str, label: str, conflicts: ConflictSet, candidate: Candidate | None, measure: Any
     ) -> UsageReport:
+        edits = self._edits(candidate)
+
         def compute() -> UsageReport:
-            with applied(self.model, *self._edits(candidate)):
+            with applied(self.model, *edits):
                 return measure(self.model, conflicts, progress=label)
 
-        return self.records.usage(step, [conflicts.digest, candidate and candidate.to_record()], compute)
+        key = [conflicts.digest, effect_digest(edits)]
+        return self.records.usage(step, key, compute, version=(ANSWERS_VERSION, EDITS_VERSION))
 
     @cached_property
     def _tested(self) -> ConflictSet:
@@ -363,38 +387,42 @@ class Study:
 
     def _measured(self, label: str, candidate: Candidate | None) -> tuple[UsageReport, np.ndarray]:
         """Answers on test, and the KL of every neutral text."""
-        # Means, and so what a candidate does, depend on the data too.
-        key = [self.conflicts.digest, candidate and candidate.to_record()]
-        return measure_edits(self.model, self.records, self._tested, self._edits(candidate), key=key, label=label)
+        return measure_edits(self.model, self.records, self._tested, self._edits(candidate), label=label)
 
-    def _verified(self, label: str, candidate: Candidate) -> dict[str, Any]:
+    def _verified(self, label: str, candidate: Candidate, unedited: UsageReport) -> dict[str, Any]:
         return {
             **candidate.to_record(),
             "chosen_on": "dev",
-            "test": condition_record(*self._measured(label, candidate)),
+            "test": condition_record(*self._measured(label, candidate), unedited),
         }
 
-    def _random_control(self, winners: Sequence[Candidate]) -> dict[str, Any]:
-        """For each winner as many random heads, edited alike and measured together; none of a winner's, if possible."""
+    def _random_control(self, winners: Mapping[Direction, Candidate], unedited: UsageReport) -> dict[str, Any]:
+        """For each winner as many random heads, edited alike and drawn several times; none of a winner's, if possible.
+
+        Returns:
+            For each direction its draws, measured together.
+        """
         anatomy = Anatomy(self.model)
-        taken = {head[:2] for winner in winners for head in winner.heads}
+        taken = {head[:2] for winner in winners.values() for head in winner.heads}
         places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
         free = [place for place in places if place not in taken]
-        rng = random.Random(self.seed)
-        draws = []
-        for winner in [*winners] * RANDOM_DRAWS:
-            # Where too many heads are edited, some of the others are among them.
-            enough = len(winner.heads) <= len(free)
-            drawn = zip(rng.sample(free if enough else places, len(winner.heads)), winner.heads, strict=True)
-            draws.append(Candidate(tuple((*place, scale) for place, (*_, scale) in drawn), winner.around_mean))
-        measured = [self._measured(f"Random heads, draw {i}", draw) for i, draw in enumerate(draws, 1)]
-        report = UsageReport(pl.concat([report.frame for report, _ in measured]))
-        divergences = np.mean([kl for _, kl in measured], axis=0)
-        return {
-            "draws": [draw.to_record() for draw in draws],
-            "chosen_on": "random",
-            "test": condition_record(report, divergences),
-        }
+        controls = {}
+        for towards, winner in winners.items():
+            rng = random.Random(f"{self.seed}/{towards}")
+            draws = []
+            for _ in range(RANDOM_DRAWS):
+                # Where too many heads are edited, some of the others are among them.
+                enough = len(winner.heads) <= len(free)
+                drawn = zip(rng.sample(free if enough else places, len(winner.heads)), winner.heads, strict=True)
+                draws.append(Candidate(tuple((*place, scale) for place, (*_, scale) in drawn), winner.around_mean))
+            label = f"Random heads, towards {towards}, draw"
+            measured = [self._measured(f"{label} {i}", draw) for i, draw in enumerate(draws, 1)]
+            controls[f"towards_{towards}"] = {
+                "draws": [draw.to_record() for draw in draws],
+                "chosen_on": "random",
+                "test": pooled_record(measured, unedited),
+            }
+        return controls
 
     def _write(
         self,
@@ -436,20 +464,18 @@ def measure_edits(
     model: TransformerBridge,
     records: Records,
     asked: ConflictSet,
-    edits: Sequence[Intervention],
+    edits: Sequence[AnyIntervention],
     *,
-    key: Sequence[Any],
     label: str,
     neutral_position: Literal["all", "last"] = "all",
 ) -> tuple[UsageReport, np.ndarray]:
-    """What an edited model answers, and the KL of every neutral text; both are kept.
+    """What an edited model answers, and the KL of every neutral text; both are kept, for whatever does the same.
 
     Args:
         model: The bridge, unedited.
         records: Where they are kept.
         asked: What is asked.
         edits: What is applied; nothing measures the unedited model.
-        key: What tells these edits from others, as JSON.
         label: What progress bars say.
         neutral_position: The positions of neutral text that count; see ``neutral_kl``.
     """
@@ -462,8 +488,15 @@ def measure_edits(
         progress = f"{label}: neutral text"
         return neutral_kl(model, lambda: applied(model, *edits), position=neutral_position, progress=progress).tolist()
 
-    kl = records.json("neutral_kl", [*key, neutral_texts(), neutral_position], divergences)
-    return records.usage("test", [*key, asked.digest], answers), np.array(kl)
+    effect = effect_digest(edits)
+    kl = records.json(
+        "neutral_kl",
+        [effect, neutral_texts(), neutral_position],
+        divergences,
+        version=(NEUTRAL_KL_VERSION, EDITS_VERSION),
+    )
+    report = records.usage("test", [effect, asked.digest], answers, version=(ANSWERS_VERSION, EDITS_VERSION))
+    return report, np.array(kl)
 
 
 def model_record(model: TransformerBridge, name: str) -> dict[str, Any]:
@@ -480,15 +513,23 @@ def run_record(model: TransformerBridge) -> dict[str, Any]:
     return {"device": str(anatomy.device), "dtype": dtype, "versions": versions()}
 
 
-def condition_record(report: UsageReport, divergences: np.ndarray) -> dict[str, Any]:
-    """What the summary says about one measured condition."""
+def condition_record(
+    report: UsageReport, divergences: np.ndarray, unedited: UsageReport | None = None
+) -> dict[str, Any]:
+    """What the summary says about one measured condition.
+
+    Args:
+        report: Answers to the test prompts, maybe of several draws one after the other.
+        divergences: Of the neutral texts.
+        unedited: The unedited model's answers, to compare with prompt by prompt: ``change`` holds for each rate and
+            accuracy how it changed. ``None`` for the unedited model itself.
+    """
     conflict = report.select(kind="conflict")
 
-    def rates(part: UsageReport) -> dict[str, dict[str, float]]:
-        usages = ("memory", "context", "both", "other")
-        return {f"{usage}_rate": part.rate(usage).to_record() for usage in usages}
+    def rates(part: UsageReport) -> dict[str, dict[str, Any]]:
+        return {f"{usage}_rate": part.rate(usage).to_record() for usage in USAGES}
 
-    return {
+    record = {
         **rates(conflict),
         "memorisation_ratio": conflict.memorisation_ratio().to_record(),
         **Damage.of(report, divergences).to_record(),
@@ -497,6 +538,17 @@ def condition_record(report: UsageReport, divergences: np.ndarray) -> dict[str, 
             for template in conflict.frame["template"].unique(maintain_order=True)
         },
     }
+    if unedited is None:
+        return record
+    return {**record, "change": {name: change.to_record() for name, change in report.changes(unedited).items()}}
+
+
+def pooled_record(
+    measured: Sequence[tuple[UsageReport, np.ndarray]], unedited: UsageReport | None = None
+) -> dict[str, Any]:
+    """The same for several draws together."""
+    report = UsageReport(pl.concat([report.frame for report, _ in measured]))
+    return condition_record(report, np.mean([kl for _, kl in measured], axis=0), unedited)
 
 
 def versions() -> dict[str, str]:
@@ -521,12 +573,11 @@ def run_study(
 
 def headline(summary: Mapping[str, Any]) -> Iterator[str]:
     """The result in a few lines, for the terminal."""
-    conditions = {
-        "unedited": summary["baseline"],
-        "towards context": summary["towards_context"],
-        "towards memory": summary["towards_memory"],
-        "random heads": summary["random_heads"],
-    }
+    conditions = {"unedited": summary["baseline"]}
+    for towards in (f"towards_{d}" for d in DIRECTIONS):
+        conditions[words(towards)] = summary[towards]
+        conditions[f"random, {words(towards)}"] = summary["random_heads"][towards]
+    width = max(map(len, conditions)) + 1
     for name, condition in conditions.items():
         test = condition["test"]
         edits = [edit for edit in condition.get("draws", [condition]) if "heads" in edit]
@@ -534,5 +585,8 @@ def headline(summary: Mapping[str, Any]) -> Iterator[str]:
         gated = any(edit.get("feed_forward") for edit in edits)
         edited = f"{'+'.join(map(str, sizes))} {'gates' if gated else 'heads'}" if sizes else ""
         measures = ("memory_rate", "context_rate", "closed_book_accuracy", "aligned_accuracy", "neutral_kl")
-        values = "  ".join(f"{measure} {Estimate(**test[measure])}" for measure in measures)
-        yield f"{name:<16} {edited:<9} {values}"
+        values = "  ".join(f"{measure} {Estimate.from_record(test[measure])}" for measure in measures)
+        yield f"{name:<{width}} {edited:<9} {values}"
+    for method, found in summary.get("methods", {}).items():
+        if "not_run" in found:
+            yield f"{words(method):<{width}} {'not run':<9} {found['not_run']}"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 96
 TEMPERATURE = 0.8
+TEXTS_VERSION = 1
+"""Version of how texts are sampled: raise it when the same arguments would give others."""
 
 _BATCH_SIZE = 128
 
@@ -65,7 +67,7 @@ def sampled_texts(
     """
     starts = _starts(model, split, seed)
     size = batch_size or _BATCH_SIZE
-    decided_by = [fingerprint(model), split, seed, new_tokens, TEMPERATURE, size]
+    decided_by = [TEXTS_VERSION, fingerprint(model), split, seed, new_tokens, TEMPERATURE, size]
     place = folder / f"{split}-{hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:12]}"
     batches: list[list[str]] = []
     for number in tracked(range(-(-count // size)), progress):

@@ -2,7 +2,7 @@
 
 ``memory_rate`` and ``context_rate`` are shares of all prompts; ``memorisation_ratio`` is
 memory / (memory + context), as in MemoTrap and CAD papers (see Longpre et al. 2021, arXiv 2109.05052).
-Intervals are bootstrapped by subject.
+Intervals are by subject: see ``interp.statistics``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from interp.generation import (
     tracked,
 )
 from interp.inputs import first_token_id, padded, prompt_batches
-from interp.statistics import Estimate, bootstrap_mean, bootstrap_means
+from interp.statistics import Difference, Estimate, bootstrap_mean, paired_difference, rate
+
+ANSWERS_VERSION = 1
+"""Version of how prompts are answered and answers judged: raise it when the same prompts would get other rows."""
+
+NEUTRAL_KL_VERSION = 1
+"""Version of ``neutral_kl``: raise it when the same texts would get other numbers."""
 
 # Fewer answers, or more of them that start as expected, and nothing is said.
 _FEWEST_TOLD, _ALMOST_NONE = 10, 0.1
@@ -40,6 +46,12 @@ _SCORE_COLUMNS = (
     *(f"{source}_{score}" for source in ("memory", "context") for score in ("exact_match", "span_match", "f1")),
     "logit_difference",
 )
+_IS_RIGHT = pl.col("memory_span_match") > 0
+_GUARDS: dict[str, ContextKind] = {
+    "closed_book_accuracy": "none",
+    "aligned_accuracy": "aligned",
+    "irrelevant_accuracy": "irrelevant",
+}
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -61,41 +73,64 @@ class UsageReport:
         """The rows whose columns have the given values, for example ``select(kind="conflict")``."""
         return UsageReport(self.frame.filter(**conditions))
 
-    def rate(self, usage: Usage, *, seed: int = 0) -> Estimate:
+    def rate(self, usage: Usage) -> Estimate:
         """Share of all prompts whose answer used ``usage``.
 
         Raises:
             UserError: If the report is empty.
         """
-        return self._mean(self.frame["usage"] == usage, seed)
+        return self._rate(pl.col("usage") == usage)
 
-    def accuracy(self, *, seed: int = 0) -> Estimate:
+    def accuracy(self) -> Estimate:
         """Share of prompts whose answer contains the memory answer (the truth, for kinds other than conflict)."""
-        return self._mean(self.frame["memory_span_match"], seed)
+        return self._rate(_IS_RIGHT)
 
     def mean(self, column: str, *, seed: int = 0) -> Estimate:
-        """Mean of a numeric column over the rows where it is not null."""
+        """Mean of a numeric column over the rows where it is not null; of one of zeros and ones it is a rate."""
         present = UsageReport(self.frame.drop_nulls(column))
-        return present._mean(present.frame[column], seed)
+        present._check()
+        values, subjects = _numbers(present.frame, pl.col(column)), present.frame["subject"].to_list()
+        return rate(values, subjects) if np.isin(values, (0, 1)).all() else bootstrap_mean(values, subjects, seed=seed)
 
-    def memorisation_ratio(self, *, seed: int = 0) -> Estimate:
-        """Memory / (memory + context) over all prompts; 0 where neither source is ever used."""
+    def memorisation_ratio(self) -> Estimate:
+        """Share of memory among the answers that use one of the two sources; undefined where none does."""
         self._check()
-        memory, context = (np.asarray(self.frame["usage"] == u, dtype=float) for u in ("memory", "context"))
-        means = bootstrap_means(np.stack([memory, context], axis=1), self.frame["subject"].to_list(), seed=seed)
+        of_one_source = UsageReport(self.frame.filter(pl.col("usage").is_in(["memory", "context"])))
+        return of_one_source.rate("memory") if len(of_one_source.frame) else Estimate.undefined()
 
-        def ratio(pair: np.ndarray) -> np.ndarray:
-            return pair[..., 0] / np.maximum(pair.sum(-1), 1e-12)
+    def rate_change(self, before: UsageReport, usage: Usage) -> Difference:
+        """How the rate of ``usage`` changed, prompt by prompt.
 
-        low, high = np.quantile(ratio(means), [0.025, 0.975])
-        value = ratio(np.array([memory.mean(), context.mean()]))
-        return Estimate(float(value), float(low), float(high), len(memory))
+        Args:
+            before: Answers to the same prompts before the edit; this report may hold each prompt several times.
+            usage: The usage.
+
+        Raises:
+            UserError: If the report is empty, or ``before`` lacks one of its prompts.
+        """
+        return self._change(before, pl.col("usage") == usage)
+
+    def accuracy_change(self, before: UsageReport) -> Difference:
+        """How the accuracy changed, prompt by prompt; see ``rate_change``."""
+        return self._change(before, _IS_RIGHT)
+
+    def changes(self, before: UsageReport) -> dict[str, Difference]:
+        """How the rates on conflict prompts and the accuracies on all other kinds changed; see ``rate_change``.
+
+        Returns:
+            By measure, named as in a study's summary; accuracies as far as there are prompts of their kind.
+        """
+        conflict, guards = self.select(kind="conflict"), {m: self.select(kind=kind) for m, kind in _GUARDS.items()}
+        return {
+            **{f"{usage}_rate": conflict.rate_change(before, usage) for usage in USAGES},
+            **{measure: part.accuracy_change(before) for measure, part in guards.items() if len(part.frame)},
+        }
 
     def summary(self, by: Sequence[str] = ()) -> pl.DataFrame:
         """Rates, accuracy, memorisation ratio and mean scores with intervals, by combination of the columns ``by``.
 
         Returns:
-            Columns ``by``, ``measure``, ``value``, ``low``, ``high``, ``n``.
+            Columns ``by``, ``measure``, ``value``, ``low``, ``high``, ``n``; null where a measure is undefined.
         """
         groups: Iterable[tuple[tuple[object, ...], pl.DataFrame]] = (
             self.frame.group_by(list(by), maintain_order=True) if by else [((), self.frame)]
@@ -111,19 +146,33 @@ class UsageReport:
             }
             label = dict(zip(by, key, strict=True))
             rows += [{**label, "measure": name, **estimate.to_record()} for name, estimate in measures.items()]
-        return pl.DataFrame(rows)
+        return pl.DataFrame(rows, infer_schema_length=None)
 
     def save(self, path: str | Path) -> None:
         """Write the rows as Parquet, atomically."""
         write_parquet(path, self.frame)
 
-    def _mean(self, values: pl.Series, seed: int) -> Estimate:
+    def _rate(self, outcome: pl.Expr) -> Estimate:
         self._check()
-        return bootstrap_mean(values.cast(pl.Float64).to_numpy(), self.frame["subject"].to_list(), seed=seed)
+        return rate(_numbers(self.frame, outcome), self.frame["subject"].to_list())
+
+    def _change(self, before: UsageReport, outcome: pl.Expr) -> Difference:
+        self._check()
+        earlier = dict(zip(before.frame["id"], _numbers(before.frame, outcome), strict=True))
+        if missing := [name for name in self.frame["id"] if name not in earlier]:
+            raise UserError(
+                f"The prompt {missing[0]!r} was not asked before the edit; measure both on the same prompts."
+            )
+        values = [earlier[name] for name in self.frame["id"]]
+        return paired_difference(values, _numbers(self.frame, outcome), self.frame["subject"].to_list())
 
     def _check(self) -> None:
         if self.frame.is_empty():
             raise UserError("There is no prompt to measure; choose a split, kind or template that has examples.")
+
+
+def _numbers(frame: pl.DataFrame, outcome: pl.Expr) -> np.ndarray:
+    return frame.select(outcome.cast(pl.Float64)).to_series().to_numpy()
 
 
 def answer_token_ids(model: TransformerBridge, example: ConflictExample) -> tuple[int, int] | None:
@@ -292,18 +341,10 @@ class Damage:
     @classmethod
     def of(cls, report: UsageReport, divergences: np.ndarray) -> Damage:
         """The guards of a report that holds prompts of kinds none, aligned and irrelevant, and of ``neutral_kl``."""
+        accuracies = {measure: report.select(kind=kind).accuracy() for measure, kind in _GUARDS.items()}
+        return cls(**accuracies, neutral_kl=bootstrap_mean(divergences, range(len(divergences))))
 
-        def accuracy(kind: ContextKind) -> Estimate:
-            return report.select(kind=kind).accuracy()
-
-        return cls(
-            accuracy("none"),
-            accuracy("aligned"),
-            accuracy("irrelevant"),
-            bootstrap_mean(divergences, range(len(divergences))),
-        )
-
-    def to_record(self) -> dict[str, dict[str, float]]:
+    def to_record(self) -> dict[str, dict[str, Any]]:
         """As plain dictionaries for JSON."""
         return {name: estimate.to_record() for name, estimate in vars(self).items()}
 

@@ -200,6 +200,10 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
     )
 
 
+KNOWN_VERSION = 1
+"""Version of ``known_facts``: raise it when it would keep other facts."""
+
+
 def known_facts(
     model: TransformerBridge, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
 ) -> tuple[Fact, ...]:

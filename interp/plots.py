@@ -359,7 +359,7 @@ def gain_and_damage(
     baseline: Mapping[str, Any],
     edits: Mapping[str, Mapping[Direction, Mapping[str, Any]]],
     *,
-    control: Mapping[str, Any] | None = None,
+    control: Mapping[Direction, Mapping[str, Any]] | None = None,
     guard: Guard = "closed_book_accuracy",
 ) -> go.Figure:
     """What each edit gains (the wanted rate, to the right) against what it costs (a guard), one panel per direction.
@@ -367,7 +367,7 @@ def gain_and_damage(
     Args:
         baseline: The unedited model: a record with ``memory_rate``, ``context_rate`` and ``guard``.
         edits: Such a record for every method and direction of control.
-        control: Such a record with as many random heads edited; drawn in both panels.
+        control: For each direction such a record with as many random heads edited alike.
         guard: What should not change.
     """
     figure = gain_panels()
@@ -377,7 +377,7 @@ def gain_and_damage(
             (name, named[name], by[direction], COLOURS[direction]) for name, by in edits.items() if direction in by
         ]
         if control is not None:
-            points.append(("random heads", "circle-open", control, OTHER_COLOUR))
+            points.append(("random heads", "circle-open", control[direction], OTHER_COLOUR))
         points.append(("unedited", "circle", baseline, None))
         for name, symbol, record, colour in points:
             wanted, kept = _estimate(record[f"{direction}_rate"]), _estimate(record[guard])
@@ -638,7 +638,7 @@ def save_figure(figure: go.Figure, path: str | Path) -> None:
 
 
 def _estimate(source: EstimateLike) -> Estimate:
-    return Estimate(**source) if isinstance(source, Mapping) else source
+    return Estimate.from_record(source) if isinstance(source, Mapping) else source
 
 
 def _rates(source: UsageReport | Mapping[str, EstimateLike], usages: Sequence[Any]) -> dict[str, Estimate]:

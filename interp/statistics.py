@@ -1,23 +1,42 @@
-"""Means with bootstrap intervals, resampled by subject."""
+"""Means, rates and paired differences with intervals by subject.
+
+Values of one subject depend on each other, so subjects are what counts:
+
+    bootstrap_mean        the mean of any values: percentiles of the means of resampled subjects
+    rate                  a share of yes or no: Wilson's interval with an effective number of values
+    paired_difference     what changes between two measurements of the same things, and a sign-flip test
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 2000
 
+UNDEFINED = "undefined"
+"""What people read where there is no value."""
+
+_Z = NormalDist().inv_cdf(0.975)
+# Clusters' worth of belief that values of one cluster are all the same.
+_BELIEF = 2
+_ALL_FLIPS, _FLIPS = 12, 10_000
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval.
+    """A mean, or another statistic, with its 95 % interval.
 
     Attributes:
-        value: The mean.
-        low: 2.5 % quantile of the bootstrap means.
-        high: 97.5 % quantile.
+        value: The mean; NaN where it is undefined.
+        low: Lower end of the interval.
+        high: Upper end.
         n: Number of values.
     """
 
@@ -26,18 +45,50 @@ class Estimate:
     high: float
     n: int
 
-    def to_record(self) -> dict[str, float]:
-        """As a plain dictionary for JSON."""
-        return asdict(self)
+    @classmethod
+    def undefined(cls, n: int = 0) -> Estimate:
+        """What there is to say of a statistic that these ``n`` values do not define."""
+        return Estimate(math.nan, math.nan, math.nan, n)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Estimate:
+        """What ``to_record`` gave."""
+        numbers: dict[str, Any] = {name: math.nan if number is None else number for name, number in record.items()}
+        return cls(**numbers)
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether there is a value."""
+        return not math.isnan(self.value)
+
+    def to_record(self) -> dict[str, Any]:
+        """As a plain dictionary for JSON; what is undefined is ``None``."""
+        return {name: None if math.isnan(number) else number for name, number in asdict(self).items()}
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.is_defined else UNDEFINED
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean change with its 95 % interval and the p-value of no change.
+
+    Attributes:
+        p: Probability of a change as large, in either direction, if before and after were exchangeable.
+    """
+
+    p: float
+
+
+def _members(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+    """Which cluster each value is of, ``(n,)``, and how many there are."""
+    names, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    return index, len(names)
 
 
 def _draws(clusters: Sequence[Hashable], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each cluster is drawn, ``(RESAMPLES, n_clusters)``, and which cluster each value is of, ``(n,)``."""
-    _, index = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
-    n_clusters = int(index.max()) + 1
+    index, n_clusters = _members(clusters)
     drawn = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=RESAMPLES)
     return drawn.astype(float), index
 
@@ -88,3 +139,112 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hash
         raise ValueError("bootstrap_mean needs at least one value")
     low, high = np.quantile(bootstrap_means(array, clusters, seed=seed), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), len(array))
+
+
+def rate(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable]) -> Estimate:
+    """The share of ones among zeros and ones, with an interval that is honest at 0 and 1 too.
+
+    Wilson's (1927) interval, with an effective number of values for their number (Kish 1965): the design effect is the
+    variance by cluster over that of independent values. What few clusters tell about it is drawn towards values that
+    are all the same within a cluster: a rate of 0 or 1 is as sure as its number of clusters makes it.
+
+    Raises:
+        ValueError: If there are no values, or others than 0 and 1.
+    """
+    array = np.asarray(values, dtype=float)
+    if not len(array):
+        raise ValueError("rate needs at least one value")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError("rate needs zeros and ones")
+    index, n_clusters = _members(clusters)
+    sums, sizes = np.bincount(index, array, n_clusters), np.bincount(index, minlength=n_clusters).astype(float)
+    low, high = cluster_wilson(sums[None], sizes[None])
+    return Estimate(float(array.mean()), float(low[0]), float(high[0]), len(array))
+
+
+def cluster_wilson(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The intervals of ``rate`` for several sets of clusters at once.
+
+    Args:
+        sums: How many ones each cluster holds, ``(..., n_clusters)``.
+        sizes: How many values.
+
+    Returns:
+        Lower and upper ends, ``(...)`` each.
+    """
+    n, n_clusters = sizes.sum(-1), sizes.shape[-1]
+    p = sums.sum(-1) / n
+    independent = p * (1 - p) / n
+    by_cluster = ((sums - p[..., None] * sizes) ** 2).sum(-1) / n**2
+    alike = n / n_clusters
+    observed = np.divide(by_cluster, independent, out=alike.copy(), where=independent > 0)
+    # Clusters in which the rarer value occurs: where they are few, they tell little about the variance.
+    telling = np.minimum((sums > 0).sum(-1), (sums < sizes).sum(-1)) if n_clusters > 1 else 0
+    design = (telling * observed + _BELIEF * alike) / (telling + _BELIEF)
+    effective = n / np.maximum(design, 1)
+    centre = p + _Z**2 / (2 * effective)
+    half = _Z * np.sqrt(p * (1 - p) / effective + _Z**2 / (4 * effective**2))
+    low, high = (end / (1 + _Z**2 / effective) for end in (centre - half, centre + half))
+    # What rounding leaves of 0 and 1.
+    return np.where(p == 0, 0.0, np.clip(low, 0, p)), np.where(p == 1, 1.0, np.clip(high, p, 1))
+
+
+def paired_difference(
+    before: Sequence[float] | np.ndarray,
+    after: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+) -> Difference:
+    """The mean change from ``before`` to ``after`` of the same things, with its interval and a test of no change.
+
+    The test flips the signs of whole clusters' changes (Fisher 1935): all combinations where at most 12 clusters
+    changed, else 10,000 at random. Where values are zeros and ones the interval is that of the difference of two rates,
+    the share that rose less the share that fell, put together as in Newcombe (1998); else it is bootstrapped.
+
+    Args:
+        before: ``(n,)``.
+        after: ``(n,)``, in the same order.
+        clusters: ``n`` cluster labels.
+        seed: Seed of the flips and of the resampling.
+
+    Raises:
+        ValueError: If there are no values, or they are not equally many.
+    """
+    first, last = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if not len(first) or len(first) != len(last):
+        raise ValueError(f"paired_difference needs equally many values, not {len(first)} and {len(last)}")
+    change = last - first
+    index, n_clusters = _members(clusters)
+    p = _sign_flip_p(np.bincount(index, change, n_clusters), seed)
+    if np.isin(change, (-1, 0, 1)).all():
+        low, high = _share_difference(rate(change > 0, clusters), rate(change < 0, clusters))
+    else:
+        low, high = np.quantile(bootstrap_means(change, clusters, seed=seed), [0.025, 0.975])
+    return Difference(float(change.mean()), float(low), float(high), len(change), p)
+
+
+def _sign_flip_p(changes: np.ndarray, seed: int) -> float:
+    """Share of sign flips of the clusters' changes whose sum is at least as far from 0 as it is."""
+    moved = changes[changes != 0]
+    # Sums of the same numbers in another order may differ in their last digits.
+    reached = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()
+    if len(moved) <= _ALL_FLIPS:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(moved))))
+        return float((np.abs(signs @ moved) >= reached).mean())
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(_FLIPS, len(moved)))
+    return float((1 + (np.abs(signs @ moved) >= reached).sum()) / (1 + _FLIPS))
+
+
+def _share_difference(rose: Estimate, fell: Estimate) -> tuple[float, float]:
+    """The interval of the difference of two shares of the same things, of which no one is in both."""
+    both = rose.value * fell.value
+    correlation = -math.sqrt(both / ((1 - rose.value) * (1 - fell.value))) if both else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(one**2 + other**2 - 2 * correlation * one * other)
+
+    value = rose.value - fell.value
+    low = value - reach(rose.value - rose.low, fell.high - fell.value)
+    high = value + reach(rose.high - rose.value, fell.value - fell.low)
+    return max(low, -1.0), min(high, 1.0)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _TOKENS_AT_ONCE = 512
+FORCING_VERSION = 1
+"""Version of what is read off forced answers: raise it when the same items would give other results."""
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,7 @@ class InterventionFile(Strict):
     @property
     def digest(self) -> str:
         """A hash of what the file does: of its interventions and their tensors."""
-        entries = [entry.model_dump(mode="json") for entry in self.interventions]
-        digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode())
-        digest.update(save({name: values.detach().cpu().contiguous() for name, values in sorted(self._values.items())}))
-        return digest.hexdigest()
+        return _digest(self.interventions, self._values)
 
     def build(self) -> list[AnyIntervention]:
         """The interventions that the file describes, in order."""
@@ -325,6 +322,43 @@ def json_schema() -> dict[str, Any]:
         if constant := [name for name, about in record.get("properties", {}).items() if "const" in about]:
             record["required"] = [*constant, *record.get("required", [])]
     return schema
+
+
+def effect_digest(interventions: Sequence[AnyIntervention]) -> str | None:
+    """Hash what interventions do to a model, in order; ``None`` stands for nothing.
+
+    Names do not count, nor how an edit is written down: a dial is what it scales at its setting.
+
+    Raises:
+        UserError: If they cannot be written down.
+    """
+    values: dict[str, Tensor] = {}
+    try:
+        entries = entries_of(_settled(interventions), values)
+    except ValidationError as error:
+        raise UserError(f"The edit cannot be written as an intervention file: {_first(error)}.") from error
+    return _digest(entries, values) if entries else None
+
+
+def _settled(parts: Sequence[AnyIntervention]) -> list[AnyIntervention]:
+    """The same without dials, and without what does nothing."""
+    settled: list[AnyIntervention] = []
+    for part in parts:
+        if isinstance(part, TrustDial):
+            settled += part.interventions()
+        elif isinstance(part, ConflictGate):
+            inner = [edit for edit in _settled(part.edits) if not isinstance(edit, ConflictGate)]
+            settled += [replace(part, edits=tuple(inner))] if inner else []
+        elif not isinstance(part, HeadScaling | FeedForwardScaling) or len(part):
+            settled.append(part)
+    return settled
+
+
+def _digest(entries: Sequence[Entry], values: Mapping[str, Tensor]) -> str:
+    written = [entry.model_dump(mode="json") for entry in entries]
+    digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode())
+    digest.update(save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(values.items())}))
+    return digest.hexdigest()
 
 
 def _flat(parts: Sequence[AnyIntervention]) -> Iterator[Gateable]:

@@ -28,6 +28,9 @@ from interventions.tokens import Tokens
 
 AnyIntervention = Gateable | ConflictGate
 
+EDITS_VERSION = 1
+"""Version of what interventions do: raise it when one of them would change a model in another way."""
+
 Factor = Annotated[float, Field(ge=-1e4, le=1e4)]
 """How far something is scaled or moved."""
 

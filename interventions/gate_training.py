@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 LearnerName = Literal["gauss_newton", "hard_concrete"]
+GATES_VERSION = 1
+"""Version of the learners: raise it when the same data and settings would give other gates."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from interventions.gate_data import answer_losses, log_probabilities, scaled
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+GREEDY_VERSION = 1
+"""Version of the search: raise it when the same answers would have other heads removed."""
+
 
 @dataclass(frozen=True)
 class GreedyStep:

@@ -1,7 +1,8 @@
-"""How good a probe is: AUROC, AUPRC, accuracy and calibration, each with an interval bootstrapped by subject.
+"""How good a probe is: AUROC, AUPRC, accuracy and calibration, each with an interval by subject.
 
-Every measure is computed for all bootstrap resamples at once: a resample is a weight for each example, and the
-measures are weighted ones. With all weights 1 they are those of scikit-learn.
+Accuracy and observed frequencies are rates, with the interval of ``interp.statistics.rate``; all else is bootstrapped.
+Such a measure is computed for all resamples at once: a resample is a weight for each example, and the measures are
+weighted ones. With all weights 1 they are those of scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from interp.errors import UserError
-from interp.statistics import Estimate, bootstrap_weights
+from interp.statistics import Estimate, bootstrap_weights, rate
 
 CALIBRATION_BINS = 10
 
@@ -60,8 +61,10 @@ class ProbeScore:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ProbeScore:
         """What ``to_record`` gave."""
-        measures = {name: Estimate(**record[name]) for name in ("auroc", "auprc", "accuracy", "calibration_error")}
-        bins = (ReliabilityBin(b["confidence"], Estimate(**b["frequency"])) for b in record["reliability"])
+        measures = {
+            name: Estimate.from_record(record[name]) for name in ("auroc", "auprc", "accuracy", "calibration_error")
+        }
+        bins = (ReliabilityBin(b["confidence"], Estimate.from_record(b["frequency"])) for b in record["reliability"])
         return cls(**measures, prevalence=record["prevalence"], reliability=tuple(bins))
 
 
@@ -113,13 +116,13 @@ def score_probabilities(
     return ProbeScore(
         auroc=averaged(auroc),
         auprc=averaged(average_precision),
-        accuracy=estimate(lambda w: w @ right / w.sum(1)),
+        accuracy=rate(right, clusters),
         calibration_error=estimate(lambda w: expected_calibration_error(confidence, outcome, w)),
         prevalence=float(np.mean([(labels == c).mean() for c in judged])),
         reliability=tuple(
             ReliabilityBin(
                 float(confidence[bins == b].mean()),
-                estimate(lambda w, b=b: _ratio(w[:, bins == b] @ outcome[bins == b], w[:, bins == b].sum(1))),
+                rate(outcome[bins == b], [cluster for cluster, own in zip(clusters, bins, strict=True) if own == b]),
             )
             for b in np.unique(bins)
         ),

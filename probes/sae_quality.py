@@ -20,7 +20,7 @@ from interp.errors import UserError
 from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
 from interp.sae import SparseAutoencoder
-from interp.statistics import Estimate, bootstrap_mean
+from interp.statistics import Estimate, bootstrap_mean, rate
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -183,5 +183,5 @@ class _Tally:
             loss_ablated=ablated / tokens,
             loss_recovered=(ablated - spliced) / (ablated - clean),
             loss_increase=bootstrap_mean(increase.numpy(), clusters),
-            same_next_token=bootstrap_mean(torch.cat(self.same).numpy(), clusters),
+            same_next_token=rate(torch.cat(self.same).numpy(), clusters),
         )

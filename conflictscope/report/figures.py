@@ -48,12 +48,14 @@ def plots_of(run: Run) -> dict[str, Plot]:
         return _probe_plots(run.table)
     plots = _usage_plots(run)
     if run.kind == "demo":
-        (control,) = (c for c in run.conditions if c.is_control)
+        control: dict[Direction, Mapping] = {
+            d: c.test for d in DIRECTIONS for c in run.conditions if c.is_control and c.towards in (d, None)
+        }
         edits: dict[str, dict[Direction, Mapping]] = {}
         for c in run.conditions:
-            if c.towards:
+            if c.towards and not c.is_control:
                 edits.setdefault(c.method, {})[c.towards] = c.test
-        figure = gain_and_damage(run.unedited.test, edits, control=control.test)
+        figure = gain_and_damage(run.unedited.test, edits, control=control)
     else:
         groups: dict[str, list[Condition]] = {}
         for c in run.conditions:
@@ -96,8 +98,8 @@ def gain_against_damage(groups: Mapping[str, Sequence[Condition]]) -> go.Figure:
         symbol, colour = _SYMBOLS[number % len(_SYMBOLS)], SERIES_COLOURS[number % len(SERIES_COLOURS)]
         for column, direction in enumerate(DIRECTIONS, start=1):
             shown = [c for c in conditions if c.towards in (direction, None)]
-            gained = [Estimate(**c.test[f"{direction}_rate"]) for c in shown]
-            kept = [Estimate(**c.test["closed_book_accuracy"]) for c in shown]
+            gained = [Estimate.from_record(c.test[f"{direction}_rate"]) for c in shown]
+            kept = [Estimate.from_record(c.test["closed_book_accuracy"]) for c in shown]
             lowest = min([lowest, *(e.low for e in kept)])
             line = {"color": colour, "thickness": 1.2, "width": 0}
             figure.add_scatter(
@@ -138,7 +140,7 @@ def _hover(name: str, condition: Condition, direction: Direction) -> str:
 
 def _usage_plots(run: Run) -> dict[str, Plot]:
     shown = [c for c in run.conditions if c.in_figures or c in run.cards]
-    labels = {c.name if run.kind != "demo" or not c.towards else f"towards {c.towards}": c for c in shown}
+    labels = {f"towards {c.towards}" if run.kind == "demo" and c.marked else c.name: c for c in shown}
     rates = "; ".join(
         f"{label}: " + ", ".join(f"{u} {share(c.test[f'{u}_rate'])}" for u in ("memory", "context", "other"))
         for label, c in labels.items()

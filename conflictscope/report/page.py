@@ -51,6 +51,7 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
         "percent": words.share,
         "interval": words.interval,
         "decimals": words.decimals,
+        "defined": words.defined,
         "edits": words.edits,
         "scale": words.scale,
         "signed": words.signed,

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from conflictscope.report.words import edit, edits, settings, words
 from conflictscope.tables import MEASURES
 from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
 from interp.errors import UserError
+from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING
 from interp.facts import relations as known_relations
 from interp.files import read_json
@@ -25,23 +27,32 @@ Kind = Literal["demo", "dial", "gate", "control", "probes"]
 
 _COMMANDS = "demo, dial fit, gate fit, steer fit, spare fit or probe score"
 _MEASURES = (*MEASURES, "both_rate", "other_rate", "memorisation_ratio", "by_template")
+SIGNIFICANT = 0.05
+"""The largest p-value of a change that is called one."""
 _STEERING = ("actadd", "caa", "probe", "task_vector")
 _ABLATIONS = ("remove_only", "add_only", "constant")
 _CONTROLS = ("random_direction", "random_features")
 
 
 class Change(NamedTuple):
-    """One measure before and after an edit."""
+    """One measure before and after an edit.
+
+    Attributes:
+        before: The unedited model's.
+        after: The edited one's.
+        paired: The change prompt by prompt, with ``value`` and ``p``; ``None`` where it is not known.
+    """
 
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    paired: Mapping[str, Any] | None = None
 
     @property
     def verdict(self) -> str:
-        """What the two intervals allow to say: ``rises``, ``falls``, or ``unclear`` where they overlap."""
-        if self.after["low"] > self.before["high"]:
-            return "rises"
-        return "falls" if self.after["high"] < self.before["low"] else "unclear"
+        """What the paired change allows to say: ``rises``, ``falls``, or ``unclear`` where chance could explain it."""
+        if self.paired is None or self.paired["p"] > SIGNIFICANT:
+            return "unclear"
+        return "rises" if self.paired["value"] > 0 else "falls"
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Run:
         seed: Its seed.
         held_out: The phrasing family that nothing was chosen on.
         conditions: What was measured, the unedited model first; none for probes.
+        not_run: Why methods that can't run were not measured, by what they are called.
         examples: See ``conflictscope.examples``; ``None`` where the study left none.
         scores: What the heads of a demo were chosen by.
         table: What probes scored.
@@ -104,6 +116,7 @@ class Run:
     seed: int | None = None
     held_out: str = HELD_OUT_PHRASING
     conditions: tuple[Condition, ...] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict)
     examples: pl.DataFrame | None = field(default=None, repr=False)
     scores: HeadScores | None = field(default=None, repr=False)
     table: pl.DataFrame | None = field(default=None, repr=False)
@@ -118,13 +131,37 @@ class Run:
         """The key conditions: unedited, the marked ones, and the controls that the figures show."""
         return [c for c in self.conditions if c is self.unedited or c.marked or (c.is_control and c.in_figures)]
 
+    @property
+    def random_draws(self) -> dict[str, Any]:
+        """The edits drawn at random, by what they stand next to."""
+        controls = self.record["random_heads"]
+        return (
+            {"both directions": controls["draws"]}
+            if "draws" in controls
+            else {f"towards {d}": controls[f"towards_{d}"]["draws"] for d in DIRECTIONS}
+        )
+
     def towards(self, direction: Direction) -> Condition:
         """The marked condition of a direction."""
         return next(c for c in self.conditions if c.marked and c.towards == direction)
 
     def change(self, condition: Condition, measure: str) -> Change:
         """A measure before and after an edit."""
-        return Change(self.unedited.test[measure], condition.test[measure])
+        paired = condition.test.get("change", self._paired.get(condition.name, {})).get(measure)
+        return Change(self.unedited.test[measure], condition.test[measure], paired)
+
+    @cached_property
+    def _paired(self) -> dict[str, dict[str, Any]]:
+        """How measures changed, from the answers: for records that do not say it."""
+        if self.examples is None or "memory_span_match" not in self.examples.columns:
+            return {}
+        reports = {str(key): UsageReport(part) for (key,), part in self.examples.group_by("condition")}
+        unknown = [c.name for c in self.conditions if c.name in reports and "change" not in c.test]
+        return {
+            name: {measure: change.to_record() for measure, change in reports[name].changes(reports[UNEDITED]).items()}
+            for name in unknown
+            if name != UNEDITED and UNEDITED in reports
+        }
 
 
 def read_run(folder: Path) -> Run:
@@ -166,7 +203,10 @@ def _is_measured(test: Mapping[str, Any], measure: str) -> bool:
         return False
     if measure == "by_template":
         return all(_is_measured(rates, f"{source}_rate") for rates in found.values() for source in DIRECTIONS)
-    return found.keys() == set(Estimate.__annotations__) and all(isinstance(v, (int, float)) for v in found.values())
+    # The ratio of memory to both sources is undefined where neither is used.
+    is_undefined = measure == "memorisation_ratio" and found.get("value") is None
+    numbers = [found.get("n")] if is_undefined else found.values()
+    return found.keys() == set(Estimate.__annotations__) and all(isinstance(v, (int, float)) for v in numbers)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -229,7 +269,7 @@ def demo_run(name: str, summary: Mapping[str, Any], scores: HeadScores, examples
                         in_figures=is_chosen,
                     )
                 )
-    conditions.append(_drawn(summary["random_heads"], "random heads"))
+    conditions += _drawn(summary["random_heads"], "random heads")
     return _of_summary("demo", name, summary, conditions, examples, _demo_command(summary), scores)
 
 
@@ -247,7 +287,7 @@ def _dial_run(name: str, summary: Mapping[str, Any], examples: pl.DataFrame | No
         for d in DIRECTIONS
     ]
     drawn = _drawn(summary["random_heads"], "random gates")
-    conditions = [_unedited(summary["baseline"]["test"]), *ends, drawn]
+    conditions = [_unedited(summary["baseline"]["test"]), *ends, *drawn]
     return _of_summary("dial", name, summary, conditions, examples, _dial_command(summary))
 
 
@@ -292,8 +332,9 @@ def _control_run(name: str, results: Mapping[str, Any], examples: pl.DataFrame |
                 is_control=method in _CONTROLS,
             )
             for method, found in results["methods"].items()
+            if "not_run" not in found
         ]
-        best = max((c for c in own if c.in_figures), key=lambda c: c.test[f"{d}_rate"]["value"])
+        best = max((c for c in own if c.in_figures), key=lambda c: c.test[f"{d}_rate"]["value"], default=None)
         conditions += [replace(c, marked=c is best) for c in own]
     basis = results["basis"]
     return Run(
@@ -305,6 +346,7 @@ def _control_run(name: str, results: Mapping[str, Any], examples: pl.DataFrame |
         command=_control_commands(results),
         seed=basis["seed"],
         conditions=tuple(conditions),
+        not_run=_not_run(results),
         examples=examples,
     )
 
@@ -334,9 +376,31 @@ def _unedited(test: Mapping[str, Any]) -> Condition:
     return Condition(UNEDITED, test, method=UNEDITED, title="Unedited")
 
 
-def _drawn(control: Mapping[str, Any], name: str) -> Condition:
-    title = f"{name.capitalize()} instead"
-    return Condition(name, control["test"], method=name, edit=edits(control["draws"]), title=title, is_control=True)
+def _not_run(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        words(method): found["not_run"] for method, found in record.get("methods", {}).items() if "not_run" in found
+    }
+
+
+def _drawn(controls: Mapping[str, Any], name: str) -> list[Condition]:
+    """The random controls: one for each direction, or of an older study one for both."""
+    if "test" in controls:
+        both, done = f"{name}, both directions together", edits(controls["draws"])
+        return [
+            Condition(both, controls["test"], method=name, edit=done, title=f"{both.capitalize()}", is_control=True)
+        ]
+    return [
+        Condition(
+            condition_of(name, d),
+            controls[f"towards_{d}"]["test"],
+            towards=d,
+            method=name,
+            edit=edits(controls[f"towards_{d}"]["draws"]),
+            title=f"{name.capitalize()} instead, {d}",
+            is_control=True,
+        )
+        for d in DIRECTIONS
+    ]
 
 
 def _of_summary(
@@ -364,6 +428,7 @@ def _of_summary(
         seed=summary["settings"]["seed"],
         held_out=summary["data"]["phrasings"]["held_out"],
         conditions=tuple(conditions),
+        not_run=_not_run(summary),
         examples=examples,
         scores=scores,
     )

@@ -6,16 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from interp.plots import percent
+from interp.statistics import UNDEFINED
 
 
 def share(estimate: Mapping[str, Any]) -> str:
-    """An estimated share as a percentage."""
-    return percent(estimate["value"])
+    """An estimated share as a percentage; ``undefined`` where there is none."""
+    return UNDEFINED if estimate["value"] is None else percent(estimate["value"])
 
 
 def interval(estimate: Mapping[str, Any]) -> str:
-    """Its interval, for example ``35-46%`` with a proper dash."""
+    """Its interval, for example ``35-46%`` with a proper dash; nothing where it is undefined."""
+    if estimate["value"] is None:
+        return ""
     return f"{percent(estimate['low']).removesuffix('%')}\N{EN DASH}{percent(estimate['high'])}"
+
+
+def defined(estimates: Mapping[str, Any]) -> dict[str, Any]:
+    """The estimates that have a value."""
+    return {name: estimate for name, estimate in estimates.items() if estimate.get("value") is not None}
 
 
 def decimals(estimate: Mapping[str, Any], digits: int = 3) -> tuple[str, str]:

@@ -45,6 +45,8 @@ _UNITS: dict[Metric, str] = {
     "context_probability": "relative change of P(context answer)",
 }
 _CLEAN_STREAM_TOLERANCE = {torch.float32: 1e-3}
+PATH_PATCHING_VERSION = 1
+"""Version of the scores: raise it when the same prompts would get others."""
 
 
 def path_patching(

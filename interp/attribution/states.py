@@ -17,6 +17,9 @@ from interp.inputs import padded, prompt_batches
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+STATES_VERSION = 1
+"""Version of ``last_token_states``: raise it when the same prompts would give others."""
+
 
 @dataclass(frozen=True)
 class LastTokenStates:

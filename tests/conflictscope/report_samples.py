@@ -73,7 +73,8 @@ def answered(towards: str, seed: int = 0) -> UsageReport:
 @cache
 def measures(towards: str, seed: int = 0) -> dict[str, Any]:
     """The measures of these answers."""
-    return condition_record(answered(towards, seed), np.linspace(0, 0.1 * (towards != UNEDITED), 40))
+    unedited = None if towards == UNEDITED else answered(UNEDITED)
+    return condition_record(answered(towards, seed), np.linspace(0, 0.1 * (towards != UNEDITED), 40), unedited)
 
 
 def summary_basis(phrasings: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def head_scores() -> HeadScores:
 
 def write_demo(folder: Path) -> Path:
     """What ``demo`` leaves: 8 edits and the unedited model."""
+    draws = [{"heads": [[0, 0, 0.0]], "around": "zero"}] * 2
     heads = {"context": [[20, 1, 0.0], [23, 4, 0.0]], "memory": [[23, 2, 0.0], [28, 2, 0.0]]}
     edits = {
         method: {
@@ -111,7 +113,9 @@ def write_demo(folder: Path) -> Path:
         **summary_basis({"seen": list(SEEN_PHRASINGS)}, quick=False),
         "baseline": {"test": measures(UNEDITED)},
         **{f"towards_{d}": {"method": "pruning", **edits["pruning"][f"towards_{d}"]} for d in DIRECTIONS},
-        "random_heads": {"draws": [{"heads": [[0, 0, 0.0]], "around": "zero"}] * 4, "test": measures("random")},
+        "random_heads": {
+            f"towards_{d}": {"draws": draws, "test": measures("random", seed)} for seed, d in enumerate(DIRECTIONS)
+        },
         "methods": edits,
     }
     shown = {condition_of(method, d): answered(d, seed) for seed, method in enumerate(METHODS) for d in DIRECTIONS}
@@ -142,8 +146,11 @@ def write_dial(folder: Path) -> Path:
             for d in DIRECTIONS
         },
         "random_heads": {
-            "draws": [{"heads": [[0, 0, 0.4]], "feed_forward": [], "around": "zero"}] * 4,
-            "test": measures("random", 10),
+            f"towards_{d}": {
+                "draws": [{"heads": [[0, 0, 0.4]], "feed_forward": [], "around": "zero"}] * 2,
+                "test": measures("random", seed),
+            }
+            for seed, d in enumerate(DIRECTIONS, start=10)
         },
         "calibration": [
             {"trust": t / 4, "memory_rate": (4 - t) / 10, "context_rate": (4 + t) / 10} for t in range(-4, 5)

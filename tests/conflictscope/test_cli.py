@@ -3,10 +3,13 @@ import json
 import os
 import sys
 
+import polars as pl
 import pytest
 
 from conflictscope import study as study_module
 from conflictscope.cli import main
+from interp import evaluation
+from interp.conflicts import ConflictSet
 from interp.facts import usable_facts
 from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
@@ -153,13 +156,34 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatc
     assert "report.html" in error
 
 
-def test_evaluate_writes_one_row_per_prompt(run, tmp_path, tiny, data):
-    import polars as pl
-
+def test_evaluate_writes_one_row_per_prompt_of_the_test_split(run, tmp_path, tiny, data):
     code, output, _ = run("evaluate", "--model", tiny, "--data", data, "--by", "template", "--out", "usage.parquet")
     assert code == 0
     assert "memory_rate" in output
+    rows = pl.read_parquet(tmp_path / "usage.parquet")
+    assert rows["id"].to_list() == [e.id for e in tiny_conflicts() if e.split == "test"]
+
+
+def test_evaluate_asks_every_split_where_that_is_wanted(run, tmp_path, tiny, data):
+    arguments = ("--model", tiny, "--data", data, "--out", "usage.parquet")
+    assert run("evaluate", *arguments, "--split", "all")[0] == 0
     assert len(pl.read_parquet(tmp_path / "usage.parquet")) == len(tiny_conflicts())
+    assert run("evaluate", *arguments, "--split", "dev")[0] == 0
+    assert set(pl.read_parquet(tmp_path / "usage.parquet")["split"]) == {"dev"}
+
+
+def test_evaluate_says_which_splits_there_are(run, tmp_path, tiny):
+    some = [e for e in tiny_conflicts() if e.split == "train"]
+    ConflictSet("some", tuple(some)).save(tmp_path / "some.jsonl")
+    result = run("evaluate", "--model", tiny, "--data", "some.jsonl")
+    assert_one_sentence(result, "some has no examples of the split test", f"{len(some)} of train", "--split all")
+
+
+def test_a_ratio_that_is_undefined_is_said_to_be(run, tmp_path, tiny, data, monkeypatch):
+    monkeypatch.setattr(evaluation, "usage_of", lambda *_: "other")
+    _, output, _ = run("evaluate", "--model", tiny, "--data", data, "--out", "usage.parquet")
+    (line,) = [line for line in output.splitlines() if "memorisation_ratio" in line]
+    assert line.count("undefined") == 3
 
 
 @pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching"])

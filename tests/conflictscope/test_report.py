@@ -18,9 +18,11 @@ from conflictscope.cli import app
 from conflictscope.control import STEERING_METHODS
 from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
 from conflictscope.report import demo_run, read_runs, write_report
+from conflictscope.report.runs import Change
 from interp.answers import USAGES
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
+from interp.evaluation import UsageReport
 from interp.files import read_json, write_json, write_parquet
 from interp.plots import percent
 from tests.conflictscope import report_samples as samples
@@ -34,7 +36,11 @@ def estimate(value: float, n: int = 136) -> dict[str, float]:
     return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.06), "n": n}
 
 
-def measured(memory: float, context: float, closed_book: float, kl: float) -> dict[str, Any]:
+def changed(before: float, after: float, p: float = 0.001) -> dict[str, float]:
+    return {**estimate(after - before), "p": p}
+
+
+def measured(memory: float, context: float, closed_book: float, kl: float, *, p: float = 0.001) -> dict[str, Any]:
     rates = {"memory_rate": memory, "context_rate": context, "both_rate": 0.01, "other_rate": 0.99 - memory - context}
     return {
         **{name: estimate(value) for name, value in rates.items()},
@@ -47,6 +53,7 @@ def measured(memory: float, context: float, closed_book: float, kl: float) -> di
             name: {rate: estimate(rates[rate], 34) for rate in ("memory_rate", "context_rate", "other_rate")}
             for name in PHRASINGS
         },
+        "change": {"memory_rate": changed(0.27, memory, p), "context_rate": changed(0.40, context, p)},
     }
 
 
@@ -57,6 +64,11 @@ def edit(heads: list[tuple[int, int]], scale: float, test: dict[str, Any]) -> di
         "chosen_on": "dev",
         "test": test,
     }
+
+
+def drawn(first: list[list[int]], second: list[list[int]], test: dict[str, Any]) -> dict[str, Any]:
+    draws = [{"heads": [[*head, 0.0] for head in heads], "around": "zero"} for heads in (first, second)]
+    return {"draws": draws, "chosen_on": "random", "test": test}
 
 
 def sample_summary() -> dict[str, Any]:
@@ -90,12 +102,8 @@ def sample_summary() -> dict[str, Any]:
         "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
         "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
         "random_heads": {
-            "draws": [
-                {"heads": [[0, 0, 0.0], [1, 2, 0.0]], "around": "zero"},
-                {"heads": [[0, 1, 0.0], [1, 1, 0.0]], "around": "zero"},
-            ],
-            "chosen_on": "random",
-            "test": measured(0.26, 0.41, 0.945, 0.012),
+            "towards_context": drawn([[0, 0], [1, 2]], [[0, 1], [1, 1]], measured(0.26, 0.41, 0.945, 0.012, p=0.3)),
+            "towards_memory": drawn([[0, 2], [1, 0]], [[0, 3], [1, 3]], measured(0.28, 0.39, 0.935, 0.011, p=0.3)),
         },
         "methods": methods,
     }
@@ -170,11 +178,103 @@ def test_the_lead_says_what_the_edits_do_on_which_subjects_at_which_cost(page: P
 def test_an_edit_that_does_nothing_is_not_praised(tmp_path: Path) -> None:
     summary = sample_summary()
     for direction in ("context", "memory"):
-        summary[f"towards_{direction}"]["test"] = summary["random_heads"]["test"]
+        summary[f"towards_{direction}"]["test"] = summary["random_heads"][f"towards_{direction}"]["test"]
     text = report(tmp_path, summary).text
-    assert "do not clearly change (40% to 41%, intervals overlap)" in text
-    assert "do not clearly change (27% to 26%, intervals overlap)" in text
+    assert "do not clearly change (40% to 41%, p = 0.30)" in text
+    assert "do not clearly change (27% to 28%, p = 0.30)" in text
     assert "A few of its" not in text
+
+
+def test_four_of_57_prompts_that_change_one_way_are_no_fall() -> None:
+    """Of 57 subjects four stop answering from memory: a sign test says p = .125, though the intervals may be apart."""
+    unedited = pl.DataFrame(
+        {
+            "id": [str(i) for i in range(57)],
+            "subject": [f"subject {i}" for i in range(57)],
+            "template": ["statement"] * 57,
+            "kind": ["conflict"] * 57,
+            "usage": ["memory"] * 57,
+            "memory_span_match": [1.0] * 57,
+        }
+    )
+    edited = unedited.with_columns(usage=pl.Series(["other"] * 4 + ["memory"] * 53))
+    change = UsageReport(edited).changes(UsageReport(unedited))["memory_rate"].to_record()
+    before, after = (UsageReport(frame).rate("memory").to_record() for frame in (unedited, edited))
+    assert change["p"] == 0.125
+    assert Change(before, after, change).verdict == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "verdict"),
+    [(0.1, 0.05, "rises"), (-0.1, 0.001, "falls"), (0.1, 0.0501, "unclear"), (-0.1, 0.0501, "unclear")],
+)
+def test_the_verdict_is_that_of_the_paired_change_alone(value: float, p: float, verdict: str) -> None:
+    apart = {"before": estimate(0.1), "after": estimate(0.9)}
+    assert Change(**apart, paired={"value": value, "p": p}).verdict == verdict
+    assert Change(**apart).verdict == "unclear"
+
+
+def test_a_record_without_changes_is_compared_by_its_answers(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["gate"], tmp_path / "gate")
+    summary = read_json(tmp_path / "gate" / "summary.json")
+    changes = {name: found.pop("change") for name, found in summary["conditions"].items() if name != UNEDITED}
+    write_json(tmp_path / "gate" / "summary.json", summary)
+    (run,) = read_runs([tmp_path / "gate"])
+    for condition in run.conditions[1:]:
+        found = run.change(condition, "context_rate")
+        assert found.paired == changes[condition.name.replace(" ", "_")]["context_rate"]
+        assert found.verdict == "rises"
+    (tmp_path / "gate" / EXAMPLES).unlink()
+    (run,) = read_runs([tmp_path / "gate"])
+    assert run.change(run.conditions[1], "context_rate").verdict == "unclear"
+    assert "not compared prompt by prompt" in page_of(tmp_path / "report.html", tmp_path / "gate").text
+
+
+def test_a_method_that_cannot_run_has_a_row_that_says_why(tmp_path: Path) -> None:
+    summary = sample_summary()
+    summary["methods"]["learned_gates"] = {"not_run": "The gates' gradients are not finite."}
+    text = report(tmp_path, summary).text
+    assert "learned gates not run The gates' gradients are not finite." in text
+
+
+def test_a_steering_method_that_cannot_run_has_a_row_that_says_why(folders: dict[str, Path], tmp_path: Path) -> None:
+    results = read_json(folders["control"] / "results.json")
+    results["methods"]["probe"] = {"not_run": "Both sources are needed."}
+    write_json(tmp_path / "results.json", results)
+    assert "probe not run Both sources are needed." in page_of(tmp_path / "report.html", tmp_path).text
+
+
+def test_what_is_undefined_is_said_to_be(folders: dict[str, Path], tmp_path: Path) -> None:
+    undefined = {"value": None, "low": None, "high": None, "n": 0}
+    summary = sample_summary()
+    summary["baseline"]["test"]["memorisation_ratio"] = undefined
+    assert "unedited 27% 22–33% 40% 35–46% undefined 95%" in report(tmp_path, summary).text  # noqa: RUF001
+    summary = read_json(folders["gate"] / "summary.json")
+    summary["kept"]["gated"]["none"] = undefined
+    write_json(tmp_path / "gate" / "summary.json", summary)
+    text = page_of(tmp_path / "report.html", tmp_path / "gate").text
+    assert "keeps 97% of its gain on conflicts." in text
+    assert "no context 50% 40–60% 50% 40–60% undefined 5% 0–10%" in text  # noqa: RUF001
+
+
+def test_a_rate_cannot_be_undefined(folders: dict[str, Path], tmp_path: Path) -> None:
+    summary = read_json(folders["dial"] / "summary.json")
+    summary["baseline"]["test"]["memory_rate"] = {"value": None, "low": None, "high": None, "n": 0}
+    write_json(tmp_path / "summary.json", summary)
+    with pytest.raises(UserError, match="has no memory_rate of unedited; run the study again"):
+        read_runs([tmp_path])
+
+
+def test_a_control_of_both_directions_together_is_still_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["demo"], tmp_path / "demo")
+    summary = read_json(tmp_path / "demo" / "summary.json")
+    by_direction = [summary["random_heads"][f"towards_{d}"] for d in ("context", "memory")]
+    draws = [draw for control in by_direction for draw in control["draws"]]
+    summary["random_heads"] = {"draws": draws, "test": by_direction[0]["test"]}
+    write_json(tmp_path / "demo" / "summary.json", summary)
+    page = page_of(tmp_path / "report.html", tmp_path / "demo")
+    assert "random heads, both directions together" in page.text
+    assert_every_plot_has_its_place(page)
 
 
 def test_the_damage_table_has_a_row_for_every_method_direction_and_control(page: Page) -> None:
@@ -184,7 +284,8 @@ def test_the_damage_table_has_a_row_for_every_method_direction_and_control(page:
         "value scaling, towards context 2 heads inverted 5%",
         "pruning, towards memory 2 heads pruned; chosen 55%",
         "value scaling, towards memory 2 heads inverted 52%",
-        "random heads 2 heads pruned 26%",
+        "random heads, towards context 2 heads pruned 26%",
+        "random heads, towards memory 2 heads pruned 28%",
         "0.031 0.025–0.037",  # noqa: RUF001
     ):
         assert row in page.text
@@ -214,7 +315,7 @@ def test_the_figures_hold_the_rates_of_the_summary(page: Page) -> None:
     figures = figures_of(page.scripts[-1])
     assert set(figures) == {"usage", "templates", "map", "top", "cost"}
     memory = next(t for t in figures["usage"]["data"] if t.get("name") == "memory")
-    assert memory["x"] == [0.27, 0.03, 0.55, 0.26]
+    assert memory["x"] == [0.27, 0.03, 0.55, 0.26, 0.28]
 
 
 def assert_every_plot_has_its_place(page: Page) -> dict[str, dict[str, str | None]]:
@@ -260,8 +361,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     summary["model"]["name"] = hostile
     summary["data"]["relations"] = [hostile]
     summary["data"]["digest"] = hostile
-    for part in ("baseline", "towards_context", "towards_memory", "random_heads"):
-        by_template = summary[part]["test"]["by_template"]
+    parts = [summary[part] for part in ("baseline", "towards_context", "towards_memory")]
+    for part in [*parts, *summary["random_heads"].values()]:
+        by_template = part["test"]["by_template"]
         by_template[hostile] = by_template.pop("according_to")
     summary["data"]["phrasings"]["held_out"] = hostile
     summary["methods"][hostile] = summary["methods"].pop("value_scaling")
@@ -514,9 +616,9 @@ def test_what_is_no_run_is_refused_with_a_sentence(write, said: str, folders: di
 
 def test_a_summary_that_lacks_a_measure_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     summary = read_json(folders["dial"] / "summary.json")
-    del summary["random_heads"]["test"]["aligned_accuracy"]
+    del summary["random_heads"]["towards_memory"]["test"]["aligned_accuracy"]
     write_json(tmp_path / "summary.json", summary)
-    with pytest.raises(UserError, match="has no aligned_accuracy of random gates"):
+    with pytest.raises(UserError, match="has no aligned_accuracy of random gates, towards memory"):
         read_runs([tmp_path])
 
 

@@ -3,10 +3,19 @@ from contextlib import contextmanager, nullcontext
 import polars as pl
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
-from interp.evaluation import UsageReport, answer_starts, answer_token_ids, measure_usage, neutral_kl, neutral_texts
+from interp.evaluation import (
+    _SCORE_COLUMNS,
+    UsageReport,
+    answer_starts,
+    answer_token_ids,
+    measure_usage,
+    neutral_kl,
+    neutral_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +67,48 @@ def test_rates_are_shares_of_all_prompts_and_the_ratio_is_not():
     assert report.memorisation_ratio().value == pytest.approx(1 / 3)
 
 
-def test_the_interval_of_one_subject_alone_has_no_width():
-    estimate = made_up(["memory", "context"], ["a", "a"]).rate("memory")
-    assert (estimate.low, estimate.value, estimate.high) == (0.5, 0.5, 0.5)
+def test_a_rate_has_the_interval_of_wilson_with_an_effective_number():
+    alone = made_up(["memory", "context", "other"] * 3, list("abcdefghi")).rate("memory")
+    expected = binomtest(3, 9).proportion_ci(method="wilson")
+    assert (alone.low, alone.high) == pytest.approx((expected.low, expected.high))
+    never = made_up(["context"] * 8, list("aabbccdd")).rate("memory")
+    expected = binomtest(0, 4).proportion_ci(method="wilson")
+    assert (never.low, never.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_ratio_is_undefined_where_neither_source_is_used():
+    ratio = made_up(["other", "both", "other"], list("abc")).memorisation_ratio()
+    assert ratio.to_record() == {"value": None, "low": None, "high": None, "n": 0}
+    assert str(ratio) == "undefined"
+
+
+def test_a_ratio_of_1_is_as_sure_as_the_answers_that_it_is_of():
+    ratio = made_up(["memory", "memory", *["other"] * 30], range(32)).memorisation_ratio()
+    expected = binomtest(2, 2).proportion_ci(method="wilson")
+    assert (ratio.value, ratio.n) == (1, 2)
+    assert (ratio.low, ratio.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_summary_holds_null_for_what_is_undefined():
+    scores = {column: [None, None] for column in _SCORE_COLUMNS} | {"memory_span_match": [0.0, 1.0]}
+    frame = pl.DataFrame({"usage": ["other", "memory"], "subject": ["a", "b"], **scores})
+    summary = UsageReport(frame).summary(by=["subject"])
+    ratios = summary.filter(measure="memorisation_ratio")
+    assert ratios["value"].to_list() == [None, 1]
+    (right,) = summary.filter(measure="memory_span_match", subject="b").iter_rows(named=True)
+    expected = binomtest(1, 1).proportion_ci(method="wilson")
+    assert (right["low"], right["high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_change_is_paired_by_prompt_whatever_the_order():
+    before = UsageReport(pl.DataFrame({"id": list("abcd"), "subject": list("wxyz"), "usage": ["memory"] * 4}))
+    usages = ["memory", "context", "memory", "memory"] * 2
+    after = UsageReport(pl.DataFrame({"id": list("dcba") * 2, "subject": list("zyxw") * 2, "usage": usages}))
+    change = after.rate_change(before, "memory")
+    assert (change.value, change.n) == (-0.25, 8)
+    assert change.p == 1.0  # one subject alone changed, and either sign is as likely
+    with pytest.raises(UserError, match="'d' was not asked before the edit"):
+        after.rate_change(UsageReport(before.frame.head(3)), "memory")
 
 
 def test_an_empty_selection_is_an_error(report):

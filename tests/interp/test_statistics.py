@@ -1,7 +1,21 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from interp.statistics import RESAMPLES, bootstrap_mean, bootstrap_means, bootstrap_weights
+from interp.files import read_json, write_json
+from interp.statistics import (
+    RESAMPLES,
+    Estimate,
+    bootstrap_mean,
+    bootstrap_means,
+    bootstrap_weights,
+    cluster_wilson,
+    paired_difference,
+    rate,
+)
 
 
 def test_interval_is_that_of_the_normal_approximation_for_independent_values():
@@ -51,3 +65,121 @@ def test_bootstrap_means_are_means_with_the_bootstrap_weights(shape):
     weights = bootstrap_weights(clusters, seed=3)
     expected = ((weights @ values).T / weights.sum(1)).T
     np.testing.assert_allclose(bootstrap_means(values, clusters, seed=3), expected)
+
+
+@pytest.mark.parametrize(("ones", "n"), [(0, 9), (9, 9), (1, 9), (17, 57), (40, 400)])
+def test_the_rate_of_independent_values_has_the_interval_of_wilson(ones, n):
+    estimate = rate([1] * ones + [0] * (n - ones), range(n))
+    expected = binomtest(ones, n).proportion_ci(method="wilson")
+    assert (estimate.value, estimate.n) == (ones / n, n)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("ones", [0, 1, 13, 20])
+def test_a_rate_of_values_that_are_all_alike_within_clusters_is_as_sure_as_there_are_clusters(ones):
+    values = [1] * ones + [0] * (20 - ones)
+    often = rate(np.repeat(values, 6), np.repeat(np.arange(20), 6).tolist())
+    expected = binomtest(ones, 20).proportion_ci(method="wilson")
+    assert (often.low, often.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_rate_of_one_cluster_is_that_of_one_value():
+    expected = binomtest(1, 1).proportion_ci(method="wilson")
+    estimate = rate([1] * 8, ["a"] * 8)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("n_clusters", [20, 57])
+@pytest.mark.parametrize("correlation", [0.0, 0.1, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("truth", [0.01, 0.03, 0.1, 0.3, 0.5, 0.97])
+def test_the_interval_of_a_rate_covers_the_truth_about_as_often_as_it_says(n_clusters, correlation, truth):
+    """Beta-binomial clusters of one to seven values."""
+    rng = np.random.default_rng(7)
+    shape = (2000, n_clusters)
+    sizes = rng.integers(1, 8, size=shape)
+    if correlation == 0:
+        chance = np.full(shape, truth)
+    elif correlation == 1:
+        chance = (rng.random(shape) < truth).astype(float)
+    else:
+        strength = (1 - correlation) / correlation
+        chance = rng.beta(truth * strength, (1 - truth) * strength, size=shape)
+    low, high = cluster_wilson(rng.binomial(sizes, chance).astype(float), sizes.astype(float))
+    covered = ((low <= truth) & (truth <= high)).mean()
+    # Wilson's own coverage goes down to .88 near 0 and 1, where one success more or less decides.
+    assert covered >= (0.88 if correlation == 1 and n_clusters == 20 else 0.925)
+    assert covered <= 0.999 or truth < 0.05
+
+
+def test_a_rate_wants_zeros_and_ones():
+    with pytest.raises(ValueError, match="zeros and ones"):
+        rate([0.5, 1], "ab")
+    with pytest.raises(ValueError, match="at least one value"):
+        rate([], [])
+
+
+def test_four_of_57_that_changed_one_way_are_no_clear_change():
+    found = paired_difference([1] * 57, [0] * 4 + [1] * 53, range(57))
+    assert found.value == pytest.approx(-4 / 57)
+    assert found.p == 0.125  # two of the sixteen ways in which four signs fall
+    assert found.low < found.value < 0 < found.high
+
+
+def test_the_p_value_is_that_of_every_flip_of_the_clusters_signs():
+    rng = np.random.default_rng(2)
+    before, after = rng.random((2, 24)).round(1)
+    clusters = [i % 9 for i in range(24)]
+    sums = [sum(after[i] - before[i] for i in range(24) if clusters[i] == c) for c in range(9)]
+    flipped = [abs(np.dot(signs, sums)) for signs in itertools.product((1, -1), repeat=9)]
+    expected = np.mean([total >= abs(sum(sums)) - 1e-12 for total in flipped])
+    assert paired_difference(before, after, clusters).p == pytest.approx(expected)
+
+
+def test_the_p_value_of_many_clusters_is_about_that_of_the_sign_test():
+    after = [1.0] * 26 + [-1.0] * 14 + [0.0] * 30
+    found = paired_difference([0.0] * 70, after, range(70))
+    assert found.p == pytest.approx(binomtest(26, 40).pvalue, abs=0.015)
+    assert found == paired_difference([0.0] * 70, after, range(70))
+
+
+def test_the_interval_of_a_change_of_no_values_has_a_width():
+    found = paired_difference([0] * 30, [0] * 30, range(30))
+    reach = binomtest(0, 30).proportion_ci(method="wilson").high
+    # Rises and falls could each be as many as that.
+    assert (found.value, found.p) == (0, 1)
+    assert (found.low, found.high) == pytest.approx((-reach, reach))
+
+
+def test_the_interval_of_a_paired_change_of_rates_covers_the_truth():
+    """Changes of 60 clusters of three: a share rises, a share falls."""
+    rng = np.random.default_rng(0)
+    for rises, falls in ((0.05, 0.0), (0.1, 0.05), (0.4, 0.3)):
+        chances = rng.dirichlet(2 * np.array([rises, falls, 1 - rises - falls]) + 1e-9, size=(150, 60))
+        drawn = rng.multinomial(3, chances).reshape(150, -1)
+        covered = []
+        for counts in drawn:
+            change = np.repeat(np.tile([1, -1, 0], 60), counts)
+            found = paired_difference(np.zeros(180), change, np.repeat(np.arange(60), 3).tolist())
+            covered.append(found.low <= rises - falls <= found.high)
+        assert np.mean(covered) >= 0.91
+
+
+def test_other_changes_are_bootstrapped():
+    change = np.random.default_rng(0).normal(size=50)
+    found = paired_difference(np.zeros(50), change, range(50))
+    expected = bootstrap_mean(change, range(50))
+    assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
+
+
+def test_a_pair_needs_equally_many_values():
+    with pytest.raises(ValueError, match="equally many values, not 2 and 1"):
+        paired_difference([1, 0], [1], "ab")
+
+
+def test_what_is_undefined_is_null_in_json_and_said_in_words(tmp_path):
+    undefined = Estimate.undefined(12)
+    write_json(tmp_path / "estimate.json", undefined.to_record())
+    record = read_json(tmp_path / "estimate.json")
+    assert record == {"value": None, "low": None, "high": None, "n": 12}
+    assert math.isnan(Estimate.from_record(record).value)
+    assert str(Estimate.from_record(record)) == "undefined"

@@ -2,6 +2,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from interp.errors import UserError
@@ -189,15 +190,19 @@ def brute_auroc(labels, scores):
     return ((positives > negatives) + (positives == negatives) / 2).mean()
 
 
-@pytest.mark.parametrize(
-    ("name", "measure"),
-    [("auroc", brute_auroc), ("accuracy", lambda labels, scores: ((scores > 0) == labels).mean())],
-)
-def test_intervals_are_those_of_a_loop_that_resamples_subjects(name, measure):
-    found = getattr(score_probabilities(probabilities_of(SMOOTH), LABELS, SUBJECTS), name)
-    low, high = by_resampling_subjects(SMOOTH, LABELS, SUBJECTS, measure)
+def test_intervals_are_those_of_a_loop_that_resamples_subjects():
+    found = score_probabilities(probabilities_of(SMOOTH), LABELS, SUBJECTS).auroc
+    low, high = by_resampling_subjects(SMOOTH, LABELS, SUBJECTS, brute_auroc)
     width = high - low
     assert (found.low, found.high) == (pytest.approx(low, abs=0.1 * width), pytest.approx(high, abs=0.1 * width))
+
+
+def test_accuracy_and_frequencies_have_the_intervals_of_wilson():
+    score = score_probabilities(probabilities_of(SMOOTH), LABELS, range(N))
+    assert score.accuracy.value == ((SMOOTH > 0) == LABELS).mean()
+    for found in (score.accuracy, *(b.frequency for b in score.reliability)):
+        expected = binomtest(round(found.value * found.n), found.n).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_copies_within_a_subject_do_not_narrow_the_intervals():
