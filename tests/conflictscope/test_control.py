@@ -16,7 +16,7 @@ from interp.evaluation import AnswerStarts, answer_starts, measure_usage, neutra
 from interp.facts import HELD_OUT_PHRASING
 from interp.sae import load_saes
 from interventions.base import applied
-from interventions.config import InterventionFile
+from interventions.config import InterventionFile, effect_digest
 from interventions.steering import Steering
 from tests.conflictscope import test_cli
 from tests.conflictscope.test_cli import assert_one_sentence
@@ -56,12 +56,27 @@ def test_every_method_is_measured_in_both_directions_on_held_out_subjects_alone(
     control, results = fitted
     assert set(results["methods"]) == set(METHODS)
     test = {e.id for e in conflicts if e.split == "test"}
+    files = (control.out / "interventions").glob("*.json")
+    effects = {effect_digest(InterventionFile.load(path).build()) for path in files}
     reports = list((control.out / "records").glob("test-*.parquet"))
-    assert len(reports) == 1 + 2 * (len(METHODS) + 1)
+    # The unedited model, every edit that differs from the others, and the second draw of random features.
+    assert 1 + len(effects) <= len(reports) <= 1 + len(effects) + 2
     for path in reports:
         assert set(pl.read_parquet(path)["id"]) <= test
     table = results_table(results)
     assert table["method"].to_list() == ["unedited", *METHODS, *METHODS]
+
+
+def test_changes_are_those_of_the_same_prompts(fitted):
+    control, results = fitted
+    answers = pl.read_parquet(control.out / "examples.parquet").filter(kind="conflict")
+    by_condition = {name: answers.filter(condition=name) for name in ("unedited", "actadd, towards context")}
+    follows = [dict(zip(f["id"], f["usage"] == "context", strict=True)) for f in by_condition.values()]
+    expected = np.mean([int(follows[1][name]) - int(follows[0][name]) for name in follows[0]])
+    change = results["methods"]["actadd"]["towards_context"]["test"]["change"]["context_rate"]
+    assert change["value"] == pytest.approx(expected)
+    assert change["low"] <= change["value"] <= change["high"]
+    assert "change" not in results["unedited"]
 
 
 def test_nothing_is_fitted_or_chosen_on_test_subjects_or_the_held_out_phrasing(fitted):
@@ -236,8 +251,16 @@ def test_a_wrong_input_is_one_sentence(run, command, message):
 
 def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_directories, tmp_path, conflicts):
     conflicts.save(tmp_path / "data.jsonl")
-    result = run("steer", "fit", "--model", tiny_directories["llama"], "--data", "data.jsonl", "--out", "c")
-    assert_one_sentence(result, "both sources are needed")
+    arguments = ("--model", tiny_directories["llama"], "--data", "data.jsonl", "--out", "c")
+    assert_one_sentence(run("steer", "fit", *arguments, "--method", "actadd"), "both sources are needed")
+    assert not (tmp_path / "c" / "results.json").exists()
+    # The contrast of answers needs none to be followed.
+    code, out, _ = run("steer", "fit", *arguments, "--method", "probe", "--method", "caa")
+    assert code == 0
+    methods = json.loads((tmp_path / "c" / "results.json").read_text())["methods"]
+    assert "both sources are needed" in methods["probe"]["not_run"]
+    assert set(methods["caa"]) == {"towards_context", "towards_memory"}
+    assert "not run" in out
 
 
 def test_data_without_a_kind_of_prompts_is_told_so_before_anything_runs(run, tiny_directories, tmp_path):

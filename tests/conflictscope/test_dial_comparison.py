@@ -82,7 +82,23 @@ def test_losses_are_paired_by_prompt(compared):
         fallen = unedited[measure]["value"] - found["test"][measure]["value"]
         assert found["loss"][kind]["value"] == pytest.approx(fallen)
     before, _ = dialing.measured(None, "")
-    assert all(estimate["value"] == estimate["high"] == 0 for estimate in losses(before, [before]).values())
+    assert all((estimate["value"], estimate["p"]) == (0, 1) for estimate in losses(before, [before]).values())
+
+
+def test_a_method_that_cannot_run_has_a_row_that_says_why(compared, monkeypatch):
+    dialing, result = compared
+
+    def refused(*_, **__):
+        raise UserError("The gradients are not finite.")
+
+    monkeypatch.setattr(Comparison, "_learned", refused)
+    edits = Comparison(dialing).edits("context")
+    assert {method for method, some in edits.items() if isinstance(some, str)} == {"hard_concrete", "other_answers"}
+    again = Comparison(dialing).run()
+    assert again["towards_context"]["test"]["hard_concrete"] == {"not_run": "The gradients are not finite."}
+    assert again["towards_context"]["test"]["pruning"] == result["towards_context"]["test"]["pruning"]
+    rows = comparison_table(again).filter(method="hard concrete")
+    assert rows["chosen"].to_list() == ["not run: The gradients are not finite."] * 2
 
 
 def test_what_is_measured_is_what_the_table_lists(compared, tiny_llama):

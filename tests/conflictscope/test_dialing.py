@@ -137,13 +137,14 @@ def test_a_repeated_run_computes_nothing_anew(finished, tiny_directories, monkey
 
 def test_random_gates_have_the_same_scales_in_places_that_are_not_the_dial_s(finished):
     summary, _ = finished
-    ends = [summary["towards_context"], summary["towards_memory"]]
     for kind in ("heads", "feed_forward"):
         drawn = []
-        for number, draw in enumerate(summary["random_heads"]["draws"]):
-            assert sorted(gate[-1] for gate in draw[kind]) == sorted(gate[-1] for gate in ends[number // 2][kind])
-            drawn.append(frozenset(tuple(gate[:-1]) for gate in draw[kind]))
-            assert not drawn[-1] & {tuple(gate[:-1]) for gate in ends[number // 2][kind]}
+        for end in ("towards_context", "towards_memory"):
+            moved = summary[end][kind]
+            for draw in summary["random_heads"][end]["draws"]:
+                assert sorted(gate[-1] for gate in draw[kind]) == sorted(gate[-1] for gate in moved)
+                drawn.append(frozenset(tuple(gate[:-1]) for gate in draw[kind]))
+                assert not drawn[-1] & {tuple(gate[:-1]) for gate in moved}
         if kind == "heads":
             assert len(set(drawn)) > 1
 
@@ -156,9 +157,10 @@ def test_feed_forward_layers_are_gates_where_they_are_wanted(tiny_llama, tmp_pat
 def test_where_nearly_all_gates_move_random_ones_share_places(tiny_llama, tmp_path):
     settings = replace(LEARNING, max_gates=100, steps=3, feed_forward=True)
     summary = dialing(tiny_llama, tmp_path, settings=settings).run()
-    sizes = [len(summary[f"towards_{towards}"]["heads"]) for towards in ("context", "memory")]
-    assert [len(draw["heads"]) for draw in summary["random_heads"]["draws"]] == [n for n in sizes for _ in range(2)]
-    assert max(sizes) == 12
+    sizes = {end: len(summary[end]["heads"]) for end in ("towards_context", "towards_memory")}
+    for end, size in sizes.items():
+        assert [len(draw["heads"]) for draw in summary["random_heads"][end]["draws"]] == [size] * 2
+    assert max(sizes.values()) == 12
 
 
 def test_a_budget_that_no_gate_can_keep_is_one_sentence(tiny_llama, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from conflictscope import dialing, study
 from conflictscope import gating as job
@@ -160,8 +161,31 @@ def test_kept_shares_by_hand():
     assert shares["gain"]["value"] == pytest.approx(0.5)
     assert shares["none"]["value"] == pytest.approx(0.2)
     assert shares["gain"]["low"] <= 0.5 <= shares["gain"]["high"]
+    # Every prompt that the edit turned right to wrong is right behind the gate, or it is not.
+    expected = binomtest(1, 5).proportion_ci(method="wilson")
+    assert (shares["none"]["low"], shares["none"]["high"]) == pytest.approx((expected.low, expected.high))
     assert "irrelevant" not in shares
     assert "gain" not in kept_shares(reports, "gated", None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_share_of_a_change_that_there_is_not_is_undefined():
+    def condition(right: list[float]) -> UsageReport:
+        return UsageReport(report("aligned", ["memory"] * 10, right))
+
+    reports = {name: condition([1.0] * 9 + [0.0]) for name in ("unedited", "everywhere")}
+    reports["gated"] = condition([1.0] * 8 + [0.0] * 2)
+    shares = kept_shares(reports, "gated", None)  # pyright: ignore[reportArgumentType]
+    assert shares == {"aligned": {"value": None, "low": None, "high": None, "n": 10}}
+
+
+def test_a_share_of_all_is_as_sure_as_the_prompts_that_changed():
+    usage = {"unedited": ["memory"] * 20, "everywhere": ["context"] * 3 + ["memory"] * 17}
+    usage["gated"] = usage["everywhere"]
+    reports = {name: UsageReport(report("conflict", found, [1.0] * 20)) for name, found in usage.items()}
+    gain = kept_shares(reports, "gated", "context")["gain"]  # pyright: ignore[reportArgumentType]
+    expected = binomtest(3, 3).proportion_ci(method="wilson")
+    assert (gain["value"], gain["n"]) == (1, 3)
+    assert (gain["low"], gain["high"]) == pytest.approx((expected.low, expected.high))
 
 
 # What is refused

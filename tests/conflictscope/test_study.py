@@ -6,12 +6,21 @@ import pytest
 
 from conflictscope import gate_fit
 from conflictscope import study as study_module
-from conflictscope.study import METHODS, RANKED_METHODS, Study, as_good_as_the_best, candidates
+from conflictscope.study import (
+    METHODS,
+    RANKED_METHODS,
+    Candidate,
+    Study,
+    as_good_as_the_best,
+    candidates,
+    headline,
+)
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
-from interp.evaluation import UsageReport
+from interp.evaluation import UsageReport, measure_usage
 from interp.facts import usable_facts
 from interp.models import load_model
+from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.gate_training import GateTraining
 from interventions.heads import HeadScaling
@@ -77,8 +86,10 @@ def test_a_study_runs_on_other_architectures(make_study, tiny_directories, tmp_p
 def test_the_summary_has_what_its_readers_need(finished):
     _, summary = finished
     assert {"model", "data", "baseline", "towards_context", "towards_memory", "random_heads"} <= set(summary)
-    for condition in ("baseline", "towards_context", "towards_memory", "random_heads"):
-        test = summary[condition]["test"]
+    ends = ("towards_context", "towards_memory")
+    edited = [*(summary[end] for end in ends), *(summary["random_heads"][end] for end in ends)]
+    for condition in (summary["baseline"], *edited):
+        test = condition["test"]
         for measure in (
             "memory_rate",
             "context_rate",
@@ -88,16 +99,43 @@ def test_the_summary_has_what_its_readers_need(finished):
             "neutral_kl",
         ):
             assert test[measure]["low"] <= test[measure]["value"] <= test[measure]["high"]
+    for condition in edited:
+        for measure, change in condition["test"]["change"].items():
+            before, after = (found["test"][measure]["value"] for found in (summary["baseline"], condition))
+            assert change["value"] == pytest.approx(after - before)
+            assert 0 < change["p"] <= 1
     assert summary["towards_context"]["chosen_on"] == summary["towards_memory"]["chosen_on"] == "dev"
 
 
 def test_the_random_control_has_the_winners_scales_and_none_of_its_heads(finished):
     _, summary = finished
-    winners = [summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")]
-    draws = [draw["heads"] for draw in summary["random_heads"]["draws"]]
-    assert [[s for *_, s in drawn] for drawn in draws] == 2 * [[s for *_, s in heads] for heads in winners]
-    for drawn in draws:
-        assert not {tuple(h[:2]) for h in drawn} & {tuple(h[:2]) for heads in winners for h in heads}
+    winners = {f"towards_{towards}": summary[f"towards_{towards}"]["heads"] for towards in ("context", "memory")}
+    assert set(summary["random_heads"]) == set(winners)
+    for end, heads in winners.items():
+        draws = [draw["heads"] for draw in summary["random_heads"][end]["draws"]]
+        assert [[s for *_, s in drawn] for drawn in draws] == 2 * [[s for *_, s in heads]]
+        for drawn in draws:
+            assert not {tuple(h[:2]) for h in drawn} & {tuple(h[:2]) for heads in winners.values() for h in heads}
+
+
+def test_the_random_control_of_a_direction_is_that_of_its_own_draws(finished, tiny_llama):
+    study, summary = finished
+    for end in ("towards_context", "towards_memory"):
+        control = summary["random_heads"][end]
+        answers = []
+        for draw in control["draws"]:
+            candidate = Candidate(tuple((*head,) for head in draw["heads"]), draw["around"] == "mean")
+            with applied(tiny_llama, candidate.scaling(study.mean_outputs)):
+                answers.append(measure_usage(tiny_llama, study._tested.select(kind="conflict")).frame)
+        expected = (pl.concat(answers)["usage"] == "memory").mean()
+        assert control["test"]["memory_rate"]["value"] == pytest.approx(expected)
+        assert control["test"]["memory_rate"]["n"] == 2 * summary["baseline"]["test"]["memory_rate"]["n"]
+
+
+def test_the_terminal_shows_each_direction_next_to_its_control(finished):
+    lines = list(headline(finished[1]))
+    names = ["unedited", *(f"{kind}towards {d}" for d in ("context", "memory") for kind in ("", "random, "))]
+    assert [line[: len(name)] for line, name in zip(lines, names, strict=True)] == names
 
 
 def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path, monkeypatch):
@@ -174,7 +212,11 @@ def test_a_model_whose_gates_cannot_be_learned_is_studied_without_them(make_stud
 
     monkeypatch.setattr(gate_fit, "learn_gates", refused)
     summary = make_study(tmp_path).run()
-    assert set(METHODS) - set(summary["methods"]) == {"learned_gates"}
+    reason = "The gates' gradients are not finite."
+    assert summary["methods"]["learned_gates"] == {"not_run": reason}
+    assert all("not_run" not in summary["methods"][method] for method in RANKED_METHODS)
+    assert list(headline(summary))[-1].split(maxsplit=4) == ["learned", "gates", "not", "run", reason]
+    assert reason.replace("'", "&#39;") in (tmp_path / "report.html").read_text()
 
 
 def test_candidates_prune_the_opponents_and_never_name_a_head_twice(finished):

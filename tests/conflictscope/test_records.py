@@ -1,0 +1,76 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from conflictscope import study
+from conflictscope.records import Records
+from conflictscope.study import measure_edits
+from interp.attribution.scores import HeadScores
+from interp.evaluation import UsageReport
+from interventions.gates import Gate, TrustDial
+from interventions.heads import HeadScaling
+from interventions.steering import Steering
+from tests.tiny import tiny_conflicts
+
+
+def usage():
+    return UsageReport(pl.DataFrame({"usage": ["memory"], "subject": ["Peru"]}))
+
+
+def head_scores():
+    return {"m": HeadScores(torch.zeros(1, 2, 2), ("a",), ("Peru",), "path_patching", "m", "tiny", "d", {})}
+
+
+@pytest.mark.parametrize(("kind", "result"), [("json", lambda: [1]), ("usage", usage), ("head_scores", head_scores)])
+def test_a_mended_step_is_computed_again_and_no_other(tmp_path, kind, result):
+    computed = []
+
+    def step(name, version):
+        def compute():
+            computed.append((name, version))
+            return result()
+
+        getattr(Records(tmp_path, model="fingerprint"), kind)(name, ["data"], compute, version=version)
+
+    for version in (1, 1, 2, 2, (2, 1), (2, 1)):
+        step("mended", version)
+        step("other", 1)
+    assert computed == [("mended", 1), ("other", 1), ("mended", 2), ("mended", (2, 1))]
+
+
+def test_a_step_without_a_version_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="version"):
+        Records(tmp_path).json("step", [], list)  # pyright: ignore[reportCallIssue]
+
+
+def test_another_model_has_records_of_its_own(tmp_path):
+    places = {Records(tmp_path, model=name).place("step", [], ".json", version=1) for name in "ab"}
+    assert len(places) == 2
+
+
+def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_path, monkeypatch):
+    asked, measured = tiny_conflicts(), []
+
+    def measure(_, conflicts, *, progress):
+        measured.append(progress)
+        rows = {"id": [e.id for e in conflicts], "subject": [e.subject for e in conflicts]}
+        return UsageReport(pl.DataFrame(rows))
+
+    monkeypatch.setattr(study, "measure_usage", measure)
+    monkeypatch.setattr(study, "neutral_kl", lambda *_, **__: np.zeros(2))
+    steered = Steering(1, torch.ones(32), 2.0)
+    names = {
+        "pruning": [HeadScaling.of([(1, 0)], 0.0)],
+        "the same as a dial": [TrustDial((Gate(1, 0, 0.0, 2.0), Gate(2, 1, 1.0, 0.5)), -1.0)],
+        "steering": [steered],
+        "the same by another name": [Steering(1, torch.ones(32), 2.0)],
+        "unedited": [],
+        "a dial at rest": [TrustDial((Gate(1, 0, 0.0, 2.0),), 0.0)],
+        "another vector, the same settings": [Steering(1, -torch.ones(32), 2.0)],
+        "another scale": [HeadScaling.of([(1, 0)], 0.5)],
+    }
+    for name, edits in names.items():
+        measure_edits(tiny_llama, Records(tmp_path), asked, edits, label=name)
+    once = ["pruning", "steering", "unedited", "another vector, the same settings", "another scale"]
+    assert measured == once
