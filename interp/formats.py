@@ -28,6 +28,7 @@ from interp.conflicts import (
     ConflictExample,
     ConflictSet,
     ContextKind,
+    example_of,
     shows_answer,
     split_of_key,
     subject_key,
@@ -154,12 +155,7 @@ def load_dataset(
     """
     reading = _Reading(_paths(path), format, on_error, seed)
     examples = tuple(reading.examples())
-    return Loaded(
-        ConflictSet(format, examples), reading.skipped, [f"{place}: {why}" for place, why in reading.left_out]
-    )
-
-
-_SHOWN_SENTENCES = 20
+    return Loaded(ConflictSet(format, examples), reading.skipped, reading.left_out)
 
 
 def convert_dataset(
@@ -281,22 +277,27 @@ class _Reading:
         subject = self._spellings.setdefault(key, subject)
         split = split_of_key(key, self._seed)
         ask = _ask(item)
-        for context in (*item.contexts, Context("none", "", ())):
-            template = "-".join(filter(None, (source, context.template or item.template)))
-            yield ConflictExample(
-                id=f"{template}-{name}-{context.kind}",
-                subject=subject,
-                relation=item.relation or source,
-                question=item.question,
-                context=_before_the_question(item, context),
-                memory_answers=item.memory_answers,
-                context_answers=context.answers,
-                kind=context.kind,
-                template=template,
-                source=source,
-                prompt=ask if not context.text else context.text if item.completion else f"{context.text}\n\n{ask}",
-                split=split,
-            )
+        for context in (*item.contexts, _NO_CONTEXT):
+            family = context.template or item.template
+            template = f"{source}-{family}" if family else source
+            fields: dict[str, Any] = {
+                "id": f"{template}-{name}-{context.kind}",
+                "subject": subject,
+                "relation": item.relation or source,
+                "question": item.question,
+                "context": _before_the_question(item, context),
+                "memory_answers": item.memory_answers,
+                "context_answers": context.answers,
+                "kind": context.kind,
+                "template": template,
+                "source": source,
+                "prompt": ask if not context.text else context.text if item.completion else f"{context.text}\n\n{ask}",
+                "split": split,
+            }
+            yield example_of(fields)
+
+
+_NO_CONTEXT = Context("none", "", ())
 
 
 def _ask(item: Item) -> str:
@@ -320,13 +321,16 @@ def _unusable(item: Item) -> str:
     """Why an item is left out, if it is."""
     if item.unusable:
         return item.unusable
-    memory = {normalise(answer) for answer in item.memory_answers} - {""}
     for context in item.contexts:
-        if context.kind == "conflict" and not memory.isdisjoint(map(normalise, context.answers)):
+        if context.kind == "conflict" and _same(item.memory_answers, context.answers):
             return _SAME
         if not _before_the_question(item, context):
             return _NO_END
     return ""
+
+
+def _same(one: Sequence[str], other: Sequence[str]) -> bool:
+    return bool((set(map(normalise, one)) & set(map(normalise, other))) - {""})
 
 
 def _digest(item: Item) -> bytes:
@@ -339,11 +343,8 @@ def _digest(item: Item) -> bytes:
     try:
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
     except UnicodeEncodeError as error:
-        around = error.object[max(0, error.start - 20) : error.start + 20]
-        raise BadRow(
-            f"expected whole characters, got half of one ({error.object[error.start]!r} in {around!r})"
-        ) from error
-    return hashlib.blake2b(content, digest_size=16).digest()
+        around = content[max(0, error.start - 20) : error.start + 20]
+        raise BadRow(f"expected whole characters, got half of one in {around!r}") from error
 
 
 @dataclass(frozen=True)
@@ -378,9 +379,9 @@ class Row:
     def text(self, name: str) -> str:
         """A text that is not empty."""
         value = self.value(name)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (text := value.strip()):
             raise self.unexpected(name, "a text that is not empty")
-        return value.strip()
+        return text
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts, or one written as JSON, Python, numpy or pandas write it, in its own order.
@@ -390,9 +391,9 @@ class Row:
         items = self.value(name)
         if isinstance(items, str):
             items = _listed(items)
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        if not isinstance(items, list) or not all([isinstance(item, str) for item in items]):
             raise self.unexpected(name, "a list of texts")
-        return tuple(item.strip() for item in items)
+        return tuple([item.strip() for item in items])
 
     def answers(self, name: str) -> tuple[str, ...]:
         """The distinct texts of a list that has at least one which is not empty."""
@@ -437,6 +438,11 @@ _MISSING = {"nan", "none", "null", "<na>"}
 def _listed(text: str) -> Any:
     """The list that a text is or stands for; ``None`` if it is a broken or doubtful list."""
     text = text.strip()
+    if text.startswith('["'):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return _python_strings(text)
     if text.lower() in _MISSING:
         return None
     written = call[1].strip() if (call := _NUMPY_CALL.fullmatch(text)) else text
@@ -471,7 +477,7 @@ def _shown(value: object) -> str:
 
 
 def _distinct(*texts: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    return tuple(dict.fromkeys([text for one in texts if (text := one.strip())]))
 
 
 _Reader = Callable[[Row], list[Item]]
