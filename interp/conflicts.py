@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from json.encoder import encode_basestring as _quoted
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -215,18 +216,29 @@ class ConflictSet:
 
 def json_line(e: ConflictExample) -> str:
     """The line of a file of conflict data that holds this example, as ``json.dumps`` would write it, in less time."""
+    about, memory, source, split = _shared(e.subject, e.relation, e.question, e.memory_answers, e.source, e.split)
     # Most of a prompt is its context: what is quoted once need not be again.
     context = _quoted(e.context)
     start = len(e.context) if e.prompt.startswith(e.context) else 0
     prompt = (context[:-1] if start else '"') + _quoted(e.prompt[start:])[1:]
     return (
-        f'{{"id": {_quoted(e.id)}, "subject": {_quoted(e.subject)}, "relation": {_quoted(e.relation)}, '
-        f'"question": {_quoted(e.question)}, "context": {context}, '
-        f'"memory_answers": [{", ".join(map(_quoted, e.memory_answers))}], '
-        f'"context_answers": [{", ".join(map(_quoted, e.context_answers))}], '
-        f'"kind": {_quoted(e.kind)}, "template": {_quoted(e.template)}, "source": {_quoted(e.source)}, '
-        f'"prompt": {prompt}, "split": {_quoted(e.split)}}}\n'
+        f'{{"id": {_quoted(e.id)}, {about}, "context": {context}, "memory_answers": {memory}, '
+        f'"context_answers": {_quoted_list(e.context_answers)}, "kind": {_quoted(e.kind)}, '
+        f'"template": {_quoted(e.template)}, "source": {source}, "prompt": {prompt}, "split": {split}}}\n'
     )
+
+
+# The examples of one item follow each other: what they share is quoted once.
+@lru_cache(maxsize=1)
+def _shared(
+    subject: str, relation: str, question: str, memory: tuple[str, ...], source: str, split: str
+) -> tuple[str, str, str, str]:
+    about = f'"subject": {_quoted(subject)}, "relation": {_quoted(relation)}, "question": {_quoted(question)}'
+    return about, _quoted_list(memory), _quoted(source), _quoted(split)
+
+
+def _quoted_list(texts: Iterable[str]) -> str:
+    return f"[{', '.join([_quoted(text) for text in texts])}]"
 
 
 def write_examples(path: str | Path, examples: Iterable[ConflictExample]) -> int:

@@ -341,9 +341,10 @@ def _digest(item: Item) -> bytes:
     answers = "\1".join(item.memory_answers)
     content = "\0".join((item.question, item.subject, item.relation, item.template, answers, *contexts))
     try:
+        item.key.encode()
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
     except UnicodeEncodeError as error:
-        around = content[max(0, error.start - 20) : error.start + 20]
+        around = error.object[max(0, error.start - 20) : error.start + 20]
         raise BadRow(f"expected whole characters, got half of one in {around!r}") from error
 
 
@@ -378,7 +379,9 @@ class Row:
 
     def text(self, name: str) -> str:
         """A text that is not empty."""
-        value = self.value(name)
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            value = self.value(name)
         if not isinstance(value, str) or not (text := value.strip()):
             raise self.unexpected(name, "a text that is not empty")
         return text
