@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.detector --json
 	$(BIN)/python -m benchmarks.mutual_information --json
 	$(BIN)/python -m benchmarks.runtime --json
+	$(BIN)/python -m benchmarks.conversion --json
 
 schema: $(STAMP)
 	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"

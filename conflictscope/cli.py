@@ -806,9 +806,15 @@ def data_inspect(
         )
 
 
+_SHOWN_ROWS = 10
+
+
 @data_app.command("convert")
 def data_convert(
-    file: Annotated[Path, typer.Argument(help="A data set in its native format: JSON, JSONL, CSV, TSV or Parquet.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="A data set in its native format: JSON, JSONL, CSV, TSV or Parquet."),
+    ],
     format: Annotated[str, typer.Option("--format", help="Its format; a wrong name lists the known ones.")],
     out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
     on_error: Annotated[
@@ -816,14 +822,20 @@ def data_convert(
     ] = "stop",
     seed: SeedOption = 0,
 ) -> None:
-    """Convert a public data set to conflict data."""
-    from interp.formats import load_dataset
+    """Convert a public data set to conflict data; leaves out, and counts, what could not be measured."""
+    from interp.formats import convert_dataset
 
-    loaded = load_dataset(file, format, on_error=on_error, seed=seed)
-    loaded.conflicts.save(out)
-    for message in loaded.skipped[:20]:
-        say(f"Skipped: {message}")
-    say(f"Wrote {len(loaded.conflicts)} examples to {out}; skipped {len(loaded.skipped)} rows")
+    converted = convert_dataset(files, format, out, on_error=on_error, seed=seed)
+    for sentence in converted.skipped[:_SHOWN_ROWS]:
+        say(f"Skipped: {sentence}")
+    for sentence in converted.left_out[:_SHOWN_ROWS]:
+        say(f"Left out: {sentence}")
+    for reason, count in converted.reasons.most_common():
+        say(f"Left out {count} items: {reason}")
+    say(
+        f"Wrote {converted.examples} examples to {out}; skipped {len(converted.skipped)} rows, "
+        f"left out {len(converted.left_out)} items"
+    )
 
 
 deployment.add_to(app)

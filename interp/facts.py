@@ -23,7 +23,16 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from interp.answers import contains_answer
-from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictExample, ConflictSet, ContextKind, split_of
+from interp.conflicts import (
+    CONTEXT_KINDS,
+    SPLITS,
+    ConflictExample,
+    ConflictSet,
+    ContextKind,
+    Split,
+    shows_answer,
+    split_of,
+)
 from interp.errors import UserError
 from interp.files import assets_directory, read_json
 from interp.generation import continue_greedily
@@ -192,12 +201,7 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
     Raises:
         UserError: If the relation is not known.
     """
-    return tuple(
-        fact
-        for fact in load_facts(relation)
-        if not contains_answer(fact.subject, fact.answers)
-        and not any(contains_answer(answer, [fact.subject]) for answer in fact.answers)
-    )
+    return tuple(fact for fact in load_facts(relation) if not shows_answer(fact.subject, fact.answers))
 
 
 KNOWN_VERSION = 1
@@ -358,14 +362,28 @@ def _wordings(relation: Relation, fact: Fact) -> str:
 
 
 def _distractors(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[Relation, str, str]]:
-    """For each subject a fact of another relation about another subject, that names neither subject nor answer."""
+    """For each subject a fact of another relation about another subject of its split, that names neither it nor answer.
+
+    Of its split, because what a prompt tells about a subject counts as seen, in whatever relation.
+    """
     rng = random.Random(f"{seed}/{relation.name}/irrelevant")
-    pool = [(other, fact) for name, other in relations().items() if name != relation.name for fact in load_facts(name)]
+    pools = _facts_by_split(relation.name, seed)
     result: dict[str, tuple[Relation, str, str]] = {}
     for fact in known:
         avoid = (fact.subject, *fact.answers)
+        pool = pools[split_of(fact.subject, seed)]
         other, distractor = rng.choice(pool)
         while contains_answer(_wordings(other, distractor), avoid):
             other, distractor = rng.choice(pool)
         result[fact.subject] = (other, distractor.subject, distractor.answers[0])
     return result
+
+
+def _facts_by_split(without: str, seed: int) -> dict[Split, list[tuple[Relation, Fact]]]:
+    """The facts of all relations but one."""
+    pools: dict[Split, list[tuple[Relation, Fact]]] = {split: [] for split in SPLITS}
+    for name, relation in relations().items():
+        if name != without:
+            for fact in load_facts(name):
+                pools[split_of(fact.subject, seed)].append((relation, fact))
+    return pools

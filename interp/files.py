@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path next to ``path`` to write to; on success it becomes ``path``, else it is removed.
 
+    Folders are made where they are missing, and removed again where nothing was written.
+
     Raises:
         UserError: If the file system refuses (disk full, no permission); ``path`` is then untouched.
     """
     target = Path(path)
     temporary: Path | None = None
+    made: list[Path] = []
     try:
+        made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
@@ -41,6 +45,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        # Only those that are empty go: none, unless it failed.
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -101,7 +109,7 @@ def read_json(path: str | Path) -> Any:
         UserError: If the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror or error}; check the path.") from error
     except ValueError as error:

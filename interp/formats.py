@@ -2,36 +2,72 @@
 
 A format is a name, the fields that its rows need, and a reader: a function from one row to its items, registered
 where it is defined. An item is a question with its contexts; it becomes one example for each context
-(``conflict`` or ``aligned``) and one without (``none``). ``load_dataset`` takes the rows from a JSON, JSON lines,
-CSV, TSV or Parquet file, and names file, place and field where a row cannot be read.
+(``conflict`` or ``aligned``) and one without (``none``). ``load_dataset`` takes the rows from JSON, JSON lines,
+CSV, TSV or Parquet files, ``convert_dataset`` writes their examples to a file as they come; both name file, place and
+field where a row cannot be read, and leave out, and count, what could not be measured:
+
+- items whose conflict context gives an answer of memory: whichever an answer used, it would count as both,
+- items whose answer a prompt gives away without a context, where the format's reader says so (``Item.unusable``),
+- exact copies of an earlier item.
 """
 
 from __future__ import annotations
 
 import ast
-import csv
-import io
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from interp.conflicts import ConflictExample, ConflictSet, ContextKind, split_of
+from interp.answers import contains_answer, normalise
+from interp.conflicts import (
+    ConflictExample,
+    ConflictSet,
+    ContextKind,
+    example_of,
+    shows_answer,
+    split_of_key,
+    subject_key,
+    write_examples,
+)
 from interp.errors import UserError
+from interp.rows import BadRow, read_rows
+
+OnError = Literal["stop", "skip"]
 
 
 class Loaded(NamedTuple):
     """What ``load_dataset`` gives back.
 
     Attributes:
-        conflicts: The examples, in the order of the file; the set is named after the format.
-        skipped: One sentence for each row that was left out, with its place in the file.
+        conflicts: The examples, in the order of the files; the set is named after the format.
+        skipped: One sentence for each malformed row, with its place in the file.
+        left_out: One sentence for each item that could not be measured, or copies another, with its place.
     """
 
     conflicts: ConflictSet
     skipped: list[str]
+    left_out: list[str]
+
+
+class Converted(NamedTuple):
+    """What ``convert_dataset`` gives back.
+
+    Attributes:
+        examples: How many were written.
+        skipped: As in ``Loaded``.
+        left_out: As in ``Loaded``.
+        reasons: How many items were left out for each reason.
+    """
+
+    examples: int
+    skipped: list[str]
+    left_out: list[str]
+    reasons: Counter[str]
 
 
 class Context(NamedTuple):
@@ -49,13 +85,15 @@ class Item(NamedTuple):
     Attributes:
         question: A question, or the stem of a sentence.
         memory_answers: The canonical answer first.
-        contexts: The contexts; with ``completion``, whole prompts that end with the stem and are used as they are.
+        contexts: The contexts; with ``completion``, whole prompts that are used as they are: they end with the stem,
+            or else with an unfinished sentence, before which the context ends.
         subject: What is asked about; the question where empty.
         relation: What is asked about it; the format's name where empty.
         template: What the family adds to the format's name, for contexts that do not say.
         key: Tells the row from others in ids; the row number where empty.
         completion: Whether the model completes a sentence; else the prompt is the context, an empty line, and the
             lines ``Question: {question}`` and ``Answer:``.
+        unusable: Why the item cannot be measured, if so: it is left out and counted under this reason.
     """
 
     question: str
@@ -66,6 +104,7 @@ class Item(NamedTuple):
     template: str = ""
     key: str = ""
     completion: bool = False
+    unusable: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,66 +134,218 @@ def format_names() -> list[str]:
     return sorted(FORMATS)
 
 
-def load_dataset(path: str | Path, format: str, *, on_error: Literal["stop", "skip"] = "stop", seed: int = 0) -> Loaded:
-    """Read a data set from a local file.
+def load_dataset(
+    path: str | Path | Sequence[str | Path], format: str, *, on_error: OnError = "stop", seed: int = 0
+) -> Loaded:
+    """Read a data set from local files.
 
     An id is template, row number (CounterFact: ``case_id``) and kind; it does not change when other rows are skipped.
+    Of several files, the name stands before the number. Subjects that differ in spelling alone (``subject_key``) get
+    the first spelling.
 
     Args:
-        path: A ``.json`` (an array, or one object a line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file.
+        path: A ``.json`` (an array, or one object a line), ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or
+            several.
         format: One of ``format_names()``.
         on_error: What to do with a row that cannot be read: ``stop`` raises, ``skip`` reports it in the result.
         seed: Decides the splits, which are by subject, or by question where rows name no subject.
 
     Raises:
-        UserError: If the format is not known, the file cannot be read, no row is good, or a row is bad.
+        UserError: If the format is not known, a file cannot be read, nothing is left, or a row is bad.
     """
-    if format not in FORMATS:
-        raise UserError(f"The format {format!r} is not known; known are {', '.join(format_names())}.")
-    examples: list[ConflictExample] = []
-    skipped: list[str] = []
-    for number, (place, record) in enumerate(_records(Path(path)), 1):
-        try:
-            items = FORMATS[format].read(_row(record))
-        except _BadRow as problem:
-            message = f"{path}, {place}: {problem}"
-            if on_error == "stop":
-                raise UserError(
-                    f"{message}; mend or remove it, or skip such rows (`--on-error skip`, on_error='skip')."
-                ) from problem
-            skipped.append(message)
-        else:
-            examples += (example for item in items for example in _examples(format, number, item, seed))
-    if not examples:
-        reason = f"the first problem is: {skipped[0]}" if skipped else "it has no rows"
-        raise UserError(f"{path} gave no {FORMATS[format].title} example; {reason}.")
-    return Loaded(ConflictSet(format, tuple(examples)), skipped)
+    reading = _Reading(_paths(path), format, on_error, seed)
+    examples = tuple(reading.examples())
+    return Loaded(ConflictSet(format, examples), reading.skipped, reading.left_out)
 
 
-def _examples(name: str, number: int, item: Item, seed: int) -> Iterator[ConflictExample]:
-    subject = item.subject or item.question
-    ask = item.question if item.completion else f"Question: {item.question}\nAnswer:"
-    for context in (*item.contexts, Context("none", "", ())):
-        template = "-".join(filter(None, (name, context.template or item.template)))
-        whole = context.text if item.completion else f"{context.text}\n\n{ask}"
-        yield ConflictExample(
-            id=f"{template}-{item.key or number}-{context.kind}",
-            subject=subject,
-            relation=item.relation or name,
-            question=item.question,
-            context=whole.removesuffix(ask).strip(),
-            memory_answers=item.memory_answers,
-            context_answers=context.answers,
-            kind=context.kind,
-            template=template,
-            source=name,
-            prompt=whole if context.text else ask,
-            split=split_of(subject, seed),
+def convert_dataset(
+    path: str | Path | Sequence[str | Path],
+    format: str,
+    out: str | Path,
+    *,
+    on_error: OnError = "stop",
+    seed: int = 0,
+) -> Converted:
+    """Write the examples of a data set as conflict data, row by row: what ``load_dataset(...).conflicts.save`` writes.
+
+    Args:
+        path: As for ``load_dataset``.
+        format: One of ``format_names()``.
+        out: The JSON lines file to write, atomically.
+        on_error: As for ``load_dataset``.
+        seed: Decides the splits.
+
+    Raises:
+        UserError: As ``load_dataset`` does, or if ``out`` is one of the files to read.
+    """
+    paths = _paths(path)
+    if same := [file for file in paths if Path(out).exists() and file.exists() and file.samefile(out)]:
+        raise UserError(f"{out} is to be written, but {same[0]} is read from it; give another name to write to.")
+    reading = _Reading(paths, format, on_error, seed)
+    written = write_examples(out, reading.examples())
+    return Converted(written, reading.skipped, reading.left_out, reading.reasons)
+
+
+def _paths(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+    if not paths:
+        raise UserError("There is no file to read; give one at least.")
+    if repeated := [name for name, count in Counter(one.stem for one in paths).items() if count > 1]:
+        raise UserError(
+            f"Two of the files are called {repeated[0]}; ids carry the names of files, so rename one or leave it out."
         )
+    return paths
 
 
-class _BadRow(Exception):
-    """A row that cannot be read; the message says which field, what was expected and what came."""
+_SAME = "the conflict context gives an answer of memory"
+_COPY = "an earlier item says the same"
+_NO_END = "where the context ends cannot be told: no sentence ends before the question"
+_GIVEN_AWAY = "the memory answer shows in the subject or in the prompt without context"
+_GIVEN_AWAY_TOO = "the context answer shows in the prompt without context"
+_INSIDE_A_WORD = "the place to fill stands inside a word"
+
+
+class _Reading:
+    """One pass over files, which gives their examples and notes what became of the rest.
+
+    Attributes:
+        skipped: As in ``Loaded``.
+        left_out: As in ``Loaded``.
+        reasons: As in ``Converted``.
+    """
+
+    def __init__(self, paths: Sequence[Path], format: str, on_error: OnError, seed: int) -> None:
+        if format not in FORMATS:
+            raise UserError(f"The format {format!r} is not known; known are {', '.join(format_names())}.")
+        self.skipped: list[str] = []
+        self.left_out: list[str] = []
+        self.reasons: Counter[str] = Counter()
+        self._paths, self._format, self._on_error, self._seed = paths, FORMATS[format], on_error, seed
+        self._ids: set[str] = set()
+        self._digests: set[bytes] = set()
+        self._spellings: dict[str, str] = {}
+
+    def examples(self) -> Iterator[ConflictExample]:
+        for path in self._paths:
+            file = f"{path.stem}-" if len(self._paths) > 1 else ""
+            for number, (place, record) in enumerate(read_rows(path), 1):
+                where = f"{path}, {place}"
+                try:
+                    examples = self._of_row(_row(record, path.stem), f"{file}{number}", file, where)
+                except BadRow as problem:
+                    if self._on_error == "stop":
+                        raise UserError(
+                            f"{where}: {problem}; mend or remove it, or skip such rows "
+                            "(`--on-error skip`, on_error='skip')."
+                        ) from problem
+                    self.skipped.append(f"{where}: {problem}")
+                else:
+                    yield from examples
+        if not self._ids:
+            sentences = [*self.skipped, *self.left_out]
+            reason = f"the first problem is: {sentences[0]}" if sentences else "it has no rows"
+            raise UserError(f"{', '.join(map(str, self._paths))} gave no {self._format.title} example; {reason}.")
+
+    def _of_row(self, row: Row, number: str, file: str, where: str) -> list[ConflictExample]:
+        """The examples of a row; it is noted only if none of its items is malformed."""
+        examples: list[ConflictExample] = []
+        digests: set[bytes] = set()
+        reasons: list[str] = []
+        for item in self._format.read(row):
+            digest = _digest(item)
+            is_copy = digest in self._digests or digest in digests
+            if why := _unusable(item) or (_COPY if is_copy else ""):
+                reasons.append(why)
+            else:
+                digests.add(digest)
+                examples += self._of_item(item, f"{file}{item.key}" if item.key else number)
+        ids: set[str] = set()
+        for example in examples:
+            if example.id in self._ids or example.id in ids:
+                raise BadRow(f"expected an id that no earlier example has, got {example.id!r} again")
+            ids.add(example.id)
+        self._ids |= ids
+        self._digests |= digests
+        self.left_out += [f"{where}: {why}" for why in reasons]
+        self.reasons.update(reasons)
+        return examples
+
+    def _of_item(self, item: Item, name: str) -> Iterator[ConflictExample]:
+        source = self._format.name
+        subject = item.subject or item.question
+        key = subject_key(subject)
+        subject = self._spellings.setdefault(key, subject)
+        split = split_of_key(key, self._seed)
+        ask = _ask(item)
+        for context in (*item.contexts, _NO_CONTEXT):
+            family = context.template or item.template
+            template = f"{source}-{family}" if family else source
+            fields: dict[str, Any] = {
+                "id": f"{template}-{name}-{context.kind}",
+                "subject": subject,
+                "relation": item.relation or source,
+                "question": item.question,
+                "context": _before_the_question(item, context),
+                "memory_answers": item.memory_answers,
+                "context_answers": context.answers,
+                "kind": context.kind,
+                "template": template,
+                "source": source,
+                "prompt": ask if not context.text else context.text if item.completion else f"{context.text}\n\n{ask}",
+                "split": split,
+            }
+            yield example_of(fields)
+
+
+_NO_CONTEXT = Context("none", "", ())
+
+
+def _ask(item: Item) -> str:
+    return item.question if item.completion else f"Question: {item.question}\nAnswer:"
+
+
+_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\bSt)(?<!\bDr)(?<!\bMr)(?<!\bMrs)[.!?][\"'\u201d\u2019)]*\s+|\n")
+
+
+def _before_the_question(item: Item, context: Context) -> str:
+    """The context alone: of a whole prompt, what stands before the stem or else before its unfinished sentence."""
+    if not item.completion:
+        return context.text.strip()
+    start = len(context.text) - len(item.question)
+    if context.text[start:].lower() != item.question.lower():
+        start = max((end.end() for end in _SENTENCE_END.finditer(context.text)), default=0)
+    return context.text[:start].strip()
+
+
+def _unusable(item: Item) -> str:
+    """Why an item is left out, if it is."""
+    if item.unusable:
+        return item.unusable
+    for context in item.contexts:
+        if context.kind == "conflict" and _same(item.memory_answers, context.answers):
+            return _SAME
+        if not _before_the_question(item, context):
+            return _NO_END
+    return ""
+
+
+def _same(one: Sequence[str], other: Sequence[str]) -> bool:
+    return bool((set(map(normalise, one)) & set(map(normalise, other))) - {""})
+
+
+def _digest(item: Item) -> bytes:
+    """The same for items that differ in their keys alone."""
+    contexts = (
+        "\1".join((context.kind, context.template, context.text, *context.answers)) for context in item.contexts
+    )
+    answers = "\1".join(item.memory_answers)
+    content = "\0".join((item.question, item.subject, item.relation, item.template, answers, *contexts))
+    try:
+        item.key.encode()
+        return hashlib.blake2b(content.encode(), digest_size=16).digest()
+    except UnicodeEncodeError as error:
+        around = error.object[max(0, error.start - 20) : error.start + 20]
+        raise BadRow(f"expected whole characters, got half of one in {around!r}") from error
 
 
 @dataclass(frozen=True)
@@ -163,39 +354,49 @@ class Row:
 
     Attributes:
         fields: As the file has them; methods take a dotted name for a field of a nested object.
+        file: The name of the file, without its ending.
     """
 
     fields: Mapping[str, Any]
+    file: str = ""
 
     def has(self, name: str) -> bool:
         """Whether there is such a field, and something in it."""
-        return self.fields.get(name) not in (None, "", [])
+        value = self.fields.get(name)
+        return value == value and value not in (None, "", [])
 
     def value(self, name: str) -> Any:
         """The field as it is."""
+        if name in self.fields:
+            return self.fields[name]
         value: Any = self.fields
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 there = ", ".join(map(str, self.fields))
-                raise _BadRow(f"expected the field {name!r}, got a row with the fields {there}")
+                raise BadRow(f"expected the field {name!r}, got a row with the fields {there}")
             value = value[part]
         return value
 
     def text(self, name: str) -> str:
         """A text that is not empty."""
-        value = self.value(name)
-        if not isinstance(value, str) or not value.strip():
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            value = self.value(name)
+        if not isinstance(value, str) or not (text := value.strip()):
             raise self.unexpected(name, "a text that is not empty")
-        return value.strip()
+        return text
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts, or the JSON or Python text of one, in its own order."""
+        """A list of texts, or one written as JSON, Python, numpy or pandas write it, in its own order.
+
+        Any other text is a list of itself alone; one that says that it is missing (``nan``) is refused.
+        """
         items = self.value(name)
         if isinstance(items, str):
-            items = _literal(items)
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            items = _listed(items)
+        if not isinstance(items, list) or not all([isinstance(item, str) for item in items]):
             raise self.unexpected(name, "a list of texts")
-        return tuple(item.strip() for item in items)
+        return tuple([item.strip() for item in items])
 
     def answers(self, name: str) -> tuple[str, ...]:
         """The distinct texts of a list that has at least one which is not empty."""
@@ -217,26 +418,60 @@ class Row:
             raise self.unexpected(name, f"the text, letter or index of one of {len(options)} options")
         return options[index]
 
-    def unexpected(self, name: str, wanted: str) -> _BadRow:
+    def unexpected(self, name: str, wanted: str) -> BadRow:
         """The error for a field that is not what was wanted."""
-        return _BadRow(f"the field {name!r} should be {wanted}, got {_shown(self.value(name))}")
+        return BadRow(f"the field {name!r} should be {wanted}, got {_shown(self.value(name))}")
 
 
-def _row(record: object) -> Row:
-    if isinstance(record, _BadRow):
+def _row(record: object, file: str) -> Row:
+    if isinstance(record, BadRow):
         raise record
     if not isinstance(record, Mapping):
-        raise _BadRow(f"expected an object with fields, got {_shown(record)}")
-    return Row(record)
+        raise BadRow(f"expected an object with fields, got {_shown(record)}")
+    return Row(record, file)
 
 
-def _literal(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
+# A string of Python, at the end of which a list or an item ends; else any character.
+_TOKEN = re.compile(r"""('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")(?![^\s,])|\S""")
+_NUMPY_CALL = re.compile(r"(?:\w+\.)?(?:array|Index|list)\((.*?)(?:,\s*dtype=[^\]]*)?\)", re.DOTALL)
+_NUMPY_STRING = re.compile(r"""\b(?:np|numpy)\.str_\(('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)""")
+_MISSING = {"nan", "none", "null", "<na>"}
+
+
+def _listed(text: str) -> Any:
+    """The list that a text is or stands for; ``None`` if it is a broken or doubtful list."""
+    text = text.strip()
+    if text.startswith('["'):
         try:
-            return parse(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-    return None
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return _python_strings(text)
+    if text.lower() in _MISSING:
+        return None
+    written = call[1].strip() if (call := _NUMPY_CALL.fullmatch(text)) else text
+    # "[ENTITY]" and "(sic)" are texts; what starts with a bracket and a quote, a number or another bracket is a list.
+    if not re.match(r"""\[\s*["'\d\[\]-]|[({]\s*["']|\[\s*(np|numpy)\.|\[\s*(None|nan|null)\b""", written):
+        return [text]
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        return _python_strings(written)
+
+
+def _python_strings(written: str) -> list[str] | None:
+    """The strings between two brackets, with a comma between any two, or between none of them as numpy writes."""
+    if written[-1] != {"[": "]", "(": ")", "{": "}"}[written[0]]:
+        return None
+    tokens = list(_TOKEN.finditer(_NUMPY_STRING.sub(r"\1", written[1:-1])))
+    strings = [token[1] for token in tokens if token[1]]
+    if len(strings) < len(tokens):
+        strings = [token[1] for token in tokens[::2]]
+        if not all(strings) or any(token[0] != "," for token in tokens[1::2]):
+            return None
+    try:
+        return [ast.literal_eval(string) for string in strings]
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _shown(value: object) -> str:
@@ -245,7 +480,7 @@ def _shown(value: object) -> str:
 
 
 def _distinct(*texts: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    return tuple(dict.fromkeys([text for one in texts if (text := one.strip())]))
 
 
 _Reader = Callable[[Row], list[Item]]
@@ -279,9 +514,10 @@ def _counterfact(row: Row) -> list[Item]:
     """
     true, new = (_distinct(row.text(f"requested_rewrite.target_{which}.str")) for which in ("true", "new"))
     subject, relation = row.text("requested_rewrite.subject"), row.text("requested_rewrite.relation_id")
-    if "{}" not in row.text("requested_rewrite.prompt"):
+    if "{}" not in (wording := row.text("requested_rewrite.prompt")):
         raise row.unexpected("requested_rewrite.prompt", "a text with {} in the place of the subject")
-    prompt = row.text("requested_rewrite.prompt").replace("{}", subject)
+    prompt = wording.replace("{}", subject)
+    inside = _INSIDE_A_WORD if _inside_a_word("{}", wording) else ""
     case = str(row.value("case_id"))
     stems = [(prompt, "prompt", case)]
     stems += [(text, "paraphrase", f"{case}.{i}") for i, text in enumerate(row.aliases("paraphrase_prompts"), 1)]
@@ -293,9 +529,30 @@ def _counterfact(row: Row) -> list[Item]:
         )
 
     return [
-        Item(stem, true, contexts(stem), subject, relation, template, key, completion=True)
+        Item(
+            stem,
+            true,
+            contexts(stem),
+            subject,
+            relation,
+            template,
+            key,
+            completion=True,
+            unusable=inside or _given_away(subject, stem, true, new),
+        )
         for stem, template, key in stems
     ]
+
+
+def _given_away(subject: str, stem: str, memory: Sequence[str], context: Sequence[str]) -> str:
+    """Why a fact cannot be measured that is to be completed, if so: as with the tables that the package ships."""
+    if shows_answer(subject, memory, stem):
+        return _GIVEN_AWAY
+    return _GIVEN_AWAY_TOO if contains_answer(f"{subject} {stem}", context) else ""
+
+
+def _inside_a_word(place: str, text: str) -> bool:
+    return re.search(rf"(?<=\w){re.escape(place)}|{re.escape(place)}(?=\w)", text) is not None
 
 
 @_format(
@@ -307,28 +564,34 @@ def _counterfact(row: Row) -> list[Item]:
 def _counterfact_competition(row: Row) -> list[Item]:
     stem, prompt = row.text("base_prompt"), row.text("prompt")
     true, new = row.text("target_true"), row.text("target_new")
-    before, found, after = prompt.removesuffix(stem).rpartition(new)
-    if not prompt.endswith(stem) or not found:
+    told = prompt.removesuffix(stem)
+    places = list(re.finditer(rf"(?<!\w){re.escape(new)}(?!\w)", told))
+    if not prompt.endswith(stem) or not places:
         raise row.unexpected("prompt", f"a text that says {new!r} and ends with the base prompt {stem!r}")
     conflict = Context("conflict", prompt, (new,))
-    aligned = Context("aligned", f"{before}{true}{after}{stem}", (true,))
-    return [Item(stem, (true,), (conflict, aligned), row.text("subject"), completion=True)]
+    aligned = Context("aligned", f"{told[: places[-1].start()]}{true}{told[places[-1].end() :]}{stem}", (true,))
+    subject = row.text("subject")
+    unusable = _given_away(subject, stem, (true,), (new,))
+    return [Item(stem, (true,), (conflict, aligned), subject, completion=True, unusable=unusable)]
 
 
 @_format(
     "paraconflict",
     "ParaConflict",
-    "Category, Subject, Answer, Distracted Token, Clean Prompt, Substitution Conflict, Coherent Conflict",
+    "Subject, Answer, Distracted Token, Clean Prompt, Substitution Conflict, Coherent Conflict",
     "Li et al. 2025, arXiv 2503.10996",
 )
 def _paraconflict(row: Row) -> list[Item]:
+    """The form of the hub, and that of its own repository: a file for each category, aliases in ``Answer_ns``."""
     distracted = (row.text("Distracted Token"),)
     contexts = (
         Context("conflict", row.text("Substitution Conflict"), distracted, "substitution"),
         Context("conflict", row.text("Coherent Conflict"), distracted, "coherent"),
     )
-    stem, answers = row.text("Clean Prompt"), row.answers("Answer")
-    return [Item(stem, answers, contexts, row.text("Subject"), row.text("Category"), completion=True)]
+    stem, answers = row.text("Clean Prompt"), _distinct(*row.answers("Answer"), *row.aliases("Answer_ns"))
+    subject, category = row.text("Subject"), row.text("Category") if row.has("Category") else row.file
+    unusable = _given_away(subject, stem, answers, distracted)
+    return [Item(stem, answers, contexts, subject, category, completion=True, unusable=unusable)]
 
 
 @_format(
@@ -371,7 +634,9 @@ def _dynamicqa(row: Row) -> list[Item]:
         Context("conflict", re.sub(place, lambda _: replacement, context), (replacement,)),
         Context("aligned", re.sub(place, lambda _: obj, context), memory),
     )
-    return [Item(row.text("question"), memory, contexts, row.text("subj"), row.text("prop") if row.has("prop") else "")]
+    unusable = _INSIDE_A_WORD if _inside_a_word("[ENTITY]", context) else ""
+    relation = row.text("prop") if row.has("prop") else ""
+    return [Item(row.text("question"), memory, contexts, row.text("subj"), relation, unusable=unusable)]
 
 
 @_format(
@@ -387,7 +652,34 @@ def _confiqa(row: Row) -> list[Item]:
         Context("conflict", row.text("cf_context"), counterfactual),
         Context("aligned", row.text("orig_context"), memory),
     )
-    return [Item(row.text("question"), memory, contexts)]
+    return [Item(row.text("question"), memory, contexts, *_first_hop(row))]
+
+
+def _first_hop(row: Row) -> tuple[str, str]:
+    """The subject that a chain of facts starts from, and its relations; empty where the row does not name them."""
+    if not row.has("orig_path_labeled"):
+        return "", ""
+    path = row.value("orig_path_labeled")
+    if isinstance(path, str):
+        path = _literal(path)
+    hops = [path] if isinstance(path, list | tuple) and len(path) == 3 and isinstance(path[0], str) else path
+    if not (
+        isinstance(hops, list | tuple)
+        and hops
+        and all(isinstance(hop, list | tuple) and len(hop) == 3 for hop in hops)
+        and all(isinstance(part, str) and part.strip() for hop in hops for part in hop)
+    ):
+        raise row.unexpected("orig_path_labeled", "a list of (subject, relation, object)")
+    return hops[0][0].strip(), " / ".join(hop[1].strip() for hop in hops)
+
+
+def _literal(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
 
 
 @_format(
@@ -469,93 +761,3 @@ def _search_results(row: Row) -> str:
 def _popqa(row: Row) -> list[Item]:
     memory = _distinct(row.text("obj"), *row.answers("possible_answers"))
     return [Item(row.text("question"), memory, (), row.text("subj"), row.text("prop"))]
-
-
-_Records = Iterator[tuple[str, object]]
-
-
-def _records(path: Path) -> _Records:
-    """The rows of a file with their places; a row that is not one is a ``_BadRow``."""
-    readers: dict[str, Callable[[Path], _Records]] = {
-        ".json": _json_records,
-        ".jsonl": _json_lines,
-        ".csv": lambda path: _table_records(path, ","),
-        ".tsv": lambda path: _table_records(path, "\t"),
-        ".parquet": _parquet_records,
-    }
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path} has the ending {path.suffix!r}; expected one of {', '.join(readers)}.")
-    return readers[path.suffix.lower()](path)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Could not read {path}: {error.strerror or error}; check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it or give another file.") from error
-
-
-def _json_records(path: Path) -> _Records:
-    text = _text_of(path)
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); mend it or give another file.") from error
-    yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
-
-
-def _json_lines(path: Path) -> _Records:
-    # Not splitlines(): JSON texts may contain other line separators of Unicode.
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", _BadRow(f"expected one JSON object a line, got invalid JSON ({error})")
-
-
-def _table_records(path: Path, delimiter: str) -> _Records:
-    text = _text_of(path)
-    # The limit belongs to the process: it is raised for this file only, and for no longer than it takes to parse it.
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        lines = list(_table_lines(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)))
-    finally:
-        csv.field_size_limit(limit)
-    if not lines or isinstance(lines[0][1], _BadRow):
-        raise UserError(f"{path} should start with a line of field names; give a file that has one.")
-    header = lines[0][1]
-    for number, values in lines[1:]:
-        if not isinstance(values, _BadRow) and len(values) != len(header):
-            values = _BadRow(f"expected {len(header)} fields as in the first line, got {len(values)}")
-        fields = values if isinstance(values, _BadRow) else dict(zip(header, values, strict=True))
-        yield f"line {number}", fields
-
-
-def _table_lines(reader: Any) -> Iterator[tuple[int, list[str] | _BadRow]]:
-    while True:
-        first = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            values = _BadRow(f"expected a record of quoted and separated fields, got an error ({error})")
-        if values:
-            yield first, values
-
-
-def _parquet_records(path: Path) -> _Records:
-    import polars as pl
-
-    try:
-        frame = pl.read_parquet(path, glob=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"Could not read {path} as Parquet: {reason}; check the path and the file.") from error
-    yield from ((f"row {number}", row) for number, row in enumerate(frame.iter_rows(named=True), 1))

@@ -129,6 +129,45 @@ def test_a_malformed_row_stops_the_conversion_with_its_line(run, tmp_path):
     assert "skipped 1 rows" in error
 
 
+def swap(number, **fields):
+    return {
+        "question": f"Q{number}?",
+        "org_context": "It is Ann.",
+        "sub_context": f"It is B{number}.",
+        "org_answer": ["Ann"],
+        "sub_answer": [f"B{number}"],
+    } | fields
+
+
+def test_several_files_are_converted_to_one_set_and_what_is_left_out_is_counted_by_reason(run, tmp_path):
+    for name, rows in {"one": [swap(1), swap(1)], "two": [swap(2), swap(3, sub_answer=["the ann"]), swap(1)]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, error = run("data", "convert", "one.jsonl", "two.jsonl", "--format", "nq-swap", "--out", "out.jsonl")
+    assert code == 0
+    assert "Left out 2 items: an earlier item says the same" in error
+    assert "Left out 1 items: the conflict context gives an answer of memory" in error
+    assert "two.jsonl, line 2: the conflict context gives an answer of memory" in error
+    assert "Wrote 6 examples to out.jsonl" in error
+    ids = {json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
+    assert ids == {f"nq-swap-{name}-1-{kind}" for name in ("one", "two") for kind in ("conflict", "aligned", "none")}
+
+
+@pytest.mark.parametrize("out", ["two.jsonl", "./folder/../two.jsonl", "link.jsonl"])
+def test_a_conversion_onto_its_own_input_is_refused_and_the_input_stays(run, tmp_path, out):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "one.jsonl").write_text("{not even JSON")
+    (tmp_path / "two.jsonl").write_text("{not even JSON")
+    (tmp_path / "link.jsonl").symlink_to("two.jsonl")
+    result = run("data", "convert", "one.jsonl", "two.jsonl", "--format", "nq-swap", "--out", out)
+    assert_one_sentence(result, "is to be written, but two.jsonl is read from it")
+    assert (tmp_path / "two.jsonl").read_text() == "{not even JSON"
+
+
+def test_inspect_reads_a_file_with_a_byte_order_mark(run, tmp_path, data):
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes())
+    assert run("data", "inspect", data)[0] == 0
+
+
 def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatch):
     """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
     monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])

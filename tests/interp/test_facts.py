@@ -4,7 +4,7 @@ import pytest
 
 from interp import facts as facts_module
 from interp.answers import contains_answer
-from interp.conflicts import SPLITS
+from interp.conflicts import SPLITS, split_of
 from interp.errors import UserError
 from interp.facts import (
     HELD_OUT_PHRASING,
@@ -79,6 +79,17 @@ def test_the_prompt_of_a_conflict_states_the_context_answer_and_hides_memory(eve
 def test_an_irrelevant_context_names_neither_subject_nor_answer(everything):
     for example in everything.select(kind="irrelevant"):
         assert not contains_answer(example.context, [example.subject, *example.memory_answers])
+
+
+def test_an_irrelevant_context_tells_of_a_subject_of_the_same_split(everything):
+    stems = [(relation_named(name).stem, load_facts(name)) for name in ALL_RELATIONS]
+    splits = {
+        f"Fact: {stem.format(subject=fact.subject)} {fact.answers[0]}.": split_of(fact.subject, 1)
+        for stem, facts in stems
+        for fact in facts
+    }
+    irrelevant = everything.select(kind="irrelevant", templates=["statement"])
+    assert [splits[example.context] for example in irrelevant] == [example.split for example in irrelevant]
 
 
 def test_no_subject_is_in_two_splits(everything):

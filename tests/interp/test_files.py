@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from interp.errors import UserError
-from interp.files import atomic_directory, write_json, write_parquet, write_text
+from interp.files import atomic_directory, read_json, write_json, write_parquet, write_text
 
 
 def refuse(*_):
@@ -21,6 +21,18 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         write_text(tmp_path / "file.txt", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "old"
+
+
+def test_a_write_that_fails_leaves_no_new_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_text(tmp_path / "new" / "folder" / "file.txt", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_byte_order_mark_is_not_part_of_a_record(tmp_path):
+    (tmp_path / "record.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "record.json") == {"a": 1}
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

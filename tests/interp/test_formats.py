@@ -2,16 +2,23 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+import torch
 
-from interp.conflicts import ConflictExample, split_of
+from interp import rows as rows_module
+from interp.activations import record, sites_of
+from interp.conflicts import ConflictExample, ConflictSet, split_of
 from interp.errors import UserError
-from interp.formats import FORMATS, format_names, load_dataset
+from interp.formats import FORMATS, convert_dataset, format_names, load_dataset
+from interp.rows import read_rows
 
 FIXTURES = Path(__file__).parent / "fixtures" / "formats"
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -126,7 +133,7 @@ def test_answers_belong_to_memory_and_context(
         (
             "counterfact-competition",
             "counterfact-competition-1-aligned",
-            "Redefine: The Corvo Mark II is built by Corvo. The Corvo Mark II is built by",
+            "Redefine: The Mark II is built by Corvo. The Mark II is built by",
         ),
         (
             "paraconflict",
@@ -262,7 +269,16 @@ def test_a_missing_field_is_named(tmp_path: Path, format: str, field: str) -> No
         ("nq-swap", {"question": 5}, "'question' should be a text that is not empty, got 5"),
         ("nq-swap", {"sub_context": "  "}, "'sub_context' should be a text that is not empty, got '  '"),
         ("popqa", {"possible_answers": '["painter", '}, "'possible_answers' should be a list of texts"),
-        ("popqa", {"possible_answers": "__import__('os')"}, "'possible_answers' should be a list of texts"),
+        ("popqa", {"possible_answers": "nan"}, "'possible_answers' should be a list of texts, got 'nan'"),
+        ("popqa", {"possible_answers": "['a' 'b', 'c']"}, "'possible_answers' should be a list of texts"),
+        ("popqa", {"possible_answers": "['O''Brien']"}, "'possible_answers' should be a list of texts"),
+        ("popqa", {"possible_answers": "['a' ... 'z']"}, "'possible_answers' should be a list of texts"),
+        ("popqa", {"possible_answers": "[1911 1912]"}, "'possible_answers' should be a list of texts"),
+        (
+            "confiqa",
+            {"orig_path_labeled": "[('a', 'b')]"},
+            "'orig_path_labeled' should be a list of (subject, relation",
+        ),
         ("memotrap", {"classes": "[' broth.', "}, "'classes' should be a list of texts"),
         ("memotrap", {"classes": "[' soup.', ' soup.']"}, "'classes' should be a list of different texts"),
         ("memotrap", {"answer_index": "2"}, "'answer_index' should be the text, letter or index of one of 2 options"),
@@ -299,7 +315,7 @@ def test_stop_names_file_and_line_of_the_bad_row(tmp_path: Path) -> None:
 def test_skip_keeps_good_rows_under_their_ids_and_reports_each_bad_one(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "rows.jsonl", [changed("confiqa", cf_answer=None), changed("confiqa", 1)])
     path.write_text(path.read_text(encoding="utf-8") + "{half\n", encoding="utf-8")
-    conflicts, skipped = load_dataset(path, "confiqa", on_error="skip")
+    conflicts, skipped, _ = load_dataset(path, "confiqa", on_error="skip")
     assert [example.id for example in conflicts] == ["confiqa-2-conflict", "confiqa-2-aligned", "confiqa-2-none"]
     assert [message.split(":")[0] for message in skipped] == [f"{path}, line 1", f"{path}, line 3"]
 
@@ -374,16 +390,345 @@ def shared(name: str) -> Path:
     return path
 
 
-def test_published_competition_file_gives_its_ten_thousand_prompts_word_for_word() -> None:
+def test_published_competition_file_gives_the_prompts_that_do_not_say_their_answer_word_for_word() -> None:
     path = shared("comp-mech/full_data_sampled_gpt2_with_subjects.json")
-    conflicts = load_dataset(path, "counterfact-competition").conflicts.select(kind="conflict")
-    assert len(conflicts) == 10_000
-    assert [example.prompt for example in conflicts] == [row["prompt"] for row in rows_of(path)]
+
+    def shown(row: dict[str, Any]) -> bool:
+        subject, stem, true, new = (
+            f" {re.sub(r'[^a-z0-9]+', ' ', row[name].lower()).strip()} "
+            for name in ("subject", "base_prompt", "target_true", "target_new")
+        )
+        return true in subject or subject in true or true in stem or new in stem or new in subject
+
+    expected = [row["prompt"] for row in rows_of(path) if not shown(row)]
+    loaded = load_dataset(path, "counterfact-competition")
+    prompts = [example.prompt for example in loaded.conflicts.select(kind="conflict")]
+    assert len(prompts) + len(loaded.left_out) == 10_000
+    # Punctuation within words is read in two ways; few items depend on it.
+    assert len(set(prompts) ^ set(expected)) <= 30
+    assert set(prompts) <= {row["prompt"] for row in rows_of(path)}
 
 
 @pytest.mark.parametrize(("name", "published"), [("1-proverb-ending.csv", 860), ("4-history-of-science-qa.csv", 736)])
-def test_published_memotrap_file_loads_whole(name: str, published: int) -> None:
+def test_published_memotrap_file_loads_whole_but_for_copies_and_endings_that_are_the_same(
+    name: str, published: int
+) -> None:
     path = shared(f"memotrap/{name}")
-    conflicts = load_dataset(path, "memotrap").conflicts.select(kind="conflict")
-    assert [example.prompt for example in conflicts] == [row["prompt"] for row in rows_of(path)]
-    assert len(conflicts) == pl.read_csv(path).height == published
+    loaded = load_dataset(path, "memotrap")
+    assert pl.read_csv(path).height == published
+    assert len(loaded.conflicts.select(kind="conflict")) + len(loaded.left_out) == published
+    assert {example.prompt for example in loaded.conflicts.select(kind="conflict")} <= {
+        row["prompt"] for row in rows_of(path)
+    }
+
+
+@pytest.mark.parametrize(
+    ("format", "fields"),
+    [
+        ("nq-swap", {"org_answer": ["Ida Fenn", "Fenn"], "sub_answer": ["the fenn."]}),
+        ("confiqa", {"orig_alias": ["Jon Wick"]}),
+        ("coconflictqa", {"parametric_answer": "greta lund"}),
+        ("conflictbank", {"options": ["x", "Kell", "y", "the Kell"]}),
+        ("dynamicqa", {"replace_name": "Artist"}),
+        ("paraconflict", {"Distracted Token": "old Belmora"}),
+        ("counterfact-competition", {"target_new": "Corvo", "prompt": "X: It is Corvo. The Mark II is built by"}),
+        ("memotrap", {"classes": "[' the soup.', ' soup.']"}),
+    ],
+)
+def test_an_item_whose_two_answers_are_the_same_by_alias_is_left_out_whole_and_counted(
+    tmp_path: Path, format: str, fields: dict[str, Any]
+) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [changed(format, **fields), changed(format, 1)])
+    loaded = load_dataset(path, format)
+    assert loaded.left_out == [f"{path}, line 1: the conflict context gives an answer of memory"]
+    assert loaded.skipped == []
+    assert {re.findall(r"-(\d+)-", example.id)[0] for example in loaded.conflicts} == {"2"}
+
+
+@pytest.mark.parametrize("context", ["They are [ENTITY]s.", "A semi[ENTITY] and a [ENTITY]."])
+def test_a_placeholder_inside_a_word_is_left_out_and_counted(tmp_path: Path, context: str) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [changed("dynamicqa", context=context), changed("dynamicqa", 1)])
+    loaded = load_dataset(path, "dynamicqa")
+    assert loaded.left_out == [f"{path}, line 1: the place to fill stands inside a word"]
+    assert len(loaded.conflicts) == 3
+
+
+def test_a_place_for_the_subject_inside_a_word_is_left_out_and_counted(tmp_path: Path) -> None:
+    row = changed("counterfact")
+    row["requested_rewrite"]["prompt"] = "The mother tongue of {}s is"
+    path = write_json_lines(tmp_path / "rows.jsonl", [row, changed("counterfact", 1)])
+    assert set(load_dataset(path, "counterfact").left_out) == {
+        f"{path}, line 1: the place to fill stands inside a word"
+    }
+
+
+def test_the_answer_of_a_competition_prompt_is_replaced_as_a_whole_word(tmp_path: Path) -> None:
+    prompt = "Redefine: The Mark II is built by Lind, not Lindqvist. The Mark II is built by"
+    row = changed("counterfact-competition", target_new=" Lind", prompt=prompt)
+    loaded = load_dataset(write_json_lines(tmp_path / "rows.jsonl", [row]), "counterfact-competition")
+    aligned = loaded.conflicts.select(kind="aligned").examples[0]
+    assert aligned.context == "Redefine: The Mark II is built by Corvo, not Lindqvist."
+
+
+@pytest.mark.parametrize(
+    ("subject", "stem", "true", "new", "why"),
+    [
+        ("Toyota Sprinter", "Toyota Sprinter is produced by", "Toyota", "Fiat", "memory"),
+        ("Mexico", "The capital of Mexico is", "Mexico City", "Lima", "memory"),
+        ("The Sprinter", "The Sprinter, built by Toyota, is a product of", "Toyota", "Fiat", "memory"),
+        ("The Fiat Sprinter", "The Fiat Sprinter is produced by", "Toyota", "Fiat", "context"),
+        ("The Sprinter", "The Sprinter is produced by", "Toyota", "Fiat", None),
+    ],
+)
+@pytest.mark.parametrize("format", ["counterfact", "counterfact-competition", "paraconflict"])
+def test_a_fact_whose_bare_prompt_says_an_answer_is_left_out_and_counted(
+    tmp_path: Path, format: str, subject: str, stem: str, true: str, new: str, why: str | None
+) -> None:
+    told = f"{stem} {new}. {stem}"
+    rewrite = {
+        "prompt": stem.replace(subject, "{}"),
+        "subject": subject,
+        "relation_id": "P1",
+        "target_true": {"str": true},
+        "target_new": {"str": new},
+    }
+    row = {
+        "counterfact": {"case_id": 1, "requested_rewrite": rewrite},
+        "counterfact-competition": {
+            "base_prompt": stem,
+            "target_true": true,
+            "target_new": new,
+            "prompt": told,
+            "subject": subject,
+        },
+        "paraconflict": {
+            "Subject": subject,
+            "Answer": true,
+            "Distracted Token": new,
+            "Clean Prompt": stem,
+            "Substitution Conflict": told,
+            "Coherent Conflict": told,
+        },
+    }[format]
+    path = write_json_lines(tmp_path / "rows.jsonl", [row, changed(format, 1)])
+    found = [sentence.split(": ")[1] for sentence in load_dataset(path, format).left_out]
+    shows = {"memory": "in the subject or in the prompt without context", "context": "in the prompt without context"}
+    assert found == ([f"the {why} answer shows {shows[why]}"] if why else [])
+
+
+def written_by_numpy(*texts: str) -> str:
+    return str(np.array(texts, dtype=object))
+
+
+@pytest.mark.parametrize(
+    ("written", "texts"),
+    [
+        ("['Bergen' 'Bjorgvin']", ("Bergen", "Bjorgvin")),
+        (written_by_numpy("O'Brien", "x", 'say "so"'), ("O'Brien", "x", 'say "so"')),
+        (written_by_numpy(*(f"a long name, of number {i}" for i in range(9))), None),
+        (repr(np.array(["a", "b"], dtype=object)), ("a", "b")),
+        (repr(np.array(["a", "b"])), ("a", "b")),
+        (repr(list(np.array(["a", "b"]))), ("a", "b")),
+        ("Index(['a', 'b'], dtype='object')", ("a", "b")),
+        ("['a', 'b',]", ("a", "b")),
+        ("('a', \"b's\")", ("a", "b's")),
+        ("['a\\'b']", ("a'b",)),
+        ('["a", "b"]', ("a", "b")),
+        ("Bergen", ("Bergen",)),
+        ("1984", ("1984",)),
+        ("[ENTITY]", ("[ENTITY]",)),
+        ("(sic) Bergen", ("(sic) Bergen",)),
+        ("the 'Bergen' line", ("the 'Bergen' line",)),
+        ("Bergen's", ("Bergen's",)),
+        ("None of them, 'a' or \"b\"", ("None of them, 'a' or \"b\"",)),
+    ],
+)
+def test_a_written_list_is_read_item_by_item_and_any_other_text_is_one_item(
+    tmp_path: Path, written: str, texts: tuple[str, ...] | None
+) -> None:
+    texts = texts or tuple(f"a long name, of number {i}" for i in range(9))
+    path = write_json_lines(tmp_path / "rows.jsonl", [changed("nq-swap", org_answer=written)])
+    assert load_dataset(path, "nq-swap").conflicts.examples[0].memory_answers == texts
+
+
+def test_a_question_spelled_in_several_ways_is_one_subject_in_one_split(tmp_path: Path) -> None:
+    spellings = ["Who Painted  the hall?", "who painted the hall", '"Who painted the hall?"', "Who painted the hall ?"]
+    rows = [changed("nq-swap", question=text, sub_answer=[f"b{i}"]) for i, text in enumerate(spellings)]
+    for seed in range(5):
+        conflicts = load_dataset(write_json_lines(tmp_path / "rows.jsonl", rows), "nq-swap", seed=seed).conflicts
+        assert conflicts.subjects == [spellings[0]]
+        assert len({example.split for example in conflicts}) == 1
+        assert {example.question for example in conflicts} == set(spellings)
+
+
+@pytest.mark.parametrize(
+    ("path", "relation"),
+    [
+        ("[('Tern Press', 'founded by', 'Alba Reyes')]", "founded by"),
+        (
+            '[["Tern Press", "founded by", "Alba Reyes"], ["Alba Reyes", "lives in", "Belmora"]]',
+            "founded by / lives in",
+        ),
+        ([["Tern Press", "founded by", "Alba Reyes"]], "founded by"),
+        ("('Tern Press', 'founded by', 'Alba Reyes')", "founded by"),
+    ],
+)
+def test_confiqa_takes_subject_and_relation_from_its_path(tmp_path: Path, path: Any, relation: str) -> None:
+    rows = write_json_lines(tmp_path / "rows.jsonl", [changed("confiqa", orig_path_labeled=path)])
+    found = {(example.subject, example.relation) for example in load_dataset(rows, "confiqa").conflicts}
+    assert found == {("Tern Press", relation)}
+
+
+def own_form(**fields: Any) -> dict[str, Any]:
+    row = changed("paraconflict", Answer="Belmora", Answer_ns=["Old Belmora", "Belmora"]) | fields
+    del row["Category"]
+    return row
+
+
+def test_paraconflict_of_its_own_repository_has_aliases_and_the_file_as_relation(tmp_path: Path) -> None:
+    loaded = load_dataset(write_json_lines(tmp_path / "World Capital.jsonl", [own_form()]), "paraconflict")
+    assert {example.memory_answers for example in loaded.conflicts} == {("Belmora", "Old Belmora")}
+    assert {example.relation for example in loaded.conflicts} == {"World Capital"}
+
+
+@pytest.mark.parametrize(
+    ("coherent", "context"),
+    [
+        (
+            "Parliament sits in Quill. Q: Which capital has it? A: It is",
+            "Parliament sits in Quill. Q: Which capital has it?",
+        ),
+        ("Parliament sits in Quill, so the capital of Ostravia is", "Parliament sits in Quill, so"),
+        ("In Quill it sits, said J. Doe.\nIts capital is", "In Quill it sits, said J. Doe."),
+    ],
+)
+def test_the_context_of_a_coherent_conflict_ends_before_the_question(
+    tmp_path: Path, coherent: str, context: str
+) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [own_form(**{"Coherent Conflict": coherent})])
+    example = load_dataset(path, "paraconflict").conflicts.select(templates=["paraconflict-coherent"]).examples[0]
+    assert (example.context, example.prompt) == (context, coherent)
+
+
+def test_last_context_of_a_coherent_conflict_is_not_the_last_token(tmp_path: Path, tiny_llama: Any) -> None:
+    coherent = "Parliament sits in Quill. Its capital is"
+    path = write_json_lines(tmp_path / "rows.jsonl", [own_form(**{"Coherent Conflict": coherent})])
+    chosen = load_dataset(path, "paraconflict").conflicts.select(templates=["paraconflict-coherent"])
+    [site] = sites_of(tiny_llama, ["residual"], layers=[0])
+    last_context = record(tiny_llama, chosen, [site], "last_context")[site]
+    torch.testing.assert_close(last_context, record(tiny_llama, ["Parliament sits in Quill."], [site], "last")[site])
+    assert not torch.allclose(last_context, record(tiny_llama, chosen, [site], "last")[site])
+
+
+def test_a_whole_prompt_without_a_sentence_before_the_question_is_left_out(tmp_path: Path) -> None:
+    rows = [own_form(**{"Coherent Conflict": "Where in Quill parliament sits is"}), own_form(Subject="Vale")]
+    left_out = load_dataset(write_json_lines(tmp_path / "rows.jsonl", rows), "paraconflict").left_out
+    assert len(left_out) == 1
+    assert "line 1: where the context ends cannot be told" in left_out[0]
+
+
+def test_several_files_make_one_set_with_the_names_of_the_files_in_the_ids(tmp_path: Path) -> None:
+    paths = [
+        write_json_lines(tmp_path / f"{name}.jsonl", [changed("confiqa", question=f"{name}?")]) for name in ("qa", "mr")
+    ]
+    conflicts = load_dataset(paths, "confiqa").conflicts
+    assert [example.id for example in conflicts.select(kind="none")] == ["confiqa-qa-1-none", "confiqa-mr-1-none"]
+
+
+def test_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Two of the files are called rows"):
+        load_dataset([tmp_path / "a" / "rows.json", tmp_path / "b" / "rows.csv"], "confiqa")
+
+
+def test_a_repeated_case_is_a_malformed_row_like_any_other(tmp_path: Path) -> None:
+    path = write_json_lines(
+        tmp_path / "rows.jsonl",
+        [changed("counterfact"), changed("counterfact", 1, case_id=41), changed("counterfact", 1)],
+    )
+    assert f"{path}, line 2: expected an id that no earlier example has" in message_of(path, "counterfact")
+    loaded = load_dataset(path, "counterfact", on_error="skip")
+    assert [sentence.split(":")[0] for sentence in loaded.skipped] == [f"{path}, line 2"]
+    assert [example.id for example in loaded.conflicts][-1] == "counterfact-prompt-97-none"
+
+
+def test_exact_copies_are_left_out_and_counted_in_all_files_together(tmp_path: Path) -> None:
+    rows = [changed("nq-swap"), changed("nq-swap", 1), changed("nq-swap")]
+    paths = [write_json_lines(tmp_path / "a.jsonl", rows), write_json_lines(tmp_path / "b.jsonl", rows[:1])]
+    loaded = load_dataset(paths, "nq-swap")
+    assert len(loaded.conflicts) == 6
+    assert loaded.left_out == [
+        f"{paths[0]}, line 3: an earlier item says the same",
+        f"{paths[1]}, line 1: an earlier item says the same",
+    ]
+
+
+def test_half_of_a_character_is_told_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(changed("nq-swap", sub_context="It is \ud83d here.")) + "\n", encoding="utf-8")
+    assert f"{path}, line 1: expected whole characters, got half of one in" in message_of(path, "nq-swap")
+
+
+@pytest.mark.parametrize(
+    ("records", "line"),
+    [
+        ('a,"b\n1"\nc,"d\ne,f\n', 4),
+        ('a,"b"\nc,"d\ne,"f"\n', 3),
+        ('"a\nb","c\nd,"e"\n', 3),
+        ('a,b\n"c,d', 3),
+        ('a,"b ""x"" y\nc,d\n', 2),
+    ],
+)
+def test_a_quote_that_is_not_closed_refuses_the_file_with_the_line_where_it_opens(
+    tmp_path: Path, records: str, line: int
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n" + records, encoding="utf-8")
+    with pytest.raises(UserError, match=rf'rows\.csv, line {line}: the quote " that a field starts with there'):
+        load_dataset(path, "nq-swap", on_error="skip")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 2**20])
+def test_an_array_is_read_the_same_in_windows_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    items = [1234567, -1.5e10, 'a]"[,é\U0001f600', None, True, [], {}, [[1, 2], {"a": [3]}], "", 12]
+    for text in (json.dumps(items), json.dumps(items, indent=3, ensure_ascii=False) + "\n ", "[]", " [ ] "):
+        (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(rows_module, "_CHUNK", size)
+        assert [item for _, item in read_rows(tmp_path / "rows.json")] == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "[1 2]", "[1,]", "[1] 2", "[1, {]", "[tru]", '["a', "[", "[" * 100_000])
+def test_an_array_that_json_refuses_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises((ValueError, RecursionError)):
+        json.loads(text)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        list(read_rows(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("format", format_names())
+def test_a_conversion_writes_what_a_loaded_set_saves(tmp_path: Path, format: str) -> None:
+    load_dataset(FILES[format], format).conflicts.save(tmp_path / "saved.jsonl")
+    converted = convert_dataset(FILES[format], format, tmp_path / "converted.jsonl")
+    assert (tmp_path / "converted.jsonl").read_bytes() == (tmp_path / "saved.jsonl").read_bytes()
+    assert converted.examples == len(ConflictSet.load(tmp_path / "converted.jsonl"))
+
+
+def test_a_conversion_that_stops_leaves_no_file_and_no_folder(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [changed("confiqa"), {}])
+    with pytest.raises(UserError, match="line 2"):
+        convert_dataset(path, "confiqa", tmp_path / "new" / "folder" / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_conversion_holds_far_less_of_a_row_than_the_row(tmp_path: Path) -> None:
+    peaks = []
+    for count in (50, 250):
+        rows = [changed("nq-swap", question=f"q {i}", sub_context=f"{i} " + "word " * 4000) for i in range(count)]
+        path = write_json_lines(tmp_path / f"{count}.jsonl", rows)
+        tracemalloc.start()
+        convert_dataset(path, "nq-swap", tmp_path / "out.jsonl")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 200 * 20_000 / 10
