@@ -255,10 +255,10 @@ def test_a_model_that_never_follows_one_of_the_sources_is_told_so(run, tiny_dire
     assert_one_sentence(run("steer", "fit", *arguments, "--method", "actadd"), "both sources are needed")
     assert not (tmp_path / "c" / "results.json").exists()
     # The contrast of answers needs none to be followed.
-    code, out, _ = run("steer", "fit", *arguments, "--method", "probe", "--method", "caa")
+    code, out, _ = run("steer", "fit", *arguments, "--method", "task_vector", "--method", "caa")
     assert code == 0
     methods = json.loads((tmp_path / "c" / "results.json").read_text())["methods"]
-    assert "both sources are needed" in methods["probe"]["not_run"]
+    assert "both sources are needed" in methods["task_vector"]["not_run"]
     assert set(methods["caa"]) == {"towards_context", "towards_memory"}
     assert "not run" in out
 
