@@ -6,14 +6,13 @@ Run ``python -m benchmarks.conversion --json``. The rows are synthetic, in the f
     plain         all rows of the JSON lines in memory, then all examples; ``dataclasses.asdict`` and ``json.dumps``
 
 Every side has a process of its own, which reports its seconds without the imports, and the most memory that it ever
-held with them. The two files written from JSON lines must be the same, byte for byte.
+held with them. The two files written from JSON lines must hold the same examples.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import filecmp
 import json
 import random
 import resource
@@ -140,12 +139,13 @@ def main(
         alone("files")
         # Ours runs before and after the plain way, so that whatever else the machine does hits both.
         first, plain, *found = (alone(name) for name in (ENDINGS[0], "plain", *ENDINGS))
-        same = filecmp.cmp(Path(temporary, "plain.jsonl"), Path(temporary, "from_jsonl.jsonl"), shallow=False)
-    ours = (first["seconds"] + found[0]["seconds"]) / 2
+        with Path(temporary, "plain.jsonl").open() as theirs, Path(temporary, "from_jsonl.jsonl").open() as ours:
+            same = all(json.loads(a) == json.loads(b) for a, b in zip(theirs, ours, strict=True))
+    seconds = (first["seconds"] + found[0]["seconds"]) / 2
     result: dict[str, Any] = {
-        "ratio": round(plain["seconds"] / ours, 1),
+        "ratio": round(plain["seconds"] / seconds, 1),
         "rows": rows,
-        "same_bytes": same,
+        "same_examples": same,
         "plain_seconds": plain["seconds"],
         "plain_mb": plain["mb"],
     }

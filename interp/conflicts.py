@@ -10,10 +10,11 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from json.encoder import encode_basestring as _quoted
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import orjson
 
 from interp.answers import contains_answer
 from interp.errors import Caution, UserError
@@ -166,7 +167,10 @@ class ConflictSet:
     @cached_property
     def digest(self) -> str:
         """A hash of the content: two sets with the same digest have the same examples in the same order."""
-        return hashlib.sha256(self._to_json_lines().encode()).hexdigest()
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(json_line(example))
+        return digest.hexdigest()
 
     def counts(self) -> dict[str, Any]:
         """How many examples and subjects there are, in all and by split, kind, relation and template."""
@@ -210,35 +214,17 @@ class ConflictSet:
         _caution_leaks(path, examples)
         return cls(Path(path).stem, tuple(examples))
 
-    def _to_json_lines(self) -> str:
-        return "".join(map(json_line, self.examples))
 
+def json_line(example: ConflictExample) -> bytes:
+    """The line of a file of conflict data that holds this example, as UTF-8.
 
-def json_line(e: ConflictExample) -> str:
-    """The line of a file of conflict data that holds this example, as ``json.dumps`` would write it, in less time."""
-    about, memory, source, split = _shared(e.subject, e.relation, e.question, e.memory_answers, e.source, e.split)
-    # Most of a prompt is its context: what is quoted once need not be again.
-    context = _quoted(e.context)
-    start = len(e.context) if e.prompt.startswith(e.context) else 0
-    prompt = (context[:-1] if start else '"') + _quoted(e.prompt[start:])[1:]
-    return (
-        f'{{"id": {_quoted(e.id)}, {about}, "context": {context}, "memory_answers": {memory}, '
-        f'"context_answers": {_quoted_list(e.context_answers)}, "kind": {_quoted(e.kind)}, '
-        f'"template": {_quoted(e.template)}, "source": {source}, "prompt": {prompt}, "split": {split}}}\n'
-    )
-
-
-# The examples of one item follow each other: what they share is quoted once.
-@lru_cache(maxsize=1)
-def _shared(
-    subject: str, relation: str, question: str, memory: tuple[str, ...], source: str, split: str
-) -> tuple[str, str, str, str]:
-    about = f'"subject": {_quoted(subject)}, "relation": {_quoted(relation)}, "question": {_quoted(question)}'
-    return about, _quoted_list(memory), _quoted(source), _quoted(split)
-
-
-def _quoted_list(texts: Iterable[str]) -> str:
-    return f"[{', '.join([_quoted(text) for text in texts])}]"
+    Raises:
+        UserError: If a text of it is not made of whole characters.
+    """
+    try:
+        return orjson.dumps(vars(example), option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as error:
+        raise UserError(f"The example {example.id!a} cannot be written ({error}); mend or leave it out.") from error
 
 
 def write_examples(path: str | Path, examples: Iterable[ConflictExample]) -> int:
@@ -246,7 +232,7 @@ def write_examples(path: str | Path, examples: Iterable[ConflictExample]) -> int
     count = 0
     with atomic_path(path) as temporary, temporary.open("wb", buffering=2**20) as stream:
         for example in examples:
-            stream.write(json_line(example).encode())
+            stream.write(json_line(example))
             count += 1
     return count
 

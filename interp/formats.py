@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from interp.answers import contains_answer, normalise
+from interp.answers import contains_answer, overlap
 from interp.conflicts import (
     ConflictExample,
     ConflictSet,
@@ -36,6 +36,7 @@ from interp.conflicts import (
 )
 from interp.errors import UserError
 from interp.rows import BadRow, read_rows
+from interp.sentences import unfinished_sentence
 
 OnError = Literal["stop", "skip"]
 
@@ -266,8 +267,9 @@ class _Reading:
             ids.add(example.id)
         self._ids |= ids
         self._digests |= digests
-        self.left_out += [f"{where}: {why}" for why in reasons]
-        self.reasons.update(reasons)
+        if reasons:
+            self.left_out += [f"{where}: {why}" for why in reasons]
+            self.reasons.update(reasons)
         return examples
 
     def _of_item(self, item: Item, name: str) -> Iterator[ConflictExample]:
@@ -304,16 +306,13 @@ def _ask(item: Item) -> str:
     return item.question if item.completion else f"Question: {item.question}\nAnswer:"
 
 
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\bSt)(?<!\bDr)(?<!\bMr)(?<!\bMrs)[.!?][\"'\u201d\u2019)]*\s+|\n")
-
-
 def _before_the_question(item: Item, context: Context) -> str:
     """The context alone: of a whole prompt, what stands before the stem or else before its unfinished sentence."""
     if not item.completion:
         return context.text.strip()
     start = len(context.text) - len(item.question)
     if context.text[start:].lower() != item.question.lower():
-        start = max((end.end() for end in _SENTENCE_END.finditer(context.text)), default=0)
+        start = unfinished_sentence(context.text)
     return context.text[:start].strip()
 
 
@@ -330,7 +329,16 @@ def _unusable(item: Item) -> str:
 
 
 def _same(one: Sequence[str], other: Sequence[str]) -> bool:
-    return bool((set(map(normalise, one)) & set(map(normalise, other))) - {""})
+    # However plain texts are compared, their last letter stays; most pairs need not be looked at any closer.
+    plain = all(map(str.isascii, (*one, *other)))
+    if plain and set(map(_last_letter, one)).isdisjoint(map(_last_letter, other)):
+        return False
+    return overlap(one, other) == "same"
+
+
+def _last_letter(answer: str) -> str:
+    """The last letter or digit of a text, in lower case."""
+    return next((c for c in reversed(answer) if c.isalnum()), "").lower()
 
 
 def _digest(item: Item) -> bytes:

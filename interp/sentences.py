@@ -1,7 +1,7 @@
-"""Find where the first sentence of a text ends.
+"""Find where sentences of a text end.
 
-It ends at a full stop, an exclamation or a question mark that white space follows (after closing quotes and brackets,
-where there are any), at the full stop of a script that sets no space after it, and at a line break. It goes on
+A sentence ends at a full stop, an exclamation or a question mark that white space follows (after closing quotes and
+brackets, if any), at the full stop of a script that sets no space after it, and at a line break. It goes on
 
 1. after a title ("Sgt. Pepper"), and after a number that opens the text ("1. Paris"),
 2. after "No." and its like before a number ("No. 5"),
@@ -12,6 +12,7 @@ where there are any), at the full stop of a script that sets no space after it, 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _STOP = re.compile(
     r"(?P<stop>[.!?\u2026]+)[\"'\u2019\u201d\u00bb\u203a)\]}]*(?=\s)"
@@ -41,10 +42,18 @@ _OPENER = re.compile(
 
 def sentence_end(text: str) -> int | None:
     """Where the first sentence ends, before its full stop; ``None`` if more text is needed to know."""
-    for found in _STOP.finditer(text):
-        if found["stop"] != "." or not _goes_on(text, found.start(), found.end()):
-            return found.start()
-    return None
+    return next((found.start() for found in _ends(text)), None)
+
+
+def unfinished_sentence(text: str) -> int:
+    """Where the sentence begins that a text breaks off in, with the space before it; 0 where no other ends before."""
+    return max((found.end() for found in _ends(text)), default=0)
+
+
+def _ends(text: str) -> Iterator[re.Match[str]]:
+    """The full stops that end sentences."""
+    found = _STOP.finditer(text)
+    return (stop for stop in found if stop["stop"] != "." or not _goes_on(text, stop.start(), stop.end()))
 
 
 def _goes_on(text: str, stop: int, after: int) -> bool:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from interp import conflicts
 from interp.conflicts import ConflictSet, json_line, shows_answer, split_of, subject_key
 from interp.errors import Caution, UserError
 from interp.facts import load_facts, relations
@@ -56,7 +57,7 @@ def test_composed_and_decomposed_letters_have_one_key():
     [
         ("Toyota Sprinter", ["Toyota"], "", True),
         ("Mexico", ["Mexico City"], "", True),
-        ("the Sprinter", ["Toyota"], "Toyota's Sprinter is made by", False),
+        ("the Sprinter", ["Toyota"], "Toyota's Sprinter is made by", True),
         ("the Sprinter", ["Toyota"], "The Sprinter, by Toyota, is made by", True),
         ("Niger", ["Nigeria"], "Niger is in", False),
     ],
@@ -75,7 +76,18 @@ def test_a_line_is_what_json_makes_of_the_fields():
         context_answers=(),
     )
     for one in (example, dataclasses.replace(example, context=""), dataclasses.replace(example, prompt=odd[1:])):
-        assert json_line(one) == json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n"
+        line = json_line(one)
+        assert json.loads(line) == json.loads(json.dumps(dataclasses.asdict(one)))
+        # No control character, and so no second line, stands in it as it is.
+        assert [code for code in line if code < 32] == [10]
+        assert line.endswith(b"\n")
+
+
+def test_half_of_a_character_is_not_written(tmp_path):
+    broken = dataclasses.replace(tiny_conflicts().examples[0], context="\ud83d")
+    with pytest.raises(UserError, match="cannot be written"):
+        ConflictSet("broken", (broken,)).save(tmp_path / "broken.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_byte_order_mark_is_not_part_of_a_set(tmp_path):
@@ -85,8 +97,8 @@ def test_a_byte_order_mark_is_not_part_of_a_set(tmp_path):
 
 
 def test_a_repeated_id_is_told_with_both_lines(tmp_path):
-    lines = "".join(map(json_line, tiny_conflicts().examples[:2]))
-    (tmp_path / "tiny.jsonl").write_text(lines + json_line(tiny_conflicts().examples[0]))
+    first, second = map(json_line, tiny_conflicts().examples[:2])
+    (tmp_path / "tiny.jsonl").write_bytes(first + second + first)
     with pytest.raises(UserError, match=r"tiny\.jsonl, line 3: the id .* is that of line 1"):
         ConflictSet.load(tmp_path / "tiny.jsonl")
 
@@ -142,9 +154,8 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 
 def test_the_digest_is_computed_once(monkeypatch):
-    conflicts = tiny_conflicts()
     written = []
-    plain = ConflictSet._to_json_lines
-    monkeypatch.setattr(ConflictSet, "_to_json_lines", lambda self: written.append(1) or plain(self))
-    assert conflicts.digest == conflicts.digest == tiny_conflicts().digest
-    assert len(written) == 2
+    monkeypatch.setattr(conflicts, "json_line", lambda example: written.append(1) or json_line(example))
+    some = tiny_conflicts()
+    assert some.digest == some.digest == tiny_conflicts().digest
+    assert len(written) == 2 * len(some)
