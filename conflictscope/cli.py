@@ -982,7 +982,7 @@ def _listed(saes: Any) -> str:
 
 def _lines(path: Path) -> list[str]:
     """The texts of a file, one a line."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no text; give one text a line.")
     return lines

@@ -546,7 +546,8 @@ def read_prompts(lines: Iterable[str], batch_size: int) -> Iterator[list[Prompt]
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            batch.append(_prompt(line.rstrip("\n"), number))
+            # Some editors begin a file with a byte order mark.
+            batch.append(_prompt(line.removeprefix("\ufeff").rstrip("\n"), number))
             if len(batch) == batch_size:
                 yield batch
                 batch = []

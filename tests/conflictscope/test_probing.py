@@ -345,7 +345,7 @@ def test_prompts_that_are_not_utf8(run, chain, tmp_path, llama):
 
 
 def test_prompts_come_in_batches_in_their_order():
-    lines = ["a\n", "\n", '{"prompt": "b"}\n', '  {"prompt": "c", "id": 7}\n', " d \n", "e"]
+    lines = ["\ufeffa\n", "\n", '{"prompt": "b"}\n', '  {"prompt": "c", "id": 7}\n', " d \n", "e"]
     found = list(read_prompts(lines, 2))
     assert found == [[Prompt("1", "a"), Prompt("3", "b")], [Prompt("7", "c"), Prompt("5", " d ")], [Prompt("6", "e")]]
     assert list(read_prompts([], 2)) == []
