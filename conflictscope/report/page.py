@@ -76,7 +76,7 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
             probe_table=score_table,
             directions=DIRECTIONS,
             colours={"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR},
-            both_rates=_both_rates,
+            over_cards=_over_cards,
             edited_heads=_edited_heads,
             listed=_LISTED,
             alt={name: plot.alt for name, plot in plots.items()},
@@ -113,9 +113,11 @@ def _best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in chosen.iter_rows(named=True)}
 
 
-def _both_rates(run: Run) -> str:
-    """The smallest to the largest share of answers that name both sources, over the key conditions."""
-    rates = [condition.test["both_rate"]["value"] for condition in run.cards]
+def _over_cards(run: Run, rate: str) -> str:
+    """The smallest to the largest value of a rate over the key conditions; nothing where it was not measured."""
+    rates = [condition.test[rate]["value"] for condition in run.cards if rate in condition.test]
+    if not rates:
+        return ""
     return "\N{EN DASH}".join(dict.fromkeys(percent(rate) for rate in (min(rates), max(rates))))
 
 

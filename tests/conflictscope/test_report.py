@@ -257,6 +257,14 @@ def test_what_is_undefined_is_said_to_be(folders: dict[str, Path], tmp_path: Pat
     assert "no context 50% 40–60% 50% 40–60% undefined 5% 0–10%" in text  # noqa: RUF001
 
 
+def test_answers_that_say_nothing_are_shown_where_they_are_counted(page: Page, tmp_path: Path) -> None:
+    assert "those that name both (1%) make up the rest" in page.text
+    summary = sample_summary()
+    summary["baseline"]["test"]["empty_rate"] = estimate(0.02)
+    text = report(tmp_path, summary).text
+    assert "those that name both (1%) and those that say nothing (2%) make up the rest" in text
+
+
 def test_a_rate_cannot_be_undefined(folders: dict[str, Path], tmp_path: Path) -> None:
     summary = read_json(folders["dial"] / "summary.json")
     summary["baseline"]["test"]["memory_rate"] = {"value": None, "low": None, "high": None, "n": 0}
