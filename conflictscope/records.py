@@ -14,6 +14,7 @@ from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.files import read_json, write_json
+from interp.inputs import INPUTS_VERSION
 
 _T = TypeVar("_T")
 
@@ -28,12 +29,13 @@ class Records:
 
     Args:
         folder: Where the results lie.
-        **basis: What every step depends on: the model's fingerprint, for example.
+        **basis: What every step depends on: the model's fingerprint, for example. The version of how texts become a
+            model's inputs is added.
     """
 
     def __init__(self, folder: Path, **basis: Any) -> None:
         self.folder = folder
-        self._basis = basis
+        self._basis = {**basis, "inputs": INPUTS_VERSION}
 
     def json(self, step: str, depends_on: Any, compute: Callable[[], Any], *, version: Version) -> Any:
         """The JSON result of ``step``: read if it is there, else computed and kept."""

@@ -254,7 +254,7 @@ def _caution_leaks(path: str | Path, examples: Iterable[ConflictExample]) -> Non
         )
 
 
-_FIELDS = {field.name for field in dataclasses.fields(ConflictExample)}
+_FIELDS = [field.name for field in dataclasses.fields(ConflictExample)]
 _LISTS = {"memory_answers", "context_answers"}
 _NOT_EMPTY = ("id", "subject", "prompt")
 
@@ -264,7 +264,7 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not valid JSON ({error}); mend or remove the line.") from error
-    if not isinstance(row, dict) or set(row) != _FIELDS:
+    if not isinstance(row, dict) or row.keys() != set(_FIELDS):
         raise UserError(
             f"{path}, line {number}: expected an object with the fields {', '.join(sorted(_FIELDS))}; "
             "convert other formats with `conflictscope data convert`."
@@ -280,6 +280,9 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
     for name in _NOT_EMPTY:
         if not row[name].strip():
             raise UserError(f"{path}, line {number}: {name} must not be empty; fill it in or remove the line.")
+    for name in _LISTS:
+        if not all(text.strip() for text in row[name]):
+            raise UserError(f"{path}, line {number}: {name} must not hold an empty text; fill it in or take it out.")
     if "\\u" in line:
         try:
             json.dumps(row, ensure_ascii=False).encode()
@@ -290,5 +293,6 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
     for name, choices in (("kind", CONTEXT_KINDS), ("split", SPLITS)):
         if row[name] not in choices:
             raise UserError(f"{path}, line {number}: {name} must be one of {', '.join(choices)}, not {row[name]!r}.")
-    fields: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in row.items()}
+    # In the order of the class, whatever the file's: digests depend on it.
+    fields: dict[str, Any] = {name: tuple(row[name]) if name in _LISTS else row[name] for name in _FIELDS}
     return example_of(fields)

@@ -443,7 +443,9 @@ def _row(record: object, file: str) -> Row:
 _TOKEN = re.compile(r"""('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")(?![^\s,])|\S""")
 _NUMPY_CALL = re.compile(r"(?:\w+\.)?(?:array|Index|list)\((.*?)(?:,\s*dtype=[^\]]*)?\)", re.DOTALL)
 _NUMPY_STRING = re.compile(r"""\b(?:np|numpy)\.str_\(('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)""")
-_MISSING = {"nan", "none", "null", "<na>"}
+# As pandas, numpy, Python and JSON write them: other spellings are names.
+_MISSING = {"nan", "NaN", "NaT", "None", "null", "<NA>"}
+_CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 def _listed(text: str) -> Any:
@@ -454,11 +456,13 @@ def _listed(text: str) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError):
             return _python_strings(text)
-    if text.lower() in _MISSING:
+    if text in _MISSING:
         return None
     written = call[1].strip() if (call := _NUMPY_CALL.fullmatch(text)) else text
     # "[ENTITY]" and "(sic)" are texts; what starts with a bracket and a quote, a number or another bracket is a list.
     if not re.match(r"""\[\s*["'\d\[\]-]|[({]\s*["']|\[\s*(np|numpy)\.|\[\s*(None|nan|null)\b""", written):
+        return [text]
+    if written[0] in "({" and written[-1] != _CLOSING[written[0]]:
         return [text]
     try:
         return json.loads(written)
@@ -468,7 +472,7 @@ def _listed(text: str) -> Any:
 
 def _python_strings(written: str) -> list[str] | None:
     """The strings between two brackets, with a comma between any two, or between none of them as numpy writes."""
-    if written[-1] != {"[": "]", "(": ")", "{": "}"}[written[0]]:
+    if written[-1] != _CLOSING[written[0]]:
         return None
     tokens = list(_TOKEN.finditer(_NUMPY_STRING.sub(r"\1", written[1:-1])))
     strings = [token[1] for token in tokens if token[1]]

@@ -26,9 +26,16 @@ from interp.scripts import is_unspaced
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+INPUTS_VERSION = 1
+"""Version of how texts become tokens: raise it when the same texts and answers would get others."""
+
 # What opens something where nothing but a space or an opening bracket stands before it; elsewhere it closes something.
 _OPENS = re.compile(
     r"(?:^|[\s(\[{<\u2014]|[=:](?![*_]))(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$"
+)
+# What else goes on at once: an opening tag, a mark of emphasis, a word that is cut short, a hyphen or a slash in a word.
+_GOES_ON = re.compile(
+    r"(?:<[A-Za-z][^<>/]*>|(?:^|[\s:(])[*_]|[\u00bf\u00a1]|\b(?:[cdjlmnst]|qu)['\u2019]|[^\W_][-/]|//)$", re.IGNORECASE
 )
 _AFTER_NUMBER = re.compile(r"\d\s*.$")
 
@@ -213,7 +220,7 @@ def joins_at_once(prompt: str) -> bool:
     line = prompt.rpartition("\n")[2]
     if prompt[-1] == '"':
         return line.count('"') % 2 == 1
-    if _OPENS.search(line):
+    if _OPENS.search(line) or _GOES_ON.search(line):
         return True
     # Punctuation that a script without spaces shares with others.
     letters = (character for character in reversed(line) if character.isalnum())
@@ -248,4 +255,6 @@ def _ends_in_control(tokenizer: Any, prompt: str) -> bool:
 @lru_cache(maxsize=8)
 def _added_tokens(tokenizer: Any, _: int) -> tuple[str, ...]:
     """The texts of the tokens that were added to a vocabulary of this size."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.content)
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    # Words that were added for a domain are words.
+    return tuple(text for text in added if text and not text[-1].isalnum())

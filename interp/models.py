@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
-_SAMPLED = 32
+_SAMPLED = 1024
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What wrapping a model puts into the names of its weights, and how to save it without.
 _WRAPPERS = {
@@ -476,7 +476,7 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of configuration, dtype and every weight: models with the same fingerprint compute the same.
 
     The weights are read once for each loaded model, and again when they were replaced or written to. What is written
-    through ``.data``, which PyTorch does not count, is seen where it changes one of a few numbers of each weight.
+    through ``.data``, which PyTorch does not count, is seen where it changes one of a thousand numbers of a weight.
     """
     network: Any = transformers_model(model)
     config = network.config.to_dict()
@@ -501,6 +501,8 @@ def _written_state(weight: Tensor) -> tuple[object, ...]:
 
 
 def _sampled(weights: Sequence[Tensor]) -> bytes:
-    """A few numbers of each weight; on an accelerator they are fetched together."""
-    parts = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED)].float().to(weights[0].device) for w in weights]
-    return torch.cat(parts).cpu().numpy().tobytes()
+    """Numbers of each weight, from all over it; on an accelerator they are fetched together."""
+    # Multiples of a large prime: a fixed step would stay in the same columns.
+    steps = torch.arange(_SAMPLED) * 2_147_483_647
+    parts = [w.detach().flatten()[(steps % w.numel()).to(w.device)].float() for w in weights if w.numel()]
+    return torch.cat([part.to(weights[0].device) for part in parts]).cpu().numpy().tobytes()

@@ -5,7 +5,8 @@ brackets, if any), at the full stop of a script that sets no space after it, and
 
 1. after a title ("Sgt. Pepper"), and after a number that opens the text ("1. Paris"),
 2. after "No." and its like before a number ("No. 5"),
-3. after another abbreviation ("Jr.", "e.g."), an initial ("Vitamin C.") or several ("D.C.", "Ph.D."), unless the next
+3. after what closes a name or a list ("Inc.", "etc."), unless the next word has a capital letter,
+4. after another abbreviation ("Jr.", "e.g."), an initial ("Vitamin C.") or several ("D.C.", "Ph.D."), unless the next
    word opens a sentence ("Washington, D.C. It is ...").
 """
 
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterator
 
 _STOP = re.compile(
-    r"(?P<stop>[.!?\u2026]+)[\"'\u2019\u201d\u00bb\u203a)\]}]*(?=\s)"
+    r"(?P<stop>[.!?\u2026]+)(?:[\"'\u2019\u201d\u00bb\u203a)\]}*_`]|</?\w+>|\[\d+\])*(?=\s)"
     r"|[\u3002\uff01\uff1f\uff61\u0964\u06d4\u061f]"
     r"|[\n\r\v\f\x85\u2028\u2029]"
 )
@@ -27,9 +28,11 @@ _TITLE = re.compile(
 )
 _BEFORE_NUMBER = re.compile("No|Nos|Nr|Vol|vol|Fig|fig|Ch|Sec|Art|Op|pp|p")
 _ABBREVIATION = re.compile(
-    "Jr|Sr|Esq|St|Ste|Sta|Sto|Mt|Mts|Ft|Pt|Inc|Ltd|Co|Corp|Bros|Cos|Univ|Dept|Assn|Assoc|Ave|Blvd|Rd|Hwy|Jan|Feb"
-    "|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|Mon|Tue|Tues|Wed|Thu|Thur|Thurs|Fri|etc|vs|viz|approx|ca|cf|al|incl"
-    "|excl|esp|est|resp|Etc|Vs|Approx|Ca|Cf|Est|sq|ft"
+    "Jr|Sr|St|Ste|Sta|Sto|Mt|Mts|Ft|Pt|Co|Bros|Cos|Univ|Dept|Assn|Assoc|Ave|Blvd|Rd|Hwy|vs|viz|approx|ca|cf|al|incl"
+    "|excl|esp|est|resp|Vs|Approx|Ca|Cf|Est|sq|ft"
+)
+_AFTER_NAME = re.compile(
+    "Inc|Ltd|Corp|Esq|etc|Etc|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|Mon|Tue|Tues|Wed|Thu|Thur|Thurs|Fri"
 )
 _INITIALS = re.compile(r"(?:^|[\W_])(?:[^\W\d_]{1,3}\.)+[^\W\d_]{1,4}\Z")
 _NO_NUMBER = re.compile(r"[^\S\n]*\n|[^\S\n]+[^\s\d]")
@@ -64,6 +67,8 @@ def _goes_on(text: str, stop: int, after: int) -> bool:
         return True
     if _BEFORE_NUMBER.fullmatch(word):
         return not _NO_NUMBER.match(text, after)
+    if _AFTER_NAME.fullmatch(word):
+        return not text[after:].lstrip(" \t" + _OPENING)[:1].isupper()
     initial = word[-1:].isupper() and not word[-2:-1].isalnum()
     if initial or _ABBREVIATION.fullmatch(word) or _INITIALS.search(word):
         return not _OPENER.match(text, after)

@@ -2,12 +2,13 @@
 
 1. Unicode's compatible forms become one (NFKC), invisible format characters go, digits become 0 to 9.
 2. A regular expression finds the words: numbers with their sign, decimals and thousands (``-5``, ``3.5``, ``1,000``
-   which is ``1000``), initials (``D.C.``), ``C++`` and ``C#``, every character of a script without spaces by itself,
+   which is ``1000``), initials (``D.C.``), ``C++`` and ``C#``, every character of Korean and of scripts without spaces,
    and runs of letters and digits. Everything else separates words.
 3. A hyphen, an apostrophe or a full stop next to a letter separates words or not, as the comparison needs it: "Lima's"
    contains "Lima", and "Al-Khwarizmi" is "Alkhwarizmi".
 4. Articles are marked where another word follows: the "A" of "The answer is A" and of "Vitamin A" is none.
-5. Case goes, and so do the accents of Latin and Greek letters where the caller folds them.
+5. Case goes, and so do the accents of Latin and Greek letters, and the vowel signs of Arabic and Hebrew, where the
+   caller folds them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _WHOLE_LETTERS = str.maketrans(
 _WORD = re.compile(
     r"(?P<initials>[aA](?:\.[aA])+\.?(?![aA0m]))"
     r"|um*"
-    r"|(?:(?<![^ \n(])-?\.?(?=0))?[aA0][aA0m]*(?:(?<=0)[.,](?=0)[aA0m]+)*(?:(?<=[aAm])\++(?![aA0]))?"
+    r"|(?:(?<![aA0mu.\-])-?\.?(?=0))?[aA0][aA0m]*(?:(?<=0)[.,](?=0)[aA0m]+)*(?:(?<=[aAm])\++(?![aA0]))?"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 # What stands between two words that may be one, and what stands before a sentence or a quotation.
@@ -157,7 +158,9 @@ def _written(text: str, fold: bool) -> str:
             lower = word.lower()
             # "Don't" has neither Don nor T.
             part = _JOINED if gap != "'" or lower not in _CONTRACTED else "" if lower == "t" else _CONTRACTION
-        elif article and gap[:1] in (" ", "\n") and (article != "A" or word.lower() not in _AFTER_A_CHOICE):
+        elif article and (
+            gap[:1] in (" ", "\n") if article != "A" else gap.strip(" ") == "" and word.lower() not in _AFTER_A_CHOICE
+        ):
             written.append("_")
         written += (part, word if word.isalnum() else _spelt(word, initials=found.lastgroup is not None))
         article = ""
@@ -183,7 +186,7 @@ def _folded(text: str) -> str:
     loses = False
     for character in unicodedata.normalize("NFD", text):
         if not unicodedata.combining(character):
-            loses = unicodedata.name(character, "").startswith(("LATIN", "GREEK"))
+            loses = unicodedata.name(character, "").startswith(("LATIN", "GREEK", "ARABIC", "HEBREW"))
         elif loses:
             continue
         kept.append(character)
@@ -206,7 +209,9 @@ def _class_of(character: str) -> str:
     """What a character is to ``_WORD``: a letter, an upper-case one, a mark, a digit, or what stands between words."""
     category = unicodedata.category(character)
     if category[0] == "L":
-        return "u" if is_unspaced(character) else "A" if character.isupper() else "a"
+        # Korean has spaces, but its particles follow a word without one.
+        runs_on = is_unspaced(character) or unicodedata.name(character, "").startswith("HANGUL")
+        return "u" if runs_on else "A" if character.isupper() else "a"
     if category[0] in "MN":
         return "m" if category[0] == "M" else "0"
     if character in "-.,'":

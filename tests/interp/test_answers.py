@@ -51,7 +51,7 @@ def test_a_text_is_its_words(text, normal):
 def test_accents_of_other_scripts_are_part_of_their_letters():
     assert normalise("йод") != normalise("иод")
     assert normalise("दिल्ली") == "दिल्ली"
-    assert normalise("서울") == "서울"
+    assert normalise("서울") == normalise(unicodedata.normalize("NFD", "서울"))
 
 
 def squad(text: str) -> str:
@@ -351,3 +351,35 @@ def test_no_answers_match_nothing():
 def test_f1_is_the_harmonic_mean_of_word_overlap():
     # 2 of 3 predicted words are right and 2 of 2 expected words are found: 2 * (2/3) * 1 / (2/3 + 1) = 0.8
     assert token_f1("New York City", ["New York"]) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory", "context", "usage"),
+    [
+        ("Apple Inc. Microsoft makes Windows.", "Apple", "Microsoft", "memory"),
+        ("It was in Dec. Paris is", "December", "Paris", "other"),
+        ("On Dec. 25 in Paris", "December", "Paris", "context"),
+        ("**Lima.** Rome is in Italy.", "Lima", "Rome", "memory"),
+        ("`Lima.` Rome is in Italy.", "Lima", "Rome", "memory"),
+        ("<b>Lima.</b> Rome is in Italy.", "Lima", "Rome", "memory"),
+        ("Lima.[1] Rome is in Italy.", "Lima", "Rome", "memory"),
+        ("**-5**", "-5", "5", "memory"),
+        ("temperature:-5", "-5", "5", "memory"),
+        ("x=-5", "-5", "5", "memory"),
+        ("from 5-10", "-10", "10", "context"),
+        ("A (tar)", "A", "B", "memory"),
+        ("B (tar)", "A", "B", "context"),
+        ("A - tar", "A", "B", "memory"),
+        ("A\ntar", "A", "B", "memory"),
+        ("A city", "A", "B", "other"),
+        ("서울입니다", "서울", "부산", "memory"),
+        (
+            "\u0627\u0644\u0642\u064e\u0627\u0647\u0650\u0631\u064e\u0629",
+            "\u0627\u0644\u0642\u0627\u0647\u0631\u0629",
+            "x",
+            "memory",
+        ),
+    ],
+)
+def test_the_first_sentence_tells_the_source(said, memory, context, usage):
+    assert usage_of(first_sentence(said), [memory], [context]) == usage

@@ -123,6 +123,12 @@ def small_model(tokenizer: Any, *, positions: int = 64) -> Any:
         "Sie sagt \N{DOUBLE LOW-9 QUOTATION MARK}",
         "**Answer:** **",
         "`",
+        "Answer: *",
+        "<answer>",
+        "\N{INVERTED QUESTION MARK}",
+        "La capitale de l'",
+        "The Austro-",
+        "http://",
         "It costs $",
         "日本の首都は",
         "日本の首都は\N{LEFT CORNER BRACKET}",
@@ -149,6 +155,10 @@ def test_an_answer_joins_at_once(prompt):
         "It is \N{LEFT DOUBLE QUOTATION MARK}Peru\N{RIGHT DOUBLE QUOTATION MARK}",
         "It is \N{DOUBLE LOW-9 QUOTATION MARK}Peru\N{LEFT DOUBLE QUOTATION MARK}",
         "**Answer:**",
+        "</document>",
+        "*Answer*",
+        "It is Peru's",
+        "Peru -",
         "It costs 5 €",
         "페루의 수도는",
         "東京 (Tokyo)",
@@ -265,6 +275,8 @@ def test_after_the_header_of_a_chat_that_ends_in_a_control_token_an_answer_joins
     tokenizer.add_tokens(["<|assistant|>"], special_tokens=False)
     assert joined(tokenizer, "Peru?<|assistant|>", "Lima") == "Peru?<|assistant|>Lima"
     assert joined(tokenizer, "Peru?", "Lima") == "Peru? Lima"
+    tokenizer.add_tokens(["Peru"], special_tokens=False)
+    assert joined(tokenizer, "The capital of Peru", "Lima") == "The capital of Peru Lima"
 
 
 # --- special tokens

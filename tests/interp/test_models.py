@@ -184,6 +184,14 @@ def test_weights_are_hashed_once_for_each_model_and_again_when_they_change(tiny_
     assert len(hashed) == 4
 
 
+@pytest.mark.parametrize("part", [(slice(None), slice(8, 16)), (slice(16, 24), slice(None))], ids=["columns", "rows"])
+def test_a_head_that_is_cut_out_past_pytorch_s_count_of_changes_is_seen(tiny_directories, part):
+    model = load_model(str(tiny_directories["llama"]), device="cpu")
+    first = fingerprint(model)
+    Anatomy(model).module("output_projection", 1).get_parameter("weight").data[part] = 0
+    assert fingerprint(model) != first
+
+
 # Weights that do not load
 
 
