@@ -33,7 +33,7 @@ INPUTS_VERSION = 1
 _OPENS = re.compile(
     r"(?:^|[\s(\[{<\u2014]|[=:](?![*_]))(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$"
 )
-# What else goes on at once: an opening tag, a mark of emphasis, a word that is cut short, a hyphen or a slash in a word.
+# What else goes on at once: an opening tag, a mark of emphasis, a word that is cut short, a hyphen or slash in a word.
 _GOES_ON = re.compile(
     r"(?:<[A-Za-z][^<>/]*>|(?:^|[\s:(])[*_]|[\u00bf\u00a1]|\b(?:[cdjlmnst]|qu)['\u2019]|[^\W_][-/]|//)$", re.IGNORECASE
 )
