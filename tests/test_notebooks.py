@@ -16,10 +16,10 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # What makes a notebook short, by the names of its parameters.
 SMALL: dict[str, dict[str, Any]] = {
     "1_do_they_conflict": {"n_facts": 12},
-    "2_which_heads_decide": {"n_facts": 24},
+    "2_which_heads_decide": {"n_facts": 40},
     "3_when_does_the_model_know": {"n_facts": 24},
     "4_which_features_carry_it": {"relations": ["capital"], "n_facts": 24},
-    "5_change_its_mind": {"n_facts": 24, "doses": [0.0, 1.0], "n_texts": 4},
+    "5_change_its_mind": {"n_facts": 40, "doses": [0.0, 1.0], "n_texts": 4},
     "6_ship_it": {},
 }
 
