@@ -78,7 +78,7 @@ def demo(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Do the whole job on one model: measure, locate, intervene, verify; then look at OUT/report.html."""
-    from conflictscope.study import headline, run_study
+    from conflictscope.demo_study import headline, run_study
 
     summary = run_study(
         model, relations=relation or [DEFAULT_RELATION], out=out, seed=seed, quick=quick, device=device, dtype=dtype
@@ -668,8 +668,8 @@ def dial_fit(
 ) -> None:
     """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/summary.json."""
     from conflictscope import dial_comparison
+    from conflictscope.demo_study import headline
     from conflictscope.dialing import RELATIONS, Dialing
-    from conflictscope.study import headline
     from interp.facts import relation_named
     from interp.formats import load_dataset
     from interp.models import load_model

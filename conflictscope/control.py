@@ -26,11 +26,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from conflictscope.examples import UNEDITED, condition_of, example_frame, read_examples, write_examples
-from conflictscope.probing import conflicts_for_probes
-from conflictscope.records import Records
-from conflictscope.saes import check_unseen
-from conflictscope.study import (
+from conflictscope.demo_study import (
     RANDOM_DRAWS,
     TEST_PHRASINGS,
     as_good_as_the_best,
@@ -39,6 +35,10 @@ from conflictscope.study import (
     pooled_record,
     versions,
 )
+from conflictscope.examples import UNEDITED, condition_of, example_frame, read_examples, write_examples
+from conflictscope.probing import conflicts_for_probes
+from conflictscope.records import Records
+from conflictscope.saes import check_unseen
 from conflictscope.tables import MEASURES, written
 from interp.activation_store import ActivationStore
 from interp.activations import record

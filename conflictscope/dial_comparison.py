@@ -20,8 +20,15 @@ import numpy as np
 import polars as pl
 import torch
 
+from conflictscope.demo_study import (
+    RANDOM_DRAWS,
+    RANKED_METHODS,
+    RankedMethod,
+    candidates,
+    condition_record,
+    measure_edits,
+)
 from conflictscope.dialing import Dialing, edit_record, learned_part
-from conflictscope.study import RANDOM_DRAWS, RANKED_METHODS, RankedMethod, candidates, condition_record, measure_edits
 from conflictscope.tables import written
 from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching

@@ -18,10 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conflictscope.examples import UNEDITED, example_frame, write_examples
-from conflictscope.gate_fit import GateFit, LearnedFrom
-from conflictscope.records import Records
-from conflictscope.study import (
+from conflictscope.demo_study import (
     RANDOM_DRAWS,
     TEST_PHRASINGS,
     measure_edits,
@@ -29,6 +26,9 @@ from conflictscope.study import (
     pooled_record,
     run_record,
 )
+from conflictscope.examples import UNEDITED, example_frame, write_examples
+from conflictscope.gate_fit import GateFit, LearnedFrom
+from conflictscope.records import Records
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError

@@ -525,7 +525,7 @@ def dose_response(
     """Usage, accuracy of the guards and movement on neutral text against how hard an edit acts, with intervals.
 
     Args:
-        doses: Such records as ``conflictscope.study.condition_record`` gives, by dose: a head's scale, SpARE's alpha,
+        doses: Such records as ``condition_record`` gives, by dose: a head's scale, SpARE's alpha,
             a direction's strength, a dial's trust. Measures that a record lacks are left out.
         dose: What the dose is.
         neutral: The dose that leaves the model as it is (1 for a scale, 0 for a strength); it is marked.

@@ -61,7 +61,7 @@ class Condition:
 
     Attributes:
         name: What it is called here and in ``examples.parquet``.
-        test: The measures; see ``conflictscope.study.condition_record``.
+        test: The measures; see ``conflictscope.demo_study.condition_record``.
         towards: The source that the edit is to strengthen.
         method: What kind of edit it is; edits of both directions share it.
         edit: What it does, in words.

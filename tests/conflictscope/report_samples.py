@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import torch
 
+from conflictscope.demo_study import METHODS, TEST_PHRASINGS, condition_record
 from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
-from conflictscope.study import METHODS, TEST_PHRASINGS, condition_record
 from interp.attribution.scores import DIRECTIONS, HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
 from interp.evaluation import UsageReport

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conflictscope import control as job
-from conflictscope import study
+from conflictscope import demo_study as study
 from conflictscope.control import METHODS, Control, fit_spare, fit_steering, results_table
 from interp.activations import record
 from interp.conflicts import ConflictSet

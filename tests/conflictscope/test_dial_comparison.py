@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from conflictscope import demo_study as study
 from conflictscope import dial_comparison as job
-from conflictscope import study
 from conflictscope.dial_comparison import (
     Comparison,
     comparison_table,

@@ -3,9 +3,9 @@ import polars as pl
 import pytest
 import torch
 
-from conflictscope import study
+from conflictscope import demo_study as study
+from conflictscope.demo_study import measure_edits
 from conflictscope.records import Records
-from conflictscope.study import measure_edits
 from interp.attribution.scores import HeadScores
 from interp.evaluation import UsageReport
 from interventions.gates import Gate, TrustDial

@@ -6,7 +6,7 @@ import pytest
 
 from conflictscope import gate_fit
 from conflictscope import study as study_module
-from conflictscope.study import (
+from conflictscope.demo_study import (
     METHODS,
     RANKED_METHODS,
     Candidate,
