@@ -6,7 +6,7 @@ import sys
 import polars as pl
 import pytest
 
-from conflictscope import study as study_module
+from conflictscope import demo_study as study_module
 from conflictscope.cli import main
 from interp import evaluation
 from interp.conflicts import ConflictSet

@@ -4,8 +4,8 @@ import shutil
 import polars as pl
 import pytest
 
+from conflictscope import demo_study as study_module
 from conflictscope import gate_fit
-from conflictscope import study as study_module
 from conflictscope.demo_study import (
     METHODS,
     RANKED_METHODS,

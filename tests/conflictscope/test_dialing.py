@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 import torch
 
-from conflictscope import dial_comparison, gate_fit, study
+from conflictscope import demo_study as study
+from conflictscope import dial_comparison, gate_fit
 from conflictscope import dialing as job
 from conflictscope.dialing import Dialing
 from interp.attribution.scores import Direction

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from conflictscope import dialing, study
+from conflictscope import demo_study as study
+from conflictscope import dialing
 from conflictscope import gating as job
 from conflictscope.gating import Gating, gating_lines, gating_table, kept_shares, passing_threshold
 from interp.anatomy import transformers_model
