@@ -37,7 +37,7 @@ from conflictscope.demo_study import (
 )
 from conflictscope.examples import UNEDITED, condition_of, example_frame, read_examples, write_examples
 from conflictscope.probing import conflicts_for_probes
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from conflictscope.saes import check_unseen
 from conflictscope.tables import MEASURES, written
 from interp.activation_store import ActivationStore

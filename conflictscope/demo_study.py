@@ -28,7 +28,7 @@ from torch import Tensor
 from conflictscope import __version__
 from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from conflictscope.report import demo_run, write_report
 from conflictscope.report.words import words
 from interp.anatomy import Anatomy

@@ -28,7 +28,7 @@ from conflictscope.demo_study import (
 )
 from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError

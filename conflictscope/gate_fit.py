@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
 from interp.corpus import TEXTS_VERSION, sampled_texts

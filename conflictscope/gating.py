@@ -27,7 +27,7 @@ from torch import Tensor
 from conflictscope.demo_study import TEST_PHRASINGS, condition_record, measure_edits, model_record, run_record
 from conflictscope.dialing import known_conflicts, learned_part, subjects_by_split
 from conflictscope.examples import example_frame, write_examples
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from conflictscope.tables import MEASURES, written
 from interp.activations import Activations, record, sites_of
 from interp.anatomy import Anatomy, located

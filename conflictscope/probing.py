@@ -27,7 +27,7 @@ import torch
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind

@@ -5,7 +5,7 @@ import torch
 
 from conflictscope import demo_study as study
 from conflictscope.demo_study import measure_edits
-from conflictscope.records import Records
+from conflictscope.study.records import Records
 from interp.attribution.scores import HeadScores
 from interp.evaluation import UsageReport
 from interventions.gates import Gate, TrustDial

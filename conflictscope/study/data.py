@@ -1,0 +1,234 @@
+"""Get a study's prompts: from the fact tables, a file of conflict data or a public format, split by subject.
+
+Only what the model knows is asked (``interp.known`` states the rule), unless all is wanted. Methods learn from train,
+are chosen on dev, and are shown on test, where one phrasing family appears that neither train nor dev has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conflictscope.study.records import Records
+from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictExample, ConflictSet, ContextKind, Split, split_of
+from interp.errors import UserError
+from interp.evaluation import ANSWERS_VERSION
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    PHRASINGS,
+    SOURCE,
+    STUDY_PHRASINGS,
+    Fact,
+    build_conflicts,
+    known_facts,
+    relation_named,
+    usable_facts,
+)
+from interp.formats import load_dataset
+from interp.known import KNOWN_VERSION, known_part
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+RELATIONS = ("capital", "language", "continent", "manufacturer")
+
+# Where an edit could do damage is asked in fewer words than where it should do good: answers cost most of the time.
+TESTED_PHRASINGS: Mapping[ContextKind, Sequence[str]] = {
+    "conflict": STUDY_PHRASINGS,
+    **dict.fromkeys(("aligned", "irrelevant", "none"), ("question", HELD_OUT_PHRASING)),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a study, of every kind that the data has.
+
+    Attributes:
+        train: What methods learn from.
+        dev: What candidates compete on.
+        test: What is asked to be shown.
+        name: What the data is called.
+        relations: The relations that are learned from.
+        held_out: The phrasing family that test alone has; ``None`` where the data has no such.
+        asked: How many facts the model was asked about closed-book, to find those it knows.
+    """
+
+    train: ConflictSet
+    dev: ConflictSet
+    test: ConflictSet
+    name: str
+    relations: tuple[str, ...]
+    held_out: str | None = None
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            if not len(self.part(split).select(kind="conflict")):
+                raise UserError(
+                    f"The model knows too little of {self.name} for a {split} split: it has no conflict prompts; choose "
+                    "more relations or subjects, another seed, or a model that knows more."
+                )
+
+    def part(self, split: Split) -> ConflictSet:
+        """The prompts of one split."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all prompts."""
+        return hashlib.sha256("".join(self.part(split).digest for split in SPLITS).encode()).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of them."""
+        every = [e for split in SPLITS for e in self.part(split)]
+        return {
+            "name": self.name,
+            "relations": list(self.relations),
+            "asked": self.asked,
+            "counts": ConflictSet(self.name, tuple(every)).counts(),
+            "phrasings": {
+                "learned": list(dict.fromkeys(e.template for e in self.train)),
+                "tested": list(dict.fromkeys(e.template for e in self.test)),
+                "held_out": self.held_out,
+            },
+            "digest": self.digest,
+        }
+
+    def tested_on(self, other: ConflictSet, name: str) -> Prompts:
+        """The same to learn from and to choose on, with other prompts to test on."""
+        return replace(self, test=other, name=f"{self.name}, tested on {name}")
+
+    def left_out(self, relation: str) -> Prompts:
+        """Learn from all relations but one, and test on that one.
+
+        Raises:
+            UserError: If nothing is left of a split.
+        """
+        others = tuple(name for name in self.relations if name != relation)
+        train, dev = (_only(self.part(split), others) for split in ("train", "dev"))
+        return replace(
+            self,
+            train=train,
+            dev=dev,
+            test=self.test.select(relation=relation),
+            relations=others,
+            name=f"{'+'.join(others)}, tested on {relation}",
+        )
+
+
+def fact_prompts(
+    model: TransformerBridge, relations: Sequence[str], records: Records, *, subjects: int, seed: int
+) -> Prompts:
+    """Prompts of every kind and phrasing about the facts of some relations that the model knows.
+
+    Args:
+        model: The bridge.
+        relations: Relations of the fact tables.
+        records: Where what is known is kept.
+        subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
+            as many to choose on.
+        seed: Decides splits, subjects and conflicts.
+
+    Raises:
+        UserError: If a relation is not known, or the model knows too little for one of the splits.
+    """
+    asked: dict[str, list[Fact]] = {}
+    for relation in dict.fromkeys(relation_named(name).name for name in relations):
+        usable = usable_facts(relation)
+        asked[relation] = []
+        for split, most in _subjects(subjects).items():
+            members = [fact for fact in usable if split_of(fact.subject, seed) == split]
+            rng = random.Random(f"{seed}/{relation}/{split}")
+            asked[relation] += rng.sample(members, min(most, len(members)))
+    facts: dict[str, list[Fact]] = {}
+    for relation, some in asked.items():
+
+        def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
+            return [f.subject for f in known_facts(model, relation, among=some, progress=f"Closed-book: {relation}")]
+
+        depends_on = [[fact.subject, fact.answers] for fact in some]
+        known = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
+        facts[relation] = [fact for fact in some if fact.subject in known]
+    conflicts = build_conflicts(facts, seed=seed, kinds=CONTEXT_KINDS, phrasings=tuple(PHRASINGS))
+    return _split(conflicts, tuple(asked), sum(map(len, asked.values())))
+
+
+def file_prompts(
+    model: TransformerBridge,
+    file: Path,
+    records: Records,
+    *,
+    subjects: int,
+    seed: int,
+    format: str | None = None,
+    unknown_too: bool = False,
+) -> Prompts:
+    """Prompts from a file.
+
+    Args:
+        model: The bridge.
+        file: JSON lines of conflict data, or a public data set.
+        records: Where what is known is kept.
+        subjects: As for ``fact_prompts``.
+        seed: Decides which subjects are asked, and the splits of a public data set.
+        format: The public format (see ``conflictscope data convert``); ``None`` is conflict data.
+        unknown_too: Whether facts that the model does not know are used too.
+
+    Raises:
+        UserError: If the file cannot be read, or the model knows too little of it.
+    """
+    loaded = ConflictSet.load(file) if format is None else load_dataset(file, format, seed=seed).conflicts
+    kept: set[tuple[str, str]] = set()
+    for split, most in _subjects(subjects).items():
+        for relation in dict.fromkeys(e.relation for e in loaded):
+            part = loaded.select(split=split, relation=relation).subjects
+            chosen = random.Random(f"{seed}/{relation}/{split}").sample(part, min(most, len(part)))
+            kept |= {(relation, subject) for subject in chosen}
+    conflicts = ConflictSet(loaded.name, tuple(e for e in loaded if (e.relation, e.subject) in kept))
+    if not unknown_too:
+
+        def ask() -> list[str]:
+            return [e.id for e in known_part(model, conflicts, progress=f"Closed-book: {conflicts.name}")]
+
+        version = (KNOWN_VERSION, ANSWERS_VERSION)
+        known = set(records.json("known-file", conflicts.digest, ask, version=version))
+        conflicts = ConflictSet(conflicts.name, tuple(e for e in conflicts if e.id in known))
+    return _split(conflicts, tuple(dict.fromkeys(e.relation for e in conflicts)), len(kept))
+
+
+def evenly(examples: Iterable[ConflictExample], count: int, seed: int) -> ConflictSet:
+    """At most ``count`` examples, of relations and phrasings in turn."""
+    groups: dict[tuple[str, str], list[ConflictExample]] = {}
+    for example in examples:
+        groups.setdefault((example.relation, example.template), []).append(example)
+    rng = random.Random(seed)
+    queues = [rng.sample(group, len(group)) for group in groups.values()]
+    chosen: list[ConflictExample] = []
+    while len(chosen) < count and any(queues):
+        chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
+    return ConflictSet("some", tuple(chosen))
+
+
+def _subjects(most: int) -> dict[Split, int]:
+    return {"train": most, "dev": max(1, most * 3 // 5), "test": most}
+
+
+def _split(conflicts: ConflictSet, relations: tuple[str, ...], asked: int) -> Prompts:
+    def is_tested(e: ConflictExample) -> bool:
+        return e.source != SOURCE or e.template in TESTED_PHRASINGS[e.kind]
+
+    train, dev = (
+        ConflictSet(conflicts.name, tuple(e for e in conflicts.select(split=split) if e.template != HELD_OUT_PHRASING))
+        for split in ("train", "dev")
+    )
+    test = ConflictSet(conflicts.name, tuple(e for e in conflicts.select(split="test") if is_tested(e)))
+    held_out = HELD_OUT_PHRASING if any(e.template == HELD_OUT_PHRASING for e in test) else None
+    return Prompts(train, dev, test, conflicts.name, relations, held_out, asked)
+
+
+def _only(conflicts: ConflictSet, relations: Sequence[str]) -> ConflictSet:
+    return ConflictSet(conflicts.name, tuple(e for e in conflicts if e.relation in relations))

@@ -1,0 +1,75 @@
+"""Define what a method is, and find methods by name.
+
+A method is one class in one file of ``conflictscope.methods``; another package adds its own by an entry point of the
+group ``conflictscope.methods`` that names the class.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from conflictscope.study.condition import Condition
+from interp.answers import Direction
+from interp.errors import UserError
+
+if TYPE_CHECKING:
+    from conflictscope.study.lab import Lab
+
+ENTRY_POINTS = "conflictscope.methods"
+
+
+class Method(ABC):
+    """A way to move a model towards its memory or its context.
+
+    Attributes:
+        name: Its name, as commands and records have it.
+        derived: Whether it is measured as it stands instead of competing over methods: ablations and controls of others.
+    """
+
+    name: ClassVar[str]
+    derived: ClassVar[bool] = False
+
+    @abstractmethod
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        """The conditions that compete on dev.
+
+        Raises:
+            UserError: If the method cannot run on this model or these prompts; the record then says why.
+        """
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        """Random draws of the same kind and size as what was chosen, measured together; none by default."""
+        del lab, chosen
+        return ()
+
+    def details(self, lab: Lab, chosen: Condition) -> Mapping[str, Any]:
+        """What the record says besides, as JSON; nothing by default."""
+        del lab, chosen
+        return {}
+
+
+@cache
+def registered() -> Mapping[str, type[Method]]:
+    """All methods by name: those of this package, then those of others."""
+    from conflictscope import methods
+
+    found = {method.name: method for method in methods.ALL}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        method = entry.load()
+        found.setdefault(method.name, method)
+    return found
+
+
+def method_named(name: str) -> Method:
+    """The method of this name, with its default settings.
+
+    Raises:
+        UserError: If there is none; the message lists those there are.
+    """
+    if (method := registered().get(name)) is None:
+        raise UserError(f"There is no method {name!r}; choose among {', '.join(registered())}.")
+    return method()
