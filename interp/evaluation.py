@@ -26,6 +26,7 @@ from interp.files import assets_directory, write_parquet
 from interp.generation import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
+    Combined,
     ReadPrompts,
     continue_greedily,
     tracked,
@@ -209,6 +210,7 @@ def measure_usage(
     model: TransformerBridge,
     conflicts: ConflictSet,
     *,
+    combined: Combined | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
@@ -220,6 +222,8 @@ def measure_usage(
     Args:
         model: The bridge.
         conflicts: What to ask.
+        combined: Chooses the next token from the prompt and the bare prompt; ``None`` reads the prompt alone. What has
+            no bare prompt is asked without it.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
@@ -234,6 +238,8 @@ def measure_usage(
         model,
         [example.prompt for example in conflicts],
         watch=torch.tensor([pair or (0, 0) for pair in tokens]),
+        without=None if combined is None else [e.bare_prompt or e.prompt for e in conflicts],
+        combined=combined,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,

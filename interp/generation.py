@@ -6,14 +6,14 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
@@ -28,6 +28,9 @@ MAX_NEW_TOKENS = 8
 
 _T = TypeVar("_T")
 
+Combined = Callable[[Tensor, Tensor], Tensor]
+"""A rule for the next token: its scores from the logits of two prompts, with and without context, ``(n, d_vocab)``."""
+
 
 class Continuations(NamedTuple):
     """What the model said.
@@ -35,7 +38,8 @@ class Continuations(NamedTuple):
     Attributes:
         answers: The first sentence of each greedy continuation.
         first_tokens: ``(n_prompts,)``: the token that each answer starts with.
-        first_logits: ``(n_prompts, n_watched)`` float32: logits of the watched tokens at the first step.
+        first_logits: ``(n_prompts, n_watched)`` float32: logits of the watched tokens at the first step; with a rule
+            for the next token, its scores.
     """
 
     answers: list[str]
@@ -90,11 +94,27 @@ class _AllAnswered(StoppingCriteria):
         return torch.tensor([is_complete(text) for text in texts], device=input_ids.device)
 
 
+class _TwoStreams(LogitsProcessor):
+    """Chooses one token for both prompts of each pair; rows are the first prompts, then the second ones."""
+
+    def __init__(self, combined: Combined, is_pair: Tensor) -> None:
+        self.combined = combined
+        self.is_pair = is_pair[:, None]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002 (transformers' signature)
+        first, second = scores.float().chunk(2)
+        # Where both are the same prompt there is nothing to weigh.
+        chosen = torch.where(self.is_pair.to(first.device), self.combined(first, second), first)
+        return torch.cat([chosen, chosen])
+
+
 def continue_greedily(
     model: TransformerBridge,
     prompts: Sequence[str],
     *,
     watch: Tensor | None = None,
+    without: Sequence[str] | None = None,
+    combined: Combined | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
@@ -105,6 +125,8 @@ def continue_greedily(
         model: The bridge.
         prompts: Full prompts.
         watch: Token ids ``(n_prompts, n_watched)`` whose first-step logits are wanted; ``None`` watches nothing.
+        without: The same prompts without their contexts, for ``combined``; where one is the same nothing is combined.
+        combined: Chooses the next token from both prompts, which are read side by side, each with a cache of its own.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
@@ -112,12 +134,20 @@ def continue_greedily(
     Raises:
         UserError: If a prompt has no tokens, or is too long to be answered.
     """
+    if (without is None) != (combined is None):
+        raise UserError("A rule for the next token needs the prompts without their contexts, and these need a rule.")
     answers = [""] * len(prompts)
     watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
     first_tokens = torch.zeros(len(prompts), dtype=torch.long)
     first_logits = torch.zeros(watched.shape)
     for batch in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
-        sequences, logits = _answered(model, batch.tokens, max_new_tokens)
+        if without is None or combined is None:
+            sequences, logits = _answered(model, batch.tokens, max_new_tokens)
+        else:
+            second = token_ids(model.tokenizer, [without[i] for i in batch.numbers])
+            is_pair = torch.tensor([without[i] != prompts[i] for i in batch.numbers])
+            sequences, logits = _answered(model, [*batch.tokens, *second], max_new_tokens, _TwoStreams(combined, is_pair))
+            sequences, logits = sequences[: len(second)], [step[: len(second)] for step in logits]
         texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         first_tokens[batch.numbers] = sequences[:, 0].cpu()
         first_logits[batch.numbers] = logits[0].float().cpu().gather(1, watched[batch.numbers])
@@ -127,9 +157,12 @@ def continue_greedily(
 
 
 def _answered(
-    model: TransformerBridge, tokens: Sequence[Sequence[int]], max_new_tokens: int
+    model: TransformerBridge,
+    tokens: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rule: LogitsProcessor | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's logits."""
+    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's scores."""
     inputs = padded(model, tokens)
     prompt_length = inputs["input_ids"].shape[1]
     network: Any = transformers_model(model)
@@ -142,10 +175,11 @@ def _answered(
             do_sample=False,
             pad_token_id=padding_id(model),
             stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+            logits_processor=LogitsProcessorList([] if rule is None else [rule]),
             return_dict_in_generate=True,
-            output_logits=True,
+            output_scores=True,
         )
-    return output.sequences[:, prompt_length:], output.logits
+    return output.sequences[:, prompt_length:], output.scores
 
 
 class AnswerStep(NamedTuple):
@@ -230,3 +264,17 @@ class ReadPrompts:
         for batch, logits in self.next_logits():
             tokens[batch] = logits.argmax(-1).cpu()
         return tokens
+
+
+def next_logits(
+    model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Read prompts to their ends: for each batch the numbers of its prompts and their next logits ``(n, d_vocab)``.
+
+    Raises:
+        UserError: If a prompt has no tokens, or more than the model has positions.
+    """
+    network: Any = transformers_model(model)
+    for batch in prompt_batches(model, prompts, batch_size):
+        with torch.inference_mode():
+            yield batch.numbers, network(**padded(model, batch.tokens), logits_to_keep=1).logits[:, -1]
