@@ -1,0 +1,261 @@
+"""Choose among a method's candidates on dev.
+
+Candidates are asked dev's conflict prompts, and guards that they should leave alone: prompts without a context, with one
+that agrees and one about something else, and ordinary text. The next token at each prompt's end says which source the
+answer starts with, and how far the distribution moved, in nats of KL divergence. Two choices are made:
+
+    best            of those whose rate is within one standard error of the best one's (Breiman et al. 1984), paired by
+                    subject, the one that keeps most facts closed-book
+    within_budget   the highest rate among those that stay within the budget of every guard; what leaves it is moved
+                    back on its line from the unedited model until it fits
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conflictscope.study.condition import Condition
+from conflictscope.study.data import evenly
+from interp.answers import Direction
+from interp.conflicts import ConflictExample, ConflictSet, ContextKind
+from interp.errors import UserError
+from interp.evaluation import ANSWERS_VERSION, answer_token_ids
+from interp.generation import ReadPrompts, next_logits, tracked
+from interp.inputs import first_token_id
+from interp.statistics import bootstrap_means
+from interventions.base import applied
+from interventions.entries import EDITS_VERSION
+
+if TYPE_CHECKING:
+    from conflictscope.study.lab import Lab
+    from transformer_lens.model_bridge import TransformerBridge
+
+DEV_VERSION = 1
+"""Version of what is measured on dev: raise it when the same condition would get other numbers."""
+
+_CONFLICTS, _GUARDS = 96, {"none": 32, "aligned": 16, "irrelevant": 16}
+_FEW = 8
+_MOVED_BACK, _TRIES, _MARGIN = 2, 4, 0.97
+# At the last prompt token nothing before it differs, so that prompts need be read only once.
+_AT_THE_END = ("last_prompt", "answer")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a condition does on dev.
+
+    Attributes:
+        condition: The condition.
+        usages: For each conflict prompt the source that its answer starts with: context, memory or other.
+        damage: For each guard that applies the mean KL divergence from the unedited model, nats.
+        right: For each guard but text the share of prompts whose answer starts right.
+    """
+
+    condition: Condition
+    usages: tuple[str, ...]
+    damage: Mapping[str, float]
+    right: Mapping[str, float]
+
+    def rate(self, towards: str | None) -> float:
+        """Share of conflict prompts whose answer starts with that source's."""
+        return self.usages.count(str(towards)) / len(self.usages)
+
+    def spent(self, budgets: Mapping[str, float]) -> float:
+        """The largest share of a guard's budget that is used; infinite if a divergence is no number."""
+        shares = [self.damage[guard] / budgets[guard] for guard in self.damage]
+        return max((math.inf if math.isnan(share) else share for share in shares), default=0.0)
+
+    def to_record(self, budgets: Mapping[str, float]) -> dict[str, Any]:
+        """What a study's record says about it."""
+        condition = self.condition
+        about = {name: getattr(condition, name) for name in ("method", "towards", "does", "moved")}
+        kept = self.right.get("none")
+        numbers = {"rate": self.rate(condition.towards), "kept": kept, "damage": dict(self.damage)}
+        return {**about, "settings": dict(condition.settings), **numbers, "spent": self.spent(budgets)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What dev chose of one method towards one source.
+
+    Attributes:
+        best: The best, whatever it damages.
+        within_budget: The best within the budget.
+        tried: All that was tried.
+    """
+
+    best: Tried
+    within_budget: Tried
+    tried: tuple[Tried, ...]
+
+
+class Dev:
+    """Dev's prompts and texts, and what the unedited model says at their ends.
+
+    Args:
+        model: The bridge, unedited.
+        examples: Dev's prompts.
+        texts: Ordinary text.
+        seed: Decides which prompts are used.
+        few: Whether to use few of them.
+    """
+
+    def __init__(
+        self, model: TransformerBridge, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False
+    ) -> None:
+        self.model = model
+        self.texts = list(texts)
+        conflicts = [e for e in examples.select(kind="conflict") if answer_token_ids(model, e) is not None]
+        self.conflicts = evenly(conflicts, _FEW if few else _CONFLICTS, seed)
+        if not len(self.conflicts):
+            raise UserError("Dev has no conflict prompt whose two answers start with different tokens; give other data.")
+        kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
+        guards = {kind: evenly(examples.select(kind=kind), _FEW if few else _GUARDS[kind], seed) for kind in kinds}
+        self.guards = {kind: some for kind, some in guards.items() if len(some)}
+        self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
+        self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts]
+
+    def measure(self, condition: Condition) -> dict[str, Any]:
+        """What ``Tried`` holds of a condition besides itself, as JSON."""
+        ends, texts = self._ends(condition)
+        first, n = ends.argmax(-1).tolist(), len(self.conflicts)
+        usages = [
+            "context" if token == context else "memory" if token == memory else "other"
+            for token, (context, memory) in zip(first[:n], self._pairs, strict=True)
+        ]
+        divergence = _divergence(self._unedited[0][n:], ends[n:])
+        is_right = [token == wanted for token, wanted in zip(first[n:], self._right, strict=True)]
+        damage, right, start = {}, {}, 0
+        for kind, some in self.guards.items():
+            part = slice(start, start := start + len(some))
+            # Without a context nothing is combined, and nothing can be lost.
+            if kind != "none" or not condition.decoding.needs_bare:
+                damage[kind] = divergence[part].mean().item()
+                right[kind] = sum(is_right[part]) / len(some)
+        if texts is not None:
+            damage["neutral"] = _divergence(self._unedited[1], texts).mean().item()
+        return {"usages": usages, "damage": damage, "right": right}
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        pairs = [answer_token_ids(self.model, example) for example in self.conflicts]
+        return [pair for pair in pairs if pair is not None]
+
+    @cached_property
+    def _right(self) -> list[int]:
+        """The first token of the right answer to each guard's prompts."""
+        guards = self.examples[len(self.conflicts) :]
+        return [first_token_id(self.model, example.prompt, example.memory_answers[0]) for example in guards]
+
+    @cached_property
+    def _unedited(self) -> tuple[Tensor, Tensor]:
+        logits, texts = self._ends(Condition("unedited"))
+        assert texts is not None
+        return logits, texts
+
+    @cached_property
+    def _read(self) -> ReadPrompts:
+        return ReadPrompts(self.model, [*(e.prompt for e in self.examples), *self.texts])
+
+    def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""
+        examples = condition.asked(ConflictSet("dev", tuple(self.examples)))
+        texts = self.texts if condition.changes_text else []
+        prompts = [*(example.prompt for example in examples), *texts]
+        at_the_end = bool(condition.edits) and all(edit.tokens in _AT_THE_END for edit in condition.edits)
+        with applied(self.model, *condition.edits):
+            read_once = at_the_end and condition.changes_text
+            logits = _gathered(self._read.next_logits() if read_once else next_logits(self.model, prompts), len(prompts))
+            if condition.decoding.needs_bare:
+                bare = [example.bare_prompt or example.prompt for example in examples]
+                logits = condition.decoding.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))
+        count = len(self.examples)
+        return logits[:count], logits[count:] if condition.changes_text else None
+
+
+def tried(lab: Lab, condition: Condition) -> Tried:
+    """Measure a condition on dev; what does the same is measured once."""
+    found = lab.records.json(
+        "dev",
+        [lab.dev.digest, condition.digest],
+        lambda: lab.dev.measure(condition),
+        version=(DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION),
+    )
+    return Tried(condition, tuple(found["usages"]), found["damage"], found["right"])
+
+
+def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction) -> Chosen:
+    """Let candidates compete on dev; the module says by which rules.
+
+    Raises:
+        UserError: If all candidates leave the range of the model's dtype.
+    """
+    label = f"On dev: {candidates[0].name}"
+    own = [tried(lab, condition) for condition in tracked(candidates, label if len(candidates) > 1 else None)]
+    own = [one for one in own if math.isfinite(one.spent(lab.budgets))]
+    if not own:
+        raise UserError("Every edit leaves the range of the model's dtype; load the model with --dtype float32.")
+    within = [one for one in own if one.spent(lab.budgets) <= 1]
+    outside = sorted((one for one in own if one.spent(lab.budgets) > 1), key=lambda one: -one.rate(towards))
+    moved_back = [moved for one in outside[:_MOVED_BACK] if (moved := _moved_back(lab, one)) is not None]
+    finalists = [own[i] for i in as_good_as_the_best(own, towards, [e.subject for e in lab.dev.conflicts])]
+    best = max(finalists, key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
+    # Where nothing fits, the least is what spends least.
+    fitting = [*within, *moved_back] or [min(own, key=lambda one: one.spent(lab.budgets))]
+    return Chosen(best, max(fitting, key=lambda one: one.rate(towards)), (*own, *moved_back))
+
+
+def as_good_as_the_best(tries: Sequence[Tried], towards: Direction, subjects: Sequence[str]) -> list[int]:
+    """Indices of those whose rate is within one standard error of the best one's, paired by subject."""
+    hits = np.array([[usage == towards for usage in one.usages] for one in tries], dtype=float)
+    behind_best = (hits[hits.mean(1).argmax()] - hits).T
+    standard_error = bootstrap_means(behind_best, subjects).std(0)
+    return np.flatnonzero(behind_best.mean(0) <= standard_error).tolist()
+
+
+def line(lab: Lab, name: str, doses: Mapping[float, Condition]) -> list[dict[str, Any]]:
+    """What dev measures at each dose, by rising dose: rates, kept facts, damage by guard."""
+    found = []
+    for dose, condition in sorted(doses.items()):
+        one = tried(lab, condition)
+        rates = {f"{source}_rate": one.rate(source) for source in ("memory", "context")}
+        found.append({name: dose, **rates, "kept": one.right.get("none"), "damage": dict(one.damage)})
+    return found
+
+
+def _moved_back(lab: Lab, one: Tried) -> Tried | None:
+    """The same condition, as far as the budgets allow; ``None`` if it has no strength or never fits."""
+    way, spent = 1.0, one.spent(lab.budgets)
+    for _ in range(_TRIES):
+        # Divergence grows about with the square of the way.
+        way *= _MARGIN / math.sqrt(spent)
+        try:
+            moved = tried(lab, one.condition.scaled(way))
+        except UserError:
+            return None
+        if (spent := moved.spent(lab.budgets)) <= 1:
+            return moved
+    return None
+
+
+def _gathered(batches: Any, count: int) -> Tensor:
+    """Logits of all batches in the order of their prompts, ``(count, d_vocab)`` float32."""
+    rows: dict[int, Tensor] = {}
+    for numbers, logits in batches:
+        rows.update(zip(numbers, logits.float(), strict=True))
+    return torch.stack([rows[i] for i in range(count)])
+
+
+def _divergence(unedited: Tensor, edited: Tensor) -> Tensor:
+    """KL(unedited || edited) of each row's distribution in nats, ``(n,)``."""
+    clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
+    return (clean.exp() * (clean - changed)).sum(-1)
+

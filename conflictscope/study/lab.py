@@ -1,0 +1,244 @@
+"""Share what methods need: head scores, recorded states, mean outputs, prompts to compare on; each made once, on demand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from conflictscope.study.choice import Chosen, Dev, choose
+from conflictscope.study.condition import Condition
+from conflictscope.study.data import Prompts, evenly
+from conflictscope.study.method import Method
+from conflictscope.study.records import Records
+from interp.activation_store import ActivationStore
+from interp.anatomy import Anatomy
+from interp.answers import Direction
+from interp.attribution.examples import with_partners
+from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
+from interp.attribution.scores import HeadScores
+from interp.attribution.states import STATES_VERSION, last_token_states
+from interp.conflicts import ConflictSet
+from interp.corpus import sampled_texts
+from interp.errors import UserError
+from interp.models import fingerprint
+from interp.sae import SparseAutoencoder
+from interventions.fitting.scale_data import ScaleData
+from interventions.identity import ModelIdentity
+from probes.detector import SOURCE_CLASSES
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
+"""The damage that is allowed on dev: mean nats of KL divergence by guard."""
+
+_SCORED_ON = 96
+_TEXTS = {"train": 56, "dev": 24}
+_TEXT_TOKENS = 48
+_LEARNED_FROM: dict[str, dict[str, int]] = {
+    "train": {"conflicts": 720, "guards": 112},
+    "dev": {"conflicts": 64, "guards": 48},
+}
+
+
+class Lab:
+    """A model and a study's prompts, with what methods make of them; finished steps are kept in ``records``.
+
+    Args:
+        model: The bridge.
+        name: What it was loaded by.
+        prompts: The prompts.
+        records: Where results are kept.
+        seed: Decides what is drawn at random.
+        quick: Use little of everything: a check that all runs, not a measurement.
+        budgets: The damage that is allowed on dev, by guard.
+        saes: Autoencoders of the model, for methods that edit features.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        name: str,
+        prompts: Prompts,
+        records: Records,
+        *,
+        seed: int = 0,
+        quick: bool = False,
+        budgets: dict[str, float] | None = None,
+        saes: Callable[[], Sequence[SparseAutoencoder]] | None = None,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.prompts = prompts
+        self.records = records
+        self.seed = seed
+        self.quick = quick
+        self.budgets = budgets or BUDGETS
+        self.anatomy = Anatomy(model)
+        self._saes = saes
+        self._chosen: dict[tuple[str, Direction], Chosen] = {}
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """What the model is recognised by."""
+        return ModelIdentity.of(self.model, self.name)
+
+    @cached_property
+    def dev(self) -> Dev:
+        """What candidates compete on."""
+        return Dev(self.model, self.prompts.dev, self.texts("dev"), seed=self.seed, few=self.quick)
+
+    def chosen(self, method: Method, towards: Direction) -> Chosen:
+        """What dev chooses of a method's candidates.
+
+        Raises:
+            UserError: If the method cannot run, or has no candidate.
+        """
+        key = (method.name, towards)
+        if key not in self._chosen:
+            candidates = method.candidates(self, towards)
+            if not candidates:
+                raise UserError(f"{method.name} has nothing to try towards {towards} on this model and these prompts.")
+            self._chosen[key] = choose(self, candidates, towards)
+        return self._chosen[key]
+
+    def texts(self, split: Literal["train", "dev"]) -> list[str]:
+        """Ordinary text that the model writes itself, to be left as it is."""
+        count = 4 if self.quick else _TEXTS[split]
+        return sampled_texts(
+            self.model,
+            count,
+            self.records.folder / "texts",
+            split=split,
+            seed=self.seed,
+            new_tokens=_TEXT_TOKENS,
+            batch_size=count,
+            progress=f"Sampling text: {split}",
+        )
+
+    @cached_property
+    def head_scores(self) -> dict[str, HeadScores]:
+        """Path patching on some conflict prompts of train, by metric: ``logit_diff`` and both ``..._probability``.
+
+        Raises:
+            UserError: If no prompt has a partner to be corrupted with.
+        """
+        train = evenly(self.prompts.train.select(kind="conflict"), 24 if self.quick else _SCORED_ON, self.seed)
+        some = ConflictSet(self.prompts.train.name, tuple(with_partners(train.examples)))
+        return self.records.head_scores(
+            "head_scores",
+            [some.digest, self.seed],
+            lambda: dict(
+                path_patching(
+                    self.model,
+                    some,
+                    name=self.name,
+                    metrics=("logit_diff", "memory_probability", "context_probability"),
+                    seed=self.seed,
+                    progress="Path patching, all heads",
+                )
+            ),
+            version=PATH_PATCHING_VERSION,
+        )
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """``(layer, head)`` of every head."""
+        return [(layer, head) for layer in range(self.anatomy.n_layers) for head in range(self.anatomy.n_heads)]
+
+    @cached_property
+    def mean_outputs(self) -> Tensor:
+        """Each head's mean z at the end of train's closed-book prompts, ``(n_layers, n_heads, d_head)``.
+
+        Raises:
+            UserError: If the data has no closed-book prompts.
+        """
+        prompts = [e.prompt for e in evenly(self.prompts.train.select(kind="none"), _SCORED_ON, self.seed)]
+        if not prompts:
+            raise UserError("A head's mean output needs prompts without a context, which this data does not have.")
+
+        def compute() -> list[Any]:
+            return last_token_states(self.model, prompts).z.mean(0).float().cpu().tolist()
+
+        # Kept, since what they decide is kept under their digits, which may differ from run to run.
+        return torch.tensor(self.records.json("mean_outputs", prompts, compute, version=STATES_VERSION))
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """Residual streams at the ends of train's and dev's conflict prompts, with what each was answered from."""
+        parts = [self.prompts.train.select(kind="conflict"), self.prompts.dev.select(kind="conflict")]
+        prompts = ConflictSet(self.prompts.train.name, tuple(e for part in parts for e in part))
+        sites = [self.anatomy.site("block", layer) for layer in range(self.anatomy.n_layers)]
+        return ActivationStore.record(
+            self.records.folder / f"recording-{prompts.digest[:12]}",
+            self.model,
+            prompts,
+            sites,
+            "last",
+            name=self.name,
+            seed=self.seed,
+            answers=True,
+            progress="Recording and answering",
+        )
+
+    @cached_property
+    def answered(self) -> pl.DataFrame:
+        """The rows of ``store`` that were answered from one source, with their number as ``row``."""
+        return self.store.index.with_row_index("row").filter(pl.col("usage").is_in(SOURCE_CLASSES))
+
+    def train_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Residual streams ``(n, d_model)`` of train after a block, and whether the context was followed, ``(n,)``.
+
+        Raises:
+            UserError: If all answers follow one source.
+        """
+        chosen = self.answered.filter(split="train")
+        if (sources := chosen["usage"].n_unique()) < 2:
+            raise UserError(
+                f"The answers to {chosen.height} prompts of the train split follow {sources} of the two sources; both "
+                "sources are needed: give more prompts, other relations, or another model."
+            )
+        states = self.store.read(self.anatomy.site("block", layer), chosen["row"].to_list())
+        return states, torch.tensor((chosen["usage"] == "context").to_list())
+
+    @cached_property
+    def scale_data(self) -> dict[Literal["train", "dev"], ScaleData]:
+        """Prompts and texts of both splits as tokens, for methods that learn scales.
+
+        Raises:
+            UserError: If the data lacks a kind of prompts.
+        """
+        splits: tuple[Literal["train", "dev"], ...] = ("train", "dev")
+        sizes = {"conflicts": 8, "guards": 4}
+        return {
+            split: ScaleData(
+                self.model,
+                self.prompts.part(split).examples,
+                self.texts(split),
+                **(sizes if self.quick else _LEARNED_FROM[split]),
+                seed=self.seed,
+                progress=f"Guards: {split}",
+            )
+            for split in splits
+        }
+
+    @cached_property
+    def saes(self) -> Sequence[SparseAutoencoder]:
+        """The model's autoencoders.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if self._saes is None:
+            raise UserError(f"There are no SAEs of {self.name} to edit features with; train some with `sae train`.")
+        return self._saes()
+
+    def rng(self, *parts: object) -> random.Random:
+        """A generator that depends on the seed and on what it is for."""
+        return random.Random("/".join(map(str, (self.seed, *parts))))

@@ -1,0 +1,148 @@
+"""Measure a condition once: its answers to test's prompts, what it does to ordinary text, and what it costs.
+
+Gain and damage are paired with the unedited model, prompt by prompt, with intervals by subject. The cost is the number of
+tokens per second relative to the unedited model on the same prompts, timed in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from conflictscope.study.condition import Condition
+from conflictscope.study.data import evenly
+from interp.answers import USAGES
+from interp.conflicts import ConflictSet
+from interp.evaluation import (
+    ANSWERS_VERSION,
+    NEUTRAL_KL_VERSION,
+    UsageReport,
+    measure_usage,
+    neutral_kl,
+    neutral_texts,
+)
+from interp.generation import continue_greedily
+from interp.statistics import bootstrap_mean
+from interventions.base import applied
+from interventions.entries import EDITS_VERSION
+
+if TYPE_CHECKING:
+    from conflictscope.study.lab import Lab
+
+COST_VERSION = 1
+"""Version of how the cost is measured."""
+
+_GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
+_TIMED, _ROUNDS = 8, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one condition, or several draws of a control, did.
+
+    Attributes:
+        report: The answers to test's prompts.
+        divergences: Of each neutral text, nats; ``None`` where the condition does not say what happens to text.
+        cost: ``speed``, relative to the unedited model, and the lowest and highest of the rounds.
+        closed_book: Whether the condition does anything to prompts without a context.
+    """
+
+    report: UsageReport
+    divergences: np.ndarray | None
+    cost: Mapping[str, float] | None
+    closed_book: bool
+
+
+def measure(lab: Lab, condition: Condition) -> Result:
+    """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
+    asked, digest = lab.prompts.test, condition.digest
+    rule = condition.decoding.combined if condition.decoding.needs_bare else None
+
+    def answers() -> UsageReport:
+        with applied(lab.model, *condition.edits):
+            return measure_usage(
+                lab.model, condition.asked(asked), combined=rule, progress=f"On test: {condition.name}"
+            )
+
+    def divergences() -> list[float]:
+        return neutral_kl(lab.model, lambda: applied(lab.model, *condition.edits), position="last").tolist()
+
+    report = lab.records.usage("test", [digest, asked.digest], answers, version=(ANSWERS_VERSION, EDITS_VERSION))
+    kl = None
+    if condition.changes_text:
+        version = (NEUTRAL_KL_VERSION, EDITS_VERSION)
+        kl = np.array(lab.records.json("neutral_kl", [digest, neutral_texts(), "last"], divergences, version=version))
+    cost = None
+    if digest is not None:
+        cost = lab.records.json("cost", [digest, asked.digest], lambda: _cost(lab, condition), version=COST_VERSION)
+    return Result(report, kl, cost, closed_book=not condition.decoding.needs_bare)
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Several draws as one."""
+    if len(results) == 1:
+        return results[0]
+    kls = [result.divergences for result in results if result.divergences is not None]
+    report = UsageReport(pl.concat([result.report.frame for result in results]))
+    return Result(report, np.mean(kls, axis=0) if kls else None, results[0].cost, results[0].closed_book)
+
+
+def test_record(result: Result, unedited: UsageReport | None = None) -> dict[str, Any]:
+    """What a record says of a result: estimates by measure, ``None`` where a measure does not apply.
+
+    Args:
+        result: What was measured.
+        unedited: The unedited model's answers: ``change`` then holds for each rate and accuracy how it changed prompt by
+            prompt. ``None`` for the unedited model itself.
+    """
+    conflict = result.report.select(kind="conflict")
+
+    def rates(part: UsageReport) -> dict[str, dict[str, Any]]:
+        return {f"{usage}_rate": part.rate(usage).to_record() for usage in USAGES}
+
+    record: dict[str, Any] = {**rates(conflict), "memorisation_ratio": conflict.memorisation_ratio().to_record()}
+    for measure_name, kind in _GUARDS.items():
+        part = result.report.select(kind=kind)
+        applies = len(part.frame) and (kind != "none" or result.closed_book)
+        record[measure_name] = part.accuracy().to_record() if applies else None
+    kl = result.divergences
+    record["neutral_kl"] = None if kl is None else bootstrap_mean(kl, range(len(kl))).to_record()
+    record["by_template"] = {
+        template: rates(conflict.select(template=template))
+        for template in conflict.frame["template"].unique(maintain_order=True)
+    }
+    if unedited is not None:
+        changes = result.report.changes(unedited).items()
+        record["change"] = {name: change.to_record() for name, change in changes if record[name] is not None}
+    return record
+
+
+def _cost(lab: Lab, condition: Condition) -> dict[str, float]:
+    """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
+    some = evenly(lab.prompts.test.select(kind="conflict"), _TIMED, lab.seed)
+    plain, asked = (ConflictSet("timed", tuple(part)) for part in (some, condition.asked(some)))
+    rule = condition.decoding.combined if condition.decoding.needs_bare else None
+
+    def seconds(examples: ConflictSet, *, edited: bool) -> float:
+        prompts = [example.prompt for example in examples]
+        bare = [example.bare_prompt or example.prompt for example in examples]
+        with applied(lab.model, *(condition.edits if edited else ())):
+            start = time.perf_counter()
+            if edited and rule is not None:
+                first = continue_greedily(lab.model, prompts, without=bare, combined=rule, max_new_tokens=4).first_tokens
+            else:
+                first = continue_greedily(lab.model, prompts, max_new_tokens=4).first_tokens
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            assert len(first) == len(prompts)
+            return time.perf_counter() - start
+
+    ratios = [seconds(plain, edited=False) / seconds(asked, edited=True) for _ in range(_ROUNDS + 1)][1:]
+    return {"speed": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
