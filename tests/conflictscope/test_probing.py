@@ -32,8 +32,8 @@ from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, usable_facts
 from probes.detector import ConflictDetector
 from probes.linear import ProbeSet
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
 RELATIONS = ("capital", "currency")

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conflictscope.serving import CompletionRequest, Done, Engine
+from conflictscope.serve.engine import Engine
+from conflictscope.serve.jobs import Done
+from conflictscope.serve.requests import CompletionRequest
 from interp.generation import greedy_texts
 from interp.inputs import encode
 from interp.models import decode_plainly, load_checkpoint, load_model
@@ -17,8 +19,8 @@ from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.runtime import apply
 from interventions.steering import Steering
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 from tests.tiny import tiny_conflicts
 
 run = test_cli.run

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, say
+from conflictscope.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, say
 from interp.errors import UserError
 
 if TYPE_CHECKING:
-    from conflictscope.exploring import Look
+    from conflictscope.explore.looks import Look
     from interp.conflicts import ConflictSet
 
 _HEADS = 4
@@ -40,7 +40,7 @@ def ask(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Ask a question without its context and with it: which source wins, how clearly, and which heads push."""
-    from conflictscope.exploring import UNEDITED, Asked, Edit, Explorer
+    from conflictscope.explore.looks import UNEDITED, Asked, Edit, Explorer
     from interp.attribution.scores import DIRECTIONS
     from interp.models import load_model
     from interventions.config import InterventionFile

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import mutual_info_score
 
 from interp.errors import UserError
-from probes.features import FeatureStatistics, matched_random_features, select_features
+from probes.feature_selection import FeatureStatistics, matched_random_features, select_features
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "spare"
 

@@ -1,8 +1,7 @@
-"""The commands that ship an intervention: look at a file, try it, gate it, fold it into weights, serve it."""
+"""The commands that ship an intervention: look at a file, try it, fold it into weights, serve it."""
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,26 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, RelationOption, SeedOption, say
-from conflictscope.tables import MEASURES, print_frame, written
+from conflictscope.addresses import is_local
+from conflictscope.cli.options import DeviceOption, DtypeOption, TrustOption, say
+from conflictscope.tables import MEASURES, written
 from interp.errors import UserError
 
-gate_app = typer.Typer(help="Put an intervention behind a conflict detector.", no_args_is_help=True)
-
 ModelArgument = Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")]
-TrustOption = Annotated[
-    float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
-]
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
 ]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (inspect, generate, export, serve):
-        app.command()(command)
-    app.add_typer(gate_app, name="gate")
 
 
 def inspect(
@@ -124,44 +112,6 @@ def export(
     say(f"Wrote {out}")
 
 
-@gate_app.command("fit")
-def gate_fit(
-    config: Annotated[Path, typer.Argument(help="The intervention file to put behind a gate.")],
-    model: Annotated[
-        str, typer.Option("--model", help="Its model: a registered name, a local directory or a hub id.")
-    ] = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    trust: TrustOption = None,
-    keep: Annotated[
-        float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
-    ] = 0.95,
-    subjects: Annotated[
-        int, typer.Option(min=2, help="Subjects of each relation asked about at most, to learn from and to test on.")
-    ] = 40,
-    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
-        "out/gate"
-    ),
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-) -> None:
-    """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/summary.json."""
-    from conflictscope.dialing import RELATIONS
-    from conflictscope.gating import Gating, gating_lines, gating_table
-    from interp.models import load_model
-    from interventions.config import InterventionFile
-
-    file = InterventionFile.load(config)
-    file = file.at(trust=trust)
-    bridge = load_model(model, device=device, dtype=dtype)
-    gating = Gating(bridge, file, relations=relation or RELATIONS, out=out, keep=keep, subjects=subjects, seed=seed)
-    summary = gating.run()
-    print_frame(gating_table(summary))
-    for line in gating_lines(summary):
-        say(line)
-    say(f"The gated intervention is {out / 'gated.json'}, all numbers are in {out / 'summary.json'}")
-
-
 def serve(
     config: Annotated[
         list[Path],
@@ -192,7 +142,9 @@ def serve(
     """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
     import uvicorn
 
-    from conflictscope.serving import Engine, Limits, build_app
+    from conflictscope.serve.app import build_app
+    from conflictscope.serve.engine import Engine
+    from conflictscope.serve.requests import Limits
     from interp.models import DTYPES, load_checkpoint, resolve_device
     from interventions.config import named
 
@@ -209,14 +161,6 @@ def serve(
     say(f"Serving {', '.join(engine.models())}")
     app = build_app(engine, api_key=api_key or None)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
-
-
-def is_local(host: str) -> bool:
-    """Whether an address is this machine's own, so that no other reaches it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_dtype(dtype: str) -> None:

@@ -15,8 +15,8 @@ from interp.errors import UserError
 from interp.files import write_json
 from interp.plots import save_figure
 from interp.sae import SparseAutoencoder
+from probes.feature_selection import FeatureStatistics
 from probes.feature_views import view_features
-from probes.features import FeatureStatistics
 from probes.plots import feature_view
 
 if TYPE_CHECKING:

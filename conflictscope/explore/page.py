@@ -1,4 +1,4 @@
-"""The page of ``conflictscope explore``: layout, callbacks and the server; ``conflictscope.exploring`` computes.
+"""The page of ``conflictscope explore``: layout, callbacks and the server; ``conflictscope.explore.looks`` computes.
 
 dash's own server is not used: it can be turned into one with a debugger by an environment variable. Everything that the
 page loads comes from here, and its content security policy lets the browser load nothing else.
@@ -18,8 +18,8 @@ from dash import ALL, ClientsideFunction, Dash, Input, Output, State, callback_c
 from flask import Response, abort, request
 from werkzeug.serving import make_server
 
-from conflictscope.deployment import is_local
-from conflictscope.exploring import LONGEST, SCALES, STRENGTHS, UNEDITED, Asked, Edit, Explorer, Look, examples
+from conflictscope.addresses import is_local
+from conflictscope.explore.looks import LONGEST, SCALES, STRENGTHS, UNEDITED, Asked, Edit, Explorer, Look, examples
 from interp.answers import Usage
 from interp.errors import UserError
 from interp.files import assets_directory

@@ -13,7 +13,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from conflictscope.serving import Engine, Limits, build_app
+from conflictscope.serve.app import build_app
+from conflictscope.serve.engine import Engine
+from conflictscope.serve.requests import Limits
 from interp.errors import UserError
 from interp.generation import greedy_texts
 from interp.models import load_checkpoint
@@ -380,7 +382,8 @@ def test_an_address_that_others_reach_needs_a_key(files):
 def test_who_hangs_up_is_not_generated_for(tiny_directories, files):
     engine = engine_of(tiny_directories["llama"], files)
     received: list[Any] = []
-    from conflictscope.serving import CompletionRequest, Done
+    from conflictscope.serve.jobs import Done
+    from conflictscope.serve.requests import CompletionRequest
 
     asked = CompletionRequest(prompt=PROMPTS[0])
     job = engine.job(engine.tokenizer(PROMPTS[0])["input_ids"], asked, 500, received.append)

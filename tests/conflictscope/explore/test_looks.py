@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from conflictscope import exploring
-from conflictscope.exploring import (
+from conflictscope.explore import looks
+from conflictscope.explore.looks import (
     LONGEST,
     MAX_NEW_TOKENS,
     UNEDITED,
@@ -170,7 +170,7 @@ def scripted(answers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def say(_: Any, prompts: list[str], **__: Any) -> Continuations:
         return Continuations([answers[prompt] for prompt in prompts], torch.zeros(0), torch.zeros(0))
 
-    monkeypatch.setattr(exploring, "continue_greedily", say)
+    monkeypatch.setattr(looks, "continue_greedily", say)
 
 
 def test_an_answer_that_repeats_the_question_is_waited_for_after_what_it_repeats(tiny_llama, monkeypatch):
@@ -246,7 +246,7 @@ def test_every_example_can_be_asked_and_one_agrees_with_memory():
     found = examples()
     assert sum(asked.memory_answer == asked.context_answer for asked in found.values()) == 1
     for asked in found.values():
-        assert exploring._checked(asked) == asked
+        assert looks._checked(asked) == asked
         assert asked.context_answer in asked.context
 
 

@@ -43,6 +43,9 @@ TokensOption = Annotated[
         help="The tokens that are edited: the prompt's last, or all that predict the answer, as caa always does."
     ),
 ]
+TrustOption = Annotated[
+    float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
 DEFAULT_MODEL = "smollm2-135m"

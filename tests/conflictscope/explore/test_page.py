@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from conflictscope.explore import explore
-from conflictscope.explore_page import build_app, listening
-from conflictscope.exploring import Asked, Edit, Explorer, examples
+from conflictscope.cli.explore import explore
+from conflictscope.explore.looks import Asked, Edit, Explorer, examples
+from conflictscope.explore.page import build_app, listening
 from interp.errors import UserError
 from interp.plots import percent
 from tests.browser import requests_of, screenshots
-from tests.conflictscope.test_exploring import explorer_of
+from tests.conflictscope.explore.test_looks import explorer_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -307,9 +307,9 @@ def test_an_address_that_others_reach_is_refused_unless_it_is_meant(host):
 
 
 def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, tmp_path):
-    script = "import typer; from conflictscope.explore import explore; typer.run(explore)"
+    script = "import typer; from conflictscope.cli.explore import explore; typer.run(explore)"
     command = [sys.executable, "-c", script, str(tiny_directories["llama"]), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
         try:
             said = next(line for line in process.stderr or () if line.startswith("Open "))
             assert "ConflictScope" in httpx.get(said.split()[1]).text

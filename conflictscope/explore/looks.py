@@ -1,4 +1,4 @@
-"""What ``conflictscope explore`` shows of one prompt, as plain records; ``conflictscope.explore_page`` draws them.
+"""What ``conflictscope explore`` shows of one prompt, as plain records; ``conflictscope.explore.page`` draws them.
 
 1. The model is asked without the context. Where its answer repeats the question ("The capital of Japan is Tokyo"), what
    it repeats is written into the prompt, so that the next token is the answer itself.

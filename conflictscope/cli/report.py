@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from conflictscope.options import say
+from conflictscope.cli.options import say
 
 
 def report(

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from conflictscope.deployment import is_local
-from conflictscope.options import DEFAULT_MODEL, DeviceOption, DtypeOption, say
+from conflictscope.addresses import is_local
+from conflictscope.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, say
 from interp.errors import UserError
 
 
@@ -37,8 +37,8 @@ def explore(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Open a local page to ask a model live: its answers, their race by layer, its heads, and what edits change."""
-    from conflictscope.explore_page import build_app, listening
-    from conflictscope.exploring import Explorer, find_detector
+    from conflictscope.explore.looks import Explorer, find_detector
+    from conflictscope.explore.page import build_app, listening
     from interp.models import load_model
     from interventions.config import named
 

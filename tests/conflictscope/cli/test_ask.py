@@ -3,15 +3,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conflictscope.asking import _as_data, _table
-from conflictscope.exploring import Asked, Explorer
+from conflictscope.cli.ask import _as_data, _table
+from conflictscope.explore.looks import Asked, Explorer
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
 SENTENCE = "The capital of Japan is"
