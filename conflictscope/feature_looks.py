@@ -10,14 +10,14 @@ import polars as pl
 import torch
 
 from conflictscope.saes import check_recording
+from figures.features import feature_view
+from figures.theme import save_figure
 from interp.activation_store import ActivationStore
 from interp.errors import UserError
 from interp.files import write_json
-from interp.plots import save_figure
 from interp.sae import SparseAutoencoder
 from probes.feature_selection import FeatureStatistics
 from probes.feature_views import view_features
-from probes.plots import feature_view
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

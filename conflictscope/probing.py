@@ -28,6 +28,8 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from conflictscope.records import Records
+from figures.probes import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
+from figures.theme import save_figure
 from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
@@ -46,12 +48,10 @@ from interp.facts import (
 from interp.files import write_json, write_parquet
 from interp.generation import tracked
 from interp.models import fingerprint
-from interp.plots import save_figure
 from interp.statistics import Estimate, rate
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
-from probes.plots import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
 from probes.quality import ProbeScore, auroc_within, pooled_auroc
 
 Label = Literal["conflict", "source"]

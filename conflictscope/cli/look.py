@@ -101,10 +101,11 @@ def attribute(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Score every head: which push the answer to the context, which to memory."""
+    from figures.heads import head_map
+    from figures.theme import save_figure
     from interp.attribution.attribution_patching import attribution_patching
     from interp.attribution.direct_logits import direct_logit_attribution
     from interp.attribution.path_patching import path_patching
-    from interp.plots import head_map, save_figure
 
     if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
         raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")

@@ -20,11 +20,12 @@ from werkzeug.serving import make_server
 
 from conflictscope.addresses import is_local
 from conflictscope.explore.looks import LONGEST, SCALES, STRENGTHS, UNEDITED, Asked, Edit, Explorer, Look, examples
+from figures.heads import head_map, top_heads_bars
+from figures.prompts import answer_race, answer_view, attention_view
+from figures.theme import DARK_THEME, LIGHT_THEME, percent
 from interp.answers import Usage
 from interp.errors import UserError
 from interp.files import assets_directory
-from interp.plots import DARK_THEME, LIGHT_THEME, head_map, percent, top_heads_bars
-from interp.prompt_plots import answer_race, answer_view, attention_view
 
 _LARGEST_BODY = 2**18
 _STRONGEST = 6

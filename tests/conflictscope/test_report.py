@@ -19,12 +19,12 @@ from conflictscope.control import STEERING_METHODS
 from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
 from conflictscope.report import demo_run, read_runs, write_report
 from conflictscope.report.runs import Change
+from figures.theme import percent
 from interp.answers import USAGES
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.files import read_json, write_json, write_parquet
-from interp.plots import percent
 from tests.conflictscope import report_samples as samples
 from tests.conflictscope.report_samples import WRITERS
 

@@ -16,8 +16,8 @@ import pytest
 from conflictscope.cli.explore import explore
 from conflictscope.explore.looks import Asked, Edit, Explorer, examples
 from conflictscope.explore.page import build_app, listening
+from figures.theme import percent
 from interp.errors import UserError
-from interp.plots import percent
 from tests.browser import requests_of, screenshots
 from tests.conflictscope.explore.test_looks import explorer_of
 

@@ -1,7 +1,4 @@
-"""Plotly figures that look into prompts: the race of two answers, what heads look at, an answer token by token.
-
-In the manner of ``interp.plots``: memory blue, context vermillion, and every mean with its 95 % interval.
-"""
+"""Plotly figures that look into prompts: the race of two answers, what heads look at, an answer token by token."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from figures.theme import COLOURS, LIGHT_THEME, OTHER_COLOUR, escape, integer_ticks, percent
 from interp.attention import PromptAttention
 from interp.attribution.scores import DIRECTIONS
 from interp.errors import UserError
 from interp.generation import AnswerStep
 from interp.lens import LogitLens
-from interp.plots import COLOURS, LIGHT_THEME, OTHER_COLOUR, escape, integer_ticks, percent
 from interp.statistics import Estimate
 
 _DASHES = ("solid", "dot", "dash", "dashdot")

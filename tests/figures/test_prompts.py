@@ -3,12 +3,12 @@ from typing import Any
 import pytest
 import torch
 
+from figures.prompts import answer_race, answer_view, attention_view
+from figures.theme import CONTEXT_COLOUR, MEMORY_COLOUR
 from interp.attention import PromptAttention
 from interp.errors import UserError
 from interp.generation import AnswerStep
 from interp.lens import LogitLens
-from interp.plots import CONTEXT_COLOUR, MEMORY_COLOUR
-from interp.prompt_plots import answer_race, answer_view, attention_view
 
 LENS = LogitLens(torch.tensor([[[0.01, 0.02], [0.5, 0.25]], [[0.03, 0.02], [0.1, 0.2]]]).log(), ("a", "b"), ("A", "B"))
 ATTENTION = PromptAttention(

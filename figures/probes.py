@@ -1,14 +1,9 @@
-"""Plotly figures of probes and of activation patterns, in the manner of ``interp.plots``.
-
-Colours of labels are those of Okabe & Ito (2008): memory blue, context vermillion, conflict purple, aligned green.
-What is no label (kinds of sites, several probes) takes the muted colours of Tol (2021, SRON/EPS/TN/09-002) instead.
-"""
+"""Figures of probes and of activation patterns."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle, pairwise
+from itertools import cycle
 from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
@@ -18,36 +13,25 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from interp.activations import SITE_KINDS, SiteKind, site_kind
-from interp.errors import UserError
-from interp.plots import (
-    CONTEXT_COLOUR,
-    EMPTY_COLOUR,
+from figures.theme import (
+    LABEL_COLOURS,
     LIGHT_THEME,
-    MEMORY_COLOUR,
     OTHER_COLOUR,
     SERIES_COLOURS,
     escape,
+    example_hover,
     integer_ticks,
     interval,
-    percent,
+    label_symbol,
+    measure_hover,
+    translucent,
 )
+from interp.activations import SITE_KINDS, SiteKind, site_kind
+from interp.errors import UserError
 from interp.statistics import Estimate
-from probes.feature_views import FeatureView
 from probes.linear import LinearProbe, ProbeSet
 from probes.quality import ProbeScore
 
-CONFLICT_COLOUR = "#CC79A7"
-ALIGNED_COLOUR = "#009E73"
-
-_LABEL_COLOURS = {
-    "memory": MEMORY_COLOUR,
-    "context": CONTEXT_COLOUR,
-    "conflict": CONFLICT_COLOUR,
-    "aligned": ALIGNED_COLOUR,
-    "other": OTHER_COLOUR,
-    "empty": EMPTY_COLOUR,
-}
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star")
 _KIND_COLOURS: dict[SiteKind, str] = dict(zip(SITE_KINDS, SERIES_COLOURS, strict=False))
 _KIND_SYMBOLS: dict[SiteKind, str] = dict(zip(SITE_KINDS, _SYMBOLS, strict=False))
@@ -59,18 +43,8 @@ _PATTERN_TITLES = {
     "l1": "L1 norm",
     "l2": "L2 norm",
 }
-_BAND_OPACITY = 0.14
 _LOG_RATIO = 10
 _DIGITS = 3
-_PROMOTED_COLOUR, _SUPPRESSED_COLOUR = "#44AA99", "#AA4499"
-# Of a feature's view: its texts are set for a screen of 390 pixels, its heights are in pixels.
-_PROMPT_WIDTH = 50
-_PROMPT_LINES = 4
-_TOKEN_WIDTH = 20
-_LINE = 16
-_TOKEN_ROW = 19
-_SOURCE_ROW = 44
-_RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
 def auroc_by_layer(
@@ -158,7 +132,7 @@ def reliability_curve(scores: Mapping[str, ProbeScore]) -> go.Figure:
             marker={"color": colour, "symbol": _SYMBOLS[i % len(_SYMBOLS)], "size": 8},
             name=f"{escape(name)}, ECE {score.calibration_error.value:.3f}",
             hovertext=[
-                _hover(f"{name}, predicted {b.confidence:.2f}", "observed frequency", b.frequency)
+                measure_hover(f"{name}, predicted {b.confidence:.2f}", "observed frequency", b.frequency)
                 for b in score.reliability
             ],
             hovertemplate="%{hovertext}<extra></extra>",
@@ -216,11 +190,11 @@ def projection_by_layer(
             x=coordinates["x"],
             y=coordinates["y"],
             mode="markers",
-            marker={"color": _colour(label, list(members)), "symbol": _symbol(label), "size": 6, "opacity": 0.75},
+            marker={"color": _colour(label, list(members)), "symbol": label_symbol(label), "size": 6, "opacity": 0.75},
             name=escape(label),
             legendgroup=label,
             showlegend=column == 1,
-            hovertext=[_example_hover(label, texts[i] if texts else "") for i in members[label]],
+            hovertext=[example_hover(label, texts[i] if texts else "") for i in members[label]],
             hovertemplate="%{hovertext}<extra></extra>",
             row=1,
             col=column,
@@ -293,61 +267,6 @@ def activation_patterns(frame: pl.DataFrame) -> go.Figure:
     )
 
 
-def feature_view(view: FeatureView) -> go.Figure:
-    """One feature: its activation by source, the prompts that activate it most, and the tokens that it moves.
-
-    The three parts stand one above the other. A prompt lies on a bar as long as its activation, in the colour of the
-    source that its answer used; a long prompt is cut, and whole in the hover text.
-    """
-    blocks = [_prompt_block(prompt) for prompt in view.prompts.iter_rows(named=True)]
-    if not blocks:
-        blocks = [["It fires for none of the prompts."]]
-    heading = f"layer {view.layer}, feature {view.feature}"
-    panels = (
-        _Panel(
-            f"<b>{heading}</b>, fires for {percent(view.frequency)} of prompts<br><b>activation by source</b>",
-            _SOURCE_ROW * len(view.by_source),
-            84,
-        ),
-        _Panel("<b>prompts of highest activation</b>", sum(_block_height(block) for block in blocks), 40),
-        _Panel("<b>promoted and suppressed tokens</b>", _TOKEN_ROW * (len(view.promoted) + len(view.suppressed)), 0),
-    )
-    top = total = sum(panel.height + panel.gap for panel in panels)
-    figure = go.Figure().update_layout(
-        template=LIGHT_THEME,
-        height=total + 122,
-        margin={"t": 64, "b": 58},
-        barmode="overlay",
-        hovermode="closest",
-        showlegend=False,
-    )
-    for panel, number in zip(panels, ("", "2", "3"), strict=True):
-        bottom = top - panel.height
-        figure.layout[f"xaxis{number}"] = {"anchor": f"y{number}", "fixedrange": True}
-        # Rows are placed by pixels, downwards.
-        figure.layout[f"yaxis{number}"] = {
-            "domain": [bottom / total, top / total],
-            "range": [panel.height, 0],
-            "anchor": f"x{number}",
-            "visible": False,
-            "fixedrange": True,
-        }
-        _add_text(figure, panel.title, f"y{number} domain", 1, yanchor="bottom", yshift=6, font_size=13)
-        top = bottom - panel.gap
-    _add_sources(figure, view.by_source)
-    _add_prompts(figure, view.prompts, blocks)
-    _add_tokens(figure, view)
-    return figure
-
-
-class _Panel(NamedTuple):
-    """One part of a feature's view; height, and gap to the next, in pixels."""
-
-    title: str
-    height: int
-    gap: int
-
-
 class _Line(NamedTuple):
     """What tells one line of a figure from the others."""
 
@@ -381,20 +300,6 @@ def _site_label(site: str) -> str:
     return site if place is None else f"{place[0]} {place[1]}"
 
 
-def _hover(heading: str, measure: str, estimate: Estimate) -> str:
-    decimals = 3 if max(abs(estimate.low), abs(estimate.high)) < 10 else 1
-    value, low, high = (f"{x:.{decimals}f}" for x in (estimate.value, estimate.low, estimate.high))
-    return (
-        f"<b>{escape(heading)}</b><br>{escape(measure)} {value} [{low}, {high}]"
-        f"<br>95% interval by subject, n = {estimate.n} prompts"
-    )
-
-
-def _translucent(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{_BAND_OPACITY})"
-
-
 def _line(line: _Line, by_layer: Mapping[int, Estimate]) -> list[go.Scatter]:
     """A line and its interval as a band, of one legend entry."""
     layers, estimates = list(by_layer), list(by_layer.values())
@@ -403,9 +308,9 @@ def _line(line: _Line, by_layer: Mapping[int, Estimate]) -> list[go.Scatter]:
         y=[e.high for e in estimates] + [e.low for e in reversed(estimates)],
         mode="lines",
         fill="toself",
-        fillcolor=_translucent(line.colour),
+        fillcolor=translucent(line.colour),
         # The band of a single layer has no area and is seen by its outline alone.
-        line={"color": _translucent(line.colour), "width": 0 if len(layers) > 1 else 3},
+        line={"color": translucent(line.colour), "width": 0 if len(layers) > 1 else 3},
         legendgroup=line.name,
         showlegend=False,
         hoverinfo="skip",
@@ -419,7 +324,7 @@ def _line(line: _Line, by_layer: Mapping[int, Estimate]) -> list[go.Scatter]:
         name=escape(line.name),
         legendgroup=line.name,
         showlegend=line.in_legend,
-        hovertext=[_hover(f"{line.heading}, layer {layer}", line.measure, e) for layer, e in by_layer.items()],
+        hovertext=[measure_hover(f"{line.heading}, layer {layer}", line.measure, e) for layer, e in by_layer.items()],
         hovertemplate="%{hovertext}<extra></extra>",
     )
     return [band, means]
@@ -442,7 +347,7 @@ def _add_floor(
         line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
         name=escape(label),
         showlegend=False,
-        hovertext=[_hover(label, "AUROC", reached)] * 2,
+        hovertext=[measure_hover(label, "AUROC", reached)] * 2,
         hovertemplate="%{hovertext}<extra></extra>",
     )
     figure.add_annotation(
@@ -509,22 +414,14 @@ def _aligned(scores: Tensor, before: Tensor) -> Tensor:
 
 def _members(labels: Sequence[str]) -> dict[str, list[int]]:
     """The rows of each label, in the order of the known labels, others by name."""
-    known = [label for label in _LABEL_COLOURS if label in labels]
+    known = [label for label in LABEL_COLOURS if label in labels]
     order = [*known, *sorted(set(labels) - set(known))]
     return {label: [i for i, each in enumerate(labels) if each == label] for label in order}
 
 
 def _colour(label: str, labels: Sequence[str]) -> str:
-    others = [each for each in labels if each not in _LABEL_COLOURS]
-    return _LABEL_COLOURS.get(label) or SERIES_COLOURS[others.index(label) % len(SERIES_COLOURS)]
-
-
-def _symbol(label: str) -> str:
-    return "diamond" if label in ("context", "aligned") else "circle"
-
-
-def _example_hover(label: str, text: str) -> str:
-    return "<br>".join([f"<b>{escape(label)}</b>", *(escape(line) for line in textwrap.wrap(text, 60))])
+    others = [each for each in labels if each not in LABEL_COLOURS]
+    return LABEL_COLOURS.get(label) or SERIES_COLOURS[others.index(label) % len(SERIES_COLOURS)]
 
 
 def _points(view: _Views, members: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -589,117 +486,3 @@ def _scale(panel: pl.DataFrame) -> dict[str, Any]:
     steps = (1, 2, 5) if high < 100 * low else (1,)
     decades = range(floor(log10(low)), ceil(log10(high)) + 1)
     return {"type": "log", "tickvals": [step * 10.0**n for n in decades for step in steps], "tickformat": "~s"}
-
-
-def _add_text(figure: go.Figure, text: str, yref: str, y: float, **properties: Any) -> None:
-    """Text at the left edge of a feature's view."""
-    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": y, "yref": yref, "align": "left"}
-    figure.add_annotation(place | {"text": text, "showarrow": False} | properties)
-
-
-def _prompt_block(prompt: Mapping[str, Any]) -> list[str]:
-    """The lines about a prompt: what it is, and its text, without the middle if it is long."""
-    kind = " \N{MIDDLE DOT} ".join([prompt["usage"] or "not judged", prompt["relation"], prompt["template"]])
-    lines = textwrap.wrap(prompt["text"].replace("\n", f" {_RETURN} "), _PROMPT_WIDTH)
-    if len(lines) > _PROMPT_LINES:
-        # The context speaks first, and the activation is that of the last token.
-        half = _PROMPT_LINES // 2
-        end = lines[-half:]
-        lines = [*lines[:half], f"\N{HORIZONTAL ELLIPSIS} {end[0]}", *end[1:]]
-    return [f"<b>{prompt['activation']:#.3g}</b> {escape(kind)}", *(escape(line) for line in lines)]
-
-
-def _block_height(block: Sequence[str]) -> int:
-    return _LINE * len(block) + 16
-
-
-def _add_sources(figure: go.Figure, by_source: pl.DataFrame) -> None:
-    for i, row in enumerate(by_source.iter_rows(named=True)):
-        usage, fires = row["usage"], f"fires for {percent(row['frequency'])}"
-        estimate = Estimate(row["mean"], row["low"], row["high"], row["prompts"])
-        colour = _LABEL_COLOURS.get(usage, OTHER_COLOUR)
-        heading = f"<b>{usage}</b>, {fires} of {estimate.n} prompts"
-        _add_text(figure, heading, "y", _SOURCE_ROW * i + 4, yanchor="top", xshift=3, font_size=12)
-        figure.add_scatter(
-            x=[estimate.value],
-            y=[_SOURCE_ROW * i + 31],
-            error_x=interval([estimate]) | {"color": colour, "thickness": 2, "width": 0},
-            mode="markers",
-            marker={"color": colour, "symbol": _symbol(usage), "size": 11},
-            name=usage,
-            hovertext=[f"{_hover(usage, 'mean activation', estimate)}<br>{fires}"],
-            hovertemplate="%{hovertext}<extra></extra>",
-            cliponaxis=False,
-        )
-    figure.update_layout(xaxis={"title": {"text": "mean activation"}, "rangemode": "tozero"})
-
-
-def _add_prompts(figure: go.Figure, prompts: pl.DataFrame, blocks: Sequence[list[str]]) -> None:
-    edges = [0, *accumulate(_block_height(block) for block in blocks)]
-    for edge, block in zip(edges, blocks, strict=False):
-        _add_text(figure, "<br>".join(block), "y2", edge + 5, yanchor="top", xshift=6, font_size=12)
-    rows = prompts.to_dicts()
-    colours = [_LABEL_COLOURS.get(row["usage"], OTHER_COLOUR) for row in rows]
-    places = list(pairwise(edges))[: len(rows)]
-    figure.add_bar(
-        x=prompts["activation"].to_list(),
-        y=[(low + high) / 2 for low, high in places],
-        width=[high - low - 6 for low, high in places],
-        orientation="h",
-        marker={"color": [_translucent(colour) for colour in colours], "line": {"color": colours, "width": 1}},
-        name="prompts",
-        hovertext=[_example_hover(row["usage"] or "not judged", row["text"]) for row in rows],
-        hovertemplate="%{hovertext}<extra></extra>",
-        cliponaxis=False,
-        xaxis="x2",
-        yaxis="y2",
-    )
-    reach = [0.0, *prompts["activation"]]
-    figure.update_layout(xaxis2={"visible": False, "range": [min(reach), max(reach) or 1.0]})
-
-
-def _add_tokens(figure: go.Figure, view: FeatureView) -> None:
-    """Bars to either side of 0; the token stands on the other side."""
-    first = 0
-    for name, frame, colour, side in (
-        ("promoted", view.promoted, _PROMOTED_COLOUR, "left"),
-        ("suppressed", view.suppressed, _SUPPRESSED_COLOUR, "right"),
-    ):
-        y = [_TOKEN_ROW * (first + i + 0.5) for i in range(len(frame))]
-        first += len(frame)
-        tokens = [escape(token) for token in frame["token"]]
-        figure.add_bar(
-            x=frame["effect"].to_list(),
-            y=y,
-            width=_TOKEN_ROW - 4,
-            orientation="h",
-            marker_color=colour,
-            name=name,
-            hovertext=[
-                f"<b>{token}</b><br>{name}, {effect:+.3g}"
-                for token, effect in zip(tokens, frame["effect"], strict=True)
-            ],
-            hovertemplate="%{hovertext}<extra></extra>",
-            xaxis="x3",
-            yaxis="y3",
-        )
-        figure.add_scatter(
-            x=[0.0] * len(frame),
-            y=y,
-            mode="text",
-            text=[f" {escape(_cut(token))} " for token in frame["token"]],
-            textposition=f"middle {side}",
-            textfont_size=12,
-            name=name,
-            hoverinfo="skip",
-            cliponaxis=False,
-            xaxis="x3",
-            yaxis="y3",
-        )
-    reach = 1.05 * max((abs(x) for x in (*view.promoted["effect"], *view.suppressed["effect"])), default=0) or 1.0
-    title = "change of the logit per unit of activation,<br>up to the scale of the final norm"
-    figure.update_layout(xaxis3={"title": {"text": title}, "range": [-reach, reach], "nticks": 8})
-
-
-def _cut(token: str) -> str:
-    return token if len(token) <= _TOKEN_WIDTH else f"{token[: _TOKEN_WIDTH - 1]}\N{HORIZONTAL ELLIPSIS}"
