@@ -23,7 +23,14 @@ from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet, Split, split_of
 from interp.corpus import sampled_texts
 from interp.errors import UserError
-from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, STUDY_PHRASINGS, build_conflicts, relations, usable_facts
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    LEARNED_PHRASINGS,
+    STUDY_PHRASINGS,
+    build_conflicts,
+    relations,
+    usable_facts,
+)
 from interp.files import atomic_directory, read_json, write_json
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder, load_sae
