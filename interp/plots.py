@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores, RankedHead
 from interp.errors import UserError
 from interp.files import atomic_path, write_text
 from interp.statistics import Estimate

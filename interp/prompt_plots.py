@@ -13,8 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from interp.answers import DIRECTIONS
 from interp.attention import PromptAttention
-from interp.attribution.scores import DIRECTIONS
 from interp.errors import UserError
 from interp.generation import AnswerStep
 from interp.lens import LogitLens

@@ -12,7 +12,8 @@ from plotly.basedatatypes import BaseFigure
 
 from conflictscope.report.runs import Condition, Run
 from conflictscope.report.words import interval, share
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.plots import (
     SERIES_COLOURS,
