@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from figures.gain import GUARD_LABELS, Guard
 from figures.parts import estimate_of, written
 from figures.theme import COLOURS, LIGHT_THEME, OTHER_COLOUR, SERIES_COLOURS, SYMBOLS, escape, interval
-from interp.attribution.scores import DIRECTIONS
+from interp.answers import DIRECTIONS
 from interp.errors import UserError
 
 _DOSE_SYMBOLS = {

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from figures.parts import estimate_of, usage_hover, written
 from figures.theme import COLOURS, CONTEXT_COLOUR, LIGHT_THEME, OTHER_COLOUR, escape, interval
-from interp.attribution.scores import DIRECTIONS, Direction
+from interp.answers import DIRECTIONS, Direction
 
 Guard = Literal["closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy", "neutral_kl"]
 """What an edit should not change."""

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from figures.parts import ROW, grouped_rows
 from figures.theme import COLOURS, CONTEXT_COLOUR, LIGHT_THEME, MEMORY_COLOUR, SYMBOLS, escape, integer_ticks, interval
-from interp.attribution.scores import DIRECTIONS, HeadScores, RankedHead
+from interp.answers import DIRECTIONS
+from interp.attribution.scores import HeadScores, RankedHead
 from interp.errors import UserError
 from interp.statistics import Estimate
 

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures.theme import COLOURS, LIGHT_THEME, OTHER_COLOUR, escape, integer_ticks, percent
+from interp.answers import DIRECTIONS
 from interp.attention import PromptAttention
-from interp.attribution.scores import DIRECTIONS
 from interp.errors import UserError
 from interp.generation import AnswerStep
 from interp.lens import LogitLens

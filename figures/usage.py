@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from figures.parts import EstimateLike, estimate_of, grouped_rows, usage_hover
 from figures.theme import COLOURS, SYMBOLS, interval, percent
-from interp.attribution.scores import DIRECTIONS
+from interp.answers import DIRECTIONS
 from interp.statistics import Estimate
 
 if TYPE_CHECKING:

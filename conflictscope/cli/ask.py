@@ -41,7 +41,7 @@ def ask(
 ) -> None:
     """Ask a question without its context and with it: which source wins, how clearly, and which heads push."""
     from conflictscope.explore.looks import UNEDITED, Asked, Edit, Explorer
-    from interp.attribution.scores import DIRECTIONS
+    from interp.answers import DIRECTIONS
     from interp.models import load_model
     from interventions.config import InterventionFile
 

@@ -38,7 +38,7 @@ def dial_fit(
     context_budget: Annotated[
         float, typer.Option(help="The same for prompts with a context that agrees or is about something else.")
     ] = 0.2,
-    max_gates: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
+    max_scales: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
     feed_forward: Annotated[
         bool, typer.Option("--feed-forward", help="Let feed-forward layers move too, counted among the heads.")
     ] = False,
@@ -74,17 +74,17 @@ def dial_fit(
     from interp.facts import relation_named
     from interp.formats import load_dataset
     from interp.models import load_model
-    from interventions.gate_training import GateTraining
+    from interventions.fitting.scale_learning import ScaleTraining
 
     relations = list(dict.fromkeys(relation_named(name).name for name in relation or RELATIONS))
     if leave_one_out and len(relations) < 2:
         raise UserError("--leave-one-out needs two relations at least; give more of --relation.")
     if counterfact is not None:
         load_dataset(counterfact, "counterfact-competition")
-    settings = GateTraining(
+    settings = ScaleTraining(
         budget=budget,
         context_budget=context_budget,
-        max_gates=max_gates,
+        max_scales=max_scales,
         feed_forward=feed_forward,
         steps=steps,
         seed=seed,

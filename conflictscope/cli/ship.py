@@ -179,7 +179,7 @@ def _described(entry: Any) -> Iterator[str]:
     elif entry.kind == "feed_forward_scaling":
         yield "feed-forward layers: " + ", ".join(f"{part.layer} x {part.scale:g}" for part in entry.layers)
     elif entry.kind == "trust_dial":
-        yield f"a dial of {len(entry.gates)} gates, at {entry.trust:+g}"
+        yield f"a dial of {len(entry.scales)} scales, at {entry.trust:+g}"
     elif entry.kind == "steering":
         yield f"direction after layer {entry.layer} ({entry.mode}, strength {entry.strength:g}, {entry.tokens} tokens)"
     elif entry.kind == "feature_edit":

@@ -31,10 +31,10 @@ from interp.generation import AnswerStep, answer_steps, continue_greedily
 from interp.inputs import most_positions, token_ids
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
-from interventions.base import Intervention, applied
+from interventions.base import Attachable, applied
 from interventions.config import InterventionFile
-from interventions.gates import TrustDial
-from interventions.gating import ConflictGate
+from interventions.dial import TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from probes.detector import ConflictDetector, Detection
 
@@ -325,7 +325,7 @@ class Explorer:
 
     def _read(self, case: _Case, edit: Edit) -> Reading:
         example = case.example
-        edits: list[Intervention] = [*self._interventions(edit)]
+        edits: list[Attachable] = [*self._interventions(edit)]
         with applied(self.model, *edits):
             answers = continue_greedily(
                 self.model, [case.closed_book_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
@@ -438,5 +438,5 @@ def _edited_heads(edits: Sequence[InterventionFile | HeadScaling]) -> list[tuple
         if isinstance(part, HeadScaling):
             found += [(head.layer, head.head) for head in part.heads if head.scale != 1]
         elif isinstance(part, TrustDial):
-            found += [(g.layer, g.head) for g in part.gates if g.head is not None and g.scale(part.trust) != 1]
+            found += [(g.layer, g.head) for g in part.scales if g.head is not None and g.at(part.trust) != 1]
     return sorted(set(found))

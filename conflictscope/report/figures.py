@@ -19,7 +19,8 @@ from figures.probes import auroc_by_layer
 from figures.theme import SERIES_COLOURS, escape
 from figures.theme import interval as error_bars
 from figures.usage import usage_bars, usage_by_template
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.statistics import Estimate
 from probes.quality import ProbeScore

@@ -12,9 +12,9 @@ from interp.inputs import encode
 from interp.models import decode_plainly, load_checkpoint, load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
+from interventions.dial import DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.runtime import apply
@@ -25,7 +25,7 @@ from tests.tiny import tiny_conflicts
 
 run = test_cli.run
 PROMPTS = [e.prompt for e in tiny_conflicts()][:5]
-DIAL = TrustDial((Gate(1, 1, -1.0, 3.0), Gate(2, 2, 2.0, -2.0), Gate(2, None, 0.5, 1.5)), 1.0)
+DIAL = TrustDial((DialScale(1, 1, -1.0, 3.0), DialScale(2, 2, 2.0, -2.0), DialScale(2, None, 0.5, 1.5)), 1.0)
 
 
 def saved(folder, model, *parts, **about):
@@ -96,7 +96,7 @@ def test_four_places_give_the_same_tokens_on_the_real_model(run, smollm2, tmp_pa
 def test_generate_shows_both_answers_side_by_side(run, tiny_directories, tmp_path):
     name = str(tiny_directories["llama"])
     model, tokenizer = load_checkpoint(name)
-    path = saved(tmp_path, model, TrustDial(DIAL.gates))
+    path = saved(tmp_path, model, TrustDial(DIAL.scales))
     code, out, _ = run(
         "generate", name, PROMPTS[0], PROMPTS[1], "--config", path, "--trust", "1", "--max-new-tokens", 3
     )
@@ -111,7 +111,7 @@ def test_inspect_says_what_is_in_a_file_of_every_kind(run, tiny_llama, tmp_path)
     parts = [
         HeadScaling((ScaledHead(1, 2, 0.0, tuple([0.5] * 8)),)),
         FeedForwardScaling(((1, 0.5),)),
-        TrustDial((Gate(1, 1, 0.0, 2.0),), 0.25),
+        TrustDial((DialScale(1, 1, 0.0, 2.0),), 0.25),
         ConflictGate("attention", 0, torch.ones(32), 0.0, 1.5, (Steering(1, torch.ones(32), 2.0),)),
     ]
     rate = {"value": 0.125, "low": 0.1, "high": 0.2, "n": 8}
@@ -129,7 +129,7 @@ def test_inspect_says_what_is_in_a_file_of_every_kind(run, tiny_llama, tmp_path)
     for said in (
         "1 heads around their means: 1.2 x 0",
         "feed-forward layers: 1 x 0.5",
-        "a dial of 1 gates, at +0.25",
+        "a dial of 1 scales, at +0.25",
         "behind a gate that reads the attention of layer 0, above 1.500",
         "direction after layer 1 (add, strength 2, last_prompt tokens)",
         "LlamaForCausalLM, 3 layers x 4 heads",

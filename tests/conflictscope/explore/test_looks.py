@@ -29,8 +29,8 @@ from interp.lens import logit_lens
 from interp.models import fingerprint, load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.dial import DialScale, TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from probes.detector import CONFLICT_CLASSES, ConflictDetector
@@ -39,7 +39,7 @@ from probes.linear import LinearProbe
 ASKED = Asked("The capital of Japan is", "The capital of Japan is Lima.", "Tokyo", "Lima")
 PROMPT = "The capital of Japan is Lima.\nThe capital of Japan is"
 HEADS = HeadScaling.of([(1, 1), (2, 3)], -4.0)
-DIAL = TrustDial((Gate(1, 1, -1.0, 6.0), Gate(2, 2, 2.0, -5.0), Gate(2, None, 0.5, 1.0)), trust=0.5)
+DIAL = TrustDial((DialScale(1, 1, -1.0, 6.0), DialScale(2, 2, 2.0, -5.0), DialScale(2, None, 0.5, 1.0)), trust=0.5)
 
 
 def explorer_of(model: Any) -> Explorer:

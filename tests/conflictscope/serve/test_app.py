@@ -20,8 +20,8 @@ from interp.errors import UserError
 from interp.generation import greedy_texts
 from interp.models import load_checkpoint
 from interventions.config import InterventionFile, named
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.dial import DialScale, TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.runtime import apply
@@ -35,7 +35,7 @@ KINDS: dict[str, list[Any]] = {
     "heads": [HEADS],
     "steering": [Steering(1, VECTOR)],
     "gate": [ConflictGate("block", 0, VECTOR, 0.0, 0.0, (HEADS,))],
-    "dial": [TrustDial((Gate(1, 1, -1.0, 3.0), Gate(2, 2, 2.0, -2.0)))],
+    "dial": [TrustDial((DialScale(1, 1, -1.0, 3.0), DialScale(2, 2, 2.0, -2.0)))],
 }
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -204,7 +204,7 @@ def test_two_hundred_requests_at_once_get_what_each_gets_alone(tiny_directories,
         ({"prompt": "a", "model": "tiny:heads", "intervention": "gate"}, "name one"),
         ({"prompt": "a", "intervention": "heads", "trust": 0.5}, "holds no trust dials"),
         ({"prompt": "a", "intervention": "dial", "trust": 2}, "trust"),
-        ({"prompt": "a", "intervention": "dial", "strength": 2}, "is a dial, which has no strength"),
+        ({"prompt": "a", "intervention": "dial", "strength": 2}, "A dial has no strength; set its trust"),
         ({"prompt": "a", "intervention": "none", "strength": 2}, "no trust and no strength"),
         ({"prompt": "word " * 3000}, "this server takes 2048 at most"),
     ],

@@ -25,23 +25,23 @@ import torch
 from torch import Tensor
 
 from interp.teacher_forcing import Continued, token_batches
-from interventions.gate_data import (
+from interventions.fitting.scale_data import (
     GUARDS,
     Guard,
     Guarded,
     answer_losses,
     divergences,
     finite,
-    gate_places,
     guard_count,
     log_probabilities,
+    scale_places,
     scaled,
 )
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from interventions.gate_training import GateTraining
+    from interventions.fitting.scale_learning import ScaleTraining
 
 # Of the hard concrete distribution: its temperature, and how far it is stretched beyond 0 and 1.
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
@@ -52,7 +52,7 @@ _LEARNING_RATE = 0.05
 _T = TypeVar("_T")
 
 
-class GateState:
+class MaskedScales:
     """The numbers that are learned for one direction.
 
     Args:
@@ -65,8 +65,8 @@ class GateState:
         kept: 1 for gates that are kept for good, 0 for others, ``(n_gates,)``; ``None`` before that is decided.
     """
 
-    def __init__(self, model: TransformerBridge, settings: GateTraining) -> None:
-        self.places = gate_places(model, feed_forward=settings.feed_forward)
+    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
+        self.places = scale_places(model, feed_forward=settings.feed_forward)
         self.offset = torch.zeros(len(self.places), requires_grad=True)
         self.location = torch.full((len(self.places),), 2.0, requires_grad=True)
         self.kept: Tensor | None = None
@@ -114,10 +114,10 @@ class HardConcrete:
         step: How many steps were made.
     """
 
-    def __init__(self, model: TransformerBridge, settings: GateTraining) -> None:
+    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
         self.settings = settings
         self.step = 0
-        self._gates = GateState(model, settings)
+        self._gates = MaskedScales(model, settings)
         self.places = self._gates.places
         self._optimiser = torch.optim.Adam(
             [
@@ -143,7 +143,7 @@ class HardConcrete:
         """
         settings = self.settings
         if self.step == settings.steps * 2 // 3:
-            self._gates.keep(settings.max_gates)
+            self._gates.keep(settings.max_scales)
         rng = random.Random(f"{settings.seed}/{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         sampled = self._gates.sampled(generator)
@@ -172,7 +172,7 @@ class HardConcrete:
         assert scales.grad is not None
         objective = (sampled * finite(scales.grad).to(sampled)).sum()
         if self._gates.kept is None:
-            count = self._gates.expected_open() / settings.max_gates
+            count = self._gates.expected_open() / settings.max_scales
             objective = objective + float(self._multipliers[-1]) * count
             self._multipliers[-1] = max(0.0, self._multipliers[-1] + _SPARSITY_RATE * (count.item() - 1))
         self._optimiser.zero_grad()

@@ -12,27 +12,25 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy, Part
+from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import UserError
-from interventions.base import Handle, Patch, Placed, attach_patches
-from interventions.features import FeatureEdit
-from interventions.feedforward import FeedForwardScaling
-from interventions.gates import TrustDial
-from interventions.heads import HeadScaling
-from interventions.steering import Steering
+from interventions.base import Entry, Intervention, Patch, Place, Placed
+from interventions.entries import EditEntry
+from interventions.fields import TensorName, check_width, named_tensor
+from interventions.identity import Layer, ModelIdentity
 from interventions.tokens import TokenTracker
-
-Gateable = HeadScaling | FeedForwardScaling | TrustDial | Steering | FeatureEdit
 
 
 @dataclass(frozen=True, eq=False)
-class ConflictGate:
+class ConflictGate(Intervention):
     """Applies edits to the rows of a batch for which a probe sees a conflict. Immutable.
 
     Attributes:
@@ -44,7 +42,7 @@ class ConflictGate:
         edits: What is applied then, in order.
 
     Raises:
-        UserError: If the probe is not finite, there is no edit, or one lies not above the probe's layer.
+        UserError: If the probe is not finite, there is no edit, or one is a gate or lies not above the probe's layer.
     """
 
     part: Part
@@ -52,7 +50,7 @@ class ConflictGate:
     weight: Tensor
     bias: float
     threshold: float
-    edits: tuple[Gateable, ...]
+    edits: tuple[Intervention, ...]
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 1 or not self.weight.isfinite().all():
@@ -63,12 +61,11 @@ class ConflictGate:
             raise UserError("A gate's bias and threshold must be finite numbers; fit it again.")
         if not self.edits:
             raise UserError("A gate needs an edit that it lets through; give it one at least.")
+        if any(isinstance(edit, ConflictGate) for edit in self.edits):
+            raise UserError("A gate lets edits through, not another gate; give it that gate's edits.")
         # A dial may be turned later, wherever it stands.
-        layers = [
-            layer
-            for edit in self.edits
-            for layer in ([g.layer for g in edit.gates] if isinstance(edit, TrustDial) else edit.edited_layers)
-        ]
+        turned = [edit.turned(trust) for edit in self.edits for trust in (-1.0, 1.0)]
+        layers = [layer for edit in turned for layer in edit.edited_layers]
         lowest = min(layers, default=None)
         if lowest is not None and lowest <= self.layer:
             raise UserError(
@@ -80,6 +77,21 @@ class ConflictGate:
     def edited_layers(self) -> set[int]:
         """The layers that it changes where it is open."""
         return {layer for edit in self.edits for layer in edit.edited_layers}
+
+    @property
+    def edited_heads(self) -> tuple[tuple[int, int], ...]:
+        """``(layer, head)`` of the heads that it moves where it is open, sorted."""
+        return tuple(sorted({head for edit in self.edits for head in edit.edited_heads}))
+
+    @property
+    def n_moved(self) -> int:
+        """How many heads, feed-forward layers, directions or features it lets move."""
+        return sum(edit.n_moved for edit in self.edits)
+
+    @property
+    def parts(self) -> tuple[Intervention, ...]:
+        """The edits that it lets through."""
+        return self.edits
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it reads and changes in a transformers model or a ``TransformerBridge``.
@@ -103,13 +115,42 @@ class ConflictGate:
             *(patch._replace(change=reader.where_open(patch.change)) for patch in edits),
         ]
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    def scaled(self, strength: float) -> ConflictGate:
+        """The same gate around edits that are ``strength`` times as far.
 
         Raises:
-            UserError: As ``patches``.
+            UserError: If one of them has no strength.
         """
-        return attach_patches(model, self.patches(model))
+        return replace(self, edits=tuple(edit.scaled(strength) for edit in self.edits))
+
+    def turned(self, trust: float) -> ConflictGate:
+        """The same gate around dials that are turned."""
+        return replace(self, edits=tuple(edit.turned(trust) for edit in self.edits))
+
+    def settled(self) -> tuple[ConflictGate, ...]:
+        """A gate around what its edits do without settings, if they do anything."""
+        edits = tuple(part for edit in self.edits for part in edit.settled())
+        return (replace(self, edits=edits),) if edits else ()
+
+    def described(self) -> Iterator[str]:
+        """What it reads, then what it lets through."""
+        yield f"behind a gate that reads the {self.part} of layer {self.layer}, above {self.threshold:.3f}"
+        for edit in self.edits:
+            yield from edit.described()
+
+    def entry(self, name: str, tensors: dict[str, Tensor]) -> ConflictGateEntry:
+        """Its part of the intervention file; probe and edits' tensors are put into ``tensors``."""
+        tensors[f"{name}.probe"] = self.weight.float()
+        return ConflictGateEntry.model_validate(
+            {
+                "part": self.part,
+                "layer": self.layer,
+                "weight": f"{name}.probe",
+                "bias": self.bias,
+                "threshold": self.threshold,
+                "interventions": [edit.entry(f"{name}.{i}", tensors) for i, edit in enumerate(self.edits)],
+            }
+        )
 
 
 class _Reader:
@@ -145,3 +186,35 @@ class _Reader:
             return torch.where(self._decided.rows.to(values.device)[:, None, None], edited, values)
 
         return change_some
+
+
+class ConflictGateEntry(Entry):
+    """A ``ConflictGate``; ``weight`` is the name of its probe's tensor."""
+
+    kind: Literal["conflict_gate"] = "conflict_gate"
+    part: Literal["block", "output_projection", "attention", "attention_post_norm", "mlp", "mlp_post_norm"]
+    layer: Layer
+    weight: TensorName
+    bias: Annotated[float, Field(ge=-1e9, le=1e9)]
+    threshold: Annotated[float, Field(ge=-1e9, le=1e9)]
+    interventions: Annotated[list[EditEntry], Field(min_length=1)]
+
+    def build(self, tensors: Mapping[str, Tensor]) -> ConflictGate:
+        """The intervention that this entry describes."""
+        edits = tuple(entry.build(tensors) for entry in self.interventions)
+        weight = named_tensor(tensors, self.weight)
+        return ConflictGate(self.part, self.layer, weight, self.bias, self.threshold, edits)
+
+    def places(self, blueprint: Blueprint) -> list[Place]:
+        """What it reads and changes."""
+        if self.part not in blueprint.parts:
+            raise UserError(f"the gate reads the part {self.part!r}, which this architecture does not have")
+        inner = [place for entry in self.interventions for place in entry.places(blueprint)]
+        return [Place(self.part, self.layer), *inner]
+
+    def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
+        """See that the probe is as wide as what it reads, and that the edits fit."""
+        width = model.n_heads * model.d_head if self.part == "output_projection" else model.d_model
+        check_width("the gate's probe", named_tensor(tensors, self.weight), width)
+        for entry in self.interventions:
+            entry.check(model, tensors)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from interp.teacher_forcing import Continued, token_batches
-from interventions.gate_data import (
+from interventions.fitting.scale_data import (
     GUARDS,
     Guard,
     Guarded,
@@ -35,9 +35,9 @@ from interventions.gate_data import (
     answer_losses,
     divergences,
     finite,
-    gate_places,
     guard_count,
     log_probabilities,
+    scale_places,
     scaled,
     summed,
 )
@@ -45,7 +45,7 @@ from interventions.gate_data import (
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from interventions.gate_training import GateTraining
+    from interventions.fitting.scale_learning import ScaleTraining
 
 # What each step leaves of the weight of earlier prompts; how far curvature is drawn towards its diagonal, and towards
 # that of all guards.
@@ -201,9 +201,9 @@ class GaussNewton:
         step: How many steps were made.
     """
 
-    def __init__(self, model: TransformerBridge, settings: GateTraining) -> None:
+    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
         self.settings = settings
-        self.places = gate_places(model, feed_forward=settings.feed_forward)
+        self.places = scale_places(model, feed_forward=settings.feed_forward)
         self.step = 0
         n_gates = len(self.places)
         self._scales = torch.ones(n_gates)
@@ -278,7 +278,7 @@ class GaussNewton:
         """How many gates may be open after this step."""
         share = min(1.0, (self.step + 1) / max(1, self.settings.steps * 2 // 3))
         n_gates = len(self.places)
-        return max(self.settings.max_gates, round(n_gates * (self.settings.max_gates / n_gates) ** share))
+        return max(self.settings.max_scales, round(n_gates * (self.settings.max_scales / n_gates) ** share))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step needs, but the number of steps."""

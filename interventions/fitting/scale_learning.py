@@ -28,27 +28,27 @@ from interp.errors import UserError
 from interp.files import atomic_path
 from interp.generation import tracked
 from interp.teacher_forcing import Continued
-from interventions.gate_data import GUARDS, Checked, GateData, Guard, Guarded, Place, to_budget
-from interventions.gauss_newton import GaussNewton
-from interventions.hard_concrete import HardConcrete
+from interventions.fitting.gauss_newton import GaussNewton
+from interventions.fitting.hard_concrete import HardConcrete
+from interventions.fitting.scale_data import GUARDS, Checked, Guard, Guarded, Place, ScaleData, to_budget
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 LearnerName = Literal["gauss_newton", "hard_concrete"]
-GATES_VERSION = 1
+SCALES_VERSION = 1
 """Version of the learners: raise it when the same data and settings would give other gates."""
 
 
 @dataclass(frozen=True)
-class GateTraining:
+class ScaleTraining:
     """What decides a training.
 
     Attributes:
         budget: Largest mean KL divergence (nats) from the unedited model on prompts without a context, and on text that
             it sampled.
         context_budget: The same on prompts with a context that agrees, or is about something else.
-        max_gates: Most heads (and feed-forward layers) that may move, in each direction.
+        max_scales: Most heads (and feed-forward layers) that may move, in each direction.
         feed_forward: Whether feed-forward layers have gates too.
         learner: Who learns.
         steps: Steps of the learner. Up to the default, every step sees fresh prompts.
@@ -61,7 +61,7 @@ class GateTraining:
 
     budget: float = 0.02
     context_budget: float = 0.2
-    max_gates: int = 40
+    max_scales: int = 40
     feed_forward: bool = False
     learner: LearnerName = "gauss_newton"
     steps: int = 7
@@ -74,7 +74,7 @@ class GateTraining:
         for name in ("budget", "context_budget"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
-        for name, least in (("max_gates", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
+        for name, least in (("max_scales", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"Learning gates needs {name} of at least {least}, not {getattr(self, name)}.")
         if self.learner not in get_args(LearnerName):
@@ -116,7 +116,7 @@ _LEARNERS: dict[LearnerName, type[GaussNewton] | type[HardConcrete]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedGates:
+class LearnedScales:
     """Scales that were learned for one direction, within the budget on dev.
 
     Attributes:
@@ -130,16 +130,16 @@ class LearnedGates:
     dev: Checked
 
 
-def learn_gates(
+def learn_scales(
     model: TransformerBridge,
-    train: GateData,
-    dev: GateData,
+    train: ScaleData,
+    dev: ScaleData,
     towards: Literal["context", "memory"],
-    settings: GateTraining,
+    settings: ScaleTraining,
     *,
     checkpoint: Path | None = None,
     progress: str | None = None,
-) -> LearnedGates:
+) -> LearnedScales:
     """Learn the gates of one direction.
 
     Args:
@@ -171,7 +171,7 @@ def learn_gates(
     assert best is not None
     scales, checked = best
     moved = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
-    return LearnedGates(tuple(learner.places[i] for i in moved), tuple(float(scales[i]) for i in moved), checked)
+    return LearnedScales(tuple(learner.places[i] for i in moved), tuple(float(scales[i]) for i in moved), checked)
 
 
 def _checked_after(steps: int) -> set[int]:
@@ -179,7 +179,7 @@ def _checked_after(steps: int) -> set[int]:
     return {steps, steps - steps // 6}
 
 
-def _save(path: Path, learner: Learner, settings: GateTraining, best: tuple[Tensor, Checked] | None) -> None:
+def _save(path: Path, learner: Learner, settings: ScaleTraining, best: tuple[Tensor, Checked] | None) -> None:
     """Keep all that the next step needs, in one file."""
     tensors = {name: tensor.contiguous() for name, tensor in learner.tensors().items()}
     about = {"settings": asdict(settings), "step": learner.step, "best": None if best is None else asdict(best[1])}
@@ -189,7 +189,7 @@ def _save(path: Path, learner: Learner, settings: GateTraining, best: tuple[Tens
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
 
 
-def _resume(path: Path, learner: Learner, settings: GateTraining) -> tuple[Tensor, Checked] | None:
+def _resume(path: Path, learner: Learner, settings: ScaleTraining) -> tuple[Tensor, Checked] | None:
     """Let the learner go on from what was kept, if it is there, whole and of the same settings; returns the best."""
     try:
         with safe_open(path, "pt") as file:

@@ -23,7 +23,7 @@ from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.generation import tracked
 from interp.teacher_forcing import Continued, token_batches
-from interventions.gate_data import answer_losses, log_probabilities, scaled
+from interventions.fitting.scale_data import answer_losses, log_probabilities, scaled
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

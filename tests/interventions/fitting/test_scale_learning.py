@@ -7,13 +7,13 @@ import torch
 
 from interp.errors import UserError
 from interp.models import load_model
-from interventions import gate_training
-from interventions.gate_data import GateData, answer_losses, log_probabilities, scaled
-from interventions.gate_training import GateTraining, learn_gates
-from interventions.hard_concrete import GateState
-from tests.interventions.test_gate_data import TEXTS, examples
+from interventions.fitting import scale_learning
+from interventions.fitting.hard_concrete import MaskedScales
+from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scaled
+from interventions.fitting.scale_learning import ScaleTraining, learn_scales
+from tests.interventions.fitting.test_scale_data import TEXTS, examples
 
-NEWTON = GateTraining(max_gates=5, feed_forward=True, steps=6, conflicts=6, guards=6)
+NEWTON = ScaleTraining(max_scales=5, feed_forward=True, steps=6, conflicts=6, guards=6)
 NOISY = replace(NEWTON, learner="hard_concrete", steps=60, conflicts=4, guards=4)
 LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=["gauss_newton", "hard_concrete"])
 
@@ -21,7 +21,7 @@ LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=["gauss_newt
 @pytest.mark.parametrize("location", [-2.0, 0.0, 1.5])
 def test_gates_open_as_often_as_louizos_et_al_say(tiny_llama, location):
     """Equation 12: P(gate is not 0) = sigmoid(log alpha - beta log(-gamma / zeta))."""
-    state = GateState(tiny_llama, NOISY)
+    state = MaskedScales(tiny_llama, NOISY)
     with torch.no_grad():
         state.location.fill_(location)
         state.offset.fill_(1.0)
@@ -37,10 +37,10 @@ def test_gates_open_as_often_as_louizos_et_al_say(tiny_llama, location):
 @pytest.mark.parametrize("towards", ["context", "memory"])
 @LEARNERS
 def test_learned_gates_are_few_within_the_budget_and_do_more_than_nothing(tiny_llama, towards, settings):
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
     settings = replace(settings, budget=0.5, context_budget=0.7)
-    learned = learn_gates(tiny_llama, data, data, towards, settings)
-    assert len(learned.places) <= settings.max_gates
+    learned = learn_scales(tiny_llama, data, data, towards, settings)
+    assert len(learned.places) <= settings.max_scales
     assert learned.dev.spent(settings.budgets) <= 1
     wanted = data.wanted(towards)
     with torch.no_grad():
@@ -51,10 +51,10 @@ def test_learned_gates_are_few_within_the_budget_and_do_more_than_nothing(tiny_l
 
 @LEARNERS
 def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_path, monkeypatch, settings):
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
     settings = replace(settings, budget=0.5)
-    expected = learn_gates(tiny_llama, data, data, "context", settings)
-    learner = gate_training._LEARNERS[settings.learner]
+    expected = learn_scales(tiny_llama, data, data, "context", settings)
+    learner = scale_learning._LEARNERS[settings.learner]
     descend, calls = learner.descend, []
 
     def dies(*arguments):
@@ -67,39 +67,39 @@ def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(learner, "descend", dies)
         with pytest.raises(KeyboardInterrupt):
-            learn_gates(tiny_llama, data, data, "context", settings, checkpoint=checkpoint)
+            learn_scales(tiny_llama, data, data, "context", settings, checkpoint=checkpoint)
     assert checkpoint.exists()
-    found = learn_gates(tiny_llama, data, data, "context", settings, checkpoint=checkpoint)
+    found = learn_scales(tiny_llama, data, data, "context", settings, checkpoint=checkpoint)
     assert (found.places, found.scales, found.dev) == (expected.places, expected.scales, expected.dev)
 
 
 @LEARNERS
 def test_another_training_s_or_a_damaged_checkpoint_is_not_used(tiny_llama, tmp_path, settings):
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
     checkpoint = tmp_path / "gates.safetensors"
-    learn_gates(tiny_llama, data, data, "memory", replace(settings, seed=1), checkpoint=checkpoint)
-    expected = learn_gates(tiny_llama, data, data, "memory", settings)
-    assert learn_gates(tiny_llama, data, data, "memory", settings, checkpoint=checkpoint).scales == expected.scales
+    learn_scales(tiny_llama, data, data, "memory", replace(settings, seed=1), checkpoint=checkpoint)
+    expected = learn_scales(tiny_llama, data, data, "memory", settings)
+    assert learn_scales(tiny_llama, data, data, "memory", settings, checkpoint=checkpoint).scales == expected.scales
     checkpoint.write_bytes(b"nonsense")
-    assert learn_gates(tiny_llama, data, data, "memory", settings, checkpoint=checkpoint).scales == expected.scales
+    assert learn_scales(tiny_llama, data, data, "memory", settings, checkpoint=checkpoint).scales == expected.scales
 
 
 def test_senseless_settings_are_refused():
     wrong: dict[str, Any] = {"budget": 0.0, "context_budget": math.inf}
-    wrong |= {"max_gates": 0, "steps": 2, "guards": 0, "learner": "sgd"}
+    wrong |= {"max_scales": 0, "steps": 2, "guards": 0, "learner": "sgd"}
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name.replace("_", ".")):
-            GateTraining(**{name: value})
+            ScaleTraining(**{name: value})
 
 
 @LEARNERS
 def test_a_checkpoint_that_lacks_something_is_not_half_used(tiny_llama, tmp_path, settings):
-    data = GateData(tiny_llama, examples(), TEXTS)
-    learner = gate_training._LEARNERS[settings.learner](tiny_llama, settings)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
+    learner = scale_learning._LEARNERS[settings.learner](tiny_llama, settings)
     learner.descend(tiny_llama, data.wanted("memory"), data.guards)
     for lacking in learner.tensors():
         tensors = {name: tensor for name, tensor in learner.tensors().items() if name != lacking}
-        fresh = gate_training._LEARNERS[settings.learner](tiny_llama, settings)
+        fresh = scale_learning._LEARNERS[settings.learner](tiny_llama, settings)
         before = fresh.scales()
         if lacking.startswith("adam."):
             continue
@@ -111,18 +111,18 @@ def test_a_checkpoint_that_lacks_something_is_not_half_used(tiny_llama, tmp_path
 
 @LEARNERS
 def test_gradients_that_are_no_numbers_are_one_sentence(tiny_llama, monkeypatch, settings):
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
     module = f"interventions.{settings.learner}"
     monkeypatch.setattr(f"{module}.answer_losses", lambda *arguments: answer_losses(*arguments) * math.nan)
     with pytest.raises(UserError, match="float32 or bfloat16"):
-        learn_gates(tiny_llama, data, data, "context", settings)
+        learn_scales(tiny_llama, data, data, "context", settings)
 
 
 def test_a_model_on_a_bridge_is_as_before_after_training(tiny_directories):
     model = load_model(str(tiny_directories["llama"]), device="cpu")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    data = GateData(model, examples(), TEXTS)
-    learn_gates(model, data, data, "context", NEWTON)
+    data = ScaleData(model, examples(), TEXTS)
+    learn_scales(model, data, data, "context", NEWTON)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -11,9 +11,9 @@ from interp.errors import UserError
 from interp.inputs import encode
 from interp.models import load_model
 from interp.teacher_forcing import continued
-from interventions import greedy
 from interventions.base import applied
-from interventions.greedy import greedy_heads
+from interventions.fitting import greedy
+from interventions.fitting.greedy import greedy_heads
 from interventions.heads import HeadScaling, ScaledHead
 from tests.tiny import tiny_conflicts
 

@@ -8,19 +8,19 @@ import torch
 from interp.anatomy import transformers_model
 from interp.errors import UserError
 from interp.teacher_forcing import continued
-from interventions import gate_data
 from interventions.base import applied
 from interventions.feedforward import FeedForwardScaling
-from interventions.gate_data import (
+from interventions.fitting import scale_data
+from interventions.fitting.scale_data import (
     GUARDS,
     Checked,
-    GateData,
     Guard,
+    ScaleData,
     answer_losses,
     check_scales,
     divergences,
-    gate_places,
     log_probabilities,
+    scale_places,
     scaled,
     to_budget,
 )
@@ -50,7 +50,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def data(tiny_bridge):
-    return GateData(tiny_bridge, examples(), TEXTS)
+    return ScaleData(tiny_bridge, examples(), TEXTS)
 
 
 def alone(model, prompt, answer):
@@ -62,7 +62,7 @@ def alone(model, prompt, answer):
 
 
 def some_scales(model):
-    places = gate_places(model, feed_forward=True)
+    places = scale_places(model, feed_forward=True)
     scales = 1 + 0.5 * torch.randn(len(places), generator=torch.Generator().manual_seed(0))
     heads = [
         ScaledHead(layer, head, float(s)) for (layer, head), s in zip(places, scales, strict=True) if head is not None
@@ -102,7 +102,7 @@ def model_tokens(model, prompt, answer):
 
 
 def test_unedited_no_guard_diverges(tiny_bridge, data):
-    places = gate_places(tiny_bridge, feed_forward=True)
+    places = scale_places(tiny_bridge, feed_forward=True)
     checked = check_scales(tiny_bridge, data, data.wanted("context"), places, torch.ones(len(places)))
     assert set(checked.divergence) == set(GUARDS)
     assert max(checked.divergence.values()) < 1e-6
@@ -139,23 +139,23 @@ def test_the_gradient_of_the_scales_is_that_of_finite_differences(tiny_bridge):
 
 def test_a_missing_kind_of_prompts_or_text_is_refused(tiny_llama):
     with pytest.raises(UserError, match="none of 'aligned'"):
-        GateData(tiny_llama, [e for e in examples() if e.kind != "aligned"], TEXTS)
+        ScaleData(tiny_llama, [e for e in examples() if e.kind != "aligned"], TEXTS)
     with pytest.raises(UserError, match="two tokens"):
-        GateData(tiny_llama, examples(), [])
+        ScaleData(tiny_llama, examples(), [])
     with pytest.raises(UserError, match="two tokens"):
-        GateData(tiny_llama, examples(), ["", "R"])
+        ScaleData(tiny_llama, examples(), ["", "R"])
 
 
 @pytest.mark.parametrize(("first", "expected"), [(0.4, 0.6), (0.9, 0.97), (0.97, 0.97), (2.0, 0.97), (1e9, 0.97)])
 def test_scales_go_back_as_far_as_the_budget_demands(tiny_llama, monkeypatch, first, expected):
     """With a divergence that is exactly the square of the way, one step back is enough."""
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
 
     def check(*arguments, **_):
         way = float((arguments[-1] - 1).abs())
         return Checked(1.0, {**dict.fromkeys(GUARDS, 0.0), "none": way**2, "aligned": 2 * way**2}, {})
 
-    monkeypatch.setattr(gate_data, "check_scales", check)
+    monkeypatch.setattr(scale_data, "check_scales", check)
     budgets: dict[Guard, float] = {"none": 1.0, "aligned": 2.0, "irrelevant": 1.0, "neutral": 1.0}
     found, checked = to_budget(tiny_llama, data, [], [(0, 0)], torch.tensor([1 + first]), budgets)
     assert float(found) - 1 == pytest.approx(expected, rel=1e-3)
@@ -164,7 +164,7 @@ def test_scales_go_back_as_far_as_the_budget_demands(tiny_llama, monkeypatch, fi
 
 def test_where_a_budget_is_broken_no_conflict_prompt_is_asked(tiny_bridge, data, monkeypatch):
     places, scales, _ = some_scales(tiny_bridge)
-    monkeypatch.setattr(gate_data, "greedily_continued", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(scale_data, "greedily_continued", lambda *_: pytest.fail("asked"))
     tight = dict.fromkeys(GUARDS, 1e-9)
     checked = check_scales(tiny_bridge, data, data.wanted("context"), places, scales, within=tight)
     assert checked.rate == 0
@@ -173,9 +173,9 @@ def test_where_a_budget_is_broken_no_conflict_prompt_is_asked(tiny_bridge, data,
 
 @pytest.mark.parametrize("broken", [5.0, math.nan])
 def test_where_no_way_back_keeps_the_budget_nothing_moves(tiny_llama, monkeypatch, broken):
-    data = GateData(tiny_llama, examples(), TEXTS)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
     checked = Checked(1.0, {**dict.fromkeys(GUARDS, 0.0), "neutral": broken}, {})
-    monkeypatch.setattr(gate_data, "check_scales", lambda *_, **__: checked)
+    monkeypatch.setattr(scale_data, "check_scales", lambda *_, **__: checked)
     found, _ = to_budget(tiny_llama, data, [], [(0, 0)], torch.tensor([3.0]), dict.fromkeys(GUARDS, 1.0))
     assert found.tolist() == [1.0]
 
@@ -183,7 +183,7 @@ def test_where_no_way_back_keeps_the_budget_nothing_moves(tiny_llama, monkeypatc
 def test_prompts_are_drawn_evenly_from_relations_and_phrasings():
     some = [replace(e, id=f"{e.id}/{t}", template=t) for e in tiny_conflicts() for t in ("a", "b")]
     random.Random(0).shuffle(some)
-    kept = gate_data.evenly(some, 6, 0)
+    kept = scale_data.evenly(some, 6, 0)
     assert [e.template for e in kept].count("a") == 3
     assert len({e.id for e in kept}) == 6
 
@@ -196,7 +196,7 @@ def test_other_prompts_answers_are_none_of_a_prompt_s_own(tiny_llama):
         for e in examples()
         for t in ("a", "b")
     ]
-    data = GateData(tiny_llama, some, TEXTS)
+    data = ScaleData(tiny_llama, some, TEXTS)
     plain, others = data.wanted("context"), data.wanted("context", shuffled_by=0)
     of_prompt = {item.tokens[: -item.predicted]: e for item, e in zip(plain, data.conflicts, strict=True)}
     assert others

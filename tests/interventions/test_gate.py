@@ -8,9 +8,9 @@ from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
+from interventions.dial import DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.tiny import tiny_conflicts
@@ -123,9 +123,9 @@ def test_padding_on_the_right_reads_the_last_token_of_each_prompt(tiny_llama):
         HeadScaling.of([(1, 0), (2, 0)], 0.0),
         FeedForwardScaling(((1, 0.0),)),
         Steering(1, VECTOR),
-        TrustDial((Gate(1, 0, 0.0, 2.0),), 1.0),
+        TrustDial((DialScale(1, 0, 0.0, 2.0),), 1.0),
         # It does nothing as it stands, but may be turned.
-        TrustDial((Gate(1, 0, 0.0, 2.0),), 0.0),
+        TrustDial((DialScale(1, 0, 0.0, 2.0),), 0.0),
     ],
 )
 def test_an_edit_that_is_not_above_its_gate_is_refused(edit):
@@ -138,7 +138,7 @@ def test_a_dial_at_zero_and_a_gate_that_never_opens_change_no_bit(tiny_llama):
     inputs = encode(tiny_llama, PROMPTS)
     network: Any = transformers_model(tiny_llama)
     never = ConflictGate("block", 0, VECTOR, 0.0, 1e8, EDITS)
-    off = ConflictGate("block", 0, VECTOR, 0.0, -1e8, (TrustDial((Gate(1, 0, 0.0, 2.0),), 0.0),))
+    off = ConflictGate("block", 0, VECTOR, 0.0, -1e8, (TrustDial((DialScale(1, 0, 0.0, 2.0),), 0.0),))
     with torch.inference_mode():
         before = network(**inputs).logits
         for gate in (never, off):

@@ -39,7 +39,7 @@ Place = tuple[int, int | None]
 
 _TRIES, _MARGIN, _NEARLY_ALL, _FURTHEST = 8, 0.97, 0.9, 1.5
 _LONGEST_TEXT = 48
-GATE_DATA_VERSION = 1
+SCALE_DATA_VERSION = 1
 """Version of the data and of what is measured on it: raise it when the same scales would get other numbers."""
 
 
@@ -50,7 +50,7 @@ class Guarded(NamedTuple):
     reference: Tensor
 
 
-class GateData:
+class ScaleData:
     """Conflict prompts and guards of one split, as tokens; what guards are held to is computed here.
 
     Args:
@@ -154,7 +154,7 @@ def finite(gradients: Tensor) -> Tensor:
     return gradients
 
 
-def gate_places(model: TransformerBridge, *, feed_forward: bool) -> list[Place]:
+def scale_places(model: TransformerBridge, *, feed_forward: bool) -> list[Place]:
     """``(layer, head)`` of every gate that a model can have; head ``None`` is the feed-forward layer."""
     anatomy = Anatomy(model)
     heads: list[Place] = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
@@ -261,7 +261,7 @@ class Checked:
 
 def check_scales(
     model: TransformerBridge,
-    data: GateData,
+    data: ScaleData,
     wanted: Sequence[Continued],
     places: Sequence[Place],
     scales: Tensor,
@@ -295,7 +295,7 @@ def check_scales(
 
 def to_budget(
     model: TransformerBridge,
-    data: GateData,
+    data: ScaleData,
     wanted: Sequence[Continued],
     places: Sequence[Place],
     scales: Tensor,

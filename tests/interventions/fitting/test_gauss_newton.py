@@ -6,9 +6,7 @@ import torch
 from scipy.optimize import NonlinearConstraint, minimize
 
 from interp.teacher_forcing import continued
-from interventions.gate_data import GateData, answer_losses, gate_places, log_probabilities, scaled
-from interventions.gate_training import GateTraining
-from interventions.gauss_newton import (
+from interventions.fitting.gauss_newton import (
     Average,
     GaussNewton,
     Model,
@@ -21,7 +19,9 @@ from interventions.gauss_newton import (
     gradients_by_row,
     pooled,
 )
-from tests.interventions.test_gate_data import TEXTS, examples
+from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scale_places, scaled
+from interventions.fitting.scale_learning import ScaleTraining
+from tests.interventions.fitting.test_scale_data import TEXTS, examples
 from tests.tiny import tiny_conflicts
 
 
@@ -36,7 +36,7 @@ def some_scales(places):
 
 def test_each_row_s_gradient_is_that_of_its_prompt_alone(tiny_bridge):
     items = [continued(tiny_bridge, e.prompt, e.context_answers[0]) for e in tiny_conflicts()]
-    places = gate_places(tiny_bridge, feed_forward=True)
+    places = scale_places(tiny_bridge, feed_forward=True)
     scales = some_scales(places)
     values, gradients = gradients_by_row(
         tiny_bridge, places, scales, items, lambda log_p, batch: [answer_losses(log_p, [items[i] for i in batch])]
@@ -192,8 +192,8 @@ def test_a_model_s_budget_follows_what_fresh_prompts_diverge():
 
 
 def test_gates_close_down_to_the_wanted_number(tiny_llama):
-    data = GateData(tiny_llama, examples(), TEXTS)
-    settings = GateTraining(max_gates=3, steps=6, conflicts=6, guards=6, budget=0.5)
+    data = ScaleData(tiny_llama, examples(), TEXTS)
+    settings = ScaleTraining(max_scales=3, steps=6, conflicts=6, guards=6, budget=0.5)
     learner = GaussNewton(tiny_llama, settings)
     moved = []
     for _ in range(settings.steps):
