@@ -275,20 +275,22 @@ def build_conflicts(
                         "irrelevant": (_context(phrasing, *distractors[fact.subject]), ()),
                         "none": ("", ()),
                     }[kind]
-                    ask = (phrasing.ask if context else phrasing.bare)(relation).format(subject=fact.subject, answer="")
+                    bare = closed_book_prompt(relation, fact.subject, phrasing.name)
+                    ask = phrasing.ask(relation).format(subject=fact.subject, answer="")
                     examples.append(
                         ConflictExample(
                             id=f"{name}/{fact.subject}/{phrasing.name}/{kind}",
                             subject=fact.subject,
                             relation=name,
                             question=relation.question.format(subject=fact.subject),
-                            context=context.strip(),
+                            contexts=(context.strip(),) if context else (),
                             memory_answers=fact.answers,
                             context_answers=context_answers,
                             kind=kind,
                             template=phrasing.name,
                             source=SOURCE,
-                            prompt=_sentence_case(context) + _sentence_case(ask),
+                            prompt=_sentence_case(context) + _sentence_case(ask) if context else bare,
+                            bare_prompt=bare,
                             split=split_of(fact.subject, seed),
                         )
                     )

@@ -135,6 +135,13 @@ def test_every_phrasing_states_the_context_and_ends_with_the_question(name):
         assert "{" not in example.prompt
 
 
+def test_the_bare_prompt_of_every_kind_is_the_prompt_of_kind_none():
+    conflicts = build_conflicts({"capital": usable_facts("capital")[:20]}, phrasings=tuple(PHRASINGS))
+    alone = {(e.subject, e.template): e.prompt for e in conflicts.select(kind="none")}
+    assert all(e.bare_prompt == alone[e.subject, e.template] for e in conflicts)
+    assert all(e.contexts == ((e.context,) if e.kind != "none" else ()) for e in conflicts)
+
+
 def test_unknown_relation_lists_the_known_ones():
     with pytest.raises(UserError, match="'capitol' is not known; known are author, capital"):
         relation_named("capitol")
