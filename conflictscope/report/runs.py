@@ -15,7 +15,8 @@ import polars as pl
 from conflictscope.examples import UNEDITED, condition_of, read_examples
 from conflictscope.report.words import edit, edits, settings, words
 from conflictscope.tables import MEASURES
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING
@@ -448,7 +449,7 @@ def _demo_command(summary: Mapping[str, Any]) -> list[str]:
 def _dial_command(summary: Mapping[str, Any]) -> list[str]:
     chosen = summary["settings"]
     options = [
-        f"--{name.replace('_', '-')}={chosen[name]}" for name in ("budget", "context_budget", "max_gates", "steps")
+        f"--{name.replace('_', '-')}={chosen[name]}" for name in ("budget", "context_budget", "max_scales", "steps")
     ]
     options += ["--feed-forward"] * chosen["feed_forward"]
     subjects = ["--subjects", str(chosen["subjects"]["train"]), "--seed", str(chosen["seed"])]

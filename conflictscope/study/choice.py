@@ -31,12 +31,12 @@ from interp.evaluation import ANSWERS_VERSION, answer_token_ids
 from interp.generation import ReadPrompts, next_logits, tracked
 from interp.inputs import first_token_id
 from interp.statistics import bootstrap_means
-from interventions.base import applied
-from interventions.entries import EDITS_VERSION
+from interventions.base import EDITS_VERSION, applied
 
 if TYPE_CHECKING:
-    from conflictscope.study.lab import Lab
     from transformer_lens.model_bridge import TransformerBridge
+
+    from conflictscope.study.lab import Lab
 
 DEV_VERSION = 1
 """Version of what is measured on dev: raise it when the same condition would get other numbers."""
@@ -116,7 +116,9 @@ class Dev:
         conflicts = [e for e in examples.select(kind="conflict") if answer_token_ids(model, e) is not None]
         self.conflicts = evenly(conflicts, _FEW if few else _CONFLICTS, seed)
         if not len(self.conflicts):
-            raise UserError("Dev has no conflict prompt whose two answers start with different tokens; give other data.")
+            raise UserError(
+                "Dev has no conflict prompt whose two answers start with different tokens; give other data."
+            )
         kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
         guards = {kind: evenly(examples.select(kind=kind), _FEW if few else _GUARDS[kind], seed) for kind in kinds}
         self.guards = {kind: some for kind, some in guards.items() if len(some)}
@@ -173,7 +175,9 @@ class Dev:
         at_the_end = bool(condition.edits) and all(edit.tokens in _AT_THE_END for edit in condition.edits)
         with applied(self.model, *condition.edits):
             read_once = at_the_end and condition.changes_text
-            logits = _gathered(self._read.next_logits() if read_once else next_logits(self.model, prompts), len(prompts))
+            logits = _gathered(
+                self._read.next_logits() if read_once else next_logits(self.model, prompts), len(prompts)
+            )
             if condition.decoding.needs_bare:
                 bare = [example.bare_prompt or example.prompt for example in examples]
                 logits = condition.decoding.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))
@@ -258,4 +262,3 @@ def _divergence(unedited: Tensor, edited: Tensor) -> Tensor:
     """KL(unedited || edited) of each row's distribution in nats, ``(n,)``."""
     clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
     return (clean.exp() * (clean - changed)).sum(-1)
-

@@ -123,7 +123,7 @@ class Condition:
     @property
     def heads(self) -> tuple[tuple[int, int, float], ...]:
         """``(layer, head, scale)`` of the heads that it scales."""
-        return tuple(head for edit in self.edits for head in edit.scaled_heads)
+        return tuple((*head, scale) for edit in self.edits for head, scale in edit.head_scales.items())
 
     @property
     def does(self) -> str:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from conflictscope.study.choice import Chosen, Dev, choose
-from conflictscope.study.condition import Condition
 from conflictscope.study.data import Prompts, evenly
 from conflictscope.study.method import Method
 from conflictscope.study.records import Records
@@ -26,7 +25,6 @@ from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import ConflictSet
 from interp.corpus import sampled_texts
 from interp.errors import UserError
-from interp.models import fingerprint
 from interp.sae import SparseAutoencoder
 from interventions.fitting.scale_data import ScaleData
 from interventions.identity import ModelIdentity

@@ -30,8 +30,7 @@ from interp.evaluation import (
 )
 from interp.generation import continue_greedily
 from interp.statistics import bootstrap_mean
-from interventions.base import applied
-from interventions.entries import EDITS_VERSION
+from interventions.base import EDITS_VERSION, applied
 
 if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
@@ -136,7 +135,9 @@ def _cost(lab: Lab, condition: Condition) -> dict[str, float]:
         with applied(lab.model, *(condition.edits if edited else ())):
             start = time.perf_counter()
             if edited and rule is not None:
-                first = continue_greedily(lab.model, prompts, without=bare, combined=rule, max_new_tokens=4).first_tokens
+                first = continue_greedily(
+                    lab.model, prompts, without=bare, combined=rule, max_new_tokens=4
+                ).first_tokens
             else:
                 first = continue_greedily(lab.model, prompts, max_new_tokens=4).first_tokens
             if torch.cuda.is_available():

@@ -13,7 +13,8 @@ import torch
 
 from conflictscope.demo_study import METHODS, TEST_PHRASINGS, condition_record
 from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
-from interp.attribution.scores import DIRECTIONS, HeadScores
+from interp.answers import DIRECTIONS
+from interp.attribution.scores import HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
 from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, SEEN_PHRASINGS, build_conflicts, load_facts
@@ -128,7 +129,7 @@ def write_demo(folder: Path) -> Path:
 def write_dial(folder: Path) -> Path:
     """What ``dial fit`` leaves."""
     halfway = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 80}
-    budget = {"budget": 0.02, "context_budget": 0.2, "max_gates": 40, "steps": 7, "feed_forward": True}
+    budget = {"budget": 0.02, "context_budget": 0.2, "max_scales": 40, "steps": 7, "feed_forward": True}
     summary = {
         **summary_basis(
             {"learned_from": list(LEARNED_PHRASINGS), "tested": list(SEEN_PHRASINGS)},

@@ -1,0 +1,6 @@
+"""The methods that move a model towards its memory or its context, one file each; see ``conflictscope.study.method``."""
+
+from conflictscope.methods.value_scaling import ValueScaling
+from conflictscope.study.method import Method
+
+ALL: tuple[type[Method], ...] = (ValueScaling,)
