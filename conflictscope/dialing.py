@@ -28,12 +28,10 @@ from conflictscope.demo_study import (
 )
 from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
-from conflictscope.records import Records
 from conflictscope.study.records import Records
 from figures.dial import dial_curve
 from figures.theme import save_figure
 from interp.answers import DIRECTIONS, Direction
-from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts

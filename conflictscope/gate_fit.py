@@ -7,10 +7,8 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from conflictscope.records import Records
 from conflictscope.study.records import Records
 from interp.answers import Direction
-from interp.attribution.scores import Direction
 from interp.conflicts import ConflictSet
 from interp.corpus import TEXTS_VERSION, sampled_texts
 from interp.teacher_forcing import FORCING_VERSION

@@ -27,7 +27,6 @@ import torch
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from conflictscope.records import Records
 from conflictscope.study.records import Records
 from figures.probes import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
 from figures.theme import save_figure

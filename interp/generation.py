@@ -146,9 +146,8 @@ def continue_greedily(
         else:
             second = token_ids(model.tokenizer, [without[i] for i in batch.numbers])
             is_pair = torch.tensor([without[i] != prompts[i] for i in batch.numbers])
-            sequences, logits = _answered(
-                model, [*batch.tokens, *second], max_new_tokens, _TwoStreams(combined, is_pair)
-            )
+            rule = _TwoStreams(combined, is_pair)
+            sequences, logits = _answered(model, [*batch.tokens, *second], max_new_tokens, rule)
             sequences, logits = sequences[: len(second)], [step[: len(second)] for step in logits]
         texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         first_tokens[batch.numbers] = sequences[:, 0].cpu()

@@ -19,7 +19,7 @@ from interp.errors import Caution, UserError
 from interventions.folding import Folding
 from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
-from interventions.tokens import TokenTracker
+from interventions.tokens import Tokens, TokenTracker
 
 EDITS_VERSION = 1
 """Version of what interventions do: raise it when one of them would change a model in another way."""

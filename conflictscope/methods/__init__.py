@@ -1,4 +1,4 @@
-"""The methods that move a model towards its memory or its context, one file each; see ``conflictscope.study.method``."""
+"""Methods that move a model towards its memory or its context, a file each; see ``conflictscope.study.method``."""
 
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study.method import Method

@@ -69,8 +69,8 @@ class Prompts:
         for split in SPLITS:
             if not len(self.part(split).select(kind="conflict")):
                 raise UserError(
-                    f"The model knows too little of {self.name} for a {split} split: it has no conflict prompts; choose "
-                    "more relations or subjects, another seed, or a model that knows more."
+                    f"The model knows too little of {self.name} for a {split} split, which has no conflict prompts; "
+                    "choose more relations or subjects, another seed, or a model that knows more."
                 )
 
     def part(self, split: Split) -> ConflictSet:

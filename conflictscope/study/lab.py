@@ -1,4 +1,4 @@
-"""Share what methods need: head scores, recorded states, mean outputs, prompts to compare on; each made once, on demand."""
+"""Share what methods need: head scores, recorded states, mean outputs, dev's prompts; each made once, on demand."""
 
 from __future__ import annotations
 

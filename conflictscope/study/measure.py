@@ -1,7 +1,7 @@
 """Measure a condition once: its answers to test's prompts, what it does to ordinary text, and what it costs.
 
-Gain and damage are paired with the unedited model, prompt by prompt, with intervals by subject. The cost is the number of
-tokens per second relative to the unedited model on the same prompts, timed in turns.
+Gain and damage are paired with the unedited model, prompt by prompt, with intervals by subject. The cost is the number
+of tokens per second relative to the unedited model on the same prompts, timed in turns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from conflictscope.study.condition import Condition
 from conflictscope.study.data import evenly
@@ -93,13 +92,13 @@ def pooled(results: Sequence[Result]) -> Result:
     return Result(report, np.mean(kls, axis=0) if kls else None, results[0].cost, results[0].closed_book)
 
 
-def test_record(result: Result, unedited: UsageReport | None = None) -> dict[str, Any]:
+def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str, Any]:
     """What a record says of a result: estimates by measure, ``None`` where a measure does not apply.
 
     Args:
         result: What was measured.
-        unedited: The unedited model's answers: ``change`` then holds for each rate and accuracy how it changed prompt by
-            prompt. ``None`` for the unedited model itself.
+        unedited: The unedited model's answers: ``change`` then holds for each rate and accuracy how it changed,
+            prompt by prompt. ``None`` for the unedited model itself.
     """
     conflict = result.report.select(kind="conflict")
 
@@ -134,15 +133,9 @@ def _cost(lab: Lab, condition: Condition) -> dict[str, float]:
         bare = [example.bare_prompt or example.prompt for example in examples]
         with applied(lab.model, *(condition.edits if edited else ())):
             start = time.perf_counter()
-            if edited and rule is not None:
-                first = continue_greedily(
-                    lab.model, prompts, without=bare, combined=rule, max_new_tokens=4
-                ).first_tokens
-            else:
-                first = continue_greedily(lab.model, prompts, max_new_tokens=4).first_tokens
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            assert len(first) == len(prompts)
+            two_streams: dict[str, Any] = {"without": bare, "combined": rule} if edited and rule is not None else {}
+            # Answers come back as text, so that a device has finished by then.
+            continue_greedily(lab.model, prompts, **two_streams, max_new_tokens=4)
             return time.perf_counter() - start
 
     ratios = [seconds(plain, edited=False) / seconds(asked, edited=True) for _ in range(_ROUNDS + 1)][1:]

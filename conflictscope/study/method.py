@@ -27,7 +27,7 @@ class Method(ABC):
 
     Attributes:
         name: Its name, as commands and records have it.
-        derived: Whether it is measured as it stands instead of competing over methods: ablations and controls of others.
+        derived: Whether it is an ablation of another method, which is not compared with others for the best.
     """
 
     name: ClassVar[str]

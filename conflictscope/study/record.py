@@ -50,9 +50,9 @@ class Measured:
         moved: How many heads, feed-forward layers, directions or features it moves.
         heads: ``(layer, head, scale)`` of the heads it scales.
         test: By measure its estimate with interval; ``None`` where a measure does not apply to it. See
-            ``conflictscope.study.measure.test_record``.
+            ``conflictscope.study.measure.measures_of``.
         cost: ``speed``, tokens per second relative to the unedited model on the same prompts; ``None`` unmeasured.
-        dev: What it was chosen by: ``rate``, ``kept``, ``damage`` by guard and ``spent``, the largest share of a budget.
+        dev: What it was chosen by: see ``conflictscope.study.choice.Tried.to_record``.
         control_of: The name of the condition that it is a random control of.
         draws: How many random draws are measured together.
         file: Its intervention file, relative to the record.
