@@ -1,8 +1,8 @@
 """Choose among a method's candidates on dev.
 
 Candidates are asked dev's conflict prompts, and guards that they should leave alone: prompts without a context, with
-one that agrees and one about something else, and ordinary text. The next token at each prompt's end says which source the
-answer starts with, and how far the distribution moved, in nats of KL divergence. Two choices are made:
+one that agrees and one about something else, and ordinary text. The next token at each prompt's end says which source
+the answer starts with, and how far the distribution moved, in nats of KL divergence. Two choices are made:
 
     best            of those whose rate is within one standard error of the best one's (Breiman et al. 1984), paired by
                     subject, the one that keeps most facts closed-book
