@@ -21,7 +21,7 @@ from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from tests.conflictscope import test_cli
@@ -276,7 +276,7 @@ def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypat
     monkeypatch.setattr(dial_comparison, "leave_one_out", lambda _: done.append("left out"))
     monkeypatch.setattr(dial_comparison, "counterfact", lambda _, file: done.append(file))
     monkeypatch.setattr("interp.formats.load_dataset", lambda *_: None)
-    settings = "--budget 0.1 --context-budget 0.3 --max-gates 7 --feed-forward --steps 9 --subjects 5 --seed 3"
+    settings = "--budget 0.1 --context-budget 0.3 --max-scales 7 --feed-forward --steps 9 --subjects 5 --seed 3"
     more = "--relation capital --relation language --relation capital --compare --leave-one-out --counterfact cf.json"
     command = ["dial", "fit", tiny_directories["llama"], *settings.split(), *more.split(), "--out", "there"]
     code, printed, error = run(*command)
