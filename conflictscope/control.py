@@ -60,7 +60,7 @@ from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from interventions.tokens import Tokens
 from probes.detector import SOURCE_CLASSES
-from probes.features import FeatureStatistics, matched_random_features, select_features
+from probes.feature_selection import FeatureStatistics, matched_random_features, select_features
 from probes.linear import ProbeSet
 
 if TYPE_CHECKING:

@@ -50,7 +50,6 @@ from interp.evaluation import (
 )
 from interp.facts import (
     HELD_OUT_PHRASING,
-    KNOWN_VERSION,
     SEEN_PHRASINGS,
     STUDY_PHRASINGS,
     Fact,
@@ -61,6 +60,7 @@ from interp.facts import (
     usable_facts,
 )
 from interp.files import write_json
+from interp.known import KNOWN_VERSION
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
 from interventions.base import EDITS_VERSION, Intervention, applied

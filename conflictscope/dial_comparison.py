@@ -30,6 +30,8 @@ from conflictscope.demo_study import (
 )
 from conflictscope.dialing import Dialing, edit_record, learned_part
 from conflictscope.tables import written
+from figures.gain import damage_fronts
+from figures.theme import save_figure
 from interp.answers import DIRECTIONS, Direction
 from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
@@ -41,7 +43,6 @@ from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts
 from interp.files import write_json
 from interp.formats import load_dataset
 from interp.generation import tracked
-from interp.plots import damage_fronts, save_figure
 from interp.statistics import paired_difference, rate
 from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
 from interventions.base import EDITS_VERSION, applied

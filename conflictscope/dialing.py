@@ -29,6 +29,8 @@ from conflictscope.demo_study import (
 from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.records import Records
+from figures.dial import dial_curve
+from figures.theme import save_figure
 from interp.answers import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError
@@ -48,7 +50,6 @@ from interp.facts import (
 from interp.files import write_json
 from interp.generation import tracked
 from interp.models import fingerprint
-from interp.plots import dial_curve, save_figure
 from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
 from interventions.base import EDITS_VERSION, applied
 from interventions.config import InterventionFile, effect_digest

@@ -10,7 +10,7 @@ the source that they stand for, and dec the decoder without its bias:
 
 To steer towards the context the features of memory are removed and those of the context added; the other way round
 for memory. h is never replaced by its reconstruction: what the autoencoder cannot tell stays as it is. Several layers
-are edited in one pass, each on what the edits below made of it. ``probes.features`` selects the features.
+are edited in one pass, each on what the edits below made of it. ``probes.feature_selection`` selects the features.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conflictscope.cli import app, main
 from conflictscope.probing import read_prompts
-from conflictscope.serving import ChatRequest, CompletionRequest
+from conflictscope.serve.requests import ChatRequest, CompletionRequest
 from interp import facts
 from interp.activations import record
 from interp.anatomy import Anatomy

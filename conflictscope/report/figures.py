@@ -12,24 +12,17 @@ from plotly.basedatatypes import BaseFigure
 
 from conflictscope.report.runs import Condition, Run
 from conflictscope.report.words import interval, share
+from figures.dial import dial_curve
+from figures.gain import gain_and_damage, gain_panels, with_gain_axes
+from figures.heads import head_map, top_heads_bars
+from figures.probes import auroc_by_layer
+from figures.theme import SERIES_COLOURS, escape
+from figures.theme import interval as error_bars
+from figures.usage import usage_bars, usage_by_template
 from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
-from interp.plots import (
-    SERIES_COLOURS,
-    dial_curve,
-    escape,
-    gain_and_damage,
-    gain_panels,
-    head_map,
-    top_heads_bars,
-    usage_bars,
-    usage_by_template,
-    with_gain_axes,
-)
-from interp.plots import interval as error_bars
 from interp.statistics import Estimate
-from probes.plots import auroc_by_layer
 from probes.quality import ProbeScore
 
 _STRONGEST = 8

@@ -22,11 +22,11 @@ from conflictscope.report import words
 from conflictscope.report.answers import answers_of
 from conflictscope.report.figures import compared, plots_of
 from conflictscope.report.runs import Condition, Run
+from figures.theme import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
 from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import RankedHead
 from interp.errors import UserError
 from interp.files import assets_directory, write_text
-from interp.plots import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
 
 _LISTED = 12
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interp.plots import percent
+from figures.theme import percent
 from interp.statistics import UNDEFINED
 
 

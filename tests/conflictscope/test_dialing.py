@@ -24,8 +24,8 @@ from interventions.feedforward import FeedForwardScaling
 from interventions.fitting.scale_training import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
 LEARNING = ScaleTraining(budget=0.5, context_budget=0.5, max_scales=3, steps=4, conflicts=6, guards=4)

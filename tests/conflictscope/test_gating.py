@@ -21,7 +21,7 @@ from interventions.dial import DialScale, TrustDial
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
-from tests.conflictscope import test_cli
+from tests.conflictscope.cli import test_cli
 
 run = test_cli.run
 EDIT = HeadScaling.of([(2, 1), (2, 3)], -3.0)

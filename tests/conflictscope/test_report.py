@@ -13,18 +13,18 @@ import typer
 from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
-from conflictscope import reporting
 from conflictscope.cli import app
+from conflictscope.cli import report as command
 from conflictscope.control import STEERING_METHODS
 from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
 from conflictscope.report import demo_run, read_runs, write_report
 from conflictscope.report.runs import Change
+from figures.theme import percent
 from interp.answers import USAGES
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.files import read_json, write_json, write_parquet
-from interp.plots import percent
 from tests.conflictscope import report_samples as samples
 from tests.conflictscope.report_samples import WRITERS
 
@@ -644,7 +644,7 @@ def test_the_command_writes_a_page_for_one_run_and_for_several(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
-    app.command()(reporting.report)
+    app.command()(command.report)
     shutil.copytree(folders["dial"], "dial")
     assert CliRunner().invoke(app, ["dial"]).exit_code == 0
     assert Path("dial/report.html").exists()

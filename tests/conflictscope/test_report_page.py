@@ -12,9 +12,9 @@ import pytest
 
 from conflictscope.examples import UNEDITED, read_examples, write_examples
 from conflictscope.report import read_runs, write_report
+from figures.theme import percent
 from interp.facts import HELD_OUT_PHRASING
 from interp.files import read_json
-from interp.plots import percent
 from tests import browser
 from tests.browser import WIDTHS, check_fits, requests_of, screenshots
 from tests.conflictscope.report_samples import WRITERS, write_demo, write_gate

@@ -433,7 +433,9 @@ for name in ("transformer_lens", "sae_lens", "polars", "plotly", "sklearn", "sci
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from interventions.runtime import apply
 from interventions.config import named
-from conflictscope.serving import CompletionRequest, Done, Engine
+from conflictscope.serve.engine import Engine
+from conflictscope.serve.jobs import Done
+from conflictscope.serve.requests import CompletionRequest
 from pathlib import Path
 folder, edit = {str(tiny_directories["llama"])!r}, Path({str(tmp_path / "edit.json")!r})
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
