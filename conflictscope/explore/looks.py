@@ -31,10 +31,8 @@ from interp.generation import AnswerStep, answer_steps, continue_greedily
 from interp.inputs import most_positions, token_ids
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
-from interventions.base import Attachable, applied
+from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
-from interventions.dial import TrustDial
-from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from probes.detector import ConflictDetector, Detection
 
@@ -207,7 +205,7 @@ class Explorer:
             UserError: If there is no such file.
         """
         chosen = self._file(file)
-        if any(isinstance(part, TrustDial) for part in _parts([chosen])):
+        if chosen.dials:
             return Dose("trust", -1.0, 1.0, chosen.dial.trust)
         return Dose("strength", *STRENGTHS, 1.0)
 
@@ -228,7 +226,7 @@ class Explorer:
                 edited=self._reading(case, edit) if edit is not None and edits else None,
                 detection=detection,
                 heads=heads,
-                edited_heads=tuple(_edited_heads(edits)),
+                edited_heads=tuple(sorted({head for part in edits for head in part.edited_heads})),
                 no_race=case.no_race,
             )
 
@@ -246,16 +244,17 @@ class Explorer:
             raise UserError(f"There is no intervention {name!r}; there are {', '.join([UNEDITED, *self.files])}.")
         return self.files[name]
 
-    def _interventions(self, edit: Edit) -> list[InterventionFile | HeadScaling]:
+    def _interventions(self, edit: Edit) -> list[Intervention]:
         if not all(math.isfinite(number) for number in (edit.scale, edit.dose or 0.0)):
             raise UserError("A strength, trust or scale is a finite number; give another one.")
-        edits: list[InterventionFile | HeadScaling] = []
+        edits: list[Intervention] = []
         if edit.file != UNEDITED:
             file = self._file(edit.file)
             if edit.dose is not None:
                 by_trust = self.dose(edit.file).name == "trust"
                 file = file.at(trust=edit.dose) if by_trust else file.at(strength=edit.dose)
-            edits.append(file)
+            # Whether it is for this model was seen when it was taken up.
+            edits += file.build()
         if edit.head is not None and edit.scale != 1:
             edits.append(HeadScaling.of([edit.head], edit.scale))
         return edits
@@ -321,8 +320,7 @@ class Explorer:
 
     def _read(self, case: _Case, edit: Edit) -> Reading:
         example = case.example
-        edits: list[Attachable] = [*self._interventions(edit)]
-        with applied(self.model, *edits):
+        with applied(self.model, *self._interventions(edit)):
             answers = continue_greedily(
                 self.model, [example.bare_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
             ).answers
@@ -420,19 +418,3 @@ def _prompt(question: str, context: str = "", opening: str = "") -> str:
 
 def _alone(example: ConflictExample) -> ConflictSet:
     return ConflictSet("asked", (example,))
-
-
-def _parts(edits: Sequence[InterventionFile | HeadScaling]) -> list[object]:
-    """The single edits of interventions, also those behind gates."""
-    built = [part for edit in edits for part in (edit.build() if isinstance(edit, InterventionFile) else [edit])]
-    return [inner for part in built for inner in (part.edits if isinstance(part, ConflictGate) else [part])]
-
-
-def _edited_heads(edits: Sequence[InterventionFile | HeadScaling]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for part in _parts(edits):
-        if isinstance(part, HeadScaling):
-            found += [(head.layer, head.head) for head in part.heads if head.scale != 1]
-        elif isinstance(part, TrustDial):
-            found += [(g.layer, g.head) for g in part.scales if g.head is not None and g.at(part.trust) != 1]
-    return sorted(set(found))
