@@ -213,18 +213,27 @@ class Lab:
             UserError: If the data lacks a kind of prompts.
         """
         splits: tuple[Literal["train", "dev"], ...] = ("train", "dev")
-        sizes = {"conflicts": 8, "guards": 4}
         return {
             split: ScaleData(
                 self.model,
                 self.prompts.part(split).examples,
                 self.texts(split),
-                **(sizes if self.quick else _LEARNED_FROM[split]),
+                **self._learned_from[split],
                 seed=self.seed,
                 progress=f"Guards: {split}",
             )
             for split in splits
         }
+
+    @property
+    def scale_basis(self) -> list[Any]:
+        """What ``scale_data`` depends on, for the keys of records: it need not be made to find what was learned."""
+        digests = [self.prompts.train.digest, self.prompts.dev.digest]
+        return [*digests, self.texts("train"), self.texts("dev"), self._learned_from, self.seed]
+
+    @property
+    def _learned_from(self) -> dict[str, dict[str, int]]:
+        return {split: {"conflicts": 8, "guards": 4} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
 
     @cached_property
     def saes(self) -> Sequence[SparseAutoencoder]:
