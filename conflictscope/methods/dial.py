@@ -49,7 +49,7 @@ def curve(lab: Lab, dial: TrustDial) -> list[dict[str, Any]]:
 
 def at(dial: TrustDial, trust: float) -> Condition:
     """The dial at a setting, as a condition; at its ends it does what ``LearnedScales`` does at strength 1."""
-    towards = next((towards for towards, end in ENDS.items() if trust * end > 0), None)
+    towards: Direction | None = next((d for d in DIRECTIONS if trust * ENDS[d] > 0), None)
     return Condition("dial", towards, {"trust": trust}, (dial.at(trust),))
 
 
