@@ -82,6 +82,11 @@ class Lab:
         self._saes = saes
         self._chosen: dict[tuple[str, Direction], Chosen] = {}
 
+    @property
+    def asked(self) -> ConflictSet:
+        """Test's prompts."""
+        return self.prompts.test
+
     @cached_property
     def identity(self) -> ModelIdentity:
         """What the model is recognised by."""
