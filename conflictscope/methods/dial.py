@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from conflictscope.methods._heads import random_heads
 from conflictscope.methods.learned_scales import ENDS, dial_of, learned
 from conflictscope.study.choice import line
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
+from conflictscope.study.method import Method
 from figures.dial import dial_curve
 from figures.theme import save_figure
 from interp.answers import DIRECTIONS, Direction
@@ -51,6 +53,27 @@ def at(dial: TrustDial, trust: float) -> Condition:
     """The dial at a setting, as a condition; at its ends it does what ``LearnedScales`` does at strength 1."""
     towards: Direction | None = next((d for d in DIRECTIONS if trust * ENDS[d] > 0), None)
     return Condition("dial", towards, {"trust": trust}, (dial.at(trust),))
+
+
+@dataclass(frozen=True)
+class DialEnds(Method):
+    """Take a dial that was learned elsewhere, at its ends; it is no method that is found by name.
+
+    Attributes:
+        dial: The dial.
+    """
+
+    name = "dial"
+    dial: TrustDial
+
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        """The end."""
+        del lab
+        return [at(self.dial, ENDS[towards])]
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        """The same scales of other heads and feed-forward layers at random."""
+        return random_heads(lab, chosen)
 
 
 def asked_for_halfway(lab: Lab, dial: TrustDial, towards: Direction) -> dict[str, Any]:

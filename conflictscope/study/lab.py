@@ -82,6 +82,19 @@ class Lab:
         self._saes = saes
         self._chosen: dict[tuple[str, Direction], Chosen] = {}
 
+    def on(self, prompts: Prompts) -> Lab:
+        """A lab for the same model on other prompts, which keeps its results in the same place."""
+        return Lab(
+            self.model,
+            self.name,
+            prompts,
+            self.records,
+            seed=self.seed,
+            quick=self.quick,
+            budgets=self.budgets,
+            saes=self._saes,
+        )
+
     @property
     def asked(self) -> ConflictSet:
         """Test's prompts."""
