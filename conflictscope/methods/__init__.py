@@ -1,6 +1,20 @@
 """Methods that move a model towards its memory or its context, a file each; see ``conflictscope.study.method``."""
 
+from conflictscope.methods.greedy_pruning import GreedyPruning
+from conflictscope.methods.hard_concrete import HardConcrete
+from conflictscope.methods.learned_scales import LearnedScales
+from conflictscope.methods.mean_ablation import MeanAblation
+from conflictscope.methods.other_answers import OtherAnswers
+from conflictscope.methods.pruning import Pruning
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study.method import Method
 
-ALL: tuple[type[Method], ...] = (ValueScaling,)
+ALL: tuple[type[Method], ...] = (
+    ValueScaling,
+    MeanAblation,
+    Pruning,
+    GreedyPruning,
+    LearnedScales,
+    HardConcrete,
+    OtherAnswers,
+)
