@@ -180,11 +180,11 @@ class Dev:
         texts = self.texts if condition.changes_text else []
         prompts = [*(example.prompt for example in examples), *texts]
         at_the_end = bool(condition.edits) and all(edit.tokens in _AT_THE_END for edit in condition.edits)
+        # Made without edits, whoever asks first.
+        read = self._read if at_the_end and condition.changes_text else None
         with applied(self.model, *condition.edits):
-            read_once = at_the_end and condition.changes_text
-            logits = _gathered(
-                self._read.next_logits() if read_once else next_logits(self.model, prompts), len(prompts)
-            )
+            batches = next_logits(self.model, prompts) if read is None else read.next_logits()
+            logits = _gathered(batches, len(prompts))
             if condition.decoding.needs_bare:
                 bare = [example.bare_prompt or example.prompt for example in examples]
                 logits = condition.decoding.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))

@@ -1,0 +1,125 @@
+"""Choices on dev against direct computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conflictscope.study.choice import Tried, as_good_as_the_best, choose, line, tried
+from conflictscope.study.condition import Condition
+from conflictscope.study.lab import Lab
+from interp.anatomy import transformers_model
+from interp.evaluation import answer_token_ids
+from interp.inputs import first_token_id, token_ids
+from interventions.base import applied
+from interventions.heads import HeadScaling
+from interventions.steering import Steering
+from tests.conflictscope.methods.labs import tiny_lab
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return tiny_lab(tiny_llama, tmp_path_factory.mktemp("choice"))
+
+
+def end_logits(lab: Lab, prompt: str) -> torch.Tensor:
+    ids = torch.tensor(token_ids(lab.model.tokenizer, [prompt]))
+    with torch.no_grad():
+        network: Any = transformers_model(lab.model)
+        return network(ids).logits[0, -1].float()
+
+
+@pytest.mark.parametrize("kind", ["everywhere", "at the end"])
+def test_dev_is_measured_as_prompt_by_prompt(lab: Lab, kind: str) -> None:
+    vector = torch.linspace(-1, 1, lab.anatomy.d_model)
+    edit = HeadScaling.of([(1, 0), (2, 2)], -1.0) if kind == "everywhere" else Steering(1, vector, 3.0)
+    found = tried(lab, Condition("some", "context", {}, (edit,)))
+    dev = lab.dev
+    usages, damage, right = [], {}, {}
+    for example in dev.conflicts:
+        with applied(lab.model, edit):
+            token = int(end_logits(lab, example.prompt).argmax())
+        pair = answer_token_ids(lab.model, example)
+        assert pair is not None
+        usages.append("context" if token == pair[0] else "memory" if token == pair[1] else "other")
+    parts = {guard: [e.prompt for e in some] for guard, some in dev.guards.items()} | {"neutral": dev.texts}
+    for guard, prompts in parts.items():
+        clean = [end_logits(lab, prompt).log_softmax(-1) for prompt in prompts]
+        with applied(lab.model, edit):
+            edited = [end_logits(lab, prompt).log_softmax(-1) for prompt in prompts]
+        divergences = [(p.exp() * (p - q)).sum() for p, q in zip(clean, edited, strict=True)]
+        damage[guard] = float(torch.stack(divergences).mean())
+        if guard != "neutral":
+            wanted = [first_token_id(lab.model, e.prompt, e.memory_answers[0]) for e in dev.guards[guard]]
+            right[guard] = np.mean([int(q.argmax()) == token for q, token in zip(edited, wanted, strict=True)])
+    assert list(found.usages) == usages
+    assert found.damage == pytest.approx(damage, rel=1e-3, abs=1e-5)
+    assert found.right == pytest.approx(right)
+
+
+def made_up(usages: str, *, kept: float, spent: float) -> Tried:
+    names = {"c": "context", "m": "memory", "o": "other"}
+    condition = Condition("made_up", "context", {"is": usages})
+    return Tried(condition, tuple(names[usage] for usage in usages), {"none": spent * 0.02}, {"none": kept})
+
+
+def test_of_those_within_one_standard_error_paired_by_subject_all_are_finalists() -> None:
+    tries = [
+        made_up("cccccccm", kept=0, spent=0),
+        made_up("ccccccmm", kept=0, spent=0),
+        made_up("mmmmmmmm", kept=0, spent=0),
+    ]
+    # Behind by one prompt of eight subjects: the mean is 1/8, its standard error sqrt(1/8 * 7/8 / 8) = .117.
+    assert as_good_as_the_best(tries, "context", list("abcdefgh")) == [0]
+    # The same with the prompts of two subjects: sqrt(1/4 * ... ) is more than 1/8.
+    assert as_good_as_the_best(tries, "context", list("aaaabbbb")) == [0]
+    close = [made_up("ccccccmc", kept=0, spent=0), made_up("cccccccm", kept=0, spent=0)]
+    assert as_good_as_the_best(close, "context", list("abcdefgh")) == [0, 1]
+
+
+def test_the_best_keeps_most_and_the_budget_s_best_stays_within(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = len(lab.dev.conflicts)
+    made = {
+        "much": made_up("c" * n, kept=0.2, spent=30.0),
+        "as_much": made_up("c" * n, kept=0.8, spent=10.0),
+        "little": made_up("c" + "m" * (n - 1), kept=1.0, spent=0.5),
+        "nothing": made_up("m" * n, kept=1.0, spent=0.0),
+    }
+    for name, one in made.items():
+        object.__setattr__(one, "condition", Condition(name, "context", {"name": name}))
+    monkeypatch.setattr("conflictscope.study.choice.tried", lambda _, condition: made[condition.method])
+    monkeypatch.setattr(Condition, "scaled", lambda _, way: Condition("little", "context", {"moved": way}))
+    found = choose(lab, [one.condition for one in made.values()], "context")
+    assert found.best is made["as_much"]
+    assert found.within_budget.rate("context") == 1 / n
+    assert len(found.tried) == 6, "the two that leave the budget are moved back as well"
+
+
+def test_what_leaves_the_budget_is_moved_back_until_it_fits(lab: Lab) -> None:
+    strong = Condition("strong", "context", {}, (HeadScaling.of([(0, 0), (1, 1)], 8.0),))
+    assert tried(lab, strong).spent(lab.budgets) > 1
+    found = choose(lab, [strong], "context")
+    assert found.within_budget.spent(lab.budgets) <= 1
+    assert 0 < found.within_budget.condition.settings["strength of it"] < 1
+    assert found.best.condition is strong
+
+
+def test_a_line_has_the_doses_in_order_and_ends_at_the_unedited_model(lab: Lab) -> None:
+    edit = Condition("dose", "context", {}, (HeadScaling.of([(1, 1)], 3.0),))
+    points = line(lab, "strength", {1.0: edit, 0.0: edit.scaled(0.0), 0.5: edit.scaled(0.5)})
+    assert [point["strength"] for point in points] == [0.0, 0.5, 1.0]
+    assert max(points[0]["damage"].values()) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_edit_is_tried_once_whatever_it_is_called(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = HeadScaling.of([(2, 1)], 0.0)
+    first = tried(lab, Condition("one", "context", {}, (edit,)))
+    monkeypatch.setattr(lab.dev, "measure", None)
+    assert tried(lab, Condition("other", "memory", {"called": "else"}, (edit,))).usages == first.usages
+
+
+def test_lab_draws_the_same_from_the_same_seed(lab: Lab) -> None:
+    assert lab.rng("a", 1).random() == lab.rng("a", 1).random() != lab.rng("a", 2).random()

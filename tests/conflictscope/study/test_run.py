@@ -1,0 +1,257 @@
+"""One engine: what does the same is the same everywhere, killed studies go on, and units run from files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from conflictscope.methods.value_scaling import ValueScaling
+from conflictscope.study import measure as measure_module
+from conflictscope.study.condition import Condition, Decoding, Prompting
+from conflictscope.study.data import fact_prompts
+from conflictscope.study.executor import in_processes, run_unit, write_unit
+from conflictscope.study.lab import Lab
+from conflictscope.study.measure import measure
+from conflictscope.study.method import Method
+from conflictscope.study.record import RECORD, UNEDITED, StudyRecord, read_examples
+from conflictscope.study.records import Records
+from conflictscope.study.run import run
+from interp.answers import OPPOSITE, Direction
+from interp.conflicts import ConflictExample
+from interp.errors import UserError
+from interp.evaluation import measure_usage
+from interp.models import fingerprint
+from interventions.base import applied
+from interventions.heads import HeadScaling
+from interventions.steering import Steering
+
+
+@dataclass(frozen=True)
+class Doubled(Decoding):
+    """Scores that are those of the context twice less those without: a rule of two streams."""
+
+    needs_bare = True
+
+    def combined(self, with_context: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+        return 2 * with_context - without
+
+
+@dataclass(frozen=True)
+class Shouted(Prompting):
+    """Puts a word before each prompt."""
+
+    word: str = "Listen."
+
+    def prompt(self, example: ConflictExample) -> str:
+        return f"{self.word} {example.prompt}"
+
+
+class TwoHeads(Method):
+    """Removes one of two heads, and one at random as a control."""
+
+    name = "two_heads"
+
+    def candidates(self, _: Lab, towards: Direction) -> Sequence[Condition]:
+        return [Condition(self.name, towards, {"head": head}, (HeadScaling.of([(1, head)], 0.0),)) for head in (0, 1)]
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        heads = lab.rng("two heads").sample([2, 3], 2)
+        return [
+            Condition("random_heads", chosen.towards, {}, (HeadScaling.of([(1, head)], 0.0),), control_of=chosen.method)
+            for head in heads
+        ]
+
+
+class Impossible(Method):
+    """Cannot run."""
+
+    name = "impossible"
+
+    def candidates(self, *_: Any) -> Sequence[Condition]:
+        raise UserError("This model has no such thing; take another.")
+
+
+def make_lab(directory: Path, out: Path, model: Any) -> Lab:
+    """A quick lab whose model is known by its directory, so that other processes can load it."""
+    records = Records(out / "records", model=fingerprint(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+        prompts = fact_prompts(model, ["capital"], records, subjects=8, seed=0)
+    return Lab(model, str(directory), prompts, records, quick=True)
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_llama: Any, tiny_directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tiny_directories["llama"], tmp_path_factory.mktemp("study"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def record(lab: Lab) -> StudyRecord:
+    out = lab.records.folder.parent
+    return run(lab, [TwoHeads(), Impossible()], kind="compare", command="conflictscope compare", out=out)
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for condition in written["conditions"]:
+        del condition["cost"]
+    return written
+
+
+def test_the_record_holds_unedited_chosen_and_controls_and_says_what_was_not_run(record: StudyRecord) -> None:
+    assert record.unedited.method == UNEDITED
+    for towards in ("context", "memory"):
+        assert [c.method for c in record.chosen(towards)] == ["two_heads"]
+        best = record.winner(towards)
+        assert best is not None
+        (control,) = record.controls_of(best)
+        assert (control.draws, control.moved) == (2, best.moved)
+    assert record.not_run == {"impossible": "This model has no such thing; take another."}
+    assert record.command == "conflictscope compare"
+
+
+def test_rates_on_test_are_those_of_answers_asked_with_hooks(lab: Lab, record: StudyRecord) -> None:
+    best = record.winner("context")
+    assert best is not None
+    edit = HeadScaling.of([(1, best.settings["head"])], 0.0)
+    with applied(lab.model, edit):
+        answers = measure_usage(lab.model, lab.asked.select(kind="conflict"))
+    assert best.test["context_rate"]["value"] == (answers.frame["usage"] == "context").mean()
+
+
+def test_a_change_is_what_prompts_gain_on_average(lab: Lab, record: StudyRecord) -> None:
+    examples = read_examples(lab.records.folder.parent)
+    assert examples is not None
+    for towards in ("context", "memory"):
+        best = record.winner(towards)
+        assert best is not None
+        conflict = examples.filter(kind="conflict")
+        before, after = (
+            conflict.filter(pl.col("condition") == name)["usage"] == towards for name in (UNEDITED, best.name)
+        )
+        assert best.test["change"][f"{towards}_rate"]["value"] == pytest.approx(after.mean() - before.mean())
+
+
+def test_an_intervention_file_of_the_record_gives_the_rows_of_the_record(lab: Lab, record: StudyRecord) -> None:
+    from interventions.config import InterventionFile
+
+    out = lab.records.folder.parent
+    best = record.winner("memory")
+    assert best is not None
+    assert best.file is not None
+    with applied(lab.model, InterventionFile.load(out / best.file)):
+        answers = measure_usage(lab.model, lab.asked)
+    examples = read_examples(out)
+    assert examples is not None
+    assert examples.filter(condition=best.name)["answer"].to_list() == answers.frame["answer"].to_list()
+
+
+def test_a_study_that_is_killed_again_and_again_ends_with_the_same_record(
+    lab: Lab, record: StudyRecord, tiny_directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    kept, left = Records._kept, [0]
+
+    def killing(self: Records, path: Path, read: Any, write: Any, compute: Any) -> Any:
+        def dying() -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return compute()
+
+        return kept(self, path, read, write, dying)
+
+    monkeypatch.setattr(Records, "_kept", killing)
+    killed = 0
+    while True:
+        left[0] = 2
+        try:
+            again = make_lab(tiny_directories["llama"], tmp_path, lab.model)
+            run(again, [TwoHeads(), Impossible()], kind="compare", command="conflictscope compare", out=tmp_path)
+            break
+        except Killed:
+            killed += 1
+            assert not (tmp_path / RECORD).exists()
+    assert killed >= 5
+    assert without_times(tmp_path / RECORD) == without_times(lab.records.folder.parent / RECORD)
+
+
+@pytest.mark.parametrize("kind", ["edit", "steering", "prompting", "decoding", "unedited"])
+def test_a_unit_gives_the_same_answers_from_its_files_alone(lab: Lab, kind: str, tmp_path: Path) -> None:
+    vector = torch.linspace(-1, 1, lab.anatomy.d_model)
+    condition = {
+        "edit": Condition("edit", "context", {}, (HeadScaling.of([(0, 1)], -1.0),)),
+        "steering": Condition("steering", "memory", {}, (Steering(1, vector, 2.0),)),
+        "prompting": Condition("prompting", prompting=Shouted("Hear, hear!")),
+        "decoding": Condition("decoding", decoding=Doubled()),
+        "unedited": Condition("unedited"),
+    }[kind]
+    here = measure(lab, condition)
+    folder = write_unit(lab, condition)
+    elsewhere = tmp_path / "records" / "units" / folder.name
+    elsewhere.parent.mkdir(parents=True)
+    folder.rename(elsewhere)
+    there = run_unit(elsewhere)
+    assert there.report.frame.equals(here.report.frame)
+    assert (here.divergences is None) == (there.divergences is None) == (kind in ("prompting", "decoding"))
+
+
+def test_fresh_processes_leave_their_results_in_the_records(
+    lab: Lab, tiny_directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_lab(tiny_directories["llama"], tmp_path, lab.model)
+    condition = Condition("edit", "context", {}, (HeadScaling.of([(2, 3)], 0.0),))
+    in_processes(other, [condition])
+    monkeypatch.setattr(measure_module, "measure_usage", None)
+    assert measure(other, condition).report.frame.equals(_asked_here(other, condition))
+
+
+def _asked_here(lab: Lab, condition: Condition) -> pl.DataFrame:
+    with applied(lab.model, *condition.edits):
+        return measure_usage(lab.model, lab.asked).frame
+
+
+def test_what_does_not_apply_is_none_and_not_zero(lab: Lab) -> None:
+    unedited = measure(lab, Condition("unedited"))
+    found = measure_module.measures_of(measure(lab, Condition("doubled", decoding=Doubled())), unedited.report)
+    assert found["neutral_kl"] is None
+    assert found["closed_book_accuracy"] is None
+    assert "closed_book_accuracy" not in found["change"]
+    assert found["aligned_accuracy"] is not None
+
+
+def test_prompts_without_a_context_are_answered_as_ever_by_a_rule_of_two_streams(lab: Lab) -> None:
+    bare = lab.asked.select(kind="none")
+    assert measure_usage(lab.model, bare, combined=Doubled().combined).frame.equals(
+        measure_usage(lab.model, bare).frame
+    )
+
+
+def test_a_study_without_a_method_that_can_run_says_why(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such thing"):
+        run(lab, [Impossible()], kind="compare", command="", out=tmp_path)
+
+
+def test_value_scaling_scales_the_strongest_heads_of_the_scores(lab: Lab) -> None:
+    for towards in ("context", "memory"):
+        means = lab.head_scores["logit_diff"].values.mean(0)
+        sign = 1 if towards == "context" else -1
+        supporter = divmod(int((sign * means).argmax()), means.shape[1])
+        opponent = divmod(int((sign * means).argmin()), means.shape[1])
+        conditions = ValueScaling().candidates(lab, towards)
+        assert [c.heads for c in conditions] == [
+            ((*opponent, 0.0),),
+            ((*opponent, -1.0),),
+            ((*supporter, 2.0),),
+            ((*supporter, 4.0),),
+        ]
+        assert OPPOSITE[towards] != towards
