@@ -131,7 +131,6 @@ class Look:
 
     Attributes:
         example: The prompt with the context and the two answers; an answer that is not known is left out.
-        closed_book_prompt: The prompt without the context.
         unedited: The model as it is.
         edited: The model with the edit; ``None`` without one.
         detection: What the detector says of the unedited model; ``None`` without one.
@@ -141,7 +140,6 @@ class Look:
     """
 
     example: ConflictExample
-    closed_book_prompt: str
     unedited: Reading
     edited: Reading | None
     detection: Detection | None
@@ -151,10 +149,9 @@ class Look:
 
 
 class _Case(NamedTuple):
-    """A prompt with and without the context, and why its answers cannot race, if so."""
+    """A prompt, and why its answers cannot race, if so."""
 
     example: ConflictExample
-    closed_book_prompt: str
     no_race: str
 
 
@@ -225,7 +222,6 @@ class Explorer:
             detection, heads = self._unedited(case)
             return Look(
                 example=case.example,
-                closed_book_prompt=case.closed_book_prompt,
                 unedited=self._reading(case, Edit()),
                 edited=self._reading(case, edit) if edit is not None and edits else None,
                 detection=detection,
@@ -264,15 +260,14 @@ class Explorer:
         return edits
 
     def _find_case(self, asked: Asked) -> _Case:
-        bare = _prompt(asked.question)
         self._check_length(_prompt(asked.question, asked.context))
-        said = continue_greedily(self.model, [bare], max_new_tokens=MAX_NEW_TOKENS).answers[0]
+        said = continue_greedily(self.model, [_prompt(asked.question)], max_new_tokens=MAX_NEW_TOKENS).answers[0]
         opening = repeated_opening(said, asked.question) if _is_question(asked.question) else ""
-        closed_book, prompt = (_prompt(asked.question, context, opening) for context in ("", asked.context))
+        bare, prompt = (_prompt(asked.question, context, opening) for context in ("", asked.context))
         self._check_length(prompt)
         memory, context = asked.memory_answer, asked.context_answer
         if not (memory and context):
-            own = continue_greedily(self.model, [closed_book, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
+            own = continue_greedily(self.model, [bare, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
             memory = memory or short_answer(own[0])
             found = short_answer(own[1])
             # What the model says is the context's answer only if the context says it.
@@ -291,10 +286,10 @@ class Explorer:
             template="asked",
             source="asked",
             prompt=prompt,
-            bare_prompt=closed_book,
+            bare_prompt=bare,
             split="test",
         )
-        return _Case(example, closed_book, self._no_race(example))
+        return _Case(example, self._no_race(example))
 
     def _no_race(self, example: ConflictExample) -> str:
         if not example.memory_answers:
@@ -327,7 +322,7 @@ class Explorer:
         example = case.example
         with applied(self.model, *self._interventions(edit)):
             answers = continue_greedily(
-                self.model, [case.closed_book_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
+                self.model, [example.bare_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
             ).answers
             steps = answer_steps(self.model, example.prompt, max_new_tokens=MAX_NEW_TOKENS)
             lens = None if case.no_race else logit_lens(self.model, _alone(example))
