@@ -25,9 +25,7 @@ def test_obstacles_are_held_alone_or_with_the_supporter_strengthened(lab, toward
         held = dict.fromkeys(order[:count], 0.0)
         expected += [held] if supporter in held else [held, {**held, supporter: 1.5}]
     found = [condition.edits[0].head_scales for condition in MeanAblation().candidates(lab, towards)]
-    assert sorted(map(sorted, (scales.items() for scales in found))) == sorted(
-        map(sorted, (s.items() for s in expected))
-    )
+    assert sorted(sorted(scales.items()) for scales in found) == sorted(sorted(scales.items()) for scales in expected)
 
 
 def test_heads_are_scaled_around_their_means_at_the_end_of_closed_book_prompts(lab):

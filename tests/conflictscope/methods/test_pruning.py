@@ -19,7 +19,7 @@ def test_the_first_heads_of_both_rankings_are_pruned(lab, towards, sign):
         order = [divmod(int(i), mean.shape[1]) for i in np.argsort(mean, axis=None, kind="stable")]
         expected |= {frozenset(order[:count]) for count in (1, 2, 4, 8)}
     found = Pruning().candidates(lab, towards)
-    assert all(set(scales) == {0.0} for condition in found for *_, scales in [condition.edits[0].head_scales.values()])
+    assert all(scale == 0 for condition in found for *_, scale in condition.heads)
     pruned = [frozenset(condition.edits[0].head_scales) for condition in found]
     assert len(pruned) == len(set(pruned))
     assert set(pruned) == expected
