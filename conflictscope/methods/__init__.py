@@ -6,6 +6,12 @@ from conflictscope.methods.learned_scales import LearnedScales
 from conflictscope.methods.mean_ablation import MeanAblation
 from conflictscope.methods.other_answers import OtherAnswers
 from conflictscope.methods.pruning import Pruning
+from conflictscope.methods.actadd import ActAdd
+from conflictscope.methods.caa import CAA
+from conflictscope.methods.probe_direction import ProbeDirection
+from conflictscope.methods.spare import Spare
+from conflictscope.methods.spare_ablations import SpareAddOnly, SpareConstant, SpareRemoveOnly
+from conflictscope.methods.task_vector import TaskVector
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study.method import Method
 
@@ -17,4 +23,12 @@ ALL: tuple[type[Method], ...] = (
     LearnedScales,
     HardConcrete,
     OtherAnswers,
+    ActAdd,
+    CAA,
+    ProbeDirection,
+    TaskVector,
+    Spare,
+    SpareRemoveOnly,
+    SpareAddOnly,
+    SpareConstant,
 )
