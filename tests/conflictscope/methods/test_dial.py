@@ -10,7 +10,7 @@ from interp.evaluation import answer_token_ids, measure_usage, neutral_texts
 from interp.facts import HELD_OUT_PHRASING
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from tests.conflictscope.methods.labs import tiny_lab
 
 FEW = ScaleTraining(max_scales=3)
@@ -57,7 +57,7 @@ def test_the_calibration_is_the_rate_of_first_tokens_on_dev(lab, dial):
             with torch.inference_mode(), applied(lab.model, dial.at(point.trust)):
                 ids = lab.model.tokenizer(example.prompt, return_tensors="pt").input_ids
                 first.append(lab.model.original_model(ids).logits[0, -1].argmax().item())
-        pairs = [answer_token_ids(lab.model, example) for example in lab.dev.conflicts]
+        pairs = [answer_token_ids(lab.model, example) or () for example in lab.dev.conflicts]
         context = [token == pair[0] for token, pair in zip(first, pairs, strict=True)]
         memory = [token == pair[1] for token, pair in zip(first, pairs, strict=True)]
         assert point.context_rate == pytest.approx(sum(context) / len(context))

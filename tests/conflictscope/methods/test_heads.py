@@ -3,6 +3,7 @@ import pytest
 from conflictscope.methods._heads import DRAWS, random_heads, scaling
 from conflictscope.study.condition import Condition
 from interventions.feedforward import FeedForwardScaling
+from interventions.heads import HeadScaling
 from tests.conflictscope.methods.labs import tiny_lab
 
 SCALES = {(0, 1): 0.0, (1, 3): -1.0, (2, 0): 1.5}
@@ -38,6 +39,7 @@ def test_feed_forward_layers_are_drawn_as_layers(lab):
     for draw in random_heads(lab, Condition("learned_scales", "context", edits=(scaling(SCALES), layers))):
         heads, drawn = draw.edits
         assert len(heads.edited_heads) == len(SCALES)
+        assert isinstance(drawn, FeedForwardScaling)
         ((layer, scale),) = drawn.scales
         assert layer != 1
         assert scale == 0.3
@@ -52,5 +54,7 @@ def test_where_too_few_heads_are_left_some_are_the_chosen_ones(lab):
 def test_heads_that_are_held_at_a_mean_are_held_at_their_own(lab):
     chosen = Condition("mean_ablation", "context", edits=(scaling(SCALES, lab.mean_outputs),))
     for draw in random_heads(lab, chosen):
-        for head in draw.edits[0].heads:
+        (edit,) = draw.edits
+        assert isinstance(edit, HeadScaling)
+        for head in edit.heads:
             assert head.mean == pytest.approx(lab.mean_outputs[head.layer, head.head].tolist())

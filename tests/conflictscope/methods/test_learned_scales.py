@@ -9,7 +9,8 @@ from conflictscope.methods.other_answers import OtherAnswers
 from interp.errors import UserError
 from interventions.dial import DialScale
 from interventions.feedforward import FeedForwardScaling
-from interventions.fitting.scale_learning import ScaleTraining, learn_scales
+from interventions.fitting.scale_learning import learn_scales
+from interventions.fitting.scale_training import ScaleTraining
 from tests.conflictscope.methods.labs import tiny_lab
 
 FEW = ScaleTraining(max_scales=3)
@@ -77,7 +78,7 @@ def test_feed_forward_layers_move_where_they_are_wanted_and_in_the_control(lab):
     (chosen,) = method.candidates(lab, "context")
     heads, layers = chosen.edits
     assert isinstance(layers, FeedForwardScaling)
-    assert chosen.moved == len(heads.heads) + len(layers.scales)
+    assert chosen.moved == len(heads.edited_heads) + len(layers.scales)
     for control in method.controls(lab, chosen):
         assert [edit.n_moved for edit in control.edits] == [edit.n_moved for edit in chosen.edits]
 

@@ -6,6 +6,7 @@ import torch
 from conflictscope.methods.mean_ablation import MeanAblation
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
+from interventions.heads import HeadScaling
 from tests.conflictscope.methods.labs import tiny_lab
 
 
@@ -30,6 +31,7 @@ def test_obstacles_are_held_alone_or_with_the_supporter_strengthened(lab, toward
 
 def test_heads_are_scaled_around_their_means_at_the_end_of_closed_book_prompts(lab):
     (edit,) = MeanAblation().candidates(lab, "context")[0].edits
+    assert isinstance(edit, HeadScaling)
     for head in edit.heads:
         assert torch.tensor(head.mean).equal(lab.mean_outputs[head.layer, head.head])
 
