@@ -5,6 +5,7 @@ import json
 import pytest
 
 from conflictscope.cli import dial as command
+from conflictscope.methods.learned_scales import ENDS
 from conflictscope.study.record import StudyRecord
 from interp.conflicts import ConflictSet
 from interp.evaluation import neutral_texts
@@ -40,7 +41,7 @@ def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run,
     assert [point["trust"] for point in record.lines["trust"]] == [-1.0, 0.0, 1.0]
     assert set(record.details["dial"]) == {"towards_memory", "towards_context"}
     file = InterventionFile.load(tmp_path / "there" / "dial.json")
-    for towards, trust in (("context", 1.0), ("memory", -1.0)):
+    for towards, trust in ENDS.items():
         (end,) = record.chosen(towards)
         assert file.dial.at(trust).head_scales == {(layer, head): scale for layer, head, scale in end.heads}
         assert file.measured[f"trust {trust:+g}"] == json.loads(json.dumps(end.test))
@@ -54,7 +55,7 @@ def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run,
         learned = ConflictSet.load(below / "prompts" / "train.jsonl")
         assert {e.relation for e in learned if e.kind == "conflict"} == {other}
         assert {e.relation for e in ConflictSet.load(below / "prompts" / "test.jsonl")} == {left_out}
-        for towards in ("context", "memory"):
+        for towards in ENDS:
             given = next(c for c in part.chosen(towards) if c.method == "dial")
             (end,) = record.chosen(towards)
             assert given.heads == end.heads
@@ -80,7 +81,7 @@ def test_counterfact_is_tested_at_both_ends_of_the_dial(small, run, tiny_directo
         }
         for land, true, new in (
             (f"{first}{second}", true, new)
-            for first in ("Bel", "Mor", "Tan", "Sil", "Kar", "Lun")
+            for first in ("Bel", "Mor", "Tan", "Sil", "Kar", "Lun", "Ver", "Nor", "Gal", "Pom", "Dra", "Zel", "Hib")
             for second, true, new in (("ia", "Rome", "Paris"), ("land", "Oslo", "Lima"), ("stan", "Cairo", "Quito"))
         )
     ]

@@ -57,7 +57,7 @@ def test_the_calibration_is_the_rate_of_first_tokens_on_dev(lab, dial):
             with torch.inference_mode(), applied(lab.model, dial.at(point.trust)):
                 ids = lab.model.tokenizer(example.prompt, return_tensors="pt").input_ids
                 first.append(lab.model.original_model(ids).logits[0, -1].argmax().item())
-        pairs = [answer_token_ids(lab.model, example) or () for example in lab.dev.conflicts]
+        pairs = [pair for e in lab.dev.conflicts if (pair := answer_token_ids(lab.model, e)) is not None]
         context = [token == pair[0] for token, pair in zip(first, pairs, strict=True)]
         memory = [token == pair[1] for token, pair in zip(first, pairs, strict=True)]
         assert point.context_rate == pytest.approx(sum(context) / len(context))
