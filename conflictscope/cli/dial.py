@@ -75,7 +75,7 @@ def dial_fit(
     from interp.answers import DIRECTIONS
     from interp.facts import relation_named
     from interp.formats import load_dataset
-    from interventions.fitting.scale_learning import ScaleTraining
+    from interventions.fitting.scale_training import ScaleTraining
 
     relations = list(dict.fromkeys(relation_named(name).name for name in relation or RELATIONS))
     if leave_one_out and len(relations) < 2:

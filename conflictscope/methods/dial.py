@@ -22,7 +22,7 @@ from interp.answers import DIRECTIONS, Direction
 from interp.evaluation import UsageReport
 from interventions.config import InterventionFile
 from interventions.dial import DialPoint, TrustDial
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 
 SETTINGS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 """Where a dial is calibrated."""

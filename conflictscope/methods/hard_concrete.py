@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conflictscope.methods.learned_scales import LearnedScales
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 
 TRAINING = ScaleTraining(learner="hard_concrete", steps=60, conflicts=12, guards=6)
 

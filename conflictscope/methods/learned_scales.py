@@ -20,7 +20,8 @@ from interp.errors import UserError
 from interp.teacher_forcing import FORCING_VERSION
 from interventions.dial import DialScale, TrustDial
 from interventions.fitting.scale_data import SCALE_DATA_VERSION, HeadOrLayer
-from interventions.fitting.scale_learning import SCALES_VERSION, ScaleTraining, learn_scales
+from interventions.fitting.scale_learning import SCALES_VERSION, learn_scales
+from interventions.fitting.scale_training import ScaleTraining
 
 ENDS: Mapping[Direction, float] = {"memory": -1.0, "context": 1.0}
 """Where a dial stands at its ends."""

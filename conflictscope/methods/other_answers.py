@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conflictscope.methods.learned_scales import LearnedScales
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 
 TRAINING = ScaleTraining(shuffled=True)
 
