@@ -26,7 +26,6 @@ from conflictscope.cli.options import (
     TokensOption,
 )
 from conflictscope.cli.studies import SUBJECTS, QuickOption, SubjectsOption, make_lab, show_page, study
-from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 spare_app = typer.Typer(help="Control the source of answers by features of sparse autoencoders.", no_args_is_help=True)

@@ -106,6 +106,7 @@ def test_random_features_are_as_many_in_the_same_layers_and_none_of_the_selected
     assert len({c.digest for c in (chosen, *controls)}) == 3
     for control in controls:
         (theirs,) = control.edits
+        assert isinstance(theirs, FeatureEdit)
         assert (control.method, control.control_of) == ("random_features", "spare")
         assert (theirs.alpha, theirs.alpha_form, theirs.tokens) == (ours.alpha, ours.alpha_form, ours.tokens)
         for a, b in zip(ours.layers, theirs.layers, strict=True):
@@ -117,7 +118,8 @@ def test_random_features_are_as_many_in_the_same_layers_and_none_of_the_selected
 
 def test_halves_of_the_edit_are_disjoint_and_together_the_whole(lab, towards, chosen):
     (whole,) = chosen.edits
-    halves = [method(of=SMALL).candidates(lab, towards)[0].edits[0] for method in (SpareRemoveOnly, SpareAddOnly)]
+    conditions = [method(of=SMALL).candidates(lab, towards)[0] for method in (SpareRemoveOnly, SpareAddOnly)]
+    halves = [edit for condition in conditions for edit in condition.edits if isinstance(edit, FeatureEdit)]
     streams, _ = train_streams(lab, 0)
     for layer, removing, adding in zip(whole.layers, *(half.layers for half in halves), strict=True):
         assert (features_of(removing)[0], features_of(adding)[1]) == tuple(features_of(layer))
