@@ -2,7 +2,13 @@
 
 from conflictscope.methods.actadd import ActAdd
 from conflictscope.methods.caa import CAA
+from conflictscope.methods.greedy_pruning import GreedyPruning
+from conflictscope.methods.hard_concrete import HardConcrete
+from conflictscope.methods.learned_scales import LearnedScales
+from conflictscope.methods.mean_ablation import MeanAblation
+from conflictscope.methods.other_answers import OtherAnswers
 from conflictscope.methods.probe_direction import ProbeDirection
+from conflictscope.methods.pruning import Pruning
 from conflictscope.methods.spare import Spare
 from conflictscope.methods.spare_ablations import SpareAddOnly, SpareConstant, SpareRemoveOnly
 from conflictscope.methods.task_vector import TaskVector
@@ -11,6 +17,12 @@ from conflictscope.study.method import Method
 
 ALL: tuple[type[Method], ...] = (
     ValueScaling,
+    MeanAblation,
+    Pruning,
+    GreedyPruning,
+    LearnedScales,
+    HardConcrete,
+    OtherAnswers,
     ActAdd,
     CAA,
     ProbeDirection,
