@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,9 +24,8 @@ from conflictscope.cli.options import (
     SaeOption,
     SeedOption,
     TokensOption,
-    say,
 )
-from conflictscope.cli.tables import print_frame
+from conflictscope.cli.studies import SUBJECTS, QuickOption, SubjectsOption, make_lab, show_page, study
 from interp.errors import UserError
 
 spare_app = typer.Typer(help="Control the source of answers by features of sparse autoencoders.", no_args_is_help=True)
@@ -49,14 +48,16 @@ def spare_fit(
     model: ModelOption = DEFAULT_MODEL,
     relation: RelationOption = None,
     data: DataOption = None,
-    out: ControlOption = Path("out/control"),
-    test_subjects: Annotated[int, typer.Option(min=1, help="Subjects to test on, at most.")] = 64,
+    out: ControlOption = Path("out/spare"),
+    subjects: SubjectsOption = SUBJECTS,
+    quick: QuickOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Fit SpARE in both directions, and measure it with its ablations on held-out subjects."""
-    from conflictscope.control import ALPHAS, SHARES, fit_spare, results_table
+    from conflictscope.methods.spare import ALPHAS, SHARES, Spare
+    from conflictscope.methods.spare_ablations import SpareAddOnly, SpareConstant, SpareRemoveOnly
     from interp.sae import load_saes
 
     if outside := [value for value in share or () if not 0 < value < 1]:
@@ -69,36 +70,65 @@ def spare_fit(
         if absent := [number for number in wanted if number not in {one.layer for one in saes}]:
             raise UserError(f"{sae} has no SAE of layer {absent[0]}; it has {listed_layers(saes)}.")
         saes = [one for one in saes if one.layer in wanted]
-    control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
-    results = fit_spare(control, saes, shares=share or SHARES, alphas=alpha or ALPHAS, alpha_form=alpha_form)
-    print_frame(results_table(results))
-    say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+    spare = Spare(tuple(share or SHARES), tuple(alpha or ALPHAS), alpha_form, tokens)
+    lab = make_lab(
+        model,
+        out,
+        relation=relation,
+        data=data,
+        default=[DEFAULT_RELATION],
+        subjects=subjects,
+        seed=seed,
+        quick=quick,
+        saes=lambda: saes,
+        device=device,
+        dtype=dtype,
+    )
+    study(lab, [spare, *(part(of=spare) for part in (SpareRemoveOnly, SpareAddOnly, SpareConstant))], "spare", out)
+    show_page(out)
 
 
 @steer_app.command("fit")
 def steer_fit(
     method: Annotated[
-        list[str] | None, typer.Option(help="actadd, caa, probe or task_vector; repeatable; all by default.")
+        list[str] | None, typer.Option(help="actadd, caa, probe_direction or task_vector; repeatable; all by default.")
     ] = None,
     tokens: TokensOption = "last_prompt",
     model: ModelOption = DEFAULT_MODEL,
     relation: RelationOption = None,
     data: DataOption = None,
-    out: ControlOption = Path("out/control"),
-    test_subjects: Annotated[int, typer.Option(min=1, help="Subjects to test on, at most.")] = 64,
+    out: ControlOption = Path("out/steer"),
+    subjects: SubjectsOption = SUBJECTS,
+    quick: QuickOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Fit steering vectors in both directions, and measure them on held-out subjects."""
-    from conflictscope.control import STEERING_METHODS, fit_steering, results_table
+    from conflictscope.methods.actadd import ActAdd
+    from conflictscope.methods.caa import CAA
+    from conflictscope.methods.probe_direction import ProbeDirection
+    from conflictscope.methods.task_vector import TaskVector
 
-    if unknown := [name for name in method or () if name not in STEERING_METHODS]:
-        raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(STEERING_METHODS)}.")
-    control = _control(model, relation, data, out, test_subjects, tokens, seed, device, dtype)
-    results = fit_steering(control, [name for name in STEERING_METHODS if name in (method or STEERING_METHODS)])
-    print_frame(results_table(results))
-    say(f"Intervention files are in {out / 'interventions'}, all numbers in {out / 'results.json'}")
+    # CAA acts on all tokens that predict the answer, whatever the others do.
+    methods = [ActAdd(tokens=tokens), CAA(), ProbeDirection(tokens=tokens), TaskVector(tokens=tokens)]
+    by_name = {one.name: one for one in methods}
+    if unknown := [name for name in method or () if name not in by_name]:
+        raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(by_name)}.")
+    lab = make_lab(
+        model,
+        out,
+        relation=relation,
+        data=data,
+        default=[DEFAULT_RELATION],
+        subjects=subjects,
+        seed=seed,
+        quick=quick,
+        device=device,
+        dtype=dtype,
+    )
+    study(lab, [one for one in methods if one.name in (method or by_name)], "steer", out)
+    show_page(out)
 
 
 @spare_app.command("apply")
@@ -121,36 +151,3 @@ def apply_edit(
 
     edit = InterventionFile.load(config).scaled(strength)
     answer_edited(edit, file, save, model, max_new_tokens, batch_size, device, dtype)
-
-
-def _control(
-    model: str,
-    relation: list[str] | None,
-    data: Path | None,
-    out: Path,
-    test_subjects: int,
-    tokens: Any,
-    seed: int,
-    device: str,
-    dtype: str,
-) -> Any:
-    """What `spare fit` and `steer fit` share: the model, its data and the folder."""
-    from conflictscope.control import Control
-    from interp.conflicts import ConflictSet
-    from interp.facts import relation_named
-    from interp.models import load_model
-
-    if data is not None and relation:
-        raise UserError("Give --data or --relation, not both.")
-    conflicts = None if data is None else ConflictSet.load(data)
-    relations = [relation_named(name).name for name in relation or [DEFAULT_RELATION]]
-    return Control(
-        load_model(model, device=device, dtype=dtype),
-        model,
-        relations=relations,
-        out=out,
-        conflicts=conflicts,
-        test_subjects=test_subjects,
-        tokens=tokens,
-        seed=seed,
-    )

@@ -1,7 +1,7 @@
 """Add the direction along which a linear probe tells the source of an answer.
 
-The truthful directions of Li et al. 2023 (arXiv 2306.03341, inference-time intervention) compare probes with means;
-here the logistic source probe reads the residual stream at the prompt's last token, and its direction is as long as the
+Li et al. 2023 (arXiv 2306.03341, inference-time intervention) steer heads along the directions of linear probes. Here
+the logistic source probe reads the residual stream at the prompt's last token, and its direction is as long as the
 difference of the means, so that strengths compare with those of ``actadd``.
 """
 

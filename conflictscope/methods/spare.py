@@ -85,7 +85,6 @@ class Spare(Method):
                     "alpha": alpha,
                     "alpha_form": self.alpha_form,
                     "tokens": self.tokens,
-                    "features": [edited[layer, share].sae.d_sae for layer in run],
                     "saes": [digests[layer] for layer in run],
                 },
                 (FeatureEdit(tuple(edited[layer, share] for layer in run), alpha, self.alpha_form, self.tokens),),
