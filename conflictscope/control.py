@@ -1,6 +1,6 @@
 """The third job: control the source of answers by features (SpARE) and by directions (steering), on the same prompts.
 
-1. Keep the facts that the model knows; build prompts in the phrasings in which it knows them.
+1. Keep the facts that the model knows; build prompts about them in every phrasing.
 2. Record the residual stream at the last token of conflict prompts of the train and dev split, and answer them.
 3. Fit on train: what features and directions have to do with the source of the answers.
 4. For both directions and every method let candidates (layers, strength, ...) compete on dev by the first token of the

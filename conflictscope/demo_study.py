@@ -65,7 +65,7 @@ from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
 from interventions.base import EDITS_VERSION, Intervention, applied
 from interventions.config import InterventionFile, effect_digest
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 

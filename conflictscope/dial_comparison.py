@@ -49,10 +49,10 @@ from interventions.base import EDITS_VERSION, applied
 from interventions.config import effect_digest
 from interventions.dial import DialScale, TrustDial
 from interventions.fitting.greedy import GREEDY_VERSION, greedy_heads
-from interventions.fitting.scale_data import SCALE_DATA_VERSION, Checked, Place, check_scales, evenly, to_budget
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_data import SCALE_DATA_VERSION, Checked, HeadOrLayer, check_scales, evenly, to_budget
+from interventions.fitting.scale_training import ScaleTraining
 
-Scales = Mapping[Place, float]
+Scales = Mapping[HeadOrLayer, float]
 
 _RANKED: tuple[RankedMethod, ...] = tuple(method for method in RANKED_METHODS if method != "mean_ablation")
 _RANKED_ON, _GREEDY_ON = 96, 48
@@ -178,7 +178,7 @@ class Comparison:
             version=PATH_PATCHING_VERSION,
         )
 
-    def _greedy(self, towards: Direction) -> list[Place]:
+    def _greedy(self, towards: Direction) -> list[HeadOrLayer]:
         train = self.dialing.gate_fit.data["train"]
         wanted = train.wanted(towards)[:_GREEDY_ON]
         settings = [max(_GREEDY_COUNTS), _SHORTLIST]

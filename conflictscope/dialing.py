@@ -55,7 +55,7 @@ from interventions.base import EDITS_VERSION, applied
 from interventions.config import InterventionFile, effect_digest
 from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.fitting.scale_data import scale_places
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from interventions.identity import ModelIdentity
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from interp.conflicts import ConflictSet
 from interp.corpus import TEXTS_VERSION, sampled_texts
 from interp.teacher_forcing import FORCING_VERSION
 from interventions.fitting.scale_data import SCALE_DATA_VERSION, ScaleData
-from interventions.fitting.scale_learning import SCALES_VERSION, ScaleTraining, learn_scales
+from interventions.fitting.scale_learning import SCALES_VERSION, learn_scales
+from interventions.fitting.scale_training import ScaleTraining
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -1,7 +1,7 @@
 """ConflictSets from the fact tables in ``assets/facts``.
 
 A fact is a subject and its answers; a relation says how the fact is worded. From the facts that a model
-answers right closed-book, ``build_conflicts`` makes one prompt for every phrasing family and context kind:
+knows (``interp.known``), ``build_conflicts`` makes one prompt for every phrasing family and context kind:
 
     conflict     the context gives another subject's answer
     aligned      the context gives the right answer

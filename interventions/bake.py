@@ -27,7 +27,6 @@ from interp.files import atomic_directory
 from interp.models import load_checkpoint, save_checkpoint
 from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
-from interventions.dial import TrustDial
 from interventions.folding import Folding, HeadMap
 
 
@@ -144,7 +143,7 @@ def _scale_mlp(anatomy: Anatomy, layer: int, scale: float) -> None:
 
 def _card(model: str, file: InterventionFile, changes: Folding, measured: dict[str, Any]) -> Iterator[str]:
     """The lines of the model card."""
-    dials = [part for part in file.build() if isinstance(part, TrustDial)]
+    dials = file.dials
     kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(entry.kind for entry in file.interventions))
     yield from (
         "---",

@@ -204,13 +204,18 @@ class InterventionFile(Strict):
         return self._changed(parts, self.towards if factor > 0 else opposite if factor < 0 else None, details)
 
     @property
+    def dials(self) -> list[TrustDial]:
+        """The dials that the file holds, also behind gates."""
+        return [edit for part in self.build() for edit in part.parts if isinstance(edit, TrustDial)]
+
+    @property
     def dial(self) -> TrustDial:
         """The dial that the file holds, maybe behind a gate.
 
         Raises:
             UserError: If it holds none, or several.
         """
-        dials = [edit for part in self.build() for edit in part.parts if isinstance(edit, TrustDial)]
+        dials = self.dials
         if len(dials) != 1:
             raise UserError(
                 f"{self.name} holds {len(dials) or 'no'} trust dials; give a file with one, as written by "

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from conflictscope.cli import ask, control, data, demo, dial, explore, gate, look, probe, report, sae, ship
+from conflictscope.cli import ask, compare, control, data, demo, dial, explore, gate, look, probe, report, sae, ship
 from conflictscope.cli.options import console
 from interp.errors import Caution, UserError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for _command in (
     demo.demo,
+    compare.compare,
     look.evaluate,
     look.attribute,
     look.record,

@@ -86,6 +86,6 @@ def _as_data(look: Look) -> ConflictSet:
                 f"What the {source} answers is not known; say it with --{source}-answer to keep the question."
             )
     bare = replace(
-        look.example, id="closed-book", kind="none", context="", context_answers=(), prompt=look.closed_book_prompt
+        look.example, id="closed-book", kind="none", contexts=(), context_answers=(), prompt=look.example.bare_prompt
     )
     return ConflictSet("asked", (look.example, bare))

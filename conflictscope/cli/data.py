@@ -70,6 +70,8 @@ def data_inspect(
     for example in conflicts.examples[:show]:
         output.rule(f"{example.id}  ({example.kind}, {example.split})")
         output.print(example.prompt, markup=False)
+        if example.kind != "none":
+            output.print(f"without context: {example.bare_prompt or 'not known'}", markup=False)
         output.print(
             f"memory: {', '.join(example.memory_answers)}   context: {', '.join(example.context_answers)}", markup=False
         )

@@ -15,27 +15,37 @@ from conflictscope.cli.options import (
     ModelOption,
     RelationOption,
     SeedOption,
-    say,
 )
+from conflictscope.cli.studies import SUBJECTS, QuickOption, SubjectsOption, make_lab, show_page, study
+
+METHODS = ("value_scaling", "mean_ablation", "pruning", "learned_scales")
 
 
 def demo(
     model: ModelOption = DEFAULT_MODEL,
     relation: RelationOption = None,
+    subjects: SubjectsOption = SUBJECTS,
     out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
         "out/demo"
     ),
     seed: SeedOption = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Few facts: checks that all runs; measures little.")] = False,
+    quick: QuickOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Do the whole job on one model: measure, locate, intervene, verify; then look at OUT/report.html."""
-    from conflictscope.demo_study import headline, run_study
+    from conflictscope.study.method import method_named
 
-    summary = run_study(
-        model, relations=relation or [DEFAULT_RELATION], out=out, seed=seed, quick=quick, device=device, dtype=dtype
+    lab = make_lab(
+        model,
+        out,
+        relation=relation,
+        default=[DEFAULT_RELATION],
+        subjects=subjects,
+        seed=seed,
+        quick=quick,
+        device=device,
+        dtype=dtype,
     )
-    for line in headline(summary):
-        say(line)
-    say(f"Look at {out / 'report.html'}")
+    study(lab, [method_named(name) for name in METHODS], "demo", out, choices=("best",))
+    show_page(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,49 +17,45 @@ from conflictscope.cli.options import (
     MaxNewTokensOption,
     ModelOption,
     PromptsArgument,
+    RelationOption,
     SeedOption,
     say,
 )
-from conflictscope.cli.tables import print_frame
+from conflictscope.cli.studies import (
+    SUBJECTS,
+    BudgetOption,
+    ContextBudgetOption,
+    SubjectsOption,
+    make_lab,
+    show_page,
+    study,
+)
 from interp.errors import UserError
 
 app = typer.Typer(help="Learn a dial between memory and context, and set it.", no_args_is_help=True)
+
+_COUNTERFACT, _COUNTERFACT_SUBJECTS = "counterfact-competition", 1000
 
 
 @app.command("fit")
 def dial_fit(
     model: Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")] = DEFAULT_MODEL,
-    relation: Annotated[
-        list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable; four by default.")
-    ] = None,
-    budget: Annotated[
-        float,
-        typer.Option(help="Damage allowed: mean nats of KL divergence, without a context and on text it samples."),
-    ] = 0.02,
-    context_budget: Annotated[
-        float, typer.Option(help="The same for prompts with a context that agrees or is about something else.")
-    ] = 0.2,
+    relation: RelationOption = None,
+    budget: BudgetOption = 0.02,
+    context_budget: ContextBudgetOption = 0.2,
     max_scales: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
     feed_forward: Annotated[
         bool, typer.Option("--feed-forward", help="Let feed-forward layers move too, counted among the heads.")
     ] = False,
     steps: Annotated[int, typer.Option(min=3, help="Steps of learning in each direction.")] = 7,
-    subjects: Annotated[
-        int,
-        typer.Option(min=4, help="Subjects of each relation to learn from, and to test on, at most."),
-    ] = 40,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also measure other edits on the same prompts: OUT/comparison.json.")
-    ] = False,
+    subjects: SubjectsOption = SUBJECTS,
     leave_one_out: Annotated[
         bool,
-        typer.Option(
-            "--leave-one-out", help="Also learn without each relation and test on it: OUT/leave-one-out.json."
-        ),
+        typer.Option("--leave-one-out", help="Also learn without each relation and test on it: OUT/without-RELATION."),
     ] = False,
     counterfact: Annotated[
         Path | None,
-        typer.Option(help="Also test on CounterFact in the format of Competition of Mechanisms: OUT/counterfact.json."),
+        typer.Option(help="Also test on CounterFact in the format of Competition of Mechanisms: OUT/counterfact."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
         "out/dial"
@@ -67,21 +64,25 @@ def dial_fit(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/summary.json."""
-    from conflictscope import dial_comparison
-    from conflictscope.demo_study import headline
-    from conflictscope.dialing import RELATIONS, Dialing
+    """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/study.json.
+
+    Without --relation it is learned from facts of four relations that the model knows.
+    """
+    from conflictscope.methods.dial import DialEnds, asked_for_halfway, curve, fitted_dial, save_dial
+    from conflictscope.methods.learned_scales import ENDS, LearnedScales
+    from conflictscope.study.data import RELATIONS, file_prompts
+    from conflictscope.study.run import made_with
+    from interp.answers import DIRECTIONS
     from interp.facts import relation_named
     from interp.formats import load_dataset
-    from interp.models import load_model
     from interventions.fitting.scale_learning import ScaleTraining
 
     relations = list(dict.fromkeys(relation_named(name).name for name in relation or RELATIONS))
     if leave_one_out and len(relations) < 2:
         raise UserError("--leave-one-out needs two relations at least; give more of --relation.")
     if counterfact is not None:
-        load_dataset(counterfact, "counterfact-competition")
-    settings = ScaleTraining(
+        load_dataset(counterfact, _COUNTERFACT)
+    training = ScaleTraining(
         budget=budget,
         context_budget=context_budget,
         max_scales=max_scales,
@@ -89,17 +90,37 @@ def dial_fit(
         steps=steps,
         seed=seed,
     )
-    bridge = load_model(model, device=device, dtype=dtype)
-    dialing = Dialing(bridge, model, relations=relations, out=out, settings=settings, subjects=subjects)
-    for line in headline(dialing.run()):
-        say(line)
-    say(f"The dial is {out / 'dial.json'}, all numbers are in {out / 'summary.json'}")
-    if compare:
-        print_frame(dial_comparison.comparison_table(dial_comparison.Comparison(dialing).run()))
+    lab = make_lab(
+        model,
+        out,
+        relation=relations,
+        subjects=subjects,
+        seed=seed,
+        budgets=(budget, context_budget),
+        device=device,
+        dtype=dtype,
+    )
+    dial, method = fitted_dial(lab, training), LearnedScales(training, strengths=(1.0,))
+    record = study(lab, [method], "dial", out, choices=("best",))
+    asked = {f"towards_{towards}": asked_for_halfway(lab, dial, towards) for towards in DIRECTIONS}
+    replace(record, lines={"trust": curve(lab, dial)}, details={**record.details, "dial": asked}).save(out)
+    ends = {f"trust {ENDS[towards]:+g}": record.chosen(towards)[0].test for towards in DIRECTIONS}
+    settings = {**asdict(training), **made_with(lab)}
+    save_dial(lab, dial, out, measured={"unedited": record.unedited.test, **ends}, settings=settings)
+    show_page(out)
+    say(f"The dial is {out / 'dial.json'}")
     if leave_one_out:
-        print_frame(dial_comparison.transfer_table(dial_comparison.leave_one_out(dialing)))
+        for left_out in relations:
+            say(f"On {left_out}: scales that were learned without it, and the dial")
+            part = lab.on(lab.prompts.left_out(left_out))
+            study(part, [method, DialEnds(dial)], "dial", out / f"without-{left_out}", choices=("best",))
     if counterfact is not None:
-        print_frame(dial_comparison.counterfact_table(dial_comparison.counterfact(dialing, counterfact)))
+        say("On CounterFact: the dial")
+        other = file_prompts(
+            lab.model, counterfact, lab.records, subjects=_COUNTERFACT_SUBJECTS, seed=seed, format=_COUNTERFACT
+        )
+        part = lab.on(lab.prompts.tested_on(other.test, other.name))
+        study(part, [DialEnds(dial)], "dial", out / "counterfact", choices=("best",))
 
 
 @app.command("apply")

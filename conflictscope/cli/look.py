@@ -174,8 +174,8 @@ def record(
 ) -> None:
     """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
 
-    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them. To find
-    them it is asked closed-book first; its answers are kept in OUT-records.
+    Without --data the prompts are about facts that the model knows, in every phrasing. To find them it is asked
+    closed-book first; what it knows is kept in OUT-records.
     """
     from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activation_store import ActivationStore

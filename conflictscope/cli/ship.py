@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +35,8 @@ def inspect(
     about.add_row("model", f"{shape.name}: {shape.architecture}, {shape.n_layers} layers x {shape.n_heads} heads")
     known = [name for name in ("weights", "tokenizer") if getattr(shape, name) is not None]
     about.add_row("recognised by", ", ".join(["shape", *known]))
-    for entry in file.interventions:
-        about.add_row("changes", "; ".join(_described(entry)))
+    for intervention in file.build():
+        about.add_row("changes", "; ".join(intervention.described()))
     about.add_row("at", ", ".join(place.module for place in file.sites))
     source = file.provenance
     details = [
@@ -168,28 +168,6 @@ def _check_dtype(dtype: str) -> None:
 
     if dtype not in DTYPES:
         raise UserError(f"The dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-
-
-def _described(entry: Any) -> Iterator[str]:
-    """What an entry of a file does, in words."""
-    if entry.kind == "head_scaling":
-        around = " around their means" if any(head.mean is not None for head in entry.heads) else ""
-        listed = ", ".join(f"{head.layer}.{head.head} x {head.scale:g}" for head in entry.heads)
-        yield f"{len(entry.heads)} heads{around}: {listed}"
-    elif entry.kind == "feed_forward_scaling":
-        yield "feed-forward layers: " + ", ".join(f"{part.layer} x {part.scale:g}" for part in entry.layers)
-    elif entry.kind == "trust_dial":
-        yield f"a dial of {len(entry.scales)} scales, at {entry.trust:+g}"
-    elif entry.kind == "steering":
-        yield f"direction after layer {entry.layer} ({entry.mode}, strength {entry.strength:g}, {entry.tokens} tokens)"
-    elif entry.kind == "feature_edit":
-        features = sum(len(part.removed) + len(part.added) for part in entry.layers)
-        layers = ", ".join(str(part.layer) for part in entry.layers)
-        yield f"{features} features of layers {layers} (alpha {entry.alpha:g}, {entry.tokens} tokens)"
-    else:
-        yield f"behind a gate that reads the {entry.part} of layer {entry.layer}, above {entry.threshold:.3f}"
-        for inner in entry.interventions:
-            yield from _described(inner)
 
 
 def _is_estimate(value: Any) -> bool:

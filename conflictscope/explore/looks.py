@@ -31,10 +31,8 @@ from interp.generation import AnswerStep, answer_steps, continue_greedily
 from interp.inputs import most_positions, token_ids
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
-from interventions.base import Attachable, applied
+from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
-from interventions.dial import TrustDial
-from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from probes.detector import ConflictDetector, Detection
 
@@ -133,7 +131,6 @@ class Look:
 
     Attributes:
         example: The prompt with the context and the two answers; an answer that is not known is left out.
-        closed_book_prompt: The prompt without the context.
         unedited: The model as it is.
         edited: The model with the edit; ``None`` without one.
         detection: What the detector says of the unedited model; ``None`` without one.
@@ -143,7 +140,6 @@ class Look:
     """
 
     example: ConflictExample
-    closed_book_prompt: str
     unedited: Reading
     edited: Reading | None
     detection: Detection | None
@@ -153,10 +149,9 @@ class Look:
 
 
 class _Case(NamedTuple):
-    """A prompt with and without the context, and why its answers cannot race, if so."""
+    """A prompt, and why its answers cannot race, if so."""
 
     example: ConflictExample
-    closed_book_prompt: str
     no_race: str
 
 
@@ -210,7 +205,7 @@ class Explorer:
             UserError: If there is no such file.
         """
         chosen = self._file(file)
-        if any(isinstance(part, TrustDial) for part in _parts([chosen])):
+        if chosen.dials:
             return Dose("trust", -1.0, 1.0, chosen.dial.trust)
         return Dose("strength", *STRENGTHS, 1.0)
 
@@ -227,12 +222,11 @@ class Explorer:
             detection, heads = self._unedited(case)
             return Look(
                 example=case.example,
-                closed_book_prompt=case.closed_book_prompt,
                 unedited=self._reading(case, Edit()),
                 edited=self._reading(case, edit) if edit is not None and edits else None,
                 detection=detection,
                 heads=heads,
-                edited_heads=tuple(_edited_heads(edits)),
+                edited_heads=tuple(sorted({head for part in edits for head in part.edited_heads})),
                 no_race=case.no_race,
             )
 
@@ -250,30 +244,30 @@ class Explorer:
             raise UserError(f"There is no intervention {name!r}; there are {', '.join([UNEDITED, *self.files])}.")
         return self.files[name]
 
-    def _interventions(self, edit: Edit) -> list[InterventionFile | HeadScaling]:
+    def _interventions(self, edit: Edit) -> list[Intervention]:
         if not all(math.isfinite(number) for number in (edit.scale, edit.dose or 0.0)):
             raise UserError("A strength, trust or scale is a finite number; give another one.")
-        edits: list[InterventionFile | HeadScaling] = []
+        edits: list[Intervention] = []
         if edit.file != UNEDITED:
             file = self._file(edit.file)
             if edit.dose is not None:
                 by_trust = self.dose(edit.file).name == "trust"
                 file = file.at(trust=edit.dose) if by_trust else file.at(strength=edit.dose)
-            edits.append(file)
+            # Whether it is for this model was seen when it was taken up.
+            edits += file.build()
         if edit.head is not None and edit.scale != 1:
             edits.append(HeadScaling.of([edit.head], edit.scale))
         return edits
 
     def _find_case(self, asked: Asked) -> _Case:
-        bare = _prompt(asked.question)
         self._check_length(_prompt(asked.question, asked.context))
-        said = continue_greedily(self.model, [bare], max_new_tokens=MAX_NEW_TOKENS).answers[0]
+        said = continue_greedily(self.model, [_prompt(asked.question)], max_new_tokens=MAX_NEW_TOKENS).answers[0]
         opening = repeated_opening(said, asked.question) if _is_question(asked.question) else ""
-        closed_book, prompt = (_prompt(asked.question, context, opening) for context in ("", asked.context))
+        bare, prompt = (_prompt(asked.question, context, opening) for context in ("", asked.context))
         self._check_length(prompt)
         memory, context = asked.memory_answer, asked.context_answer
         if not (memory and context):
-            own = continue_greedily(self.model, [closed_book, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
+            own = continue_greedily(self.model, [bare, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
             memory = memory or short_answer(own[0])
             found = short_answer(own[1])
             # What the model says is the context's answer only if the context says it.
@@ -285,16 +279,17 @@ class Explorer:
             subject=asked.question,
             relation="asked",
             question=asked.question,
-            context=asked.context,
+            contexts=(asked.context,),
             memory_answers=(memory,) if memory else (),
             context_answers=(memory,) if agrees else (context,) if context else (),
             kind="aligned" if agrees else "conflict",
             template="asked",
             source="asked",
             prompt=prompt,
+            bare_prompt=bare,
             split="test",
         )
-        return _Case(example, closed_book, self._no_race(example))
+        return _Case(example, self._no_race(example))
 
     def _no_race(self, example: ConflictExample) -> str:
         if not example.memory_answers:
@@ -325,10 +320,9 @@ class Explorer:
 
     def _read(self, case: _Case, edit: Edit) -> Reading:
         example = case.example
-        edits: list[Attachable] = [*self._interventions(edit)]
-        with applied(self.model, *edits):
+        with applied(self.model, *self._interventions(edit)):
             answers = continue_greedily(
-                self.model, [case.closed_book_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
+                self.model, [example.bare_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
             ).answers
             steps = answer_steps(self.model, example.prompt, max_new_tokens=MAX_NEW_TOKENS)
             lens = None if case.no_race else logit_lens(self.model, _alone(example))
@@ -424,19 +418,3 @@ def _prompt(question: str, context: str = "", opening: str = "") -> str:
 
 def _alone(example: ConflictExample) -> ConflictSet:
     return ConflictSet("asked", (example,))
-
-
-def _parts(edits: Sequence[InterventionFile | HeadScaling]) -> list[object]:
-    """The single edits of interventions, also those behind gates."""
-    built = [part for edit in edits for part in (edit.build() if isinstance(edit, InterventionFile) else [edit])]
-    return [inner for part in built for inner in (part.edits if isinstance(part, ConflictGate) else [part])]
-
-
-def _edited_heads(edits: Sequence[InterventionFile | HeadScaling]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for part in _parts(edits):
-        if isinstance(part, HeadScaling):
-            found += [(head.layer, head.head) for head in part.heads if head.scale != 1]
-        elif isinstance(part, TrustDial):
-            found += [(g.layer, g.head) for g in part.scales if g.head is not None and g.at(part.trust) != 1]
-    return sorted(set(found))

@@ -1,8 +1,38 @@
 """Methods that move a model towards its memory or its context, a file each; see ``conflictscope.study.method``."""
 
+from conflictscope.methods.actadd import ActAdd
+from conflictscope.methods.caa import CAA
 from conflictscope.methods.cad import ContextAwareDecoding
 from conflictscope.methods.gate import Gate
+from conflictscope.methods.greedy_pruning import GreedyPruning
+from conflictscope.methods.hard_concrete import HardConcrete
+from conflictscope.methods.learned_scales import LearnedScales
+from conflictscope.methods.mean_ablation import MeanAblation
+from conflictscope.methods.other_answers import OtherAnswers
+from conflictscope.methods.probe_direction import ProbeDirection
+from conflictscope.methods.pruning import Pruning
+from conflictscope.methods.spare import Spare
+from conflictscope.methods.spare_ablations import SpareAddOnly, SpareConstant, SpareRemoveOnly
+from conflictscope.methods.task_vector import TaskVector
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study.method import Method
 
-ALL: tuple[type[Method], ...] = (ValueScaling, ContextAwareDecoding, Gate)
+ALL: tuple[type[Method], ...] = (
+    ValueScaling,
+    MeanAblation,
+    Pruning,
+    GreedyPruning,
+    LearnedScales,
+    HardConcrete,
+    OtherAnswers,
+    ActAdd,
+    CAA,
+    ProbeDirection,
+    TaskVector,
+    Spare,
+    SpareRemoveOnly,
+    SpareAddOnly,
+    SpareConstant,
+    ContextAwareDecoding,
+    Gate,
+)

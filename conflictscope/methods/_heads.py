@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
 
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from interp.answers import OPPOSITE, Direction
 from interp.attribution.scores import RankedHead, top_heads
+from interventions.feedforward import FeedForwardScaling
 from interventions.heads import HeadScaling, ScaledHead
+
+_T = TypeVar("_T")
 
 DRAWS = 2
 """How many times a random control is drawn."""
@@ -32,9 +38,10 @@ def strongest(ranking: Sequence[RankedHead], count: int) -> Heads:
     return tuple(sorted(top_heads(ranking, count)))
 
 
-def scaling(scales: Mapping[tuple[int, int], float]) -> HeadScaling:
-    """Heads scaled around zero."""
-    return HeadScaling(tuple(ScaledHead(*place, scale) for place, scale in sorted(scales.items())))
+def scaling(scales: Mapping[tuple[int, int], float], means: Tensor | None = None) -> HeadScaling:
+    """Heads scaled around zero, or around their mean outputs, ``(n_layers, n_heads, d_head)``."""
+    around = {place: None if means is None else tuple(means[place].tolist()) for place in scales}
+    return HeadScaling(tuple(ScaledHead(*place, scale, around[place]) for place, scale in sorted(scales.items())))
 
 
 def distinct(conditions: Iterable[Condition]) -> list[Condition]:
@@ -43,20 +50,28 @@ def distinct(conditions: Iterable[Condition]) -> list[Condition]:
 
 
 def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:
-    """As many heads at random, edited alike, drawn several times; none of the chosen ones, where enough are left."""
-    (edit,) = chosen.edits
-    if not isinstance(edit, HeadScaling):
-        edit = scaling(edit.head_scales)
-    taken = set(edit.edited_heads)
-    free = [place for place in lab.places if place not in taken]
-    places = free if len(free) >= len(edit.heads) else lab.places
+    """As many heads and feed-forward layers at random, edited alike, drawn several times.
+
+    None of them is a chosen one, where enough are left. Heads that take the place of ones held at their mean output are
+    held at their own.
+    """
+    parts = [part for edit in chosen.edits for part in edit.settled()]
+    heads = [h for part in parts for h in (part if isinstance(part, HeadScaling) else scaling(part.head_scales)).heads]
+    layers = dict(pair for part in parts if isinstance(part, FeedForwardScaling) for pair in part.scales)
+    means = lab.mean_outputs if any(h.mean is not None for h in heads) else None
     controls = []
     for draw in range(DRAWS):
-        drawn = lab.rng(chosen.name, draw).sample(places, len(edit.heads))
-        moved = (replace(h, layer=layer, head=head) for h, (layer, head) in zip(edit.heads, drawn, strict=True))
-        controls.append(
-            Condition(
-                "random_heads", chosen.towards, {"draw": draw}, (HeadScaling(tuple(moved)),), control_of=chosen.method
-            )
-        )
+        rng = lab.rng(chosen.name, draw)
+        places = _elsewhere(rng, lab.places, [(h.layer, h.head) for h in heads])
+        head_scales = dict(zip(places, (h.scale for h in heads), strict=True))
+        moved = _elsewhere(rng, range(lab.anatomy.n_layers), list(layers))
+        layer_scales = FeedForwardScaling(tuple(zip(moved, layers.values(), strict=True)))
+        edits = (*scaling(head_scales, means).settled(), *layer_scales.settled())
+        controls.append(Condition("random_heads", chosen.towards, {"draw": draw}, edits, control_of=chosen.method))
     return controls
+
+
+def _elsewhere(rng: random.Random, places: Sequence[_T], taken: Sequence[_T]) -> list[_T]:
+    """As many places as are taken, at random; none of these, where enough are left."""
+    free = [place for place in places if place not in taken]
+    return rng.sample(free if len(free) >= len(taken) else list(places), len(taken))

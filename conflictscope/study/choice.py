@@ -77,9 +77,16 @@ class Tried:
         """What a study's record says about it."""
         condition = self.condition
         about = {name: getattr(condition, name) for name in ("method", "towards", "does", "moved")}
-        kept = self.right.get("none")
-        numbers = {"rate": self.rate(condition.towards), "kept": kept, "damage": dict(self.damage)}
-        return {**about, "settings": dict(condition.settings), **numbers, "spent": self.spent(budgets)}
+        return {**about, "settings": dict(condition.settings), **self.numbers, "spent": self.spent(budgets)}
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The rate of the wanted source, the share of facts that are kept closed-book, and the damage by guard."""
+        return {
+            "rate": self.rate(self.condition.towards),
+            "kept": self.right.get("none"),
+            "damage": dict(self.damage),
+        }
 
 
 @dataclass(frozen=True)

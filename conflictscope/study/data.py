@@ -106,8 +106,10 @@ class Prompts:
         """Learn from all relations but one, and test on that one.
 
         Raises:
-            UserError: If nothing is left of a split.
+            UserError: If it is none of them, or nothing is left of a split.
         """
+        if relation not in self.relations or len(self.relations) < 2:
+            raise UserError(f"{relation} cannot be left out of {', '.join(self.relations)}; give one of two or more.")
         others = tuple(name for name in self.relations if name != relation)
         train, dev = (_only(self.part(split), others) for split in ("train", "dev"))
         return replace(

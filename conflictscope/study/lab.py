@@ -82,6 +82,24 @@ class Lab:
         self._saes = saes
         self._chosen: dict[tuple[str, Direction], Chosen] = {}
 
+    def on(self, prompts: Prompts) -> Lab:
+        """A lab for the same model on other prompts, which keeps its results in the same place."""
+        return Lab(
+            self.model,
+            self.name,
+            prompts,
+            self.records,
+            seed=self.seed,
+            quick=self.quick,
+            budgets=self.budgets,
+            saes=self._saes,
+        )
+
+    @property
+    def asked(self) -> ConflictSet:
+        """Test's prompts."""
+        return self.prompts.test
+
     @cached_property
     def identity(self) -> ModelIdentity:
         """What the model is recognised by."""
@@ -213,18 +231,27 @@ class Lab:
             UserError: If the data lacks a kind of prompts.
         """
         splits: tuple[Literal["train", "dev"], ...] = ("train", "dev")
-        sizes = {"conflicts": 8, "guards": 4}
         return {
             split: ScaleData(
                 self.model,
                 self.prompts.part(split).examples,
                 self.texts(split),
-                **(sizes if self.quick else _LEARNED_FROM[split]),
+                **self._learned_from[split],
                 seed=self.seed,
                 progress=f"Guards: {split}",
             )
             for split in splits
         }
+
+    @property
+    def scale_basis(self) -> list[Any]:
+        """What ``scale_data`` depends on, for the keys of records: it need not be made to find what was learned."""
+        digests = [self.prompts.train.digest, self.prompts.dev.digest]
+        return [*digests, self.texts("train"), self.texts("dev"), self._learned_from, self.seed]
+
+    @property
+    def _learned_from(self) -> dict[str, dict[str, int]]:
+        return {split: {"conflicts": 8, "guards": 4} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
 
     @cached_property
     def saes(self) -> Sequence[SparseAutoencoder]:

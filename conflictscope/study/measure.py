@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -32,7 +32,9 @@ from interp.statistics import bootstrap_mean
 from interventions.base import EDITS_VERSION, applied
 
 if TYPE_CHECKING:
-    from conflictscope.study.lab import Lab
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from conflictscope.study.records import Records
 
 COST_VERSION = 1
 """Version of how the cost is measured."""
@@ -58,9 +60,22 @@ class Result:
     closed_book: bool
 
 
-def measure(lab: Lab, condition: Condition) -> Result:
+class Bench(Protocol):
+    """What conditions are measured on, for example a ``Lab``: a model, what is asked, and where results are kept."""
+
+    model: TransformerBridge
+    records: Records
+    seed: int
+
+    @property
+    def asked(self) -> ConflictSet:
+        """Test's prompts."""
+        ...
+
+
+def measure(lab: Bench, condition: Condition) -> Result:
     """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
-    asked, digest = lab.prompts.test, condition.digest
+    asked, digest = lab.asked, condition.digest
     rule = condition.decoding.combined if condition.decoding.needs_bare else None
 
     def answers() -> UsageReport:
@@ -122,9 +137,9 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
     return record
 
 
-def _cost(lab: Lab, condition: Condition) -> dict[str, float]:
+def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
-    some = evenly(lab.prompts.test.select(kind="conflict"), _TIMED, lab.seed)
+    some = evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)
     plain, asked = (ConflictSet("timed", tuple(part)) for part in (some, condition.asked(some)))
     rule = condition.decoding.combined if condition.decoding.needs_bare else None
 

@@ -1,6 +1,6 @@
-"""Learn gates by constrained Gauss-Newton steps: every prompt's gradient counts, and damage is a constraint.
+"""Learn scales by constrained Gauss-Newton steps: every prompt's gradient counts, and damage is a constraint.
 
-With s the scales of all gates, a step does this:
+With s all scales, a step does this:
 
 1. Each row of a batch gets scales of its own, so that one backward pass gives the gradient of every prompt's loss.
 2. They make local quadratic models. The objective: mean -log p of the wanted answers to conflict prompts, plus the
@@ -11,8 +11,8 @@ With s the scales of all gates, a step does this:
 3. The step minimises the objective's model such that each guard's model stays within its budget, by dual ascent on
    the multipliers; the length of the step is limited in the same way. Models flatter the prompts that they were made
    of: their budgets are tightened while fresh prompts diverge by more than the user's, and relaxed while by less.
-4. Until two thirds of the steps, gates are closed (scale 1) down to the wanted number, by the same share each time:
-   those whose closing costs least once all others make up for it (optimal brain surgeon: Hassibi and Stork 1993,
+4. Until two thirds of the steps, scales are closed (1 for good) down to the wanted number, by the same share each
+   time: those whose closing costs least once all others make up for it (optimal brain surgeon: Hassibi and Stork 1993,
    equation 5).
 """
 
@@ -31,7 +31,7 @@ from interventions.fitting.scale_data import (
     GUARDS,
     Guard,
     Guarded,
-    Place,
+    HeadOrLayer,
     answer_losses,
     divergences,
     finite,
@@ -45,7 +45,7 @@ from interventions.fitting.scale_data import (
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from interventions.fitting.scale_learning import ScaleTraining
+    from interventions.fitting.scale_training import ScaleTraining
 
 # What each step leaves of the weight of earlier prompts; how far curvature is drawn towards its diagonal, and towards
 # that of all guards.
@@ -83,17 +83,17 @@ class Model(NamedTuple):
         value = self.value + float(self.gradient @ way + way @ bent / 2)
         return Model(value, self.gradient + bent, self.curvature)
 
-    def among(self, gates: Tensor) -> Model:
-        """The same function of some gates, while the others stay."""
-        return Model(self.value, self.gradient[gates], self.curvature[gates][:, gates])
+    def among(self, scales: Tensor) -> Model:
+        """The same function of some scales, while the others stay."""
+        return Model(self.value, self.gradient[scales], self.curvature[scales][:, scales])
 
 
 class Step(NamedTuple):
     """A solved step.
 
     Attributes:
-        scales: Where it leads, ``(n_gates,)``.
-        curvature: Of the Lagrangian among the open gates, ``(n_open, n_open)``, float64.
+        scales: Where it leads, ``(n_scales,)``.
+        curvature: Of the Lagrangian among the open scales, ``(n_open, n_open)``, float64.
     """
 
     scales: Tensor
@@ -108,10 +108,10 @@ class Average:
         weight: Sum of the weights of what was counted, ``()``.
     """
 
-    def __init__(self, n_gates: int) -> None:
+    def __init__(self, n_scales: int) -> None:
         self.value = torch.zeros(())
-        self.gradient = torch.zeros(n_gates)
-        self.curvature = torch.zeros(n_gates, n_gates)
+        self.gradient = torch.zeros(n_scales)
+        self.curvature = torch.zeros(n_scales, n_scales)
         self.weight = torch.zeros(())
 
     def add(self, value: Tensor, gradient: Tensor, curvature: Tensor) -> None:
@@ -132,7 +132,7 @@ class Average:
 
 
 def constrained_step(
-    objective: Model, constraints: Sequence[Model], budgets: Sequence[float], present: Tensor, open_gates: Tensor
+    objective: Model, constraints: Sequence[Model], budgets: Sequence[float], present: Tensor, open_scales: Tensor
 ) -> Step:
     """Where the objective's model is least while every constraint's model is within its budget.
 
@@ -143,21 +143,21 @@ def constrained_step(
         objective: Its model; the value does not matter.
         constraints: The models of what is limited.
         budgets: The largest value of each.
-        present: The present scales, ``(n_gates,)``.
-        open_gates: Which gates may move, ``(n_gates,)``; the others go to 1.
+        present: The present scales, ``(n_scales,)``.
+        open_scales: Which scales may move, ``(n_scales,)``; the others go to 1.
     """
-    gates = open_gates.nonzero().flatten()
-    forced = torch.where(open_gates, 0.0, 1 - present).double()
-    identity = torch.eye(len(gates), dtype=torch.double)
-    nothing = torch.zeros(len(gates), dtype=torch.double)
-    goal = objective.at(forced).among(gates)
+    free = open_scales.nonzero().flatten()
+    forced = torch.where(open_scales, 0.0, 1 - present).double()
+    identity = torch.eye(len(free), dtype=torch.double)
+    nothing = torch.zeros(len(free), dtype=torch.double)
+    goal = objective.at(forced).among(free)
     goal = Model(
         goal.value,
-        goal.gradient + _RIDGE * (present[gates] - 1).double(),
+        goal.gradient + _RIDGE * (present[free] - 1).double(),
         goal.curvature + _RIDGE * identity,
     )
     # The length of the step is limited like the rest: |step|^2 / 2 is a quadratic too.
-    limits = [*(model.at(forced).among(gates) for model in constraints), Model(0.0, nothing, identity)]
+    limits = [*(model.at(forced).among(free) for model in constraints), Model(0.0, nothing, identity)]
     largest = torch.tensor([*budgets, _LARGEST_STEP**2 / 2], dtype=torch.double)
     gradients = torch.stack([limit.gradient for limit in limits])
     curvatures = torch.stack([limit.curvature for limit in limits])
@@ -173,13 +173,13 @@ def constrained_step(
         if settled:
             break
     scales = torch.ones_like(present)
-    scales[gates] = present[gates] + step.to(present)
+    scales[free] = present[free] + step.to(present)
     return Step(scales, curvature)
 
 
-def closing_costs(found: Step, open_gates: Tensor) -> Tensor:
-    """What closing each open gate would add to the Lagrangian once all others make up for it, ``(n_open,)``."""
-    away = (found.scales[open_gates] - 1).double()
+def closing_costs(found: Step, open_scales: Tensor) -> Tensor:
+    """What closing each open scale would add to the Lagrangian once all others make up for it, ``(n_open,)``."""
+    away = (found.scales[open_scales] - 1).double()
     return away**2 / (2 * torch.linalg.inv(found.curvature).diagonal())
 
 
@@ -197,7 +197,7 @@ class GaussNewton:
         settings: What decides the training.
 
     Attributes:
-        places: ``(layer, head)`` of every gate; head ``None`` is the feed-forward layer.
+        places: What has a scale.
         step: How many steps were made.
     """
 
@@ -205,14 +205,14 @@ class GaussNewton:
         self.settings = settings
         self.places = scale_places(model, feed_forward=settings.feed_forward)
         self.step = 0
-        n_gates = len(self.places)
-        self._scales = torch.ones(n_gates)
-        self._open = torch.ones(n_gates, dtype=torch.bool)
+        n_scales = len(self.places)
+        self._scales = torch.ones(n_scales)
+        self._open = torch.ones(n_scales, dtype=torch.bool)
         self._budgets = torch.tensor([settings.budgets[kind] for kind in GUARDS])
-        self._averages = {name: Average(n_gates) for name in ("wanted", "right", *GUARDS)}
+        self._averages = {name: Average(n_scales) for name in ("wanted", "right", *GUARDS)}
 
     def scales(self) -> Tensor:
-        """The scales as they are, ``(n_gates,)``; exactly 1 for closed gates."""
+        """The scales as they are, ``(n_scales,)``; exactly 1 where closed."""
         return self._scales.clone()
 
     def descend(
@@ -275,10 +275,10 @@ class GaussNewton:
             self._averages[kind].add(divergence, gradients[0].mean(0), outer / len(guarded))
 
     def _most_open(self) -> int:
-        """How many gates may be open after this step."""
+        """How many scales may be open after this step."""
         share = min(1.0, (self.step + 1) / max(1, self.settings.steps * 2 // 3))
-        n_gates = len(self.places)
-        return max(self.settings.max_scales, round(n_gates * (self.settings.max_scales / n_gates) ** share))
+        n_scales = len(self.places)
+        return max(self.settings.max_scales, round(n_scales * (self.settings.max_scales / n_scales) ** share))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step needs, but the number of steps."""
@@ -290,11 +290,11 @@ class GaussNewton:
 
         Raises:
             KeyError: If one is missing; nothing is restored then.
-            ValueError: If they are of another number of gates; likewise.
+            ValueError: If they are of another number of scales; likewise.
         """
         found = {name: tensors[name] for name in self.tensors()}
         if found["scales"].shape != self._scales.shape:
-            raise ValueError("another number of gates")
+            raise ValueError("another number of scales")
         self._scales, self._open, self._budgets = found["scales"], found["open"], found["budgets"]
         for name, average in self._averages.items():
             vars(average).update({key: found[f"{name}.{key}"] for key in vars(average)})
@@ -313,7 +313,7 @@ def pooled(models: Sequence[Model]) -> list[Model]:
 
 def gradients_by_row(
     model: TransformerBridge,
-    places: Sequence[Place],
+    places: Sequence[HeadOrLayer],
     scales: Tensor,
     items: Sequence[Continued],
     losses: Callable[[Tensor, list[int]], list[Tensor]],
@@ -322,14 +322,14 @@ def gradients_by_row(
 
     Args:
         model: The bridge.
-        places: ``(layer, head)`` of every gate.
-        scales: ``(n_gates,)``.
+        places: What has a scale.
+        scales: ``(n_scales,)``.
         items: What is run.
         losses: Takes log-probabilities ``(sum of predicted, d_vocab)`` and the numbers of a batch's items; returns
             losses ``(n_items in the batch,)``.
 
     Returns:
-        The losses ``(n_losses, n_items)`` and their gradients ``(n_losses, n_items, n_gates)``.
+        The losses ``(n_losses, n_items)`` and their gradients ``(n_losses, n_items, n_scales)``.
     """
     values: list[Tensor] = []
     gradients: list[Tensor] = []
@@ -364,7 +364,7 @@ def _guard_losses(
 
 
 def gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean value, gradient and curvature of losses -log p, ``(n_items,)`` and ``(n_items, n_gates)``."""
+    """Mean value, gradient and curvature of losses -log p, ``(n_items,)`` and ``(n_items, n_scales)``."""
     p = (-losses).exp()
     odds = (p / (1 - p)).clamp(_FLATTEST, _STEEPEST)
     return losses.mean(), gradients.mean(0), (gradients.T * odds) @ gradients / len(losses)

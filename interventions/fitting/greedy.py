@@ -1,7 +1,7 @@
 """Remove heads one after the other, each the best one given those that are gone: exact greedy selection.
 
 The discrete baseline between ranking all heads once, each on its own (PH3: Jin et al. 2024, arXiv 2402.18154), and
-gates that are learned together (``gate_training``). The objective is the mean log-probability of the wanted answers,
+scales that are learned together (``scale_learning``). The objective is the mean log-probability of the wanted answers,
 teacher forced, over conflict prompts. Each step:
 
 1. One forward and backward pass with a scale for every head, 0 for those that are gone and 1 for the others: minus the

@@ -1,15 +1,15 @@
-"""Learn gates by gradient descent with hard concrete masks, and damage as a constraint.
+"""Learn scales by gradient descent with hard concrete masks, and damage as a constraint.
 
-With s the scales of all gates, s = 1 + m * d:
+With s all scales, s = 1 + m * d:
 
-1. d are free offsets, m are hard concrete gates (Louizos et al. 2018, arXiv 1712.01312): samples of a stretched binary
-   concrete distribution, cut off at 0 and 1, so that gates close exactly and still have a gradient.
+1. d are free offsets, m are hard concrete masks (Louizos et al. 2018, arXiv 1712.01312): samples of a stretched binary
+   concrete distribution, cut off at 0 and 1, so that masks close exactly and still have a gradient.
 2. Adam minimises the mean of -log p(wanted answer) over conflict prompts, under two kinds of constraints: each guard's
-   KL divergence from the unedited model is at most its budget, and the expected number of open gates is at most the
+   KL divergence from the unedited model is at most its budget, and the expected number of open masks is at most the
    wanted one.
 3. The constraints are held by multipliers that rise while a constraint is broken and fall while there is room: dual
    ascent, next to Adam's descent.
-4. After two thirds of the steps the gates that move most are kept for good, without noise, and only their scales are
+4. After two thirds of the steps the scales that move most are kept for good, without noise, and only these are
    learned on.
 """
 
@@ -41,7 +41,7 @@ from interventions.fitting.scale_data import (
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from interventions.fitting.scale_learning import ScaleTraining
+    from interventions.fitting.scale_training import ScaleTraining
 
 # Of the hard concrete distribution: its temperature, and how far it is stretched beyond 0 and 1.
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
@@ -60,9 +60,9 @@ class MaskedScales:
         settings: What decides the training.
 
     Attributes:
-        places: ``(layer, head)`` of every gate; head ``None`` is the feed-forward layer.
-        offset, location: The learned numbers, ``(n_gates,)``.
-        kept: 1 for gates that are kept for good, 0 for others, ``(n_gates,)``; ``None`` before that is decided.
+        places: What has a scale.
+        offset, location: The learned numbers, ``(n_scales,)``.
+        kept: 1 for scales that are kept for good, 0 for others, ``(n_scales,)``; ``None`` before that is decided.
     """
 
     def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
@@ -72,7 +72,7 @@ class MaskedScales:
         self.kept: Tensor | None = None
 
     def sampled(self, generator: torch.Generator) -> Tensor:
-        """Scales with noise, ``(n_gates,)``."""
+        """Scales with noise, ``(n_scales,)``."""
         if self.kept is not None:
             return 1 + self.kept * self.offset
         uniform = torch.rand(len(self.places), generator=generator).clamp(1e-6, 1 - 1e-6)
@@ -80,17 +80,17 @@ class MaskedScales:
         return 1 + _stretched((logistic + self.location) / _TEMPERATURE) * self.offset
 
     def scales(self) -> Tensor:
-        """Scales without noise, ``(n_gates,)``; 1 for gates that were not kept, once that is decided."""
+        """Scales without noise, ``(n_scales,)``; 1 for those that were not kept, once that is decided."""
         with torch.no_grad():
             opened = _stretched(self.location) if self.kept is None else self.kept
             return 1 + opened * self.offset
 
     def expected_open(self) -> Tensor:
-        """How many gates are open on average."""
+        """How many masks are open on average."""
         return torch.sigmoid(self.location - _TEMPERATURE * math.log(-_LOW / _HIGH)).sum()
 
     def keep(self, count: int) -> None:
-        """Keep the ``count`` gates that move most for good."""
+        """Keep the ``count`` scales that move most for good."""
         moved = (self.scales() - 1).abs()
         with torch.no_grad():
             self.offset.copy_(self.scales() - 1)
@@ -103,35 +103,35 @@ def _stretched(logits: Tensor) -> Tensor:
 
 
 class HardConcrete:
-    """The gates of one direction, and how far their learning is.
+    """The scales of one direction, and how far their learning is.
 
     Args:
         model: The bridge.
         settings: What decides the training.
 
     Attributes:
-        places: ``(layer, head)`` of every gate; head ``None`` is the feed-forward layer.
+        places: What has a scale.
         step: How many steps were made.
     """
 
     def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
         self.settings = settings
         self.step = 0
-        self._gates = MaskedScales(model, settings)
-        self.places = self._gates.places
+        self._masked = MaskedScales(model, settings)
+        self.places = self._masked.places
         self._optimiser = torch.optim.Adam(
             [
-                {"params": [self._gates.offset], "lr": _LEARNING_RATE},
-                {"params": [self._gates.location], "lr": 3 * _LEARNING_RATE},
+                {"params": [self._masked.offset], "lr": _LEARNING_RATE},
+                {"params": [self._masked.location], "lr": 3 * _LEARNING_RATE},
             ],
             betas=(0.8, 0.98),
         )
-        # One for each guard, then that of the number of open gates.
+        # One for each guard, then that of the number of open masks.
         self._multipliers = torch.tensor([1.0] * len(GUARDS) + [0.0])
 
     def scales(self) -> Tensor:
-        """The scales without noise, ``(n_gates,)``."""
-        return self._gates.scales()
+        """The scales without noise, ``(n_scales,)``."""
+        return self._masked.scales()
 
     def descend(
         self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
@@ -143,10 +143,10 @@ class HardConcrete:
         """
         settings = self.settings
         if self.step == settings.steps * 2 // 3:
-            self._gates.keep(settings.max_scales)
+            self._masked.keep(settings.max_scales)
         rng = random.Random(f"{settings.seed}/{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        sampled = self._gates.sampled(generator)
+        sampled = self._masked.sampled(generator)
         # Passes are made one by one; their gradients meet here.
         scales = sampled.detach().requires_grad_()
         drawn = _drawn(rng, wanted, settings.conflicts)
@@ -171,8 +171,8 @@ class HardConcrete:
             values = _backward([guard.item for _, guard in guarded], weights, damage)
         assert scales.grad is not None
         objective = (sampled * finite(scales.grad).to(sampled)).sum()
-        if self._gates.kept is None:
-            count = self._gates.expected_open() / settings.max_scales
+        if self._masked.kept is None:
+            count = self._masked.expected_open() / settings.max_scales
             objective = objective + float(self._multipliers[-1]) * count
             self._multipliers[-1] = max(0.0, self._multipliers[-1] + _SPARSITY_RATE * (count.item() - 1))
         self._optimiser.zero_grad()
@@ -187,10 +187,10 @@ class HardConcrete:
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step needs, but the number of steps."""
         moments = self._optimiser.state_dict()["state"]
-        kept = {} if self._gates.kept is None else {"kept": self._gates.kept}
+        kept = {} if self._masked.kept is None else {"kept": self._masked.kept}
         return {
-            "offset": self._gates.offset.detach(),
-            "location": self._gates.location.detach(),
+            "offset": self._masked.offset.detach(),
+            "location": self._masked.location.detach(),
             "multipliers": self._multipliers,
             **kept,
             **{f"adam.{number}.{name}": value for number, state in moments.items() for name, value in state.items()},
@@ -201,21 +201,21 @@ class HardConcrete:
 
         Raises:
             KeyError: If one is missing.
-            ValueError: If they are of another number of gates.
+            ValueError: If they are of another number of scales.
         """
         offset, location, multipliers = (tensors[name] for name in ("offset", "location", "multipliers"))
-        if offset.shape != self._gates.offset.shape:
-            raise ValueError("another number of gates")
+        if offset.shape != self._masked.offset.shape:
+            raise ValueError("another number of scales")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
                 _, number, moment = name.split(".")
                 moments.setdefault(int(number), {})[moment] = value
         with torch.no_grad():
-            self._gates.offset.copy_(offset)
-            self._gates.location.copy_(location)
+            self._masked.offset.copy_(offset)
+            self._masked.location.copy_(location)
         self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": moments})
-        self._gates.kept, self._multipliers, self.step = tensors.get("kept"), multipliers, step
+        self._masked.kept, self._multipliers, self.step = tensors.get("kept"), multipliers, step
 
 
 def _backward(items: Sequence[Continued], weights: Sequence[float], loss: Callable[[list[int]], Tensor]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What gates are learned from and checked on: conflict prompts, and guards that are to stay as they are.
+"""What scales are learned from and checked on: conflict prompts, and guards that are to stay as they are.
 
 Guards are prompts without a context, with one that agrees and one about something else (each followed by the memory
 answer), and text, for example sampled from the model. What an edit does to a guard is the KL divergence of the next
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
+from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.teacher_forcing import (
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 Guard = Literal["none", "aligned", "irrelevant", "neutral"]
 GUARDS: tuple[Guard, ...] = get_args(Guard)
-Place = tuple[int, int | None]
+HeadOrLayer = tuple[int, int | None]
+"""``(layer, head)`` of what is scaled; head ``None`` is the feed-forward layer."""
 
 _TRIES, _MARGIN, _NEARLY_ALL, _FURTHEST = 8, 0.97, 0.9, 1.5
 _LONGEST_TEXT = 48
@@ -84,7 +86,7 @@ class ScaleData:
         self.model = model
         by_kind = {kind: [e for e in examples if e.kind == kind] for kind in ("conflict", *GUARDS[:3])}
         if missing := [kind for kind, found in by_kind.items() if not found]:
-            raise UserError(f"Gates are learned from prompts of every kind, but there are none of {missing[0]!r}.")
+            raise UserError(f"Scales are learned from prompts of every kind, but there are none of {missing[0]!r}.")
         self.conflicts = evenly(by_kind["conflict"], conflicts, seed)
         kept = {kind: evenly(by_kind[kind], guard_count(kind, guards), seed) for kind in GUARDS[:3]}
         items_of: dict[Guard, list[Continued]] = {
@@ -93,14 +95,14 @@ class ScaleData:
         cut = [text_tokens(model, text, _LONGEST_TEXT) for text in texts]
         items_of["neutral"] = [item for item in cut if item.predicted > 0]
         if not items_of["neutral"]:
-            raise UserError("Gates are guarded by ordinary text too, but there is none of two tokens or more.")
+            raise UserError("Scales are guarded by ordinary text too, but there is none of two tokens or more.")
         every = [item for items in items_of.values() for item in items]
         references = iter(item_residuals(model, every, progress=progress))
         self.guards: dict[Guard, list[Guarded]] = {
             kind: [Guarded(item, next(references)) for item in items] for kind, items in items_of.items()
         }
 
-    def wanted(self, towards: Literal["context", "memory"], *, shuffled_by: int | None = None) -> list[Continued]:
+    def wanted(self, towards: Direction, *, shuffled_by: int | None = None) -> list[Continued]:
         """The conflict prompts with the answers of one source; with a seed, each with another prompt's answer.
 
         Answers are then drawn among those of the same relation that are none of a prompt's own. A prompt for which
@@ -150,25 +152,25 @@ def finite(gradients: Tensor) -> Tensor:
         UserError: If they left the range of the model's dtype.
     """
     if not gradients.isfinite().all():
-        raise UserError("The gates' gradients are not finite; load the model with --dtype float32 or bfloat16.")
+        raise UserError("The scales' gradients are not finite; load the model with --dtype float32 or bfloat16.")
     return gradients
 
 
-def scale_places(model: TransformerBridge, *, feed_forward: bool) -> list[Place]:
-    """``(layer, head)`` of every gate that a model can have; head ``None`` is the feed-forward layer."""
+def scale_places(model: TransformerBridge, *, feed_forward: bool) -> list[HeadOrLayer]:
+    """Everything of a model that can have a scale."""
     anatomy = Anatomy(model)
-    heads: list[Place] = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
+    heads: list[HeadOrLayer] = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
     return heads + [(layer, None) for layer in range(anatomy.n_layers) if feed_forward]
 
 
 @contextmanager
-def scaled(model: TransformerBridge, places: Sequence[Place], scales: Tensor) -> Iterator[None]:
+def scaled(model: TransformerBridge, places: Sequence[HeadOrLayer], scales: Tensor) -> Iterator[None]:
     """Scale heads and feed-forward layers for the length of a ``with`` block, with a gradient to ``scales``.
 
     Args:
         model: The bridge.
-        places: ``(layer, head)`` of every gate.
-        scales: ``(n_gates,)``, or ``(batch, n_gates)`` for scales of each row's own.
+        places: What has a scale.
+        scales: ``(n_scales,)``, or ``(batch, n_scales)`` for scales of each row's own.
     """
     anatomy = Anatomy(model)
     part = anatomy.writing_part("mlp")
@@ -263,7 +265,7 @@ def check_scales(
     model: TransformerBridge,
     data: ScaleData,
     wanted: Sequence[Continued],
-    places: Sequence[Place],
+    places: Sequence[HeadOrLayer],
     scales: Tensor,
     *,
     within: Mapping[Guard, float] | None = None,
@@ -297,7 +299,7 @@ def to_budget(
     model: TransformerBridge,
     data: ScaleData,
     wanted: Sequence[Continued],
-    places: Sequence[Place],
+    places: Sequence[HeadOrLayer],
     scales: Tensor,
     budgets: Mapping[Guard, float],
 ) -> tuple[Tensor, Checked]:

@@ -1,95 +1,48 @@
-"""Learn the gates of a trust dial: all scales together, few of them moved, and damage within a budget.
+"""Learn the scales of a trust dial: all together, few of them moved, and damage within a budget.
 
 For one direction, find the scales of all heads (and, if wanted, of all feed-forward layers) under which conflict
 prompts are answered from the wanted source, while guards keep their next-token distribution within a budget of KL
 divergence and only so many scales differ from 1. Two learners do that:
 
-``gauss_newton``   constrained second-order steps; gates are closed by what that costs. The default.
-``hard_concrete``  Adam, with noisy gates that close exactly (Louizos et al. 2018) and dual ascent on the budgets.
+``gauss_newton``   constrained second-order steps; scales go back to 1 by what that costs. The default.
+``hard_concrete``  Adam, with noisy masks that close exactly (Louizos et al. 2018) and dual ascent on the budgets.
 
 Either way, the last steps' scales are tried on dev: moved on their line from 1 to where the budget is used up there.
-The ones with the best answers on dev win. The other direction has gates of its own; the two make one dial.
+The ones with the best answers on dev win. The other direction has scales of its own; the two make one dial.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.errors import UserError
+from interp.answers import Direction
 from interp.files import atomic_path
 from interp.generation import tracked
 from interp.teacher_forcing import Continued
 from interventions.fitting.gauss_newton import GaussNewton
 from interventions.fitting.hard_concrete import HardConcrete
-from interventions.fitting.scale_data import GUARDS, Checked, Guard, Guarded, Place, ScaleData, to_budget
+from interventions.fitting.scale_data import Checked, Guard, Guarded, HeadOrLayer, ScaleData, to_budget
+from interventions.fitting.scale_training import LearnerName, ScaleTraining
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-LearnerName = Literal["gauss_newton", "hard_concrete"]
 SCALES_VERSION = 1
-"""Version of the learners: raise it when the same data and settings would give other gates."""
-
-
-@dataclass(frozen=True)
-class ScaleTraining:
-    """What decides a training.
-
-    Attributes:
-        budget: Largest mean KL divergence (nats) from the unedited model on prompts without a context, and on text that
-            it sampled.
-        context_budget: The same on prompts with a context that agrees, or is about something else.
-        max_scales: Most heads (and feed-forward layers) that may move, in each direction.
-        feed_forward: Whether feed-forward layers have gates too.
-        learner: Who learns.
-        steps: Steps of the learner. Up to the default, every step sees fresh prompts.
-        conflicts: Conflict prompts a step.
-        guards: Prompts without a context a step; half as many of every other guard.
-        shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
-            control, which should gain nothing.
-        seed: Of noise and order.
-    """
-
-    budget: float = 0.02
-    context_budget: float = 0.2
-    max_scales: int = 40
-    feed_forward: bool = False
-    learner: LearnerName = "gauss_newton"
-    steps: int = 7
-    conflicts: int = 36
-    guards: int = 16
-    shuffled: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "context_budget"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
-        for name, least in (("max_scales", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"Learning gates needs {name} of at least {least}, not {getattr(self, name)}.")
-        if self.learner not in get_args(LearnerName):
-            raise UserError(f"There is no learner {self.learner!r}; choose among {', '.join(get_args(LearnerName))}.")
-
-    @property
-    def budgets(self) -> dict[Guard, float]:
-        """The budget of each guard."""
-        return {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
+"""Version of the learners: raise it when the same data and settings would give other scales."""
 
 
 class Learner(Protocol):
     """What learns the scales of one direction, step by step."""
 
-    places: list[Place]
+    places: list[HeadOrLayer]
     step: int
 
     def descend(
@@ -98,7 +51,7 @@ class Learner(Protocol):
         """Make one step."""
 
     def scales(self) -> Tensor:
-        """The scales as they are, ``(n_gates,)``."""
+        """The scales as they are, ``(n_scales,)``."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -120,12 +73,12 @@ class LearnedScales:
     """Scales that were learned for one direction, within the budget on dev.
 
     Attributes:
-        places: ``(layer, head)`` of the gates that move; head ``None`` is the feed-forward layer.
+        places: What moves.
         scales: Their scales, as many.
         dev: What they do on dev.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[HeadOrLayer, ...]
     scales: tuple[float, ...]
     dev: Checked
 
@@ -134,13 +87,13 @@ def learn_scales(
     model: TransformerBridge,
     train: ScaleData,
     dev: ScaleData,
-    towards: Literal["context", "memory"],
+    towards: Direction,
     settings: ScaleTraining,
     *,
     checkpoint: Path | None = None,
     progress: str | None = None,
 ) -> LearnedScales:
-    """Learn the gates of one direction.
+    """Learn the scales of one direction.
 
     Args:
         model: The bridge.

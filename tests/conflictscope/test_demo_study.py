@@ -22,7 +22,7 @@ from interp.facts import usable_facts
 from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from interventions.heads import HeadScaling
 
 

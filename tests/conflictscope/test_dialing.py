@@ -21,7 +21,7 @@ from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from tests.conflictscope.cli import test_cli

@@ -116,7 +116,7 @@ def test_a_model_that_knows_nothing_leaves_an_empty_set(tiny_llama):
 
 
 def test_what_a_real_model_knows_is_what_it_answers_right_prompt_by_prompt(smollm2):
-    lands = {"France", "Nauru", "Bhutan", "Peru", "Kazakhstan"}
+    lands = {"France", "Nauru", "Peru"}
     phrasings = (*SEEN_PHRASINGS, "note", HELD_OUT_PHRASING)
     facts = [fact for fact in load_facts("capital") if fact.subject in lands]
 

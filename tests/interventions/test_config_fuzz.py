@@ -165,6 +165,9 @@ def fuzzed(tiny_directories, tmp_path_factory) -> Iterator[Fuzzed]:
     folders["old"] = root / "old"
     folders["old"].mkdir()
     (folders["old"] / "edit.json").write_text(json.dumps(of_version_1(folders["scales"] / "edit.json")))
+    folders["dial"] = root / "dial"
+    folders["dial"].mkdir()
+    (folders["dial"] / "edit.json").write_text(json.dumps(of_version_2(folders["scales"] / "edit.json")))
     for name, folder in folders.items():
         if (folder / TENSORS).exists():
             content = (folder / TENSORS).read_bytes()
@@ -193,12 +196,21 @@ def fuzzed(tiny_directories, tmp_path_factory) -> Iterator[Fuzzed]:
 
 def of_version_1(path: Path) -> dict[str, Any]:
     """What version 1 would have written."""
-    record = json.loads(path.read_text())
+    record = of_version_2(path)
     record["version"] = 1
     record["provenance"] = {"method": "none", "seed": 0, "prompts": [1, 2.5]}
     del record["sites"]
     for later in ("n_kv_heads", "d_mlp", "d_vocab", "weights", "tokenizer"):
         del record["model"][later]
+    return record
+
+
+def of_version_2(path: Path) -> dict[str, Any]:
+    """What version 2 would have written."""
+    record = json.loads(path.read_text())
+    record["version"] = 2
+    for dial in (entry for entry in record["interventions"] if entry["kind"] == "trust_dial"):
+        dial["gates"] = dial.pop("scales")
     return record
 
 
@@ -247,6 +259,11 @@ OPTIONAL: dict[str, Any] = {
 def assert_says(record: Any, loaded: InterventionFile) -> None:
     """The file says what its record says, no more, no less, no other: but for whole numbers where others may be."""
     dumped = loaded.model_dump()
+    if record["version"] < 3:
+        for entry in record["interventions"]:
+            for dial in entry.get("interventions", [entry]):
+                if dial["kind"] == "trust_dial":
+                    dial["scales"] = dial.pop("gates")
     if record["version"] == 1:
         provenance = record.pop("provenance", {})
         kept = dumped.pop("provenance")
@@ -257,7 +274,7 @@ def assert_says(record: Any, loaded: InterventionFile) -> None:
         assert same({key: provenance[key] for key in fitting}, kept)
         assert same({key: value for key, value in provenance.items() if key not in fitting}, details)
         del dumped["sites"]
-        record["version"] = 2
+    record["version"] = 3
     assert same(record, dumped)
 
 

@@ -50,7 +50,8 @@ def test_a_question_becomes_data_that_other_commands_read(run, llama, tmp_path):
     conflict, bare = ConflictSet.load(tmp_path / "mine.jsonl")
     assert (conflict.kind, bare.kind) == ("conflict", "none")
     assert (conflict.memory_answers, conflict.context_answers) == (("Tokyo",), ("Lima",))
-    assert bare.prompt == SENTENCE
+    assert bare.prompt == bare.bare_prompt == conflict.bare_prompt == SENTENCE
+    assert (conflict.contexts, bare.contexts) == ((CONTEXT[1],), ())
     assert run("evaluate", "--data", "mine.jsonl", "--split", "all", "--model", llama)[0] == 0
     arguments = ("--split", "all", "--baseline", "zero", "--out", "heads.parquet")
     assert run("attribute", "--data", "mine.jsonl", "--model", llama, *arguments)[0] == 0

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -249,9 +250,18 @@ def test_data_build_and_inspect(run, tmp_path):
     assert "The capital of" in output
 
 
+def test_data_inspect_shows_what_is_asked_without_the_context(run, tmp_path):
+    examples = tiny_conflicts().examples
+    ConflictSet("c", (examples[0], dataclasses.replace(examples[1], bare_prompt=""))).save(tmp_path / "c.jsonl")
+    code, output, _ = run("data", "inspect", "c.jsonl")
+    assert code == 0
+    assert "without context: The capital of Italy is\n" in output
+    assert "without context: not known\n" in output
+
+
 def test_data_inspect_counts_answers_that_are_hard_to_tell_apart(run, tmp_path):
     row = {"id": "0", "subject": "s", "relation": "r", "question": "q", "template": "t", "source": "x", "prompt": "p"}
-    row |= {"split": "test", "kind": "conflict"}
+    row |= {"split": "test", "kind": "conflict", "bare_prompt": "p"}
     pairs = [
         (["Paris"], ["Rome"], "It is Rome."),
         (["The Hague"], ["hague"], "It is The Hague."),
@@ -260,11 +270,18 @@ def test_data_inspect_counts_answers_that_are_hard_to_tell_apart(run, tmp_path):
         (["Paris"], ["Rome"], "It is Rome, not Paris."),
     ]
     rows = [
-        {**row, "id": str(i), "memory_answers": memory, "context_answers": answers, "context": context}
+        {**row, "id": str(i), "memory_answers": memory, "context_answers": answers, "contexts": [context]}
         for i, (memory, answers, context) in enumerate(pairs)
     ]
     rows.append(
-        {**row, "id": "aligned", "kind": "aligned", "memory_answers": ["a"], "context_answers": ["a"], "context": "a"}
+        {
+            **row,
+            "id": "aligned",
+            "kind": "aligned",
+            "memory_answers": ["a"],
+            "context_answers": ["a"],
+            "contexts": ["a"],
+        }
     )
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     code, output, _ = run("data", "inspect", "c.jsonl", "--show", "0")

@@ -78,8 +78,8 @@ def test_an_unedited_look_is_what_the_library_says(explorer):
     alone = ConflictSet("alone", (look.example,))
     model = explorer.model
     assert look.example.prompt == PROMPT
-    assert look.closed_book_prompt == "The capital of Japan is"
-    found = continue_greedily(model, [look.closed_book_prompt, PROMPT], max_new_tokens=MAX_NEW_TOKENS).answers
+    assert look.example.bare_prompt == "The capital of Japan is"
+    found = continue_greedily(model, [look.example.bare_prompt, PROMPT], max_new_tokens=MAX_NEW_TOKENS).answers
     assert [look.unedited.closed_book, look.unedited.with_context] == found
     assert look.unedited.with_context_usage == usage_of(found[1], ["Tokyo"], ["Lima"])
     assert list(look.unedited.steps) == answer_steps(model, PROMPT, max_new_tokens=MAX_NEW_TOKENS)
@@ -96,7 +96,7 @@ def test_an_edited_look_is_what_the_library_says_under_that_edit(explorer, edit,
     look = explorer.look(ASKED, edit)
     alone = ConflictSet("alone", (look.example,))
     with applied(explorer.model, by_hand):
-        found = continue_greedily(explorer.model, [look.closed_book_prompt, PROMPT], max_new_tokens=MAX_NEW_TOKENS)
+        found = continue_greedily(explorer.model, [look.example.bare_prompt, PROMPT], max_new_tokens=MAX_NEW_TOKENS)
         steps = answer_steps(explorer.model, PROMPT, max_new_tokens=MAX_NEW_TOKENS)
         lens = logit_lens(explorer.model, alone)
     assert look.edited is not None
@@ -185,7 +185,7 @@ def test_an_answer_that_repeats_the_question_is_waited_for_after_what_it_repeats
     scripted(said, monkeypatch)
     look = Explorer(tiny_llama, name="tiny").look(Asked(question, "Lima it is."))
     assert look.example.prompt == prompt
-    assert look.closed_book_prompt == f"{closed} The capital of Japan is"
+    assert look.example.bare_prompt == f"{closed} The capital of Japan is"
     assert (look.example.memory_answers, look.example.context_answers) == (("Tokyo",), ("Lima",))
 
 

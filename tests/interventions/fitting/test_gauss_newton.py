@@ -20,7 +20,7 @@ from interventions.fitting.gauss_newton import (
     pooled,
 )
 from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scale_places, scaled
-from interventions.fitting.scale_learning import ScaleTraining
+from interventions.fitting.scale_training import ScaleTraining
 from tests.interventions.fitting.test_scale_data import TEXTS, examples
 from tests.tiny import tiny_conflicts
 
@@ -81,7 +81,7 @@ def test_drawn_scores_average_to_the_curvature_of_the_divergence(tiny_llama, dra
 
 @pytest.mark.parametrize("tight", [0.05, 0.5])
 def test_a_step_is_the_one_that_scipy_finds(tight):
-    """A quadratic objective under quadratic constraints, some gates closed, against SLSQP."""
+    """A quadratic objective under quadratic constraints, some scales closed, against SLSQP."""
     size = 8
     gradient = torch.randn(size, dtype=torch.double, generator=torch.Generator().manual_seed(3))
     curvature = random_curvature(size, 0)
@@ -120,7 +120,7 @@ def test_a_step_is_the_one_that_scipy_finds(tight):
 
 
 @pytest.mark.parametrize("seed", [5, 6, 7])
-def test_the_cost_of_closing_a_gate_is_what_solving_again_without_it_finds(seed):
+def test_the_cost_of_closing_a_scale_is_what_solving_again_without_it_finds(seed):
     """The limits are out of reach, so that the objective alone decides."""
     size = 6
     gradient = 0.1 * torch.randn(size, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
@@ -135,7 +135,7 @@ def test_the_cost_of_closing_a_gate_is_what_solving_again_without_it_finds(seed)
         return found, objective.at(way).value + 0.005 * float(away @ away) / 2
 
     found, best = least(every)
-    costs = [least(every & (torch.arange(size) != gate))[1] - best for gate in range(size)]
+    costs = [least(every & (torch.arange(size) != closed))[1] - best for closed in range(size)]
     np.testing.assert_allclose(closing_costs(found, every).numpy(), costs, rtol=2e-2, atol=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_a_model_s_budget_follows_what_fresh_prompts_diverge():
     assert followed(0.02, 0.02, 0.0) == 0.02
 
 
-def test_gates_close_down_to_the_wanted_number(tiny_llama):
+def test_scales_close_down_to_the_wanted_number(tiny_llama):
     data = ScaleData(tiny_llama, examples(), TEXTS)
     settings = ScaleTraining(max_scales=3, steps=6, conflicts=6, guards=6, budget=0.5)
     learner = GaussNewton(tiny_llama, settings)

@@ -10,7 +10,8 @@ from interp.models import load_model
 from interventions.fitting import scale_learning
 from interventions.fitting.hard_concrete import MaskedScales
 from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scaled
-from interventions.fitting.scale_learning import ScaleTraining, learn_scales
+from interventions.fitting.scale_learning import learn_scales
+from interventions.fitting.scale_training import ScaleTraining
 from tests.interventions.fitting.test_scale_data import TEXTS, examples
 
 NEWTON = ScaleTraining(max_scales=5, feed_forward=True, steps=6, conflicts=6, guards=6)
@@ -19,8 +20,8 @@ LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=["gauss_newt
 
 
 @pytest.mark.parametrize("location", [-2.0, 0.0, 1.5])
-def test_gates_open_as_often_as_louizos_et_al_say(tiny_llama, location):
-    """Equation 12: P(gate is not 0) = sigmoid(log alpha - beta log(-gamma / zeta))."""
+def test_masks_open_as_often_as_louizos_et_al_say(tiny_llama, location):
+    """Equation 12: P(mask is not 0) = sigmoid(log alpha - beta log(-gamma / zeta))."""
     state = MaskedScales(tiny_llama, NOISY)
     with torch.no_grad():
         state.location.fill_(location)
@@ -36,7 +37,7 @@ def test_gates_open_as_often_as_louizos_et_al_say(tiny_llama, location):
 
 @pytest.mark.parametrize("towards", ["context", "memory"])
 @LEARNERS
-def test_learned_gates_are_few_within_the_budget_and_do_more_than_nothing(tiny_llama, towards, settings):
+def test_learned_scales_are_few_within_the_budget_and_do_more_than_nothing(tiny_llama, towards, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
     settings = replace(settings, budget=0.5, context_budget=0.7)
     learned = learn_scales(tiny_llama, data, data, towards, settings)
@@ -63,7 +64,7 @@ def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_p
         calls.append(1)
         return descend(*arguments)
 
-    checkpoint = tmp_path / "gates.safetensors"
+    checkpoint = tmp_path / "scales.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(learner, "descend", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -76,7 +77,7 @@ def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_p
 @LEARNERS
 def test_another_training_s_or_a_damaged_checkpoint_is_not_used(tiny_llama, tmp_path, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
-    checkpoint = tmp_path / "gates.safetensors"
+    checkpoint = tmp_path / "scales.safetensors"
     learn_scales(tiny_llama, data, data, "memory", replace(settings, seed=1), checkpoint=checkpoint)
     expected = learn_scales(tiny_llama, data, data, "memory", settings)
     assert learn_scales(tiny_llama, data, data, "memory", settings, checkpoint=checkpoint).scales == expected.scales
@@ -112,7 +113,7 @@ def test_a_checkpoint_that_lacks_something_is_not_half_used(tiny_llama, tmp_path
 @LEARNERS
 def test_gradients_that_are_no_numbers_are_one_sentence(tiny_llama, monkeypatch, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
-    module = f"interventions.{settings.learner}"
+    module = f"interventions.fitting.{settings.learner}"
     monkeypatch.setattr(f"{module}.answer_losses", lambda *arguments: answer_losses(*arguments) * math.nan)
     with pytest.raises(UserError, match="float32 or bfloat16"):
         learn_scales(tiny_llama, data, data, "context", settings)

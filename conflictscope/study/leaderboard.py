@@ -1,0 +1,71 @@
+"""Say a study's record as tables of text: a leaderboard for each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from conflictscope.study.record import Measured, StudyRecord
+from interp.answers import DIRECTIONS, Direction
+from interp.statistics import Estimate
+
+_LOSSES = {
+    "closed-book": "closed_book_accuracy",
+    "aligned": "aligned_accuracy",
+    "irrelevant": "irrelevant_accuracy",
+}
+
+
+def leaderboard(record: StudyRecord) -> list[pl.DataFrame]:
+    """One table for each direction: the unedited model, then by choice each method from the best, then controls.
+
+    The rate of the wanted source is a share of conflict prompts; losses are fallen shares of right answers, prompt by
+    prompt; both with 95 % intervals by subject. KL is in nats at the ends of ordinary text; speed is relative.
+    """
+    tables = []
+    for towards in DIRECTIONS:
+        own = [c for c in record.conditions if c.towards == towards]
+        if not own:
+            continue
+        rows = [_row(record.unedited, towards, "", chosen="")]
+        for choice in ("best", "within_budget"):
+            for c in sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"]):
+                rows.append(_row(c, towards, c.method.replace("_", " "), chosen=choice.replace("_", " ")))
+        ending = f", towards {towards}"
+        rows += [_row(c, towards, c.name.removesuffix(ending), chosen="random") for c in own if c.is_control]
+        tables.append(pl.DataFrame(rows))
+    return tables
+
+
+def _row(condition: Measured, towards: Direction, method: str, *, chosen: str) -> dict[str, str]:
+    test = condition.test
+    change = test.get("change", {})
+    cost = condition.cost
+    return {
+        f"towards {towards}": method or "unedited",
+        "chosen": chosen,
+        "moved": str(condition.moved),
+        "rate": written(test[f"{towards}_rate"]),
+        **{f"{label} loss": written(_opposite(change.get(m))) if change else "" for label, m in _LOSSES.items()},
+        "text KL": written(test["neutral_kl"], 3),
+        "speed": "1" if not change else "n/a" if cost is None else f"{cost['speed']:.2f}",
+    }
+
+
+def _opposite(change: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What is lost: the change with its sign turned round."""
+    if change is None or change["value"] is None:
+        return None
+    return {"value": -change["value"], "low": -change["high"], "high": -change["low"], "n": change["n"]}
+
+
+def written(estimate: Mapping[str, Any] | None, decimals: int = 2) -> str:
+    """An estimate with its interval, for example ``0.42 [0.35, 0.48]``; ``n/a`` where the measure does not apply."""
+    if estimate is None:
+        return "n/a"
+    if not Estimate.from_record({k: estimate[k] for k in ("value", "low", "high", "n")}).is_defined:
+        return "undefined"
+    value, low, high = (f"{estimate[name] + 0.0:.{decimals}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]".replace("-0.00 ", "0.00 ")

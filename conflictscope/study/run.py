@@ -1,0 +1,251 @@
+"""Run a study: candidates compete on dev, what is chosen is measured once on test, next to random controls.
+
+1. Each method names its candidates for each direction; dev chooses the best and the best within the damage budget.
+2. Each method draws random controls of the same kind and size.
+3. Everything is measured once on test, by whatever runs the units, and compared with the unedited model.
+4. The record, the answers, head scores, prompts and intervention files are written; the record comes last.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from conflictscope import __version__
+from conflictscope.study.choice import Chosen, Tried, as_good_as_the_best
+from conflictscope.study.condition import Condition
+from conflictscope.study.executor import Executor, serial
+from conflictscope.study.lab import Lab
+from conflictscope.study.measure import Result, measure, measures_of, pooled
+from conflictscope.study.method import Method
+from conflictscope.study.record import HEADS, RECORD, UNEDITED, Choice, Measured, StudyRecord, write_examples
+from interp.answers import DIRECTIONS, Direction
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.evaluation import UsageReport
+from interp.models import fingerprint
+from interventions.config import InterventionFile
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What becomes one row of the record: a condition, or draws of a control."""
+
+    name: str
+    conditions: Sequence[Condition]
+    choices: tuple[Choice, ...] = ()
+    dev: Tried | None = None
+    control_of: str | None = None
+
+
+def run(
+    lab: Lab,
+    methods: Sequence[Method],
+    *,
+    kind: str,
+    command: str,
+    out: Path,
+    directions: Sequence[Direction] = DIRECTIONS,
+    choices: Sequence[Choice] = ("best", "within_budget"),
+    executor: Executor = serial,
+) -> StudyRecord:
+    """Choose, measure and record; finished steps are kept, so that what was killed goes on where it stopped.
+
+    Args:
+        lab: The model and the prompts.
+        methods: What is measured.
+        kind: What the study is called: demo, compare, ...
+        command: The command that makes it again.
+        out: The folder for the record and all files beside it.
+        directions: Towards which sources.
+        choices: Which of dev's choices are measured.
+        executor: What sees that conditions are measured.
+
+    Raises:
+        UserError: If none of the methods can run; where some can, the record says why the others can't.
+    """
+    chosen, not_run = _chosen(lab, methods, directions)
+    if not chosen:
+        raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
+    rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
+    for (method, _), found in chosen.items():
+        rows += _rows(lab, method, found, choices)
+    executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
+    results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
+    (out / RECORD).unlink(missing_ok=True)
+    unedited = results[UNEDITED].report
+    winners: dict[Direction, str | None] = {
+        d: _winner(lab, d, {m: f for (m, towards), f in chosen.items() if towards == d}) for d in directions
+    }
+    files = {row.name: _write(lab, row, results, out, winners) for row in rows}
+    record = StudyRecord(
+        kind=kind,
+        command=command,
+        model=model_record(lab),
+        data=lab.prompts.about(),
+        settings={"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners, **made_with(lab)},
+        conditions=tuple(_measured(row, results[row.name], unedited, files[row.name]) for row in rows),
+        tried=tuple(one.to_record(lab.budgets) for found in chosen.values() for one in found.tried),
+        not_run=not_run,
+        details=_details(lab, chosen),
+    )
+    _write_beside(lab, rows, results, out)
+    record.save(out)
+    return record
+
+
+def model_record(lab: Lab) -> dict[str, Any]:
+    """What a record says about the model."""
+    shape = ("architecture", "n_layers", "n_heads", "d_head", "d_model")
+    about = {name: getattr(lab.anatomy, name) for name in shape}
+    return {"name": lab.name, **about, "fingerprint": fingerprint(lab.model)}
+
+
+def made_with(lab: Lab) -> dict[str, Any]:
+    """What a record says about where and with what it was made."""
+    packages = ("torch", "transformers", "transformer-lens")
+    versions = {"conflictscope": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    dtype = str(lab.anatomy.dtype).removeprefix("torch.")
+    return {"device": str(lab.anatomy.device), "dtype": dtype, "versions": versions}
+
+
+def example_frame(asked: ConflictSet, reports: dict[str, UsageReport]) -> pl.DataFrame:
+    """What each condition answered: ``condition``, the columns of ``UsageReport``, and what each source answers."""
+    expected = pl.DataFrame(
+        {
+            "id": [example.id for example in asked],
+            "memory_answers": [list(example.memory_answers) for example in asked],
+            "context_answers": [list(example.context_answers) for example in asked],
+        },
+        schema_overrides={"memory_answers": pl.List(pl.String), "context_answers": pl.List(pl.String)},
+    )
+    rows = [report.frame.select(pl.lit(name).alias("condition"), pl.all()) for name, report in reports.items()]
+    return pl.concat(rows).join(expected, on="id", how="left", maintain_order="left")
+
+
+def _chosen(
+    lab: Lab, methods: Sequence[Method], directions: Sequence[Direction]
+) -> tuple[dict[tuple[Method, Direction], Chosen], dict[str, str]]:
+    """What dev chooses of each method in each direction, and why others were not run."""
+    chosen: dict[tuple[Method, Direction], Chosen] = {}
+    not_run: dict[str, str] = {}
+    for method in methods:
+        refused: dict[Direction, str] = {}
+        for towards in directions:
+            try:
+                chosen[method, towards] = lab.chosen(method, towards)
+            except UserError as error:
+                refused[towards] = str(error)
+        if len(refused) == len(directions) and len(set(refused.values())) == 1:
+            not_run[method.name] = next(iter(refused.values()))
+        else:
+            not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
+    return chosen, not_run
+
+
+def _rows(lab: Lab, method: Method, found: Chosen, choices: Sequence[Choice]) -> list[_Row]:
+    name = found.best.condition.name
+    rows: list[_Row] = []
+    is_both = found.best.condition.digest == found.within_budget.condition.digest
+    if "best" in choices or is_both:
+        rows.append(_Row(name, [found.best.condition], tuple(choices) if is_both else ("best",), found.best))
+    if "within_budget" in choices and not is_both:
+        rows.append(
+            _Row(f"{name}, within budget", [found.within_budget.condition], ("within_budget",), found.within_budget)
+        )
+    if rows and (draws := method.controls(lab, found.best.condition)):
+        kind = draws[0].method.replace("_", " ")
+        rows.append(_Row(f"{kind} for {name}", list(draws), control_of=rows[0].name))
+    return rows
+
+
+def _winner(lab: Lab, towards: Direction, chosen: dict[Method, Chosen]) -> str | None:
+    """The name of the best condition over all methods that compete, by the rule that chooses within one."""
+    bests = [found.best for method, found in chosen.items() if not method.derived]
+    if not bests:
+        return None
+    finalists = as_good_as_the_best(bests, towards, [e.subject for e in lab.dev.conflicts])
+    best = max((bests[i] for i in finalists), key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
+    return best.condition.name
+
+
+def _measured(row: _Row, result: Result, unedited: UsageReport, file: str | None) -> Measured:
+    first = row.conditions[0]
+    return Measured(
+        name=row.name,
+        method=first.method,
+        test=measures_of(result, None if row.name == UNEDITED else unedited),
+        towards=first.towards,
+        choices=row.choices,
+        settings=dict(first.settings),
+        does=first.does,
+        moved=first.moved,
+        heads=first.heads,
+        cost=result.cost,
+        dev=None if row.dev is None else row.dev.numbers,
+        control_of=row.control_of,
+        draws=len(row.conditions),
+        file=file,
+    )
+
+
+def _write(
+    lab: Lab, row: _Row, results: dict[str, Result], out: Path, winners: dict[Direction, str | None]
+) -> str | None:
+    """Write the row's intervention file, if files can hold it; gives its path from the record."""
+    (condition, *others) = row.conditions
+    if others or not condition.edits or not condition.changes_text:
+        return None
+    unedited = results[UNEDITED]
+    file = InterventionFile.of(
+        condition.edits,
+        name=f"{lab.name}: {row.name}",
+        towards=condition.towards,
+        model=lab.identity,
+        provenance={
+            "method": condition.method,
+            "chosen_on": "random" if row.control_of else "dev",
+            "data": lab.prompts.digest,
+            "relations": list(lab.prompts.relations),
+            "settings": dict(condition.settings),
+            "seed": lab.seed,
+            "quick": lab.quick,
+            **made_with(lab),
+        },
+        measured={
+            "test": measures_of(results[row.name], unedited.report),
+            "unedited": measures_of(unedited),
+        },
+    )
+    folder = out / "interventions"
+    suffix = "" if row.choices != ("within_budget",) else "-within_budget"
+    name = f"{condition.method}-towards_{condition.towards}{suffix}.json"
+    if row.control_of:
+        name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}.json"
+    file.save(folder / name)
+    if condition.towards is not None and winners.get(condition.towards) == row.name:
+        file.save(folder / f"towards_{condition.towards}.json")
+    return f"interventions/{name}"
+
+
+def _details(lab: Lab, chosen: dict[tuple[Method, Direction], Chosen]) -> dict[str, Any]:
+    details: dict[str, dict[str, Any]] = {}
+    for (method, towards), found in chosen.items():
+        if said := method.details(lab, found.best.condition):
+            details.setdefault(method.name, {})[f"towards_{towards}"] = dict(said)
+    return details
+
+
+def _write_beside(lab: Lab, rows: Sequence[_Row], results: dict[str, Result], out: Path) -> None:
+    """The answers behind the numbers, the scores behind the heads, and the prompts."""
+    single = {row.name: results[row.name].report for row in rows if len(row.conditions) == 1}
+    write_examples(out, example_frame(lab.asked, single))
+    if "head_scores" in vars(lab):
+        lab.head_scores["logit_diff"].save(out / HEADS)
+    for split in ("train", "dev", "test"):
+        lab.prompts.part(split).save(out / "prompts" / f"{split}.jsonl")
