@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from conflictscope.methods.cad import ContextAware, ContextAwareDecoding
 from conflictscope.study.condition import Condition, Decoding
+from interp.answers import Direction
 from interp.evaluation import measure_usage
 from interp.generation import continue_greedily
 from tests.conflictscope.methods.labs import tiny_lab
@@ -51,7 +52,8 @@ def test_prompts_without_a_context_are_answered_as_unedited(tiny_llama, tmp_path
 
 def test_the_candidates_lean_to_the_source_and_can_be_written_down(tiny_llama, tmp_path):
     lab = tiny_lab(tiny_llama, tmp_path)
-    for source, alphas in (("context", [0.5, 1.0]), ("memory", [-0.5, -1.0])):
+    wanted: dict[Direction, list[float]] = {"context": [0.5, 1.0], "memory": [-0.5, -1.0]}
+    for source, alphas in wanted.items():
         candidates = ContextAwareDecoding().candidates(lab, source)
         assert [c.decoding for c in candidates] == [ContextAware(alpha) for alpha in alphas]
         assert all(Decoding.from_record(c.decoding.to_record()) == c.decoding for c in candidates)

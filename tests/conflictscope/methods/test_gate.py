@@ -12,6 +12,7 @@ from conflictscope.methods.gate import Gate, passing_threshold
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import measure
 from interp.anatomy import transformers_model
+from interp.answers import DIRECTIONS
 from interp.errors import UserError
 from interp.evaluation import UsageReport, neutral_texts
 from interp.facts import HELD_OUT_PHRASING
@@ -221,4 +222,4 @@ def test_the_other_source_too_few_conflicts_or_no_share_are_refused(lab):
 
 def test_edits_of_no_stated_source_are_gated_towards_both(lab, chosen):
     both = Gate((EDIT,), keep=0.8)
-    assert [both.candidates(lab, source)[0].digest for source in ("memory", "context")] == [chosen.digest] * 2
+    assert [both.candidates(lab, source)[0].digest for source in DIRECTIONS] == [chosen.digest] * 2

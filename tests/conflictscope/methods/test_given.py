@@ -1,6 +1,7 @@
 import pytest
 
 from conflictscope.methods.given import Given
+from interp.answers import DIRECTIONS
 from interp.errors import UserError
 from interventions.config import InterventionFile, effect_digest
 from interventions.heads import HeadScaling
@@ -27,7 +28,7 @@ def test_the_file_is_the_one_candidate_towards_its_source(lab, tiny_llama):
 
 def test_a_file_that_names_no_source_is_tried_towards_both(lab, tiny_llama):
     given = Given(file_of(tiny_llama))
-    assert [given.candidates(lab, source)[0].towards for source in ("memory", "context")] == ["memory", "context"]
+    assert [given.candidates(lab, source)[0].towards for source in DIRECTIONS] == list(DIRECTIONS)
 
 
 def test_no_file_the_other_source_and_another_model_are_refused(lab, tiny_llama):
