@@ -75,11 +75,7 @@ class Gate(Method):
             UserError: If the edits strengthen the other source or start at layer 0, or there are too few prompts.
         """
         edits = self._edits(lab, towards)
-        # A dial may be turned later, wherever it stands.
-        turned = [edit.turned(trust) for edit in edits for trust in (-1.0, 1.0)]
-        lowest = min((layer for edit in turned for layer in edit.edited_layers), default=0)
-        if lowest == 0:
-            raise UserError("Layer 0 is edited, so that no gate can lie below it; take an edit of higher layers.")
+        lowest = _lowest(edits)
         learned = {split: _learned_from(lab, split) for split in ("train", "dev")}
         # Kept, since what is measured is kept under the gate's digits, which may differ from run to run.
         found = lab.records.json(
@@ -165,6 +161,17 @@ def _check(edits: Sequence[Intervention]) -> None:
         raise UserError("The edits have a gate already; give those that it was made from.")
     if effect_digest(edits) is None:
         raise UserError("The edits change nothing, so that there is nothing to gate; a dial at 0 needs a trust.")
+    _lowest(edits)
+
+
+def _lowest(edits: Sequence[Intervention]) -> int:
+    """The lowest edited layer."""
+    # A dial may be turned later, wherever it stands.
+    turned = [edit.turned(trust) for edit in edits for trust in (-1.0, 1.0)]
+    lowest = min((layer for edit in turned for layer in edit.edited_layers), default=0)
+    if lowest == 0:
+        raise UserError("Layer 0 is edited, so that no gate can lie below it; take an edit of higher layers.")
+    return lowest
 
 
 def _gate_of(condition: Condition) -> ConflictGate:
@@ -223,8 +230,8 @@ def _passing(scores: Tensor, threshold: float, kinds: np.ndarray) -> dict[str, f
 
 def _opened(lab: Lab, gate: ConflictGate) -> dict[str, Any]:
     """The share of test's prompts of each kind for which the gate opens, in all phrasings and in the unseen one."""
-    columns = {name: [getattr(e, name) for e in lab.prompts.test] for name in ("kind", "subject", "template")}
-    is_open = (_log_odds(lab, gate, lab.prompts.test) > gate.threshold).double().numpy()
+    columns = {name: [getattr(e, name) for e in lab.asked] for name in ("kind", "subject", "template")}
+    is_open = (_log_odds(lab, gate, lab.asked) > gate.threshold).double().numpy()
     frame = pl.DataFrame({**columns, "open": is_open})
 
     def shares(frame: pl.DataFrame) -> dict[str, Any]:

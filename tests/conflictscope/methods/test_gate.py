@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -141,6 +142,14 @@ def test_the_shares_that_are_kept_are_those_of_the_measured_answers(lab, chosen,
     assert set(details["kept"]) == {"gain", *OTHERS, "held_out_phrasing"}
 
 
+def test_without_edits_what_pruning_chose_is_gated(lab, monkeypatch):
+    pruned = Condition("pruning", "memory", edits=(EDIT,))
+    found = SimpleNamespace(best=SimpleNamespace(condition=pruned))
+    monkeypatch.setattr(lab, "chosen", lambda method, towards: {("pruning", "memory"): found}[method.name, towards])
+    (condition,) = Gate(keep=0.8).candidates(lab, "memory")
+    assert job._gate_of(condition).edits == (EDIT,)
+
+
 def test_a_gate_is_fitted_once(lab, chosen, monkeypatch):
     monkeypatch.setattr(job, "record", lambda *_, **__: pytest.fail("recorded again"))
     assert GATE.candidates(lab, "context")[0].digest == chosen.digest
@@ -202,9 +211,9 @@ def test_a_share_of_all_is_as_sure_as_the_prompts_that_changed():
 # What is refused
 
 
-def test_edits_that_cannot_be_gated_are_refused(lab):
+def test_edits_that_cannot_be_gated_are_refused():
     with pytest.raises(UserError, match="no gate can lie below it"):
-        Gate((HeadScaling.of([(0, 1)], 0.0),)).candidates(lab, "context")
+        Gate((HeadScaling.of([(0, 1)], 0.0),))
     with pytest.raises(UserError, match="have a gate already"):
         Gate((ConflictGate("block", 0, torch.ones(32), 0.0, 0.0, (EDIT,)),))
     with pytest.raises(UserError, match="change nothing"):

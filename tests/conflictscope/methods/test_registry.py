@@ -5,6 +5,7 @@ import pytest
 from conflictscope.methods import ALL
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study import method as job
+from conflictscope.study.condition import Condition
 from conflictscope.study.method import Method, method_named, registered
 from interp.errors import UserError
 
@@ -15,7 +16,7 @@ class Elsewhere(Method):
     name = "elsewhere"
 
     def candidates(self, lab, towards):
-        return ()
+        return [Condition(self.name, towards, {"seed": lab.seed})]
 
 
 class Impostor(Elsewhere):
