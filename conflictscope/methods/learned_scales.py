@@ -19,7 +19,7 @@ from interp.corpus import TEXTS_VERSION
 from interp.errors import UserError
 from interp.teacher_forcing import FORCING_VERSION
 from interventions.dial import DialScale, TrustDial
-from interventions.fitting.scale_data import SCALE_DATA_VERSION, Place
+from interventions.fitting.scale_data import SCALE_DATA_VERSION, HeadOrLayer
 from interventions.fitting.scale_learning import SCALES_VERSION, ScaleTraining, learn_scales
 
 ENDS: Mapping[Direction, float] = {"memory": -1.0, "context": 1.0}
@@ -69,7 +69,7 @@ class LearnedScales(Method):
         }
 
 
-def learned(lab: Lab, towards: Direction, training: ScaleTraining) -> tuple[dict[Place, float], dict[str, Any]]:
+def learned(lab: Lab, towards: Direction, training: ScaleTraining) -> tuple[dict[HeadOrLayer, float], dict[str, Any]]:
     """The scales of one direction by ``(layer, head)``, and what they do on dev; a training that was stopped goes on.
 
     Head ``None`` is the feed-forward layer.
@@ -106,7 +106,7 @@ def learned(lab: Lab, towards: Direction, training: ScaleTraining) -> tuple[dict
     return {(layer, head): scale for layer, head, scale in found["scales"]}, found["dev"]
 
 
-def dial_of(ends: Mapping[Direction, Mapping[Place, float]]) -> TrustDial:
+def dial_of(ends: Mapping[Direction, Mapping[HeadOrLayer, float]]) -> TrustDial:
     """The dial, at 0, with these scales at its ends; in the order of the model."""
     places = {place for scales in ends.values() for place in scales}
     order = sorted(places, key=lambda place: (place[0], -1 if place[1] is None else place[1]))

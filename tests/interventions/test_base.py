@@ -34,6 +34,7 @@ class Plain(Intervention):
         return {1}
 
     def patches(self, model) -> list[Patch]:
+        del model
         return []
 
 
