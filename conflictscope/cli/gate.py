@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,11 @@ from conflictscope.cli.options import (
     TrustOption,
     say,
 )
-from conflictscope.cli.tables import print_frame
+from conflictscope.cli.studies import SUBJECTS, SubjectsOption, make_lab, show_page, study
 
 app = typer.Typer(help="Put an intervention behind a conflict detector.", no_args_is_help=True)
+
+_UNSEEN = "held_out_phrasing"
 
 
 @app.command("fit")
@@ -32,9 +34,7 @@ def gate_fit(
     keep: Annotated[
         float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
     ] = 0.95,
-    subjects: Annotated[
-        int, typer.Option(min=2, help="Subjects of each relation asked about at most, to learn from and to test on.")
-    ] = 40,
+    subjects: SubjectsOption = SUBJECTS,
     out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
         "out/gate"
     ),
@@ -42,18 +42,41 @@ def gate_fit(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/summary.json."""
-    from conflictscope.dialing import RELATIONS
-    from conflictscope.gating import Gating, gating_lines, gating_table
-    from interp.models import load_model
+    """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/study.json."""
+    from conflictscope.methods.gate import Gate
+    from conflictscope.methods.given import Given
+    from conflictscope.study.data import RELATIONS
+    from conflictscope.tables import written
+    from interp.answers import DIRECTIONS
     from interventions.config import InterventionFile
 
-    file = InterventionFile.load(config)
-    file = file.at(trust=trust)
-    bridge = load_model(model, device=device, dtype=dtype)
-    gating = Gating(bridge, file, relations=relation or RELATIONS, out=out, keep=keep, subjects=subjects, seed=seed)
-    summary = gating.run()
-    print_frame(gating_table(summary))
-    for line in gating_lines(summary):
-        say(line)
-    say(f"The gated intervention is {out / 'gated.json'}, all numbers are in {out / 'summary.json'}")
+    file = InterventionFile.load(config).at(trust=trust)
+    # What strengthens neither source is shown as if it were for the context.
+    towards = file.towards or DIRECTIONS[-1]
+    gate, given = Gate(tuple(file.build()), file.towards, keep), Given(file)
+    lab = make_lab(
+        model, out, relation=relation, default=RELATIONS, subjects=subjects, seed=seed, device=device, dtype=dtype
+    )
+    file.model.check(lab.model)
+    # Where there is no gate there is nothing to measure.
+    lab.chosen(gate, towards)
+    record = study(lab, [given, gate], "gate", out, directions=(towards,), choices=("best",))
+    (row,) = (found for found in record.chosen(towards) if found.method == gate.name)
+    gated = InterventionFile.load(out / str(row.file))
+    provenance = gated.provenance.details | {"edit": file.provenance.model_dump(mode="json")}
+    about = {"name": f"{file.name}, gated", "towards": file.towards}
+    gated.model_copy(update={**about, "provenance": gated.provenance.model_copy(update={"details": provenance})}).save(
+        out / "gated.json"
+    )
+
+    def listed(shares: dict[str, Any]) -> str:
+        return ", ".join(f"{kind} {written(share)}" for kind, share in shares.items() if kind != _UNSEEN)
+
+    found = record.details[gate.name][f"towards_{towards}"]
+    say(f"The gate reads {found['site']}; it opens for {listed(found['opened'])}")
+    say(f"It keeps of the gain, and of each loss of accuracy: {listed(found['kept'])}")
+    if _UNSEEN in found["opened"]:
+        say(f"In the unseen phrasing it opens for {listed(found['opened'][_UNSEEN])}")
+        say(f"and keeps {listed(found['kept'][_UNSEEN])}")
+    show_page(out)
+    say(f"The gated intervention is {out / 'gated.json'}")

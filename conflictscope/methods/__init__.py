@@ -2,6 +2,8 @@
 
 from conflictscope.methods.actadd import ActAdd
 from conflictscope.methods.caa import CAA
+from conflictscope.methods.cad import ContextAwareDecoding
+from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
 from conflictscope.methods.hard_concrete import HardConcrete
 from conflictscope.methods.learned_scales import LearnedScales
@@ -31,4 +33,6 @@ ALL: tuple[type[Method], ...] = (
     SpareRemoveOnly,
     SpareAddOnly,
     SpareConstant,
+    ContextAwareDecoding,
+    Gate,
 )

@@ -71,6 +71,15 @@ class Decoding(_Recorded):
         del without
         return with_context
 
+    def scaled(self, strength: float) -> Decoding:
+        """The same rule, ``strength`` times as far from taking the most probable token.
+
+        Raises:
+            UserError: If it has no strength.
+        """
+        del strength
+        raise UserError(f"{type(self).__name__} has no strength to be scaled; leave it as it is.")
+
 
 AS_IS, GREEDY = Prompting(), Decoding()
 
@@ -133,13 +142,17 @@ class Condition:
         return "; ".join([*said, *(_said(record) for record in around)])
 
     def scaled(self, strength: float) -> Condition:
-        """The same edits, ``strength`` times as far.
+        """The same edits and rule for the next token, ``strength`` times as far.
 
         Raises:
-            UserError: If one of them has no strength.
+            UserError: If one of them has no strength, or examples are asked in another way, which has none.
         """
+        if self.prompting != AS_IS:
+            raise UserError(f"{self.name} asks in other words, which have no strength; leave it as it is.")
         settings = {**self.settings, "strength of it": round(strength, 4)}
-        return replace(self, settings=settings, edits=tuple(edit.scaled(strength) for edit in self.edits))
+        edits = tuple(edit.scaled(strength) for edit in self.edits)
+        decoding = self.decoding if self.decoding == GREEDY else self.decoding.scaled(strength)
+        return replace(self, settings=settings, edits=edits, decoding=decoding)
 
     def asked(self, examples: ConflictSet) -> ConflictSet:
         """The examples with the prompts that are really asked."""

@@ -12,6 +12,7 @@ from interp.inputs import first_token_id
 from interp.models import cached_path
 from interventions.base import applied
 from interventions.steering import Steering
+from tests.interp.two_streams import two_passes_a_token
 from tests.tiny import tiny_conflicts
 
 
@@ -84,3 +85,46 @@ def test_the_steps_of_an_answer_are_its_tokens_with_the_models_own_probabilities
         written += step.token
     answered = continue_greedily(smollm2, [prompt], max_new_tokens=4).answers[0]
     assert first_sentence(written[len(prompt) :]) == answered
+
+
+# Two prompts side by side
+
+
+def mixed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return first.softmax(-1) + 2 * second.softmax(-1)
+
+
+def test_two_streams_in_padded_batches_answer_as_two_passes_a_token(tiny_bridge):
+    """Prompts of different lengths, each pair too; some have no context and are left alone."""
+    pairs = [(e.prompt, str(e.bare_prompt)) for e in tiny_conflicts()]
+    pairs += [(bare, bare) for _, bare in pairs[::5]]
+    expected = [
+        two_passes_a_token(tiny_bridge, *pair, mixed if pair[0] != pair[1] else lambda first, _: first)
+        for pair in pairs
+    ]
+    prompts, without = zip(*pairs, strict=True)
+    found = continue_greedily(tiny_bridge, prompts, without=without, combined=mixed, batch_size=7)
+    assert found.answers == expected
+
+
+def test_the_watched_logits_of_two_streams_are_the_rule_s_scores(tiny_llama):
+    pairs = [(e.prompt, str(e.bare_prompt)) for e in tiny_conflicts()]
+    prompts, without = zip(*pairs, strict=True)
+    watch = torch.tensor([[3, 7]] * len(pairs))
+    found = continue_greedily(tiny_llama, prompts, watch=watch, without=without, combined=mixed, max_new_tokens=1)
+    for i, pair in enumerate(pairs):
+        with torch.inference_mode():
+            ends = [
+                tiny_llama.original_model(torch.tensor([tiny_llama.tokenizer(text)["input_ids"]])).logits[:, -1]
+                for text in pair
+            ]
+        scores = mixed(*ends)[0]
+        torch.testing.assert_close(found.first_logits[i], scores[[3, 7]], rtol=1e-4, atol=1e-6)
+        assert found.first_tokens[i] == scores.argmax()
+
+
+def test_a_rule_without_second_prompts_is_refused_and_second_prompts_without_a_rule(tiny_llama):
+    with pytest.raises(UserError, match="needs the prompts without their contexts"):
+        continue_greedily(tiny_llama, ["Rome"], combined=mixed)
+    with pytest.raises(UserError, match="needs the prompts without their contexts"):
+        continue_greedily(tiny_llama, ["Rome"], without=["Rome"])

@@ -33,7 +33,8 @@ class Plain(Intervention):
     def edited_layers(self) -> set[int]:
         return {1}
 
-    def patches(self, _) -> list[Patch]:
+    def patches(self, model) -> list[Patch]:
+        del model
         return []
 
 

@@ -1,0 +1,56 @@
+"""``gate fit`` on a tiny model that is taken to know all it is asked."""
+
+from pathlib import Path
+
+import pytest
+
+from conflictscope.study.record import StudyRecord
+from interp.evaluation import neutral_texts
+from interventions.config import InterventionFile
+from interventions.gate import ConflictGate
+from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
+
+run = test_cli.run
+OPTIONS = ("--relation", "capital", "--relation", "language", "--keep", 0.8, "--subjects", 6, "--out", "gate")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    few = neutral_texts()[:4]
+    for module in ("interp.evaluation", "conflictscope.study.measure"):
+        monkeypatch.setattr(f"{module}.neutral_texts", lambda: few)
+    monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+    monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 4, "dev": 4})
+    shown = []
+    monkeypatch.setattr("conflictscope.cli.gate.show_page", shown.append)
+    return shown
+
+
+def file_of(model, edit):
+    return InterventionFile.of([edit], name="edit", towards="context", model=ModelIdentity.of(model, "tiny"))
+
+
+def test_the_gated_file_and_the_record_are_written(run, small, tiny_directories, tiny_llama, tmp_path):
+    edit = HeadScaling.of([(2, 1), (2, 3)], -3.0)
+    file_of(tiny_llama, edit).save(tmp_path / "edit.json")
+    code, _, error = run("gate", "fit", "edit.json", "--model", tiny_directories["llama"], *OPTIONS)
+    assert code == 0, error
+    gated, record = InterventionFile.load(tmp_path / "gate/gated.json"), StudyRecord.load(tmp_path / "gate")
+    (gate,) = gated.build()
+    assert isinstance(gate, ConflictGate)
+    assert (gate.edits, gated.towards, gated.name) == ((edit,), "context", "edit, gated")
+    assert [row.method for row in record.conditions] == ["unedited", "given", "gate", "random_gate"]
+    assert record.details["gate"]["towards_context"]["threshold"] == gate.threshold
+    assert gated.measured["test"] == record.conditions[2].test
+    assert "it opens for conflict" in error
+    assert small == [Path("gate")]
+
+
+def test_an_edit_that_cannot_be_gated_is_refused_in_a_sentence(run, tiny_directories, tiny_llama, tmp_path):
+    file_of(tiny_llama, HeadScaling.of([(0, 1)], 0.0)).save(tmp_path / "edit.json")
+    assert_one_sentence(
+        run("gate", "fit", "edit.json", "--model", tiny_directories["llama"], *OPTIONS), "Layer 0 is edited"
+    )

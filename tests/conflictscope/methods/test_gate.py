@@ -1,0 +1,234 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from conflictscope.methods import gate as job
+from conflictscope.methods._kept import kept_shares
+from conflictscope.methods.gate import Gate, passing_threshold
+from conflictscope.study.condition import Condition
+from conflictscope.study.measure import measure
+from interp.anatomy import transformers_model
+from interp.answers import DIRECTIONS
+from interp.errors import UserError
+from interp.evaluation import UsageReport, neutral_texts
+from interp.facts import HELD_OUT_PHRASING
+from interp.inputs import encode
+from interventions.base import applied
+from interventions.dial import DialScale, TrustDial
+from interventions.gate import ConflictGate
+from interventions.heads import HeadScaling
+from tests.conflictscope.methods.labs import tiny_lab
+
+EDIT = HeadScaling.of([(2, 1), (2, 3)], -3.0)
+GATE = Gate((EDIT,), "context", keep=0.8)
+OTHERS = ("aligned", "irrelevant", "none")
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_llama, tmp_path_factory):
+    return tiny_lab(tiny_llama, tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="module")
+def chosen(lab):
+    (condition,) = GATE.candidates(lab, "context")
+    return condition
+
+
+@pytest.fixture(scope="module")
+def details(lab, chosen):
+    with pytest.MonkeyPatch.context() as patch:
+        few = neutral_texts()[:4]
+        for module in ("interp.evaluation", "conflictscope.study.measure"):
+            patch.setattr(f"{module}.neutral_texts", lambda: few)
+        return GATE.details(lab, chosen)
+
+
+def changed(lab, condition, example) -> bool:
+    inputs, network = encode(lab.model, [example.prompt]), transformers_model(lab.model)
+    with torch.inference_mode():
+        before = network(**inputs).logits
+        with applied(lab.model, *condition.edits):
+            return not torch.equal(network(**inputs).logits, before)
+
+
+def test_the_candidate_is_the_edit_behind_a_gate_below_it(chosen):
+    (gate,) = chosen.edits
+    assert isinstance(gate, ConflictGate)
+    assert gate.edits == (EDIT,)
+    assert gate.layer < 2
+    assert (chosen.method, chosen.towards) == ("gate", "context")
+
+
+def test_what_is_said_to_open_is_what_the_gate_edits(lab, chosen, details):
+    """The share of test prompts whose logits are changed, against the share said to be open."""
+    (control,) = GATE.controls(lab, chosen)
+    for condition, opened in ((chosen, details["opened"]), (control, details["random_opened"])):
+        for kind in ("conflict", *OTHERS):
+            asked = lab.prompts.test.select(kind=kind)
+            differs = {example: changed(lab, condition, example) for example in asked}
+            unseen = [found for example, found in differs.items() if example.template == HELD_OUT_PHRASING]
+            assert np.mean([*differs.values()]) == pytest.approx(opened[kind]["value"])
+            assert np.mean(unseen) == pytest.approx(opened["held_out_phrasing"][kind]["value"])
+
+
+def test_neither_test_subjects_nor_the_held_out_phrasing_choose_gate_or_control(tiny_llama, tmp_path, monkeypatch):
+    seen, real = [], job.record
+    monkeypatch.setattr(job, "record", lambda model, part, *a, **k: seen.append(part) or real(model, part, *a, **k))
+    fresh = tiny_lab(tiny_llama, tmp_path)
+    assert GATE.controls(fresh, *GATE.candidates(fresh, "context"))
+    assert [{e.split for e in part} for part in seen] == [{"train"}, {"dev"}, {"dev"}]
+    assert all(e.template != HELD_OUT_PHRASING for part in seen for e in part)
+    assert {e.kind for e in seen[0]} == {"conflict", *OTHERS}
+
+
+def test_of_all_sites_the_chosen_one_lets_fewest_others_through(lab, chosen, details, monkeypatch):
+    """Against gates that may read one layer only, each the best of its sites."""
+    opened = details["dev"]["opened"]
+    assert opened["conflict"] >= 0.8
+    real = job.sites_of
+    for number in range(6):
+        monkeypatch.setattr(job, "sites_of", lambda *a, n=number, **k: real(*a, **k)[n : n + 1])
+        train, dev = job._learned_from(lab, "train"), job._learned_from(lab, "dev")
+        found = job._fitted(lab, train, dev, 2, 0.8)
+        weight = torch.tensor(found["weight"])
+        part, layer = job.located(found["site"])
+        gate = ConflictGate(part, layer, weight, found["bias"], found["threshold"], (EDIT,))
+        scores, kinds = job._log_odds(lab, gate, dev), [e.kind for e in dev]
+        passed = [(kind, bool(score > gate.threshold)) for kind, score in zip(kinds, scores, strict=True)]
+        others = sum(np.mean([is_open for kind, is_open in passed if kind == other]) for other in OTHERS)
+        assert sum(opened[kind] for kind in OTHERS) <= others + 1e-9
+
+
+def test_the_control_reads_another_direction_at_the_same_site_and_lets_as_many_conflicts_pass(lab, chosen):
+    (control,) = GATE.controls(lab, chosen)
+    gate, blind = job._gate_of(chosen), job._gate_of(control)
+    assert (blind.part, blind.layer, blind.edits) == (gate.part, gate.layer, gate.edits)
+    assert abs(torch.cosine_similarity(blind.weight, gate.weight, dim=0)) < 0.6
+    assert (control.method, control.control_of) == ("random_gate", "gate")
+    dev = [e for e in job._learned_from(lab, "dev") if e.kind == "conflict"]
+    wanted = 1 - np.floor((len(dev) + 1) * 0.2) / len(dev)
+    for condition in (chosen, control):
+        # The threshold is the score of one of them, for which rounding decides.
+        found = np.mean([changed(lab, condition, example) for example in dev])
+        assert found == pytest.approx(wanted, abs=1.01 / len(dev))
+    assert GATE.controls(lab, chosen)[0].digest == control.digest
+
+
+def test_the_details_are_json_and_rank_dev_as_pairs_do(lab, chosen, details):
+    assert json.loads(json.dumps(details)) == details
+    gate, dev = job._gate_of(chosen), job._learned_from(lab, "dev")
+    scores = job._log_odds(lab, gate, dev).tolist()
+    conflicts, others = (
+        [score for score, e in zip(scores, dev, strict=True) if (e.kind == "conflict") == is_conflict]
+        for is_conflict in (True, False)
+    )
+    won = np.mean([(a > b) + 0.5 * (a == b) for a in conflicts for b in others])
+    assert details["dev"]["auroc"] == pytest.approx(won)
+
+
+def test_the_shares_that_are_kept_are_those_of_the_measured_answers(lab, chosen, details):
+    reports = [measure(lab, c).report for c in (Condition("unedited"), Condition("edit", edits=(EDIT,)), chosen)]
+    rates = [report.select(kind="conflict").rate("context").value for report in reports]
+    assert None not in rates
+    changes = [float(after or 0) - float(rates[0] or 0) for after in rates[1:]]
+    if changes[0]:
+        assert details["kept"]["gain"]["value"] == pytest.approx(changes[1] / changes[0])
+    assert set(details["kept"]) == {"gain", *OTHERS, "held_out_phrasing"}
+
+
+def test_without_edits_what_pruning_chose_is_gated(lab, monkeypatch):
+    pruned = Condition("pruning", "memory", edits=(EDIT,))
+    found = SimpleNamespace(best=SimpleNamespace(condition=pruned))
+    monkeypatch.setattr(lab, "chosen", lambda method, towards: {("pruning", "memory"): found}[method.name, towards])
+    (condition,) = Gate(keep=0.8).candidates(lab, "memory")
+    assert job._gate_of(condition).edits == (EDIT,)
+
+
+def test_a_gate_is_fitted_once(lab, chosen, monkeypatch):
+    monkeypatch.setattr(job, "record", lambda *_, **__: pytest.fail("recorded again"))
+    assert GATE.candidates(lab, "context")[0].digest == chosen.digest
+
+
+# Thresholds and shares
+
+
+@pytest.mark.parametrize(("n", "keep"), [(19, 0.95), (100, 0.9), (9, 0.5), (1000, 0.99)])
+def test_a_new_score_passes_with_the_wanted_probability(n, keep):
+    """The coverage of a conformal threshold lies between the wanted share and one rank more, by counting ranks."""
+    scores = torch.randperm(n).float()
+    passed = int((scores > passing_threshold(scores, keep)).sum())
+    # A new score is equally likely to fall into each of the n + 1 gaps; it passes in those above the threshold.
+    assert keep - 1e-9 <= (passed + 1) / (n + 1) < keep + 1 / (n + 1) + 1e-9
+
+
+def report(kind: str, usage: list[str], right: list[float]) -> pl.DataFrame:
+    subjects = [str(i) for i in range(len(usage))]
+    return pl.DataFrame({"kind": [kind] * len(usage), "subject": subjects, "usage": usage, "memory_span_match": right})
+
+
+def test_kept_shares_by_hand():
+    def answers(context: int, right: int) -> UsageReport:
+        usage = ["context"] * context + ["memory"] * (10 - context)
+        known = [1.0] * right + [0.0] * (10 - right)
+        return UsageReport(pl.concat([report("conflict", usage, known), report("none", usage, known)]))
+
+    reports = answers(2, 9), answers(8, 4), answers(5, 8)
+    shares = kept_shares(*reports, "context")
+    assert shares["gain"]["value"] == pytest.approx(0.5)
+    assert shares["none"]["value"] == pytest.approx(0.2)
+    assert shares["gain"]["low"] <= 0.5 <= shares["gain"]["high"]
+    # Every prompt that the edit turned right to wrong is right behind the gate, or it is not.
+    expected = binomtest(1, 5).proportion_ci(method="wilson")
+    assert (shares["none"]["low"], shares["none"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert "irrelevant" not in shares
+    assert "gain" not in kept_shares(*reports, None)
+
+
+def test_a_share_of_a_change_that_there_is_not_is_undefined():
+    def answers(right: list[float]) -> UsageReport:
+        return UsageReport(report("aligned", ["memory"] * 10, right))
+
+    same = answers([1.0] * 9 + [0.0])
+    shares = kept_shares(same, same, answers([1.0] * 8 + [0.0] * 2), None)
+    assert shares == {"aligned": {"value": None, "low": None, "high": None, "n": 10}}
+
+
+def test_a_share_of_all_is_as_sure_as_the_prompts_that_changed():
+    plain, moved = ["memory"] * 20, ["context"] * 3 + ["memory"] * 17
+    before, after = (UsageReport(report("conflict", usage, [1.0] * 20)) for usage in (plain, moved))
+    gain = kept_shares(before, after, after, "context")["gain"]
+    expected = binomtest(3, 3).proportion_ci(method="wilson")
+    assert (gain["value"], gain["n"]) == (1, 3)
+    assert (gain["low"], gain["high"]) == pytest.approx((expected.low, expected.high))
+
+
+# What is refused
+
+
+def test_edits_that_cannot_be_gated_are_refused():
+    with pytest.raises(UserError, match="no gate can lie below it"):
+        Gate((HeadScaling.of([(0, 1)], 0.0),))
+    with pytest.raises(UserError, match="have a gate already"):
+        Gate((ConflictGate("block", 0, torch.ones(32), 0.0, 0.0, (EDIT,)),))
+    with pytest.raises(UserError, match="change nothing"):
+        Gate((TrustDial((DialScale(1, 1, 0.0, 2.0),)),))
+
+
+def test_the_other_source_too_few_conflicts_or_no_share_are_refused(lab):
+    with pytest.raises(UserError, match="strengthen context, so that no gate of them is towards memory"):
+        GATE.candidates(lab, "memory")
+    with pytest.raises(UserError, match=r"too few to let 0\.999 of them pass"):
+        Gate((EDIT,), keep=0.999).candidates(lab, "context")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        Gate(keep=1.0)
+
+
+def test_edits_of_no_stated_source_are_gated_towards_both(lab, chosen):
+    both = Gate((EDIT,), keep=0.8)
+    assert [both.candidates(lab, source)[0].digest for source in DIRECTIONS] == [chosen.digest] * 2
