@@ -114,7 +114,13 @@ class Comparison:
                 ],
                 "test": {**self._chosen(towards, tried), **not_run},
             }
-        figure = damage_fronts({towards: result[f"towards_{towards}"]["dev"] for towards in DIRECTIONS})
+        figure = damage_fronts(
+            [
+                {**t, "towards": d, "does": t["setting"], "damage": t["divergence"], "kept": t["right"]["none"]}
+                for d in DIRECTIONS
+                for t in result[f"towards_{d}"]["dev"]
+            ]
+        )
         save_figure(figure, dialing.out / "comparison.html")
         write_json(dialing.out / "comparison.json", result)
         return result
