@@ -29,7 +29,6 @@ from conflictscope import __version__
 from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.study.records import Records
-from conflictscope.report import demo_run, write_report
 from conflictscope.report.words import words
 from interp.anatomy import Anatomy
 from interp.answers import USAGES
@@ -455,7 +454,6 @@ class Study:
                     file.save(self.out / "interventions" / f"towards_{towards}.json")
         scores.save(self.out / "heads.parquet")
         self.conflicts.save(self.out / "conflicts.jsonl")
-        write_report(self.out / "report.html", [demo_run(self.out.resolve().name, summary, scores, examples)])
         write_examples(self.out, examples)
         write_json(self.out / "summary.json", summary)
 
