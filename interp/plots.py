@@ -490,8 +490,9 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
         )
     for column, direction in enumerate(DIRECTIONS, start=1):
         figure.update_xaxes(title_text=f"{direction} rate on dev", range=[0, 1.02], tickformat=".0%", row=2, col=column)
-    figure.update_yaxes(type="log", title_text="KL on text (nats)", row=1, col=1)
-    figure.update_yaxes(tickformat=".0%", title_text="closed-book accuracy", row=2, col=1)
+    lowest = min([0.85, *(r["kept"] for r in tried if r["kept"] is not None)]) - 0.05
+    figure.update_yaxes(type="log", dtick="D2", title_text="KL on text (nats)", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[lowest, 1.01], title_text="closed-book accuracy", row=2, col=1)
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
         height=620,
