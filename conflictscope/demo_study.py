@@ -28,8 +28,8 @@ from torch import Tensor
 from conflictscope import __version__
 from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
-from conflictscope.study.records import Records
 from conflictscope.report.words import words
+from conflictscope.study.records import Records
 from interp.anatomy import Anatomy
 from interp.answers import USAGES
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching

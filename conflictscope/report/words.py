@@ -36,8 +36,8 @@ def decimals(estimate: Mapping[str, Any], digits: int = 3) -> tuple[str, str]:
 
 
 def points(change: Mapping[str, Any]) -> tuple[str, str]:
-    """A change of a share in percentage points, and its interval."""
-    value, low, high = (signed(100 * change[name], 1) for name in ("value", "low", "high"))
+    """A change of a share in whole percentage points, and its interval."""
+    value, low, high = (signed(100 * change[name], 0) for name in ("value", "low", "high"))
     return value, f"{low} to {high}"
 
 

@@ -193,13 +193,13 @@ def write_demo(folder: Path) -> Path:
             "settings": {"heads": k},
             "does": f"{k} heads",
             "moved": k,
-            "rate": 0.4 + 0.05 * k,
-            "kept": 0.95 - 0.02 * k,
+            "rate": 0.4 + 0.05 * k + 0.01 * n,
+            "kept": 0.95 - 0.02 * k - 0.01 * n,
             "damage": {guard: 0.01 * k for guard in BUDGETS},
             "spent": 0.5 * k,
         }
         for d in DIRECTIONS
-        for method in METHODS
+        for n, method in enumerate(METHODS)
         for k in (1, 2, 4, 8)
     ]
     head_scores().save(folder / HEADS)
