@@ -91,13 +91,14 @@ def convert_plainly(path: Path, out: Path) -> None:
                     subject=row["question"],
                     relation="nq-swap",
                     question=row["question"],
-                    context=context,
+                    contexts=(context,) if context else (),
                     memory_answers=memory,
                     context_answers=answers,
                     kind=kind,
                     template="nq-swap",
                     source="nq-swap",
                     prompt=f"{context}\n\n{ask}" if context else ask,
+                    bare_prompt=ask,
                     split=split_of(row["question"], SEED),
                 )
             )

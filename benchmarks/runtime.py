@@ -29,8 +29,8 @@ import typer
 from interp.anatomy import Anatomy
 from interp.models import DEFAULT_MODEL, DTYPES, decode_plainly, load_checkpoint, resolve_device
 from interventions.bake import fold
-from interventions.base import Intervention, applied
-from interventions.gating import ConflictGate
+from interventions.base import Attachable, applied
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 
 PROMPT = "Fact: the capital of Japan is Lima. Fact: the capital of Japan is"
@@ -75,7 +75,7 @@ def main(
     baked = copy.deepcopy(network)
     fold(baked, [scaling])
 
-    def generating(network: Any, *edits: Intervention) -> Callable[[dict[str, torch.Tensor]], float]:
+    def generating(network: Any, *edits: Attachable) -> Callable[[dict[str, torch.Tensor]], float]:
         def side(batch: dict[str, torch.Tensor]) -> float:
             with applied(network, *edits):
                 return tokens_per_second(network, batch, tokens)
@@ -105,7 +105,7 @@ def main(
             result[f"{name}_ratio" if rows == 1 else f"{name}_ratio_batch_{rows}"] = round(median(ratios), 3)
         result |= {f"{name}_tokens_per_second_batch_{rows}": round(median(rates[name]), 1) for name in names}
     result |= {
-        "heads": len(scaling),
+        "heads": scaling.n_moved,
         "turns": turns,
         "tokens": tokens,
         "model": model,

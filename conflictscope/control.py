@@ -37,13 +37,13 @@ from conflictscope.demo_study import (
 )
 from conflictscope.examples import UNEDITED, condition_of, example_frame, read_examples, write_examples
 from conflictscope.probing import conflicts_for_probes
-from conflictscope.study.records import Records
 from conflictscope.saes import check_unseen
+from conflictscope.study.records import Records
 from conflictscope.tables import MEASURES, written
 from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
-from interp.attribution.scores import DIRECTIONS, Direction
+from interp.answers import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, AnswerStarts, UsageReport
@@ -53,15 +53,14 @@ from interp.generation import ReadPrompts, tracked
 from interp.inputs import first_token_id
 from interp.models import fingerprint
 from interp.sae import SparseAutoencoder
-from interventions.base import applied
+from interventions.base import EDITS_VERSION, applied
 from interventions.config import InterventionFile, effect_digest
-from interventions.entries import EDITS_VERSION
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from interventions.tokens import Tokens
 from probes.detector import SOURCE_CLASSES
-from probes.features import FeatureStatistics, matched_random_features, select_features
+from probes.feature_selection import FeatureStatistics, matched_random_features, select_features
 from probes.linear import ProbeSet
 
 if TYPE_CHECKING:

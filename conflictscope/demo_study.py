@@ -31,9 +31,9 @@ from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.report.words import words
 from conflictscope.study.records import Records
 from interp.anatomy import Anatomy
-from interp.answers import USAGES
+from interp.answers import DIRECTIONS, OPPOSITE, USAGES, Direction
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores, RankedHead, top_heads
+from interp.attribution.scores import HeadScores, RankedHead, top_heads
 from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, Split
 from interp.errors import UserError
@@ -49,7 +49,6 @@ from interp.evaluation import (
 )
 from interp.facts import (
     HELD_OUT_PHRASING,
-    KNOWN_VERSION,
     SEEN_PHRASINGS,
     STUDY_PHRASINGS,
     Fact,
@@ -60,12 +59,12 @@ from interp.facts import (
     usable_facts,
 )
 from interp.files import write_json
+from interp.known import KNOWN_VERSION
 from interp.models import fingerprint, load_model
 from interp.statistics import Estimate, bootstrap_means
-from interventions.base import applied
+from interventions.base import EDITS_VERSION, Intervention, applied
 from interventions.config import InterventionFile, effect_digest
-from interventions.entries import EDITS_VERSION, AnyIntervention
-from interventions.gate_training import GateTraining
+from interventions.fitting.scale_learning import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 
@@ -86,13 +85,13 @@ TEST_PHRASINGS: Mapping[str, Sequence[str]] = {
 }
 RANDOM_DRAWS = 2
 
-_OPPOSITE: dict[Direction, Direction] = {"context": "memory", "memory": "context"}
+
 _SCALES = ((0.0, 2.0), (-1.0, 4.0))
 _PRUNED_HEADS = (1, 2, 4, 8)
 _ABLATED_HEADS = (4, 8)
 _STRENGTHENED = 1.5
 _QUICK_FACTS = 40
-_GATES = GateTraining()
+_GATES = ScaleTraining()
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def candidates(scores: Mapping[str, HeadScores], towards: Direction, method: Ran
     ``value_scaling`` scales one head (Yu et al. 2023): the strongest opponent down and below zero, or the strongest
     supporter up.
     """
-    opposite = _OPPOSITE[towards]
+    opposite = OPPOSITE[towards]
     opponents = scores["logit_diff"].ranked(opposite)
     obstacles = scores[f"{towards}_probability"].ranked(opposite)
 
@@ -462,7 +461,7 @@ def measure_edits(
     model: TransformerBridge,
     records: Records,
     asked: ConflictSet,
-    edits: Sequence[AnyIntervention],
+    edits: Sequence[Intervention],
     *,
     label: str,
     neutral_position: Literal["all", "last"] = "all",

@@ -30,9 +30,12 @@ from conflictscope.demo_study import (
 )
 from conflictscope.dialing import Dialing, edit_record, learned_part
 from conflictscope.tables import written
+from figures.gain import damage_fronts
+from figures.theme import save_figure
+from interp.answers import DIRECTIONS, Direction
 from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
-from interp.attribution.scores import DIRECTIONS, Direction, HeadScores
+from interp.attribution.scores import HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictSet
 from interp.corpus import TEXTS_VERSION
 from interp.errors import UserError
@@ -40,16 +43,14 @@ from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts
 from interp.files import write_json
 from interp.formats import load_dataset
 from interp.generation import tracked
-from interp.plots import damage_fronts, save_figure
 from interp.statistics import paired_difference, rate
 from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
-from interventions.base import applied
+from interventions.base import EDITS_VERSION, applied
 from interventions.config import effect_digest
-from interventions.entries import EDITS_VERSION
-from interventions.gate_data import GATE_DATA_VERSION, Checked, Place, check_scales, evenly, to_budget
-from interventions.gate_training import GateTraining
-from interventions.gates import Gate, TrustDial
-from interventions.greedy import GREEDY_VERSION, greedy_heads
+from interventions.dial import DialScale, TrustDial
+from interventions.fitting.greedy import GREEDY_VERSION, greedy_heads
+from interventions.fitting.scale_data import SCALE_DATA_VERSION, Checked, Place, check_scales, evenly, to_budget
+from interventions.fitting.scale_learning import ScaleTraining
 
 Scales = Mapping[Place, float]
 
@@ -200,11 +201,11 @@ class Comparison:
                     progress=f"Greedy selection towards {towards}",
                 )
             ],
-            version=(GREEDY_VERSION, GATE_DATA_VERSION, FORCING_VERSION),
+            version=(GREEDY_VERSION, SCALE_DATA_VERSION, FORCING_VERSION),
         )
         return [(layer, head) for layer, head, _ in chosen]
 
-    def _learned(self, towards: Direction, settings: GateTraining) -> dict[str, Scales]:
+    def _learned(self, towards: Direction, settings: ScaleTraining) -> dict[str, Scales]:
         gates = self.dialing.gate_fit.learned(towards, settings)["gates"]
         return {"its gates": {(layer, head): scale for layer, head, scale in gates}}
 
@@ -214,7 +215,7 @@ class Comparison:
         dev = dialing.gate_fit.data["dev"]
         wanted = dev.wanted(towards)
         budgets = dialing.settings.budgets
-        checked_by = (GATE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
+        checked_by = (SCALE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
 
         def check(scales: Scales, *, back: bool = False) -> dict[str, Any]:
             places, values = list(scales), torch.tensor([*scales.values()])
@@ -294,12 +295,12 @@ def _end(dial: TrustDial, towards: Direction) -> TrustDial:
 
 def _dial(scales: Scales) -> TrustDial:
     """Scales as a dial that stands at its end."""
-    return TrustDial(tuple(Gate(*place, scale, scale) for place, scale in scales.items()), 1.0)
+    return TrustDial(tuple(DialScale(*place, scale, scale) for place, scale in scales.items()), 1.0)
 
 
 def _scales(dial: TrustDial) -> Scales:
     """The scales of a dial where it stands, of what moves there."""
-    scales = {(gate.layer, gate.head): gate.scale(dial.trust) for gate in dial.gates}
+    scales = {(gate.layer, gate.head): gate.at(dial.trust) for gate in dial.scales}
     return {place: scale for place, scale in scales.items() if scale != 1}
 
 

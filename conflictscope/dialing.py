@@ -29,7 +29,9 @@ from conflictscope.demo_study import (
 from conflictscope.examples import UNEDITED, example_frame, write_examples
 from conflictscope.gate_fit import GateFit, LearnedFrom
 from conflictscope.study.records import Records
-from interp.attribution.scores import DIRECTIONS, Direction
+from figures.dial import dial_curve
+from figures.theme import save_figure
+from interp.answers import DIRECTIONS, Direction
 from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictSet, Split, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, UsageReport, answer_starts
@@ -48,14 +50,12 @@ from interp.facts import (
 from interp.files import write_json
 from interp.generation import tracked
 from interp.models import fingerprint
-from interp.plots import dial_curve, save_figure
 from interp.teacher_forcing import FORCING_VERSION, continued, greedily_continued
-from interventions.base import applied
+from interventions.base import EDITS_VERSION, applied
 from interventions.config import InterventionFile, effect_digest
-from interventions.entries import EDITS_VERSION
-from interventions.gate_data import gate_places
-from interventions.gate_training import GateTraining
-from interventions.gates import DialPoint, Gate, TrustDial
+from interventions.dial import DialPoint, DialScale, TrustDial
+from interventions.fitting.scale_data import scale_places
+from interventions.fitting.scale_learning import ScaleTraining
 from interventions.identity import ModelIdentity
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ class Dialing:
         *,
         relations: Sequence[str] = RELATIONS,
         out: Path,
-        settings: GateTraining | None = None,
+        settings: ScaleTraining | None = None,
         subjects: int = 40,
     ) -> None:
         self.model = model
         self.name = name
         self.relations = list(dict.fromkeys(relation_named(relation).name for relation in relations))
         self.out = out
-        self.settings = settings or GateTraining()
+        self.settings = settings or ScaleTraining()
         self.seed = self.settings.seed
         self.subjects = subjects
         self._subjects = subjects_by_split(subjects)
@@ -180,7 +180,7 @@ class Dialing:
             for layer, head, scale in self._learned[towards]["gates"]:
                 scales.setdefault((layer, head), {})[towards] = scale
         order = sorted(scales, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
-        dial = TrustDial(tuple(Gate(*place, **scales[place]) for place in order))
+        dial = TrustDial(tuple(DialScale(*place, **scales[place]) for place in order))
         dev = learned_part(self.conflicts, "dev").select(kind="conflict")
         count = min(_CALIBRATED_ON, len(dev))
         chosen = ConflictSet(dev.name, tuple(random.Random(self.seed).sample(dev.examples, count)))
@@ -188,7 +188,7 @@ class Dialing:
         for trust in tracked(SETTINGS, "Calibrating"):
             report = self._starts(dial.at(trust), chosen)
             points.append(DialPoint(trust, report.rate("memory").value, report.rate("context").value))
-        return TrustDial(dial.gates, calibration=tuple(points))
+        return TrustDial(dial.scales, calibration=tuple(points))
 
     def _starts(self, dial: TrustDial, conflicts: ConflictSet) -> UsageReport:
         """Which source answers to conflict prompts start with."""
@@ -251,17 +251,17 @@ class Dialing:
     def elsewhere(self, end: TrustDial, draw: str) -> TrustDial:
         """The scales of one end of the dial in random places."""
         rng = random.Random(f"{self.seed}/{draw}")
-        gates: list[Gate] = []
-        every = gate_places(self.model, feed_forward=True)
+        gates: list[DialScale] = []
+        every = scale_places(self.model, feed_forward=True)
         for heads in (True, False):
-            moved = [gate for gate in end.gates if gate.scale(end.trust) != 1 and (gate.head is not None) == heads]
+            moved = [gate for gate in end.scales if gate.at(end.trust) != 1 and (gate.head is not None) == heads]
             taken = {(gate.layer, gate.head) for gate in moved}
             places = [place for place in every if (place[1] is not None) == heads]
             free = [place for place in places if place not in taken]
             # Where too many move, some of the others' places are their own.
             drawn = rng.sample(free if len(free) >= len(moved) else places, len(moved))
-            scales = [gate.scale(end.trust) for gate in moved]
-            gates += [Gate(*place, scale, scale) for place, scale in zip(drawn, scales, strict=True)]
+            scales = [gate.at(end.trust) for gate in moved]
+            gates += [DialScale(*place, scale, scale) for place, scale in zip(drawn, scales, strict=True)]
         return TrustDial(tuple(gates), 1.0)
 
     def _write(self, dial: TrustDial, summary: dict[str, Any]) -> None:
@@ -374,7 +374,7 @@ def tested_part(conflicts: ConflictSet) -> ConflictSet:
 
 def edit_record(dial: TrustDial) -> dict[str, Any]:
     """The heads and feed-forward layers that a dial moves at its setting, as a study's summary says them."""
-    moved = [(gate, gate.scale(dial.trust)) for gate in dial.gates if gate.scale(dial.trust) != 1]
+    moved = [(gate, gate.at(dial.trust)) for gate in dial.scales if gate.at(dial.trust) != 1]
     return {
         "heads": [[gate.layer, gate.head, scale] for gate, scale in moved if gate.head is not None],
         "feed_forward": [[gate.layer, scale] for gate, scale in moved if gate.head is None],

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from interp.answers import USAGES
-from interp.attribution.scores import Direction
+from interp.answers import USAGES, Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport

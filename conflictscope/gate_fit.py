@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from conflictscope.study.records import Records
-from interp.attribution.scores import Direction
+from interp.answers import Direction
 from interp.conflicts import ConflictSet
 from interp.corpus import TEXTS_VERSION, sampled_texts
 from interp.teacher_forcing import FORCING_VERSION
-from interventions.gate_data import GATE_DATA_VERSION, GateData
-from interventions.gate_training import GATES_VERSION, GateTraining, learn_gates
+from interventions.fitting.scale_data import SCALE_DATA_VERSION, ScaleData
+from interventions.fitting.scale_learning import SCALES_VERSION, ScaleTraining, learn_scales
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -46,15 +46,15 @@ class GateFit:
         self.records = records
         self.seed = seed
 
-    def learned(self, towards: Direction, settings: GateTraining) -> dict[str, Any]:
+    def learned(self, towards: Direction, settings: ScaleTraining) -> dict[str, Any]:
         """The gates ``[layer, head, scale]`` of one direction, and what they do on dev."""
         depends_on = [self.basis, vars(settings)]
-        version = (GATES_VERSION, GATE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
+        version = (SCALES_VERSION, SCALE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
         checkpoint = self.records.place(f"training-{towards}", depends_on, ".safetensors", version=version)
 
         def compute() -> dict[str, Any]:
             progress = f"Learning towards {towards}"
-            gates = learn_gates(
+            gates = learn_scales(
                 self.model,
                 self.data["train"],
                 self.data["dev"],
@@ -78,10 +78,10 @@ class GateFit:
         return [[part.digest for part in self.parts.values()], _TEXTS, _TEXT_TOKENS, _SIZES, self.seed]
 
     @cached_property
-    def data(self) -> dict[LearnedFrom, GateData]:
+    def data(self) -> dict[LearnedFrom, ScaleData]:
         """Prompts and texts of both splits, as tokens."""
         return {
-            split: GateData(
+            split: ScaleData(
                 self.model,
                 self.parts[split].examples,
                 sampled_texts(

@@ -38,10 +38,10 @@ from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, STUDY_PHRASINGS, 
 from interp.files import write_json
 from interp.models import fingerprint
 from interp.statistics import Estimate, bootstrap_means, rate
+from interventions.base import Intervention
 from interventions.config import InterventionFile
-from interventions.entries import AnyIntervention
-from interventions.gates import TrustDial
-from interventions.gating import ConflictGate, Gateable
+from interventions.dial import TrustDial
+from interventions.gate import ConflictGate
 from interventions.identity import ModelIdentity
 from probes.linear import LinearProbe, ProbeSet
 
@@ -263,7 +263,7 @@ class Gating:
         is_open = (scores > threshold).numpy()
         return Chosen(probe, threshold, {kind: float(is_open[kinds == kind].mean()) for kind in CONTEXT_KINDS})
 
-    def _measured(self, edits: Sequence[AnyIntervention], label: str) -> tuple[UsageReport, np.ndarray]:
+    def _measured(self, edits: Sequence[Intervention], label: str) -> tuple[UsageReport, np.ndarray]:
         return measure_edits(self.model, self.records, self.tested, edits, label=f"Test: {label}")
 
     def _opened(self) -> dict[str, dict[str, Any]]:
@@ -398,8 +398,8 @@ def gating_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"in the unseen phrasing: {listed(kept['held_out_phrasing'])}"
 
 
-def _ungated(file: InterventionFile) -> tuple[Gateable, ...]:
-    edits: list[Gateable] = []
+def _ungated(file: InterventionFile) -> tuple[Intervention, ...]:
+    edits: list[Intervention] = []
     for edit in file.build():
         if isinstance(edit, ConflictGate):
             raise UserError(f"{file.name} has a gate already; give the file that it was made from.")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,16 +28,16 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from conflictscope.study.records import Records
+from figures.probes import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
+from figures.theme import save_figure
 from interp.activation_store import ActivationStore
 from interp.activations import site_kind
-from interp.conflicts import ConflictExample, ConflictSet, ContextKind
+from interp.conflicts import ConflictSet, ContextKind
 from interp.errors import UserError
-from interp.evaluation import ANSWERS_VERSION, measure_usage
+from interp.evaluation import ANSWERS_VERSION
 from interp.facts import (
     HELD_OUT_PHRASING,
-    KNOWN_VERSION,
     PHRASINGS,
-    Fact,
     build_conflicts,
     known_facts,
     relation_named,
@@ -45,13 +45,12 @@ from interp.facts import (
 )
 from interp.files import write_json, write_parquet
 from interp.generation import tracked
+from interp.known import KNOWN_VERSION
 from interp.models import fingerprint
-from interp.plots import save_figure
 from interp.statistics import Estimate, rate
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
 from probes.patterns import patterns_by_group
-from probes.plots import activation_patterns, auroc_by_layer, projection_by_layer, reliability_curve
 from probes.quality import ProbeScore, auroc_within, pooled_auroc
 
 Label = Literal["conflict", "source"]
@@ -81,9 +80,12 @@ _MEASURES = ("auroc", "auprc", "accuracy", "calibration_error")
 def conflicts_for_probes(
     model: Any, relations: Sequence[str], *, folder: Path, seed: int, kinds: Sequence[ContextKind]
 ) -> ConflictSet:
-    """Prompts of these kinds in every phrasing family in which the model itself gives the memory answer closed-book.
+    """Prompts of these kinds in every phrasing family about facts that the model knows (``interp.known``).
 
-    What it answers is kept under ``folder``, so that a call that is repeated does not ask again.
+    What it knows is kept under ``folder``, so that a call that is repeated does not ask again.
+
+    Raises:
+        UserError: If it knows too few facts for conflicts.
     """
     records = Records(folder, model=fingerprint(model))
     facts = {}
@@ -96,48 +98,7 @@ def conflicts_for_probes(
             version=(KNOWN_VERSION, ANSWERS_VERSION),
         )
         facts[relation] = [fact for fact in usable if fact.subject in known]
-    closed_book = build_conflicts(facts, seed=seed, kinds=("none",), phrasings=tuple(PHRASINGS))
-    report = records.usage(
-        "closed_book",
-        closed_book.digest,
-        lambda: measure_usage(model, closed_book, progress="Closed-book"),
-        version=ANSWERS_VERSION,
-    )
-    right = report.frame.filter(pl.col("memory_span_match") > 0).select("relation", "subject", "template").rows()
-    return conflicts_by_phrasing(facts, set(right), seed=seed, kinds=kinds)
-
-
-def conflicts_by_phrasing(
-    facts: Mapping[str, Sequence[Fact]],
-    right: Collection[tuple[str, str, str]],
-    *,
-    seed: int,
-    kinds: Sequence[ContextKind],
-) -> ConflictSet:
-    """Each phrasing family's prompts about those facts that were answered right in that family.
-
-    Conflicts are made family by family, so that in each of them, within relation and split, the conflict answers are a
-    permutation of the right ones, and an answer does not tell whether it is a conflict.
-
-    Args:
-        facts: Facts by relation.
-        right: Relation, subject and phrasing of what was answered right without a context.
-        seed: Decides the splits and which answer conflicts with which.
-        kinds: The context kinds to build.
-
-    Raises:
-        UserError: If too few facts are known in every family.
-    """
-    examples: list[ConflictExample] = []
-    for phrasing in PHRASINGS:
-        known = {r: [fact for fact in some if (r, fact.subject, phrasing) in right] for r, some in facts.items()}
-        if any(len({fact.answers[0] for fact in some}) > 1 for some in known.values()):
-            examples += build_conflicts(known, seed=seed, kinds=kinds, phrasings=(phrasing,))
-    if not examples:
-        raise UserError(
-            f"The model knows too few facts of {', '.join(facts)}; choose other relations or a model that knows more."
-        )
-    return ConflictSet("+".join(facts), tuple(examples))
+    return build_conflicts(facts, seed=seed, kinds=kinds, phrasings=tuple(PHRASINGS))
 
 
 def examples_of(store: ActivationStore, label: Label) -> pl.DataFrame:

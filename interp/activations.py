@@ -259,13 +259,19 @@ class PromptSource:
 
 def _context_end(example: ConflictExample) -> int:
     """Where the context ends in the prompt, in characters."""
-    # Not by lowering both: some letters become two then.
-    found = re.search(re.escape(example.context), example.prompt, re.IGNORECASE)
-    if not example.context or found is None:
+    end = 0
+    for document in example.contexts:
+        # Not by lowering both: some letters become two then.
+        found = re.compile(re.escape(document), re.IGNORECASE).search(example.prompt, end)
+        if found is None:
+            end = 0
+            break
+        end = found.end()
+    if not end:
         raise UserError(
             f"The example {example.id} has no context in its prompt; leave out the kinds of context that have none."
         )
-    return found.end()
+    return end
 
 
 class _Enough(Exception):

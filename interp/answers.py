@@ -6,7 +6,7 @@ Exact match and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250); ``nor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Usage = Literal["memory", "context", "both", "other", "empty"]
 USAGES: tuple[Usage, ...] = get_args(Usage)
+Direction = Literal["context", "memory"]
+"""The source that something works towards."""
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+OPPOSITE: Mapping[Direction, Direction] = {"context": "memory", "memory": "context"}
 
 # Answers and short predictions come again and again, longer texts are asked about several times in a row.
 _short_text = lru_cache(maxsize=2**13)(Words)

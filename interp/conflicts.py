@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -38,7 +39,7 @@ class ConflictExample:
         subject: What is asked about.
         relation: What is asked about it, for example ``capital``.
         question: The question, without context.
-        context: What the prompt says; empty for kind ``none``.
+        contexts: The documents that the prompt shows, one or several; none for kind ``none``.
         memory_answers: What training stored, canonical answer first, then aliases.
         context_answers: What the context says: the same as ``memory_answers`` for kind ``aligned``, empty for
             ``irrelevant`` and ``none``.
@@ -46,6 +47,8 @@ class ConflictExample:
         template: The phrasing family of the prompt.
         source: The data set.
         prompt: The whole text that the model continues.
+        bare_prompt: The prompt without its context, which asks the same closed-book: for kind ``none`` the prompt
+            itself, empty where it is not known.
         split: Which split the subject belongs to.
     """
 
@@ -53,14 +56,20 @@ class ConflictExample:
     subject: str
     relation: str
     question: str
-    context: str
+    contexts: tuple[str, ...]
     memory_answers: tuple[str, ...]
     context_answers: tuple[str, ...]
     kind: ContextKind
     template: str
     source: str
     prompt: str
+    bare_prompt: str
     split: Split
+
+    @property
+    def context(self) -> str:
+        """The documents as one text, with empty lines between them; empty for kind ``none``."""
+        return "\n\n".join(self.contexts)
 
 
 def example_of(fields: Mapping[str, Any]) -> ConflictExample:
@@ -193,24 +202,32 @@ class ConflictSet:
     def load(cls, path: str | Path) -> ConflictSet:
         """Read a set that ``save`` wrote; its name is the file's stem.
 
+        Files of earlier versions, whose rows have one ``context`` and no ``bare_prompt``, load too. The bare prompt is
+        then the prompt without the context where that occurs once in it, else the prompt of kind ``none`` with the same
+        subject, relation and template; where there is neither it is empty, and a ``Caution`` says how often.
+
         Raises:
             UserError: If the file is missing, empty, or a line is not an example or has the id of another (the line
                 number is named).
         """
         examples: list[ConflictExample] = []
         lines: dict[str, int] = {}
+        old: list[int] = []
         # Only line feeds end a line: JSON texts may contain other line separators of Unicode.
         with open_text(path, newline="\n") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    example = _parsed(line, path, number)
+                    example, is_old = _parsed(line, path, number)
                     if (earlier := lines.setdefault(example.id, number)) != number:
                         raise UserError(
                             f"{path}, line {number}: the id {example.id} is that of line {earlier}; ids must be unique."
                         )
+                    if is_old:
+                        old.append(len(examples))
                     examples.append(example)
         if not examples:
             raise UserError(f"{path} has no examples; write it again with `conflictscope data build` or `convert`.")
+        _add_bare_prompts(path, examples, old)
         _caution_leaks(path, examples)
         return cls(Path(path).stem, tuple(examples))
 
@@ -254,17 +271,64 @@ def _caution_leaks(path: str | Path, examples: Iterable[ConflictExample]) -> Non
         )
 
 
+def _add_bare_prompts(path: str | Path, examples: list[ConflictExample], old: Sequence[int]) -> None:
+    """Complete the examples with these numbers, which come from a file without bare prompts."""
+    alone: dict[tuple[str, str, str], set[str]] = {}
+    for example in examples if old else ():
+        if example.kind == "none":
+            alone.setdefault((example.subject, example.relation, example.template), set()).add(example.prompt)
+    unknown = 0
+    for i in old:
+        example = examples[i]
+        bare = example.prompt if example.kind == "none" else _without(example.context, example.prompt)
+        same = alone.get((example.subject, example.relation, example.template), ())
+        if not bare and len(same) == 1:
+            [bare] = same
+        unknown += not bare
+        examples[i] = example_of({**vars(example), "bare_prompt": bare})
+    if unknown:
+        warnings.warn(
+            Caution(
+                f"{path} is of an earlier version, and what {unknown} of its {len(examples)} prompts ask without their "
+                "context cannot be told; write it again with `conflictscope data build` or `convert`."
+            ),
+            stacklevel=3,
+        )
+
+
+def _without(context: str, prompt: str) -> str:
+    """The prompt without its context; empty where the context does not occur once in it, or is all of it."""
+    if not context:
+        return ""
+    if not (times := prompt.count(context)):
+        # Prompts may start the context with a capital. Not by lowering both: some letters become two then.
+        found = list(dict.fromkeys(re.findall(re.escape(context), prompt, re.IGNORECASE)))
+        context, times = (found[0], prompt.count(found[0])) if len(found) == 1 else (context, 0)
+    if times != 1:
+        return ""
+    before, _, after = prompt.partition(context)
+    if not before.strip():
+        return after.lstrip()
+    if not after.strip():
+        return before.rstrip()
+    gaps = before[len(before.rstrip()) :], after[: len(after) - len(after.lstrip())]
+    return before.rstrip() + max(gaps, key=len) + after.lstrip()
+
+
 _FIELDS = [field.name for field in dataclasses.fields(ConflictExample)]
-_LISTS = {"memory_answers", "context_answers"}
+_OLD_FIELDS = {*_FIELDS, "context"} - {"contexts", "bare_prompt"}
+_LISTS = {"contexts", "memory_answers", "context_answers"}
 _NOT_EMPTY = ("id", "subject", "prompt")
 
 
-def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
+def _parsed(line: str, path: str | Path, number: int) -> tuple[ConflictExample, bool]:
+    """The example of a line, and whether the line is of an earlier version, so that it lacks its bare prompt."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not valid JSON ({error}); mend or remove the line.") from error
-    if not isinstance(row, dict) or row.keys() != set(_FIELDS):
+    is_old = isinstance(row, dict) and row.keys() == _OLD_FIELDS
+    if not is_old and (not isinstance(row, dict) or row.keys() != set(_FIELDS)):
         raise UserError(
             f"{path}, line {number}: expected an object with the fields {', '.join(sorted(_FIELDS))}; "
             "convert other formats with `conflictscope data convert`."
@@ -277,6 +341,9 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
         if not valid:
             wanted = "a list of strings" if name in _LISTS else "a string"
             raise UserError(f"{path}, line {number}: {name} must be {wanted}; mend or remove the line.")
+    if is_old:
+        context = row.pop("context")
+        row |= {"contexts": [context] if context.strip() else [], "bare_prompt": ""}
     for name in _NOT_EMPTY:
         if not row[name].strip():
             raise UserError(f"{path}, line {number}: {name} must not be empty; fill it in or remove the line.")
@@ -293,6 +360,10 @@ def _parsed(line: str, path: str | Path, number: int) -> ConflictExample:
     for name, choices in (("kind", CONTEXT_KINDS), ("split", SPLITS)):
         if row[name] not in choices:
             raise UserError(f"{path}, line {number}: {name} must be one of {', '.join(choices)}, not {row[name]!r}.")
+    if row["kind"] == "none" and row["bare_prompt"] != row["prompt"] and not is_old:
+        raise UserError(
+            f"{path}, line {number}: bare_prompt must be the prompt itself for the kind none; mend or remove the line."
+        )
     # In the order of the class, whatever the file's: digests depend on it.
     fields: dict[str, Any] = {name: tuple(row[name]) if name in _LISTS else row[name] for name in _FIELDS}
-    return example_of(fields)
+    return example_of(fields), is_old

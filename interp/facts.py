@@ -35,7 +35,6 @@ from interp.conflicts import (
 )
 from interp.errors import UserError
 from interp.files import assets_directory, read_json
-from interp.generation import continue_greedily
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -204,14 +203,10 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
     return tuple(fact for fact in load_facts(relation) if not shows_answer(fact.subject, fact.answers))
 
 
-KNOWN_VERSION = 1
-"""Version of ``known_facts``: raise it when it would keep other facts."""
-
-
 def known_facts(
     model: TransformerBridge, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
 ) -> tuple[Fact, ...]:
-    """The facts that the model answers right closed-book in more than half of the seen phrasing families.
+    """The facts that the model knows, by the rule of ``interp.known``.
 
     Args:
         model: The bridge.
@@ -222,14 +217,17 @@ def known_facts(
     Raises:
         UserError: If the relation is not known.
     """
+    # The rule needs what facts are and how they are asked, which is said here.
+    from interp.known import ClosedBook, are_known
+
     wording = relation_named(relation)
     candidates = usable_facts(relation) if among is None else among
-    prompts = [
-        closed_book_prompt(wording, fact.subject, phrasing) for fact in candidates for phrasing in SEEN_PHRASINGS
+    asked = [
+        ClosedBook([closed_book_prompt(wording, fact.subject, name) for name in SEEN_PHRASINGS], fact.answers)
+        for fact in candidates
     ]
-    answers = iter(continue_greedily(model, prompts, progress=progress).answers)
-    right = [sum(contains_answer(next(answers), fact.answers) for _ in SEEN_PHRASINGS) for fact in candidates]
-    return tuple(fact for fact, count in zip(candidates, right, strict=True) if 2 * count > len(SEEN_PHRASINGS))
+    known = are_known(model, asked, progress=progress)
+    return tuple(fact for fact, is_known in zip(candidates, known, strict=True) if is_known)
 
 
 def build_conflicts(
@@ -275,20 +273,22 @@ def build_conflicts(
                         "irrelevant": (_context(phrasing, *distractors[fact.subject]), ()),
                         "none": ("", ()),
                     }[kind]
-                    ask = (phrasing.ask if context else phrasing.bare)(relation).format(subject=fact.subject, answer="")
+                    bare = closed_book_prompt(relation, fact.subject, phrasing.name)
+                    ask = phrasing.ask(relation).format(subject=fact.subject, answer="")
                     examples.append(
                         ConflictExample(
                             id=f"{name}/{fact.subject}/{phrasing.name}/{kind}",
                             subject=fact.subject,
                             relation=name,
                             question=relation.question.format(subject=fact.subject),
-                            context=context.strip(),
+                            contexts=(context.strip(),) if context else (),
                             memory_answers=fact.answers,
                             context_answers=context_answers,
                             kind=kind,
                             template=phrasing.name,
                             source=SOURCE,
-                            prompt=_sentence_case(context) + _sentence_case(ask),
+                            prompt=_sentence_case(context) + _sentence_case(ask) if context else bare,
+                            bare_prompt=bare,
                             split=split_of(fact.subject, seed),
                         )
                     )

@@ -72,12 +72,24 @@ class Converted(NamedTuple):
 
 
 class Context(NamedTuple):
-    """A context and the answers that it gives; ``template`` is what its family adds to the format's name."""
+    """A context and the answers that it gives.
+
+    Attributes:
+        kind: How it relates to memory.
+        text: The text, or the texts of several documents, which a prompt shows with empty lines between them.
+        answers: What it answers.
+        template: What its family adds to the format's name.
+    """
 
     kind: ContextKind
-    text: str
+    text: str | tuple[str, ...]
     answers: tuple[str, ...]
     template: str = ""
+
+    @property
+    def joined(self) -> str:
+        """The text, that of several documents with empty lines between them."""
+        return self.text if isinstance(self.text, str) else "\n\n".join(self.text)
 
 
 class Item(NamedTuple):
@@ -282,18 +294,20 @@ class _Reading:
         for context in (*item.contexts, _NO_CONTEXT):
             family = context.template or item.template
             template = f"{source}-{family}" if family else source
+            text = context.joined
             fields: dict[str, Any] = {
                 "id": f"{template}-{name}-{context.kind}",
                 "subject": subject,
                 "relation": item.relation or source,
                 "question": item.question,
-                "context": _before_the_question(item, context),
+                "contexts": _documents(item, context),
                 "memory_answers": item.memory_answers,
                 "context_answers": context.answers,
                 "kind": context.kind,
                 "template": template,
                 "source": source,
-                "prompt": ask if not context.text else context.text if item.completion else f"{context.text}\n\n{ask}",
+                "prompt": ask if not text else text if item.completion else f"{text}\n\n{ask}",
+                "bare_prompt": ask,
                 "split": split,
             }
             yield example_of(fields)
@@ -306,14 +320,16 @@ def _ask(item: Item) -> str:
     return item.question if item.completion else f"Question: {item.question}\nAnswer:"
 
 
-def _before_the_question(item: Item, context: Context) -> str:
+def _documents(item: Item, context: Context) -> tuple[str, ...]:
     """The context alone: of a whole prompt, what stands before the stem or else before its unfinished sentence."""
     if not item.completion:
-        return context.text.strip()
-    start = len(context.text) - len(item.question)
-    if context.text[start:].lower() != item.question.lower():
-        start = unfinished_sentence(context.text)
-    return context.text[:start].strip()
+        texts = (context.text,) if isinstance(context.text, str) else context.text
+        return tuple([stripped for text in texts if (stripped := text.strip())])
+    text = context.joined
+    start = len(text) - len(item.question)
+    if text[start:].lower() != item.question.lower():
+        start = unfinished_sentence(text)
+    return (before,) if (before := text[:start].strip()) else ()
 
 
 def _unusable(item: Item) -> str:
@@ -323,7 +339,7 @@ def _unusable(item: Item) -> str:
     for context in item.contexts:
         if context.kind == "conflict" and _same(item.memory_answers, context.answers):
             return _SAME
-        if not _before_the_question(item, context):
+        if not _documents(item, context):
             return _NO_END
     return ""
 
@@ -344,7 +360,7 @@ def _last_letter(answer: str) -> str:
 def _digest(item: Item) -> bytes:
     """The same for items that differ in their keys alone."""
     contexts = (
-        "\1".join((context.kind, context.template, context.text, *context.answers)) for context in item.contexts
+        "\1".join((context.kind, context.template, context.joined, *context.answers)) for context in item.contexts
     )
     answers = "\1".join(item.memory_answers)
     content = "\0".join((item.question, item.subject, item.relation, item.template, answers, *contexts))
@@ -758,7 +774,7 @@ def _conflicts(row: Row) -> list[Item]:
     return [Item(row.text("question"), memory, (context,))]
 
 
-def _search_results(row: Row) -> str:
+def _search_results(row: Row) -> tuple[str, ...]:
     results = row.value("search_results")
     if not isinstance(results, list) or not all(isinstance(result, Mapping) for result in results):
         raise row.unexpected("search_results", "a list of objects")
@@ -766,7 +782,7 @@ def _search_results(row: Row) -> str:
     heads = [" | ".join(str(result[name]) for name in ("title", "date") if result.get(name)) for result in results]
     if not any(texts):
         raise row.unexpected("search_results", "a list with at least one short_text or snippet")
-    return "\n\n".join(f"{head}\n{text}".strip() for head, text in zip(heads, texts, strict=True) if text)
+    return tuple(f"{head}\n{text}".strip() for head, text in zip(heads, texts, strict=True) if text)
 
 
 @_format("popqa", "PopQA", "subj, prop, obj, question, possible_answers", "Mallen et al. 2023, arXiv 2212.10511")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from interp.activations import record, sites_of
 from interp.anatomy import Anatomy
+from interp.answers import DIRECTIONS, Direction
 from interp.attribution.examples import check_attributed, scorable
-from interp.attribution.scores import DIRECTIONS, Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE

@@ -16,43 +16,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import atomic_directory
 from interp.models import load_checkpoint, save_checkpoint
-from interventions.base import applied
+from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
-from interventions.entries import AnyIntervention
-from interventions.feedforward import FeedForwardScaling
-from interventions.gates import TrustDial
-from interventions.heads import HeadScaling
-from interventions.steering import Steering
+from interventions.dial import TrustDial
+from interventions.folding import Folding, HeadMap
 
 
-class _Change(NamedTuple):
-    """What all edits together do to one head: z' = scale * z + shift; ``shift`` has ``d_head`` numbers or one, 0."""
-
-    scale: float
-    shift: Tensor
-
-
-class _Changes(NamedTuple):
-    """What all edits together do, less what they leave as it is."""
-
-    heads: dict[tuple[int, int], _Change]
-    layers: dict[int, float]
-    directions: dict[int, Tensor]
-
-    def __bool__(self) -> bool:
-        return bool(self.heads or self.layers or self.directions)
-
-
-def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
+def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
     """Fold interventions into the weights of ``model``, in place. A refused call changes nothing.
 
     Several edits of one head or layer are folded one after the other, as they would be applied. The sums are done in
@@ -67,14 +46,13 @@ def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
         UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
             mean or a direction is added but the model has no bias for it, or the weights are quantised.
     """
-    foldable = _foldable(interventions)
+    changes = folding_of(interventions)
     # Attaching makes the checks that folding needs too: heads and layers that exist, means of the right length.
     with applied(model, *interventions):
         pass
     anatomy = Anatomy(model)
     if getattr(anatomy.model, "is_quantized", False):
         raise UserError("The weights are quantised, so nothing can be folded into them; give the unquantised model.")
-    changes = _changes(foldable)
     for (layer, head), change in changes.heads.items():
         if change.shift.any() and anatomy.output_bias(layer) is None:
             raise UserError(
@@ -100,6 +78,18 @@ def fold(model: nn.Module, interventions: Sequence[AnyIntervention]) -> None:
             bias.copy_(bias.float() + direction.to(bias.device))
 
 
+def folding_of(interventions: Sequence[Intervention]) -> Folding:
+    """What interventions do to weights, one after the other, less what they leave as it is.
+
+    Raises:
+        UserError: If one of them cannot be folded.
+    """
+    folding = Folding()
+    for intervention in interventions:
+        folding = folding.then(intervention.folded())
+    return folding.without_idle()
+
+
 def write_folded(
     model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None, strength: float = 1.0
 ) -> None:
@@ -121,7 +111,7 @@ def write_folded(
     """
     folded = file.at(trust=trust, strength=strength)
     interventions = folded.build()
-    changes = _changes(_foldable(interventions))
+    changes = folding_of(interventions)
     if not changes:
         raise UserError(f"{file.name} changes nothing as it stands; give a trust or strength other than 0.")
     with atomic_directory(out) as partial:
@@ -135,54 +125,7 @@ def write_folded(
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 
-_Foldable = HeadScaling | FeedForwardScaling | Steering
-
-
-def _foldable(interventions: Sequence[AnyIntervention]) -> list[_Foldable]:
-    """What the interventions consist of, if all of it can be folded."""
-    parts: list[_Foldable] = []
-    for intervention in interventions:
-        if isinstance(intervention, TrustDial):
-            parts += intervention.interventions()
-        elif isinstance(intervention, HeadScaling | FeedForwardScaling) or (
-            isinstance(intervention, Steering) and (intervention.tokens, intervention.mode) == ("all", "add")
-        ):
-            parts.append(intervention)
-        else:
-            raise UserError(
-                f"This {type(intervention).__name__} cannot be folded into weights, only scaled heads, scaled "
-                "feed-forward layers, trust dials and directions that are added at all tokens can; apply the "
-                "intervention while the model runs instead."
-            )
-    return parts
-
-
-def _changes(parts: Sequence[_Foldable]) -> _Changes:
-    heads: dict[tuple[int, int], _Change] = {}
-    layers: dict[int, float] = {}
-    directions: dict[int, Tensor] = {}
-    for part in parts:
-        if isinstance(part, FeedForwardScaling):
-            for layer, scale in part.scales:
-                layers[layer] = scale * layers.get(layer, 1.0)
-            continue
-        if isinstance(part, Steering):
-            # Added after the block, so that no scale of the MLP, earlier or later in the order, meets it.
-            directions[part.layer] = directions.get(part.layer, 0) + part.strength * part.vector.float()
-            continue
-        for scaled in part.heads:
-            before = heads.get((scaled.layer, scaled.head), _Change(1.0, torch.zeros(1)))
-            mean = torch.tensor((0.0,) if scaled.mean is None else scaled.mean)
-            shift = scaled.scale * before.shift + (1 - scaled.scale) * mean
-            heads[scaled.layer, scaled.head] = _Change(scaled.scale * before.scale, shift)
-    return _Changes(
-        {place: change for place, change in heads.items() if change.scale != 1 or change.shift.any()},
-        {layer: scale for layer, scale in layers.items() if scale != 1},
-        {layer: direction for layer, direction in directions.items() if direction.any()},
-    )
-
-
-def _fold_head(anatomy: Anatomy, layer: int, head: int, change: _Change) -> None:
+def _fold_head(anatomy: Anatomy, layer: int, head: int, change: HeadMap) -> None:
     # A view: the model's own weights are written to.
     weight = anatomy.output_matrix(layer)[head]
     values = weight.float()
@@ -199,7 +142,7 @@ def _scale_mlp(anatomy: Anatomy, layer: int, scale: float) -> None:
         weight.copy_(scale * (weight.float() + offset) - offset)
 
 
-def _card(model: str, file: InterventionFile, changes: _Changes, measured: dict[str, Any]) -> Iterator[str]:
+def _card(model: str, file: InterventionFile, changes: Folding, measured: dict[str, Any]) -> Iterator[str]:
     """The lines of the model card."""
     dials = [part for part in file.build() if isinstance(part, TrustDial)]
     kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(entry.kind for entry in file.interventions))

@@ -1,21 +1,28 @@
-"""What all interventions share: patches of a model's modules, the protocol, and ``applied``."""
+"""What all interventions share: patches of a model's modules, what a kind says of itself, and ``applied``."""
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy, Part
-from interp.errors import Caution
+from interp.anatomy import Anatomy, Blueprint, Part
+from interp.errors import Caution, UserError
+from interventions.folding import Folding
+from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
 from interventions.tokens import TokenTracker
+
+EDITS_VERSION = 1
+"""Version of what interventions do: raise it when one of them would change a model in another way."""
 
 
 class Removable(Protocol):
@@ -91,16 +98,145 @@ class Placed:
         return self._kept[device, dtype]
 
 
-class Intervention(Protocol):
-    """A change of the forward pass that can be attached to a model and taken off again."""
+class Attachable(Protocol):
+    """What changes the forward pass of a model that it is attached to: an intervention, or a file of them."""
 
     def attach(self, model: nn.Module) -> Handle:
-        """Apply to ``model`` (a transformers model or a ``TransformerBridge``) until the handle is removed.
+        """Apply to ``model`` until the handle is removed."""
+        ...
+
+
+class Place(NamedTuple):
+    """A part of a block; of the output projection its input is meant, of every other part its output."""
+
+    part: Part
+    layer: int
+
+
+class Entry(Strict, ABC):
+    """What the intervention file says of one intervention: a ``kind``, and a bound on every number.
+
+    Vectors and weights lie in the file's tensors; an entry holds their names.
+    """
+
+    @abstractmethod
+    def build(self, tensors: Mapping[str, Tensor]) -> Intervention:
+        """The intervention that this entry describes."""
+
+    @abstractmethod
+    def places(self, blueprint: Blueprint) -> list[Place]:
+        """What it reads or changes, at any setting."""
+
+    @abstractmethod
+    def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
+        """See that it fits the model's shapes, other than the number of layers.
 
         Raises:
-            UserError: If the model does not have what the intervention changes; the model is then unchanged.
+            UserError: If it does not.
         """
-        ...
+
+
+class Intervention(ABC):
+    """A change of the forward pass that can be attached to a model and taken off again.
+
+    A kind has to say what it patches, and where; whatever else it does not define, it refuses. Kinds are immutable.
+    """
+
+    @abstractmethod
+    def patches(self, model: nn.Module) -> list[Patch]:
+        """What it reads and changes in a transformers model or a ``TransformerBridge``.
+
+        Raises:
+            UserError: If the model lacks what is read or changed, or has another shape.
+        """
+
+    @property
+    @abstractmethod
+    def edited_layers(self) -> set[int]:
+        """The layers that it changes."""
+
+    @property
+    def edited_heads(self) -> tuple[tuple[int, int], ...]:
+        """``(layer, head)`` of the heads that it moves, sorted."""
+        return ()
+
+    @property
+    def n_moved(self) -> int:
+        """How many heads, feed-forward layers, directions or features it moves."""
+        return len(self.edited_layers)
+
+    @property
+    def parts(self) -> tuple[Intervention, ...]:
+        """The edits that it consists of: itself, or what it lets through."""
+        return (self,)
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+
+        Raises:
+            UserError: As ``patches``; the model is then unchanged.
+        """
+        return attach_patches(model, self.patches(model))
+
+    def scaled(self, strength: float) -> Self:
+        """The same, ``strength`` times as far: 0 changes nothing, -1 goes the other way.
+
+        Raises:
+            UserError: If the strength is not finite, or the kind has none.
+        """
+        raise UserError(f"{type(self).__name__} has no strength; apply it as it is.")
+
+    def turned(self, trust: float) -> Self:
+        """The same with every dial in it at ``trust``, from -1 (memory) to 1 (context).
+
+        Raises:
+            UserError: If there is a dial, and trust lies outside.
+        """
+        return self
+
+    def settled(self) -> tuple[Intervention, ...]:
+        """What it does, without settings and without what does nothing: a dial is what it scales where it stands."""
+        return (self,)
+
+    def described(self) -> Iterator[str]:
+        """What it does, in words."""
+        yield repr(self)
+
+    def entry(self, name: str, tensors: dict[str, Tensor]) -> Entry:
+        """Its part of the intervention file.
+
+        Args:
+            name: What the names of its tensors begin with.
+            tensors: Where it puts them.
+
+        Raises:
+            UserError: If files cannot hold the kind.
+            ValidationError: If a number is out of range.
+        """
+        raise UserError(f"{type(self).__name__} cannot be written to an intervention file; apply it from Python.")
+
+    def folded(self) -> Folding:
+        """What it does to weights that is the same.
+
+        Raises:
+            UserError: If what it does depends on the token or on the activation.
+        """
+        raise UserError(
+            f"This {type(self).__name__} cannot be folded into weights, only scaled heads, scaled feed-forward layers, "
+            "trust dials and directions that are added at all tokens can; apply the intervention while the model runs "
+            "instead."
+        )
+
+
+def finite_strength(strength: float) -> float:
+    """The strength.
+
+    Raises:
+        UserError: If it is no finite number.
+    """
+    if not math.isfinite(strength):
+        raise UserError(f"A strength is a finite number, not {strength}.")
+    return strength
 
 
 def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
@@ -126,7 +262,7 @@ def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
 
 
 @contextmanager
-def applied(model: nn.Module, *interventions: Intervention) -> Iterator[None]:
+def applied(model: nn.Module, *interventions: Attachable) -> Iterator[None]:
     """Apply interventions, in the order given, for the length of a ``with`` block.
 
     The model is restored when the block ends, also after an exception. Later interventions act on what earlier

@@ -1,12 +1,12 @@
-"""The intervention file, version 2: a JSON document that says what to change in which model, and what it did.
+"""The intervention file, version 3: a JSON document that says what to change in which model, and what it did.
 
-{"format": "conflictscope-intervention", "version": 2, "name": ..., "towards": "context" | "memory" | null,
+{"format": "conflictscope-intervention", "version": 3, "name": ..., "towards": "context" | "memory" | null,
  "model": {"name", "architecture", "n_layers", ..., "weights", "tokenizer"},
  "sites": [{"site": "blocks.3.attn.o.hook_in", "module": "model.layers.3.self_attn.o_proj", "values": "input"}],
  "interventions": [
    {"kind": "head_scaling", "heads": [{"layer", "head", "scale", "mean"}]},
    {"kind": "feed_forward_scaling", "layers": [{"layer", "scale"}]},
-   {"kind": "trust_dial", "trust", "gates": [{"layer", "head", "memory", "context"}],
+   {"kind": "trust_dial", "trust", "scales": [{"layer", "head", "memory", "context"}],
     "calibration": [{"trust", "memory_rate", "context_rate"}]},
    {"kind": "steering", "layer", "vector", "strength", "tokens", "mode"},
    {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]},
@@ -17,7 +17,7 @@
 ``sites`` says for other programs where the file reads and writes. Vectors and weights lie in a safetensors file next to
 the document, which names them and holds the file's hash. ``schema.json`` in this folder is the JSON Schema. A file is
 trusted with nothing: whatever is unknown, out of range, of another model or not where it should be is refused. Files of
-version 1, which had no ``sites``, weights or tokenizer, are read as well.
+versions 1, which had no ``sites``, weights or tokenizer, and 2, whose dials had ``gates`` for scales, are read as well.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,20 +39,17 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from interp.anatomy import site
+from interp.answers import OPPOSITE, Direction
 from interp.errors import UserError
 from interp.files import atomic_path, write_json
-from interventions.base import Handle, attach_patches
-from interventions.entries import AnyIntervention, Entry, entries_of
-from interventions.features import FeatureEdit
-from interventions.feedforward import FeedForwardScaling
-from interventions.gates import TrustDial
-from interventions.gating import ConflictGate, Gateable
-from interventions.heads import HeadScaling
+from interventions.base import Entry, Handle, Intervention, attach_patches
+from interventions.dial import TrustDial
+from interventions.entries import EditEntry
+from interventions.gate import ConflictGateEntry
 from interventions.identity import Digest, Line, ModelIdentity, Strict
-from interventions.steering import Steering
 
 FORMAT = "conflictscope-intervention"
-VERSION = 2
+VERSION = 3
 DOCUMENT = "intervention.json"
 """What a file is called that is alone in its folder."""
 
@@ -62,6 +58,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Text = Annotated[str, Field(max_length=1000)]
 Record = Annotated[dict[str, JsonValue], Field(max_length=1000)]
+AnyEntry = Annotated[EditEntry | ConflictGateEntry, Field(discriminator="kind")]
 
 
 class Site(Strict):
@@ -132,12 +129,12 @@ class InterventionFile(Strict):
     """
 
     format: Literal["conflictscope-intervention"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     name: Annotated[Line, Field(min_length=1)]
-    towards: Literal["context", "memory"] | None = None
+    towards: Direction | None = None
     model: ModelIdentity
     sites: list[Site]
-    interventions: Annotated[list[Entry], Field(min_length=1, max_length=1000)]
+    interventions: Annotated[list[AnyEntry], Field(min_length=1, max_length=1000)]
     tensors: TensorFile | None = None
     provenance: Provenance = Field(default_factory=Provenance)
     measured: Record = Field(default_factory=dict)
@@ -146,11 +143,11 @@ class InterventionFile(Strict):
     @classmethod
     def of(
         cls,
-        interventions: Sequence[AnyIntervention],
+        interventions: Sequence[Intervention],
         *,
         name: str,
         model: ModelIdentity,
-        towards: Literal["context", "memory"] | None = None,
+        towards: Direction | None = None,
         provenance: Provenance | Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
     ) -> InterventionFile:
@@ -161,15 +158,17 @@ class InterventionFile(Strict):
         """
         values: dict[str, Tensor] = {}
         try:
-            entries = entries_of(interventions, values)
-            file = cls(
-                name=name,
-                towards=towards,
-                model=model,
-                sites=_sites(model, entries),
-                interventions=entries,
-                provenance=provenance if isinstance(provenance, Provenance) else Provenance.of(provenance or {}),
-                measured=dict(measured or {}),
+            entries = _entries(interventions, values)
+            file = cls.model_validate(
+                {
+                    "name": name,
+                    "towards": towards,
+                    "model": model,
+                    "sites": _sites(model, entries),
+                    "interventions": entries,
+                    "provenance": provenance if isinstance(provenance, Provenance) else Provenance.of(provenance or {}),
+                    "measured": dict(measured or {}),
+                }
             )
         except ValidationError as error:
             raise UserError(f"{name} cannot be written as an intervention file: {_first(error)}.") from error
@@ -181,7 +180,7 @@ class InterventionFile(Strict):
         """A hash of what the file does: of its interventions and their tensors."""
         return _digest(self.interventions, self._values)
 
-    def build(self) -> list[AnyIntervention]:
+    def build(self) -> list[Intervention]:
         """The interventions that the file describes, in order."""
         return [entry.build(self._values) for entry in self.interventions]
 
@@ -197,14 +196,12 @@ class InterventionFile(Strict):
         """
         if factor == 1:
             return self
-        if not math.isfinite(factor):
-            raise UserError(f"A strength is multiplied by a finite number, not by {factor}.")
+        parts = [part.scaled(factor) for part in self.build()]
         provenance = self.provenance.details
         before = provenance.get("scaled_by", 1.0)
         details = {**provenance, "scaled_by": factor * before if isinstance(before, float | int) else factor}
-        opposite: dict[str | None, Literal["context", "memory"]] = {"context": "memory", "memory": "context"}
-        towards = self.towards if factor > 0 else opposite.get(self.towards) if factor < 0 else None
-        return self._changed([_scaled(part, factor, self.name) for part in self.build()], towards, details)
+        opposite = None if self.towards is None else OPPOSITE[self.towards]
+        return self._changed(parts, self.towards if factor > 0 else opposite if factor < 0 else None, details)
 
     @property
     def dial(self) -> TrustDial:
@@ -213,7 +210,7 @@ class InterventionFile(Strict):
         Raises:
             UserError: If it holds none, or several.
         """
-        dials = [part for part in _flat(self.build()) if isinstance(part, TrustDial)]
+        dials = [edit for part in self.build() for edit in part.parts if isinstance(edit, TrustDial)]
         if len(dials) != 1:
             raise UserError(
                 f"{self.name} holds {len(dials) or 'no'} trust dials; give a file with one, as written by "
@@ -227,15 +224,10 @@ class InterventionFile(Strict):
         Raises:
             UserError: If the file holds no dial, or trust lies outside -1 to 1.
         """
-        dial = self.dial.at(trust)
-        towards: Literal["context", "memory"] | None = "context" if trust > 0 else "memory" if trust < 0 else None
-        parts: list[AnyIntervention] = []
-        for part in self.build():
-            if isinstance(part, ConflictGate):
-                parts.append(replace(part, edits=tuple(dial if isinstance(e, TrustDial) else e for e in part.edits)))
-            else:
-                parts.append(dial if isinstance(part, TrustDial) else part)
-        return self._changed(parts, towards, self.provenance.details)
+        # Refuses a file without one, or with several.
+        _ = self.dial
+        towards: Direction | None = "context" if trust > 0 else "memory" if trust < 0 else None
+        return self._changed([part.turned(trust) for part in self.build()], towards, self.provenance.details)
 
     def at(self, *, trust: float | None = None, strength: float = 1.0) -> InterventionFile:
         """The same at a setting: ``dialed``, if there is a trust for it, and ``scaled``."""
@@ -291,9 +283,7 @@ class InterventionFile(Strict):
             raise _invalid(document, "it is nested too deeply or holds too large numbers") from error
         return loaded
 
-    def _changed(
-        self, parts: Sequence[AnyIntervention], towards: Literal["context", "memory"] | None, details: Record
-    ) -> InterventionFile:
+    def _changed(self, parts: Sequence[Intervention], towards: Direction | None, details: Record) -> InterventionFile:
         provenance = self.provenance.model_copy(update={"details": details})
         return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=provenance)
 
@@ -324,7 +314,7 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def effect_digest(interventions: Sequence[AnyIntervention]) -> str | None:
+def effect_digest(interventions: Sequence[Intervention]) -> str | None:
     """Hash what interventions do to a model, in order; ``None`` stands for nothing.
 
     Names do not count, nor how an edit is written down: a dial is what it scales at its setting.
@@ -334,24 +324,15 @@ def effect_digest(interventions: Sequence[AnyIntervention]) -> str | None:
     """
     values: dict[str, Tensor] = {}
     try:
-        entries = entries_of(_settled(interventions), values)
+        entries = _entries([part for intervention in interventions for part in intervention.settled()], values)
     except ValidationError as error:
         raise UserError(f"The edit cannot be written as an intervention file: {_first(error)}.") from error
     return _digest(entries, values) if entries else None
 
 
-def _settled(parts: Sequence[AnyIntervention]) -> list[AnyIntervention]:
-    """The same without dials, and without what does nothing."""
-    settled: list[AnyIntervention] = []
-    for part in parts:
-        if isinstance(part, TrustDial):
-            settled += part.interventions()
-        elif isinstance(part, ConflictGate):
-            inner = [edit for edit in _settled(part.edits) if not isinstance(edit, ConflictGate)]
-            settled += [replace(part, edits=tuple(inner))] if inner else []
-        elif not isinstance(part, HeadScaling | FeedForwardScaling) or len(part):
-            settled.append(part)
-    return settled
+def _entries(interventions: Sequence[Intervention], tensors: dict[str, Tensor]) -> list[Entry]:
+    """The entries for some interventions, in order, whose tensors are put into ``tensors``."""
+    return [intervention.entry(str(number), tensors) for number, intervention in enumerate(interventions)]
 
 
 def _digest(entries: Sequence[Entry], values: Mapping[str, Tensor]) -> str:
@@ -359,27 +340,6 @@ def _digest(entries: Sequence[Entry], values: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode())
     digest.update(save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(values.items())}))
     return digest.hexdigest()
-
-
-def _flat(parts: Sequence[AnyIntervention]) -> Iterator[Gateable]:
-    for part in parts:
-        yield from part.edits if isinstance(part, ConflictGate) else [part]
-
-
-def _scaled(part: AnyIntervention, factor: float, name: str) -> Any:
-    if isinstance(part, ConflictGate):
-        return replace(part, edits=tuple(_scaled(edit, factor, name) for edit in part.edits))
-    if isinstance(part, TrustDial):
-        raise UserError(f"{name} is a dial, which has no strength; set its trust.")
-    if isinstance(part, Steering):
-        return replace(part, strength=part.strength * factor)
-    if isinstance(part, FeatureEdit):
-        if factor < 0:
-            raise UserError(f"{name} edits features, which has no opposite; give a strength of 0 or more.")
-        return replace(part, alpha=part.alpha * factor)
-    if isinstance(part, HeadScaling):
-        return HeadScaling(tuple(replace(head, scale=1 + factor * (head.scale - 1)) for head in part.heads))
-    return FeedForwardScaling(tuple((layer, 1 + factor * (scale - 1)) for layer, scale in part.scales))
 
 
 def _sites(model: ModelIdentity, entries: Sequence[Entry]) -> list[Site]:
@@ -520,24 +480,45 @@ def _finite(text: str) -> float:
 def _upgraded(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """A record of the present version."""
     version = record.get("version")
-    if version == VERSION and type(version) is int:
-        return record
-    if version != 1 or type(version) is not int:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise UserError(
             f"{path} has version {_short(version)}, this conflictscope reads versions 1 to {VERSION}; "
             "upgrade with: pip install --upgrade conflictscope"
         )
+    if version < 3:
+        record = {**record, "version": VERSION, "interventions": _with_scales(record.get("interventions"), path)}
+    return _with_sites(record, path) if version == 1 else record
+
+
+def _with_scales(interventions: Any, path: Path) -> Any:
+    """Entries of version 1 or 2 with their dials' ``gates`` called scales; what is not valid is left to be refused."""
+    if not isinstance(interventions, list):
+        return interventions
+    upgraded = []
+    for entry in interventions:
+        if isinstance(entry, dict) and entry.get("kind") == "trust_dial":
+            if "scales" in entry or "gates" not in entry:
+                raise _invalid(path, "a trust_dial of versions 1 and 2 has gates, not scales")
+            entry = {"scales" if name == "gates" else name: value for name, value in entry.items()}
+        elif isinstance(entry, dict) and entry.get("kind") == "conflict_gate":
+            entry = {**entry, "interventions": _with_scales(entry.get("interventions"), path)}
+        upgraded.append(entry)
+    return upgraded
+
+
+def _with_sites(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A record of version 1 with sites, and with fields in its provenance."""
     if "sites" in record:
         raise _invalid(path, "sites: files of version 1 have none")
     try:
         provenance = Provenance.of(record.get("provenance", {})).model_dump()
-        draft = InterventionFile.model_validate({**record, "version": VERSION, "sites": [], "provenance": provenance})
+        draft = InterventionFile.model_validate({**record, "sites": [], "provenance": provenance})
         sites = [place.model_dump() for place in _sites(draft.model, draft.interventions)]
     except ValidationError as error:
         raise _invalid(path, _first(error)) from error
     except (AttributeError, TypeError) as error:
         raise _invalid(path, "provenance: it should be a record") from error
-    return {**record, "version": VERSION, "sites": sites, "provenance": provenance}
+    return {**record, "sites": sites, "provenance": provenance}
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:

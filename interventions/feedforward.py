@@ -7,18 +7,23 @@ the residual stream (Gemma), what the norm made of it is scaled.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy
+from interp.anatomy import Anatomy, Blueprint
 from interp.errors import UserError
-from interventions.base import Handle, Patch, attach_patches
+from interventions.base import Entry, Intervention, Patch, Place, finite_strength
+from interventions.fields import Factor
+from interventions.folding import Folding
+from interventions.identity import Layer, ModelIdentity, Strict
 
 
 @dataclass(frozen=True)
-class FeedForwardScaling:
+class FeedForwardScaling(Intervention):
     """Scales the MLPs of some layers at every position. Immutable; attach it as often as you like.
 
     Attributes:
@@ -40,6 +45,11 @@ class FeedForwardScaling:
         """The layers that it changes."""
         return {layer for layer, _ in self.scales}
 
+    @property
+    def n_moved(self) -> int:
+        """How many layers have a scale other than 1."""
+        return sum(scale != 1 for _, scale in self.scales)
+
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.
 
@@ -50,16 +60,54 @@ class FeedForwardScaling:
         part = anatomy.writing_part("mlp")
         return [Patch(part, anatomy.checked_layer(layer), _scaled(scale)) for layer, scale in sorted(self.scales)]
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    def scaled(self, strength: float) -> FeedForwardScaling:
+        """The same with every scale ``strength`` times as far from 1."""
+        factor = finite_strength(strength)
+        return FeedForwardScaling(tuple((layer, 1 + factor * (scale - 1)) for layer, scale in self.scales))
 
-        Raises:
-            UserError: As ``patches``.
-        """
-        return attach_patches(model, self.patches(model))
+    def settled(self) -> tuple[FeedForwardScaling, ...]:
+        """The layers whose scale is not 1, if there are any."""
+        moved = tuple((layer, scale) for layer, scale in self.scales if scale != 1)
+        return (FeedForwardScaling(moved),) if moved else ()
 
-    def __len__(self) -> int:
-        return len(self.scales)
+    def described(self) -> Iterator[str]:
+        """Its layers and their scales."""
+        yield "feed-forward layers: " + ", ".join(f"{layer} x {scale:g}" for layer, scale in self.scales)
+
+    def entry(self, name: str, tensors: dict[str, Tensor]) -> FeedForwardScalingEntry:
+        """Its part of the intervention file; it has no tensors."""
+        return FeedForwardScalingEntry(
+            layers=[ScaledLayerEntry(layer=layer, scale=scale) for layer, scale in self.scales]
+        )
+
+    def folded(self) -> Folding:
+        """Scales of what the layers' last maps write."""
+        return Folding(layers=dict(self.scales))
+
+
+class ScaledLayerEntry(Strict):
+    """One scaled feed-forward layer."""
+
+    layer: Layer
+    scale: Factor
+
+
+class FeedForwardScalingEntry(Entry):
+    """A ``FeedForwardScaling``."""
+
+    kind: Literal["feed_forward_scaling"] = "feed_forward_scaling"
+    layers: Annotated[list[ScaledLayerEntry], Field(min_length=1)]
+
+    def build(self, tensors: Mapping[str, Tensor]) -> FeedForwardScaling:
+        """The intervention that this entry describes."""
+        return FeedForwardScaling(tuple((entry.layer, entry.scale) for entry in self.layers))
+
+    def places(self, blueprint: Blueprint) -> list[Place]:
+        """What it changes."""
+        return [Place(blueprint.writing_part("mlp"), entry.layer) for entry in self.layers]
+
+    def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
+        """Every layer of every model fits it."""
 
 
 def _scaled(scale: float) -> Callable[[Tensor], Tensor]:

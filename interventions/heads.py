@@ -12,15 +12,20 @@ turns the head around. Attention is linear in its values, so scaling z scales th
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy
+from interp.anatomy import Anatomy, Blueprint
 from interp.errors import UserError
-from interventions.base import Handle, Patch, Placed, attach_patches
+from interventions.base import Entry, Intervention, Patch, Place, Placed, finite_strength
+from interventions.fields import Factor, Head, check_head
+from interventions.folding import Folding, HeadMap
+from interventions.identity import Layer, ModelIdentity, Strict
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class ScaledHead:
 
 
 @dataclass(frozen=True)
-class HeadScaling:
+class HeadScaling(Intervention):
     """Scales heads at every position, of prompt and answer alike. Immutable; attach it as often as you like.
 
     Attributes:
@@ -79,6 +84,16 @@ class HeadScaling:
         """The layers that it changes."""
         return {head.layer for head in self.heads}
 
+    @property
+    def edited_heads(self) -> tuple[tuple[int, int], ...]:
+        """``(layer, head)`` of the heads whose scale is not 1, sorted."""
+        return tuple(sorted((head.layer, head.head) for head in self.heads if head.scale != 1))
+
+    @property
+    def n_moved(self) -> int:
+        """How many heads have a scale other than 1."""
+        return len(self.edited_heads)
+
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.
 
@@ -97,16 +112,70 @@ class HeadScaling:
             by_layer[head.layer].append(head)
         return [Patch("output_projection", layer, _scaled(anatomy, heads)) for layer, heads in sorted(by_layer.items())]
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    def scaled(self, strength: float) -> HeadScaling:
+        """The same with every scale ``strength`` times as far from 1."""
+        factor = finite_strength(strength)
+        return HeadScaling(tuple(replace(head, scale=1 + factor * (head.scale - 1)) for head in self.heads))
 
-        Raises:
-            UserError: As ``patches``.
-        """
-        return attach_patches(model, self.patches(model))
+    def settled(self) -> tuple[HeadScaling, ...]:
+        """The heads whose scale is not 1, if there are any."""
+        moved = tuple(head for head in self.heads if head.scale != 1)
+        return (HeadScaling(moved),) if moved else ()
 
-    def __len__(self) -> int:
-        return len(self.heads)
+    def described(self) -> Iterator[str]:
+        """Its heads and their scales."""
+        around = " around their means" if any(head.mean is not None for head in self.heads) else ""
+        listed = ", ".join(f"{head.layer}.{head.head} x {head.scale:g}" for head in self.heads)
+        yield f"{len(self.heads)} heads{around}: {listed}"
+
+    def entry(self, name: str, tensors: dict[str, Tensor]) -> HeadScalingEntry:
+        """Its part of the intervention file; it has no tensors."""
+        return HeadScalingEntry(
+            heads=[
+                HeadEntry(layer=h.layer, head=h.head, scale=h.scale, mean=None if h.mean is None else list(h.mean))
+                for h in self.heads
+            ]
+        )
+
+    def folded(self) -> Folding:
+        """Scales of the heads' output matrices, and shifts of the bias for means."""
+        return Folding(heads={(h.layer, h.head): HeadMap.around(h.scale, h.mean) for h in self.heads})
+
+
+class HeadEntry(Strict):
+    """One scaled head, as ``ScaledHead``; JSON's lists stand for tuples."""
+
+    layer: Layer
+    head: Head
+    scale: Factor
+    mean: list[Factor] | None = None
+
+
+class HeadScalingEntry(Entry):
+    """A ``HeadScaling``."""
+
+    kind: Literal["head_scaling"] = "head_scaling"
+    heads: Annotated[list[HeadEntry], Field(min_length=1)]
+
+    def build(self, tensors: Mapping[str, Tensor]) -> HeadScaling:
+        """The intervention that this entry describes."""
+        return HeadScaling(
+            tuple(ScaledHead(h.layer, h.head, h.scale, None if h.mean is None else tuple(h.mean)) for h in self.heads)
+        )
+
+    def places(self, blueprint: Blueprint) -> list[Place]:
+        """What it changes."""
+        return [Place("output_projection", head.layer) for head in self.heads]
+
+    def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
+        """See that the model has its heads, as wide as their means."""
+        for head in self.heads:
+            check_head(model, head.layer, head.head)
+            if head.mean is not None and len(head.mean) != model.d_head:
+                raise UserError(
+                    f"the mean of head {head.layer}.{head.head} has {len(head.mean)} numbers, but heads have "
+                    f"{model.d_head}"
+                )
 
 
 def _scaled(anatomy: Anatomy, heads: list[ScaledHead]) -> Callable[[Tensor], Tensor]:

@@ -12,15 +12,19 @@ difference of mean activations to the prompt's last token, contrastive activatio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy
+from interp.anatomy import Anatomy, Blueprint
 from interp.errors import UserError
-from interventions.base import Handle, Patch, Placed, attach_patches
+from interventions.base import Entry, Intervention, Patch, Place, Placed, finite_strength
+from interventions.fields import Factor, TensorName, check_width, named_tensor
+from interventions.folding import Folding
+from interventions.identity import Layer, ModelIdentity
 from interventions.residual import residual_patches
 from interventions.tokens import TOKENS, Tokens
 
@@ -28,7 +32,7 @@ SteeringMode = Literal["add", "replace"]
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class Steering(Intervention):
     """Adds a vector to the residual stream after one block, or puts it there. Immutable.
 
     Attributes:
@@ -65,6 +69,11 @@ class Steering:
         """The layers that it changes."""
         return {self.layer}
 
+    @property
+    def n_moved(self) -> int:
+        """1, or 0 without strength or direction."""
+        return len(self.settled())
+
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.
 
@@ -86,10 +95,55 @@ class Steering:
 
         return residual_patches({anatomy.checked_layer(self.layer): change}, self.tokens)
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.
+    def scaled(self, strength: float) -> Steering:
+        """The same with its strength multiplied."""
+        return replace(self, strength=self.strength * finite_strength(strength))
+
+    def settled(self) -> tuple[Steering, ...]:
+        """Itself, unless it adds nothing."""
+        is_idle = self.strength == 0 or (self.mode == "add" and not self.vector.any())
+        return () if is_idle else (self,)
+
+    def described(self) -> Iterator[str]:
+        """Where it acts, and how."""
+        yield f"direction after layer {self.layer} ({self.mode}, strength {self.strength:g}, {self.tokens} tokens)"
+
+    def entry(self, name: str, tensors: dict[str, Tensor]) -> SteeringEntry:
+        """Its part of the intervention file, whose vector is put into ``tensors``."""
+        tensors[f"{name}.vector"] = self.vector.float()
+        return SteeringEntry(
+            layer=self.layer, vector=f"{name}.vector", strength=self.strength, tokens=self.tokens, mode=self.mode
+        )
+
+    def folded(self) -> Folding:
+        """What it adds to the bias of the MLP's last map.
 
         Raises:
-            UserError: As ``patches``.
+            UserError: If it does not add the same at every token.
         """
-        return attach_patches(model, self.patches(model))
+        if (self.tokens, self.mode) != ("all", "add"):
+            return super().folded()
+        return Folding(directions={self.layer: self.strength * self.vector.float()})
+
+
+class SteeringEntry(Entry):
+    """A ``Steering``; ``vector`` is the name of its tensor."""
+
+    kind: Literal["steering"] = "steering"
+    layer: Layer
+    vector: TensorName
+    strength: Factor
+    tokens: Tokens
+    mode: SteeringMode
+
+    def build(self, tensors: Mapping[str, Tensor]) -> Steering:
+        """The intervention that this entry describes."""
+        return Steering(self.layer, named_tensor(tensors, self.vector), self.strength, self.tokens, self.mode)
+
+    def places(self, blueprint: Blueprint) -> list[Place]:
+        """What it changes."""
+        return [Place("block", self.layer)]
+
+    def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
+        """See that its vector is as wide as the model."""
+        check_width("the steering vector", named_tensor(tensors, self.vector), model.d_model)

@@ -20,8 +20,8 @@ from nbclient.output_widget import OutputWidget
 from nbconvert import HTMLExporter
 from rich.console import Console
 
+from figures.theme import HTML_CONFIG
 from interp.files import write_text
-from interp.plots import HTML_CONFIG
 
 FOLDER = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"

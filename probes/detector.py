@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from interp.activations import observations, observe, watching
 from interp.anatomy import Anatomy
+from interp.answers import Direction
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.generation import BATCH_SIZE
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 CONFLICT_CLASSES = ("aligned", "conflict")
 SOURCE_CLASSES = ("memory", "context")
-Source = Literal["memory", "context"]
 
 _FORMAT = "conflictscope-detector"
 _VERSION = 1
@@ -48,7 +48,7 @@ class Detection:
     conflict_probability: float
     conflict: bool
     context_probability: float | None
-    expected_source: Source | None
+    expected_source: Direction | None
 
 
 @dataclass(frozen=True)

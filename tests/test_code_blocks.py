@@ -36,7 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conflictscope.cli import app, main
 from conflictscope.probing import read_prompts
-from conflictscope.serving import ChatRequest, CompletionRequest
+from conflictscope.serve.requests import ChatRequest, CompletionRequest
 from interp import facts
 from interp.activations import record
 from interp.anatomy import Anatomy
@@ -45,10 +45,9 @@ from interp.facts import Fact, build_conflicts, usable_facts
 from interp.files import write_json
 from interp.models import fingerprint, load_checkpoint, load_model
 from interp.sae import SparseAutoencoder
-from interventions.config import InterventionFile
-from interventions.entries import Entry
-from interventions.gates import DialPoint, Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.config import AnyEntry, InterventionFile
+from interventions.dial import DialPoint, DialScale, TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -116,7 +115,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "out/demo/interventions/towards_context.json": edit,
         "out/demo/interventions/towards_memory.json": edit,
         "out/demo/interventions/pruning-towards_context.json": edit,
-        "out/dial/dial.json": TrustDial((Gate(1, 1, 2.0, 0.5),), 0.0, points),
+        "out/dial/dial.json": TrustDial((DialScale(1, 1, 2.0, 0.5),), 0.0, points),
         "out/gate/gated.json": ConflictGate("block", 0, vector, 0.0, 0.0, (edit,)),
         "out/control/interventions/actadd-towards_context.json": Steering(1, vector),
     }.items():
@@ -275,7 +274,7 @@ def check_json(block: Block, folder: Path) -> None:
         elif "prompt" in fields:
             assert list(read_prompts([line], 1))
         else:
-            TypeAdapter(Entry).validate_json(line)
+            TypeAdapter(AnyEntry).validate_json(line)
 
 
 def check_map(block: Block) -> None:

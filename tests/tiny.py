@@ -70,13 +70,14 @@ def tiny_conflicts() -> ConflictSet:
                     subject=land,
                     relation="capital",
                     question=f"What is the capital of {land}?",
-                    context=context,
+                    contexts=(context,),
                     memory_answers=(city,),
                     context_answers=(other,),
                     kind="conflict",
                     template=template,
                     source="tiny",
                     prompt=f"{context} The capital of {land} is",
+                    bare_prompt=f"The capital of {land} is",
                     split=split_of(land, 0),
                 )
             )

@@ -13,27 +13,17 @@ from plotly.basedatatypes import BaseFigure
 from conflictscope.report.runs import Run
 from conflictscope.report.words import clipped, interval, share, words
 from conflictscope.study.record import UNEDITED, Measured
-from interp.answers import Direction
-from interp.attribution.scores import DIRECTIONS, HeadScores
+from figures.dial import dial_curve, dose_response
+from figures.gain import damage_fronts, front, gain_panels, with_gain_axes
+from figures.heads import head_map, top_heads_bars
+from figures.probes import auroc_by_layer
+from figures.theme import OTHER_COLOUR, SERIES_COLOURS, escape
+from figures.theme import interval as error_bars
+from figures.usage import usage_bars, usage_by_template
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 from interp.errors import UserError
-from interp.plots import (
-    OTHER_COLOUR,
-    SERIES_COLOURS,
-    damage_fronts,
-    dial_curve,
-    dose_response,
-    escape,
-    front,
-    gain_panels,
-    head_map,
-    top_heads_bars,
-    usage_bars,
-    usage_by_template,
-    with_gain_axes,
-)
-from interp.plots import interval as error_bars
 from interp.statistics import Estimate
-from probes.plots import auroc_by_layer
 from probes.quality import ProbeScore
 
 _STRONGEST = 8

@@ -22,11 +22,11 @@ from conflictscope.report.answers import answers_of
 from conflictscope.report.figures import compared, plots_of
 from conflictscope.report.runs import Run
 from conflictscope.study.record import EXAMPLES, Measured
-from interp.answers import Direction
-from interp.attribution.scores import DIRECTIONS, RankedHead
+from figures.theme import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import RankedHead
 from interp.errors import UserError
 from interp.files import assets_directory, write_text
-from interp.plots import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
 
 _LISTED = 12
 _FILTERS = {
@@ -103,7 +103,9 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 def _strongest(runs: Sequence[Run]) -> dict[Direction, tuple[Run, Measured]]:
     """Of the runs' winners the one with the highest rate of each direction."""
-    won = {d: [(run, run.winners[d]) for run in runs if d in run.winners] for d in DIRECTIONS}
+    won: dict[Direction, list[tuple[Run, Measured]]] = {
+        d: [(run, run.winners[d]) for run in runs if d in run.winners] for d in DIRECTIONS
+    }
     return {d: max(own, key=lambda of: of[1].test[f"{d}_rate"]["value"]) for d, own in won.items() if own}
 
 

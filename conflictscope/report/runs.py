@@ -12,8 +12,8 @@ import polars as pl
 
 from conflictscope.study.record import HEADS, Measured, StudyRecord, read_examples
 from conflictscope.tables import MEASURES
-from interp.answers import USAGES, Direction
-from interp.attribution.scores import DIRECTIONS, HeadScores
+from interp.answers import DIRECTIONS, USAGES, Direction
+from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.files import read_json
 from interp.statistics import Estimate
@@ -84,7 +84,7 @@ class Run:
     @property
     def winners(self) -> dict[Direction, Measured]:
         """What dev preferred over all methods, by the source that it strengthens."""
-        found = {d: self.record.winner(d) for d in DIRECTIONS} if self.conditions else {}
+        found: dict[Direction, Measured | None] = {d: self.record.winner(d) for d in DIRECTIONS if self.conditions}
         return {d: winner for d, winner in found.items() if winner is not None}
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conflictscope.study.record import Measured
-from interp.plots import percent
+from figures.theme import percent
 from interp.statistics import UNDEFINED
 
 _LONGEST = 140

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
+from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json, write_parquet
 from interp.statistics import bootstrap_means
-
-Direction = Literal["context", "memory"]
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 class RankedHead(NamedTuple):

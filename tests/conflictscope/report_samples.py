@@ -14,8 +14,8 @@ import torch
 from conflictscope.demo_study import TEST_PHRASINGS, condition_record, pooled_record
 from conflictscope.examples import example_frame
 from conflictscope.study.record import HEADS, UNEDITED, Measured, StudyRecord, write_examples
-from interp.answers import Direction
-from interp.attribution.scores import DIRECTIONS, HeadScores
+from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
 from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, STUDY_PHRASINGS, build_conflicts, load_facts

@@ -18,8 +18,8 @@ from interp.sae import load_saes
 from interventions.base import applied
 from interventions.config import InterventionFile, effect_digest
 from interventions.steering import Steering
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 from tests.tiny import tiny_conflicts
 
 run = test_cli.run

@@ -22,7 +22,7 @@ from interp.facts import usable_facts
 from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.gate_training import GateTraining
+from interventions.fitting.scale_learning import ScaleTraining
 from interventions.heads import HeadScaling
 
 
@@ -37,7 +37,7 @@ def make_study(tiny_llama):
         patch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
         patch.setattr(study_module, "_PRUNED_HEADS", (1, 2))
         patch.setattr(study_module, "_ABLATED_HEADS", (2,))
-        settings = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=3, conflicts=6, guards=4)
+        settings = ScaleTraining(budget=0.5, context_budget=0.5, max_scales=3, steps=3, conflicts=6, guards=4)
         patch.setattr(study_module, "_GATES", settings)
         patch.setattr(gate_fit, "_TEXT_TOKENS", 8)
         patch.setattr(gate_fit, "_TEXTS", {"train": 6, "dev": 4})
@@ -148,7 +148,7 @@ def test_what_was_interrupted_goes_on_without_asking_again(make_study, tmp_path,
     assert not (tmp_path / "summary.json").exists()
     for name in ("measure_usage", "answer_starts", "path_patching", "neutral_kl"):
         monkeypatch.setattr(study_module, name, lambda *_, **__: pytest.fail("computed again"))
-    monkeypatch.setattr(gate_fit, "learn_gates", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(gate_fit, "learn_scales", lambda *_, **__: pytest.fail("computed again"))
     assert make_study(tmp_path).run()["baseline"]
 
 
@@ -209,7 +209,7 @@ def test_a_model_whose_gates_cannot_be_learned_is_studied_without_them(make_stud
     def refused(*_, **__):
         raise UserError("The gates' gradients are not finite.")
 
-    monkeypatch.setattr(gate_fit, "learn_gates", refused)
+    monkeypatch.setattr(gate_fit, "learn_scales", refused)
     summary = make_study(tmp_path).run()
     reason = "The gates' gradients are not finite."
     assert summary["methods"]["learned_gates"] == {"not_run": reason}

@@ -141,7 +141,7 @@ def test_a_relation_without_test_prompts_is_refused_before_anything_is_learned(t
     dialing = test_dialing.dialing(tiny_llama, tmp_path)
     capitals = ConflictSet("", tuple(e for e in dialing.tested if e.relation == "capital"))
     monkeypatch.setattr(dialing, "tested", capitals)
-    monkeypatch.setattr("conflictscope.gate_fit.learn_gates", lambda *_, **__: pytest.fail("learned"))
+    monkeypatch.setattr("conflictscope.gate_fit.learn_scales", lambda *_, **__: pytest.fail("learned"))
     with pytest.raises(UserError, match="knows no test subject of language"):
         leave_one_out(dialing)
 

@@ -10,7 +10,7 @@ from conflictscope import demo_study as study
 from conflictscope import dial_comparison, gate_fit
 from conflictscope import dialing as job
 from conflictscope.dialing import Dialing
-from interp.attribution.scores import Direction
+from interp.answers import Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import neutral_texts
@@ -19,16 +19,16 @@ from interp.inputs import encode
 from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
+from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gate_training import GateTraining
-from interventions.gates import DialPoint, Gate, TrustDial
+from interventions.fitting.scale_learning import ScaleTraining
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
-LEARNING = GateTraining(budget=0.5, context_budget=0.5, max_gates=3, steps=4, conflicts=6, guards=4)
+LEARNING = ScaleTraining(budget=0.5, context_budget=0.5, max_scales=3, steps=4, conflicts=6, guards=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +66,7 @@ def test_the_summary_has_the_demo_s_keys_and_says_what_it_cost(finished):
     assert (answered == "memory").mean() == pytest.approx(summary["towards_memory"]["test"]["memory_rate"]["value"])
     for end in ("towards_context", "towards_memory"):
         part = summary[end]
-        assert 0 < len(part["heads"]) + len(part["feed_forward"]) <= LEARNING.max_gates
+        assert 0 < len(part["heads"]) + len(part["feed_forward"]) <= LEARNING.max_scales
         assert max(part["dev"]["divergence"].values()) <= LEARNING.budget
         assert {"memory_rate", "context_rate", "closed_book_accuracy", "neutral_kl"} < set(part["test"])
 
@@ -84,7 +84,7 @@ def test_test_subjects_and_the_held_out_phrasing_are_for_the_test_alone(tiny_lla
 
         monkeypatch.setattr(module, name, call)
 
-    watched(gate_fit, "GateData", learned)
+    watched(gate_fit, "ScaleData", learned)
     watched(job, "answer_starts", calibrated)
     watched(study, "measure_usage", tested)
     dialing(tiny_llama, tmp_path, settings=replace(LEARNING, steps=3)).run()
@@ -130,7 +130,7 @@ def test_the_dial_is_asked_for_a_rate_halfway(finished):
 
 def test_a_repeated_run_computes_nothing_anew(finished, tiny_directories, monkeypatch):
     summary, out = finished
-    computes = [(gate_fit, "learn_gates"), (job, "answer_starts"), (study, "measure_usage"), (study, "neutral_kl")]
+    computes = [(gate_fit, "learn_scales"), (job, "answer_starts"), (study, "measure_usage"), (study, "neutral_kl")]
     for module, name in computes:
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     assert dialing(load_model(str(tiny_directories["llama"]), device="cpu"), out).run() == summary
@@ -151,12 +151,12 @@ def test_random_gates_have_the_same_scales_in_places_that_are_not_the_dial_s(fin
 
 
 def test_feed_forward_layers_are_gates_where_they_are_wanted(tiny_llama, tmp_path):
-    gates = dialing(tiny_llama, tmp_path, settings=replace(LEARNING, max_gates=15, feed_forward=True)).dial.gates
+    gates = dialing(tiny_llama, tmp_path, settings=replace(LEARNING, max_scales=15, feed_forward=True)).dial.scales
     assert {gate.layer for gate in gates if gate.head is None} == {0, 1, 2}
 
 
 def test_where_nearly_all_gates_move_random_ones_share_places(tiny_llama, tmp_path):
-    settings = replace(LEARNING, max_gates=100, steps=3, feed_forward=True)
+    settings = replace(LEARNING, max_scales=100, steps=3, feed_forward=True)
     summary = dialing(tiny_llama, tmp_path, settings=settings).run()
     sizes = {end: len(summary[end]["heads"]) for end in ("towards_context", "towards_memory")}
     for end, size in sizes.items():
@@ -167,7 +167,7 @@ def test_where_nearly_all_gates_move_random_ones_share_places(tiny_llama, tmp_pa
 def test_a_budget_that_no_gate_can_keep_is_one_sentence(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="give a larger --budget or --context-budget"):
         _ = dialing(
-            tiny_llama, tmp_path, settings=GateTraining(budget=1e-12, context_budget=1e-12, steps=3, max_gates=2)
+            tiny_llama, tmp_path, settings=ScaleTraining(budget=1e-12, context_budget=1e-12, steps=3, max_scales=2)
         ).dial
 
 
@@ -194,7 +194,7 @@ def test_a_fact_is_known_if_most_phrasings_get_it_right(tiny_llama, tmp_path, mo
 def dial_file(tiny_llama, tmp_path):
     """A dial that turns the first layer around towards memory, with a curve to ask."""
     curve = (DialPoint(-1.0, 0.8, 0.1), DialPoint(0.0, 0.4, 0.4), DialPoint(1.0, 0.1, 0.9))
-    dial = TrustDial(tuple(Gate(0, head, -20.0, 5.0) for head in range(4)), calibration=curve)
+    dial = TrustDial(tuple(DialScale(0, head, -20.0, 5.0) for head in range(4)), calibration=curve)
     path = tmp_path / "dial.json"
     InterventionFile.of([dial], name="dial", model=ModelIdentity.of(tiny_llama, "tiny")).save(path)
     (tmp_path / "prompts.txt").write_text("The capital of Peru is\nThe capital of Italy is\n")
@@ -276,7 +276,7 @@ def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypat
     monkeypatch.setattr(dial_comparison, "leave_one_out", lambda _: done.append("left out"))
     monkeypatch.setattr(dial_comparison, "counterfact", lambda _, file: done.append(file))
     monkeypatch.setattr("interp.formats.load_dataset", lambda *_: None)
-    settings = "--budget 0.1 --context-budget 0.3 --max-gates 7 --feed-forward --steps 9 --subjects 5 --seed 3"
+    settings = "--budget 0.1 --context-budget 0.3 --max-scales 7 --feed-forward --steps 9 --subjects 5 --seed 3"
     more = "--relation capital --relation language --relation capital --compare --leave-one-out --counterfact cf.json"
     command = ["dial", "fit", tiny_directories["llama"], *settings.split(), *more.split(), "--out", "there"]
     code, printed, error = run(*command)
@@ -285,7 +285,7 @@ def test_the_command_fits_with_what_it_was_told(run, tiny_directories, monkeypat
         "name": str(tiny_directories["llama"]),
         "relations": ["capital", "language"],
         "out": Path("there"),
-        "settings": GateTraining(budget=0.1, context_budget=0.3, max_gates=7, feed_forward=True, steps=9, seed=3),
+        "settings": ScaleTraining(budget=0.1, context_budget=0.3, max_scales=7, feed_forward=True, steps=9, seed=3),
         "subjects": 5,
     }
     assert done == ["compared", "left out", Path("cf.json")]

@@ -17,11 +17,11 @@ from interp.facts import HELD_OUT_PHRASING
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.dial import DialScale, TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
-from tests.conflictscope import test_cli
+from tests.conflictscope.cli import test_cli
 
 run = test_cli.run
 EDIT = HeadScaling.of([(2, 1), (2, 3)], -3.0)
@@ -199,7 +199,7 @@ def test_files_that_cannot_be_gated_are_refused(tiny_llama, tmp_path):
     gated = file_of(tiny_llama, ConflictGate("block", 0, torch.ones(32), 0.0, 0.0, (EDIT,)))
     with pytest.raises(UserError, match="has a gate already"):
         gating(tiny_llama, tmp_path, file=gated)
-    dial = file_of(tiny_llama, TrustDial((Gate(1, 1, 0.0, 2.0),)))
+    dial = file_of(tiny_llama, TrustDial((DialScale(1, 1, 0.0, 2.0),)))
     with pytest.raises(UserError, match="is at 0, which changes nothing"):
         gating(tiny_llama, tmp_path, file=dial)
 

@@ -18,7 +18,6 @@ from conflictscope.probing import (
     _categories,
     _one_hot,
     _shuffled,
-    conflicts_by_phrasing,
     conflicts_for_probes,
     examples_of,
     read_prompts,
@@ -28,12 +27,11 @@ from interp import activation_store, activations
 from interp.activation_store import ActivationStore
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
-from interp.evaluation import UsageReport
 from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, usable_facts
 from probes.detector import ConflictDetector
 from probes.linear import ProbeSet
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
 RELATIONS = ("capital", "currency")
@@ -447,36 +445,6 @@ def test_the_score_table_shows_the_chosen_site_floors_and_probes_left_out():
 # Which prompts are asked
 
 
-def stubbed_report(conflicts: ConflictSet) -> UsageReport:
-    """Every other prompt without a context gets the memory answer."""
-    asked = list(conflicts)
-    columns = {c: [getattr(e, c) for e in asked] for c in ("id", "subject", "relation", "template", "kind")}
-    return UsageReport(pl.DataFrame({**columns, "memory_span_match": [float(i % 2) for i in range(len(asked))]}))
-
-
-def test_conflict_answers_are_a_permutation_of_the_right_ones_in_each_phrasing_relation_and_split():
-    facts = {relation: usable_facts(relation)[:40] for relation in RELATIONS}
-    closed_book = build_conflicts(facts, kinds=("none",), phrasings=tuple(PHRASINGS))
-    report = stubbed_report(closed_book)
-    known = report.frame.filter(memory_span_match=1.0)
-    told = set(known.select("relation", "subject", "template").rows())
-    conflicts = conflicts_by_phrasing(facts, told, seed=0, kinds=("conflict", "aligned"))
-    stated: dict[Any, dict[str, list[str]]] = {}
-    for example in conflicts:
-        answers = stated.setdefault((example.template, example.relation, example.split), {})
-        answers.setdefault(example.kind, []).append(example.context_answers[0])
-    assert {phrasing for phrasing, _, _ in stated} == set(PHRASINGS)
-    assert all(sorted(answers["conflict"]) == sorted(answers["aligned"]) for answers in stated.values())
-    right = set(known.select("subject", "relation", "template").rows())
-    assert {(e.subject, e.relation, e.template) for e in conflicts} <= right
-
-
-def test_a_model_that_knows_nothing_is_one_sentence():
-    facts = {relation: usable_facts(relation)[:8] for relation in RELATIONS}
-    with pytest.raises(UserError, match="knows too few facts of capital, currency; choose other relations"):
-        conflicts_by_phrasing(facts, set(), seed=0, kinds=("conflict",))
-
-
 @pytest.fixture
 def knows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes every model know ten facts of each relation; the list grows when one is asked."""
@@ -486,12 +454,7 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(relation)
         return usable_facts(relation)[:10]
 
-    def usage(model: Any, conflicts: ConflictSet, **_: Any) -> UsageReport:
-        asked.append("closed book")
-        return stubbed_report(conflicts)
-
     monkeypatch.setattr(probing, "known_facts", known)
-    monkeypatch.setattr(probing, "measure_usage", usage)
     return asked
 
 
@@ -500,19 +463,25 @@ def test_prompts_about_known_facts_are_built_once_and_kept(tiny_llama, tmp_path,
         return conflicts_for_probes(tiny_llama, RELATIONS, folder=tmp_path, seed=0, kinds=("conflict", "aligned"))
 
     first = build()
-    assert knows == ["capital", "currency", "closed book"]
-    assert {e.kind for e in first} == {"conflict", "aligned"}
+    assert knows == ["capital", "currency"]
+    facts = {relation: usable_facts(relation)[:10] for relation in RELATIONS}
+    assert first == build_conflicts(facts, kinds=("conflict", "aligned"), phrasings=tuple(PHRASINGS))
     assert build() == first
-    assert knows == ["capital", "currency", "closed book"]
+    assert knows == ["capital", "currency"]
+
+
+def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="too few different answers among the facts of capital, currency"):
+        conflicts_for_probes(tiny_llama, RELATIONS, folder=tmp_path, seed=0, kinds=("conflict",))
 
 
 def test_record_without_data_asks_what_the_model_knows_once_and_records_it(run, tmp_path, llama, knows):
     arguments = ["record", "--model", llama, "--layers", "0", "--no-answers"]
     code, _, error = run(*arguments)
     assert code == 0, error
-    assert knows == ["capital", "closed book"]
+    assert knows == ["capital"]
     assert ActivationStore(tmp_path / "out" / "recording").complete
     before = contents(tmp_path / "out")
     assert run(*arguments)[0] == 0
-    assert knows == ["capital", "closed book"]
+    assert knows == ["capital"]
     assert contents(tmp_path / "out") == before

@@ -8,7 +8,7 @@ from conflictscope.demo_study import measure_edits
 from conflictscope.study.records import Records
 from interp.attribution.scores import HeadScores
 from interp.evaluation import UsageReport
-from interventions.gates import Gate, TrustDial
+from interventions.dial import DialScale, TrustDial
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.tiny import tiny_conflicts
@@ -62,11 +62,11 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
     steered = Steering(1, torch.ones(32), 2.0)
     names = {
         "pruning": [HeadScaling.of([(1, 0)], 0.0)],
-        "the same as a dial": [TrustDial((Gate(1, 0, 0.0, 2.0), Gate(2, 1, 1.0, 0.5)), -1.0)],
+        "the same as a dial": [TrustDial((DialScale(1, 0, 0.0, 2.0), DialScale(2, 1, 1.0, 0.5)), -1.0)],
         "steering": [steered],
         "the same by another name": [Steering(1, torch.ones(32), 2.0)],
         "unedited": [],
-        "a dial at rest": [TrustDial((Gate(1, 0, 0.0, 2.0),), 0.0)],
+        "a dial at rest": [TrustDial((DialScale(1, 0, 0.0, 2.0),), 0.0)],
         "another vector, the same settings": [Steering(1, -torch.ones(32), 2.0)],
         "another scale": [HeadScaling.of([(1, 0)], 0.5)],
     }

@@ -12,16 +12,16 @@ import typer
 from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
-from conflictscope import reporting
+from conflictscope.cli import report as command
 from conflictscope.examples import example_frame
 from conflictscope.report import read_runs, write_report
 from conflictscope.report.runs import Change
 from conflictscope.study.record import EXAMPLES, RECORD, UNEDITED, StudyRecord, read_examples, write_examples
+from figures.theme import percent
 from interp.answers import USAGES
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.files import read_json, write_json, write_parquet
-from interp.plots import percent
 from tests.conflictscope import report_samples as samples
 from tests.conflictscope.report_samples import WRITERS
 
@@ -563,7 +563,7 @@ def test_the_command_writes_a_page_for_one_run_and_for_several(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
-    app.command()(reporting.report)
+    app.command()(command.report)
     shutil.copytree(folders["dial"], "dial")
     assert CliRunner().invoke(app, ["dial"]).exit_code == 0
     assert Path("dial/report.html").exists()

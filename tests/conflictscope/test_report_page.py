@@ -12,8 +12,8 @@ import pytest
 
 from conflictscope.report import read_runs, write_report
 from conflictscope.study.record import UNEDITED, StudyRecord, read_examples, write_examples
+from figures.theme import percent
 from interp.facts import HELD_OUT_PHRASING
-from interp.plots import percent
 from tests import browser
 from tests.browser import WIDTHS, check_fits, requests_of, screenshots
 from tests.conflictscope.report_samples import WRITERS, write_demo, write_gate

@@ -19,8 +19,8 @@ from interp.facts import HELD_OUT_PHRASING, relations, usable_facts
 from interp.files import assets_directory
 from interp.sae import load_sae, load_saes
 from probes.sae_quality import evaluate_saes
-from tests.conflictscope import test_cli
-from tests.conflictscope.test_cli import assert_one_sentence
+from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
 SHORT = [

@@ -229,11 +229,21 @@ def test_the_last_context_token_ends_the_context(smollm2, capital_conflicts):
 
 def test_the_context_ends_where_it_does_also_behind_letters_that_are_two_when_lowered(tiny_llama):
     example = dataclasses.replace(
-        tiny_conflicts().examples[0], context="in İzmir it rains.", prompt="İİİİ: In İzmir it rains. Then it is"
+        tiny_conflicts().examples[0], contexts=("in İzmir it rains.",), prompt="İİİİ: In İzmir it rains. Then it is"
     )
     found = record(tiny_llama, ConflictSet("one", (example,)), ["embed.hook_out"], "last_context")
     upto = tiny_llama.tokenizer.decode(token_ids(tiny_llama, example.prompt)[: found.position.item() + 1])
     assert upto == "İİİİ: In İzmir it rains."
+
+
+def test_the_context_of_several_documents_ends_with_the_last(tiny_llama):
+    documents = ("It rains.", "It is Rome.", "It rains.")
+    shown = "\n\n".join(documents)
+    prompt = f"{shown}\n\nIs it Rome? It rains. So"
+    example = dataclasses.replace(tiny_conflicts().examples[0], contexts=documents, prompt=prompt)
+    found = record(tiny_llama, ConflictSet("one", (example,)), ["embed.hook_out"], "last_context")
+    upto = tiny_llama.tokenizer.decode(token_ids(tiny_llama, example.prompt)[: found.position.item() + 1])
+    assert upto == shown
 
 
 # Wrong inputs
@@ -242,7 +252,7 @@ def test_the_context_ends_where_it_does_also_behind_letters_that_are_two_when_lo
 def with_kind_none():
     first = tiny_conflicts().examples[0]
     return ConflictSet(
-        "none", (dataclasses.replace(first, kind="none", context="", context_answers=(), prompt="The capital is"),)
+        "none", (dataclasses.replace(first, kind="none", contexts=(), context_answers=(), prompt="The capital is"),)
     )
 
 

@@ -1,11 +1,12 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from interp import conflicts
-from interp.conflicts import ConflictSet, json_line, shows_answer, split_of, subject_key
+from interp.conflicts import ConflictExample, ConflictSet, json_line, shows_answer, split_of, subject_key
 from interp.errors import Caution, UserError
 from interp.facts import load_facts, relations
 from tests.tiny import tiny_conflicts
@@ -70,12 +71,12 @@ def test_a_line_is_what_json_makes_of_the_fields():
     odd = 'a "b" \\ \n\t\x00\x1f\x7f é\u2028\U0001f600'
     example = dataclasses.replace(
         tiny_conflicts().examples[0],
-        context=odd,
+        contexts=(odd, ""),
         prompt=f"{odd}\n\n{odd}",
         memory_answers=(odd, ""),
         context_answers=(),
     )
-    for one in (example, dataclasses.replace(example, context=""), dataclasses.replace(example, prompt=odd[1:])):
+    for one in (example, dataclasses.replace(example, contexts=()), dataclasses.replace(example, prompt=odd[1:])):
         line = json_line(one)
         assert json.loads(line) == json.loads(json.dumps(dataclasses.asdict(one)))
         # No control character, and so no second line, stands in it as it is.
@@ -84,7 +85,7 @@ def test_a_line_is_what_json_makes_of_the_fields():
 
 
 def test_half_of_a_character_is_not_written(tmp_path):
-    broken = dataclasses.replace(tiny_conflicts().examples[0], context="\ud83d")
+    broken = dataclasses.replace(tiny_conflicts().examples[0], contexts=("\ud83d",))
     with pytest.raises(UserError, match="cannot be written"):
         ConflictSet("broken", (broken,)).save(tmp_path / "broken.jsonl")
     assert list(tmp_path.iterdir()) == []
@@ -127,7 +128,14 @@ def test_two_examples_with_one_id_are_refused():
         (lambda row: row.update(id=""), "id must not be empty"),
         (lambda row: row.update(subject=" "), "subject must not be empty"),
         (lambda row: row.update(prompt="\n"), "prompt must not be empty"),
-        (lambda row: row.update(context="\ud83d"), r"'\\ud83d' is half of a character"),
+        (lambda row: row.update(contexts=["\ud83d"]), r"'\\ud83d' is half of a character"),
+        (lambda row: row.update(contexts="It rains."), "contexts must be a list of strings"),
+        (lambda row: row.update(contexts=["It rains.", 3]), "contexts must be a list of strings"),
+        (lambda row: row.update(contexts=["It rains.", " "]), "contexts must not hold an empty text"),
+        (lambda row: row.pop("bare_prompt"), "expected an object with the fields"),
+        (lambda row: row.update(context="It rains."), "expected an object with the fields"),
+        (lambda row: row.update(bare_prompt=None), "bare_prompt must be a string"),
+        (lambda row: row.update(kind="none"), "bare_prompt must be the prompt itself for the kind none"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, change, message):
@@ -151,6 +159,68 @@ def test_an_empty_or_broken_file_is_an_error(tmp_path, text, message):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="Could not read"):
         ConflictSet.load(tmp_path / "none.jsonl")
+
+
+def old_row(prompt: str, context: str, **fields: str) -> dict[str, object]:
+    """A row of a file without bare prompts."""
+    row = json.loads(json_line(tiny_conflicts().examples[0])) | {"id": f"{context}/{prompt}", "context": context}
+    del row["contexts"], row["bare_prompt"]
+    return row | {"prompt": prompt, **fields}
+
+
+def loaded_old(tmp_path: Path, *rows: dict[str, object]) -> list[ConflictExample]:
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return list(ConflictSet.load(tmp_path / "old.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt", "bare"),
+    [
+        ("It is Oslo.", "It is Oslo. The capital is", "The capital is"),
+        ("it is Oslo.", "It is Oslo.\n\nQuestion: Which?\nAnswer:", "Question: Which?\nAnswer:"),
+        ("It is Oslo.", "Read this.\n\nIt is Oslo.\nWhich is it?", "Read this.\n\nWhich is it?"),
+        ("It is Oslo.", "Which is it?\n\nIt is Oslo.\n", "Which is it?"),
+        ("a.*b", "a.*b axxb is", "axxb is"),
+    ],
+)
+def test_a_row_without_a_bare_prompt_gets_its_prompt_without_the_context(tmp_path, context, prompt, bare):
+    [example] = loaded_old(tmp_path, old_row(prompt, context))
+    assert (example.contexts, example.prompt, example.bare_prompt) == ((context,), prompt, bare)
+
+
+def test_a_row_of_kind_none_without_a_bare_prompt_gets_its_prompt(tmp_path):
+    [example] = loaded_old(tmp_path, old_row("The capital is", "", kind="none"))
+    assert (example.contexts, example.bare_prompt) == ((), "The capital is")
+
+
+@pytest.mark.parametrize("context", ["Not there.", "Oslo", "Oslo, it is Oslo: the capital is"])
+def test_a_context_that_cannot_be_taken_out_leaves_the_bare_prompt_of_kind_none(tmp_path, context):
+    prompt = "Oslo, it is Oslo: the capital is"
+    alone = old_row("The capital is", "", kind="none")
+    others = [
+        old_row(f"Other {field}", "", kind="none", **{field: "other"}) for field in ("subject", "relation", "template")
+    ]
+    example, *_ = loaded_old(tmp_path, old_row(prompt, context), *others, alone)
+    assert example.bare_prompt == "The capital is"
+
+
+def test_bare_prompts_that_cannot_be_told_are_counted_in_one_caution(tmp_path):
+    two = [old_row(prompt, "", kind="none") for prompt in ("One is", "Two is")]
+    with pytest.warns(Caution, match="what 2 of its 5 prompts ask without their context cannot be told") as told:
+        examples = loaded_old(tmp_path, old_row("x", "a"), old_row("y", "a"), old_row("b c", "b"), *two)
+    assert len(told) == 1
+    assert [example.bare_prompt for example in examples] == ["", "", "c", "One is", "Two is"]
+
+
+def test_a_loaded_old_set_is_saved_as_a_new_one(tmp_path):
+    ConflictSet("new", tuple(loaded_old(tmp_path, old_row("b c", "b")))).save(tmp_path / "new.jsonl")
+    assert ConflictSet.load(tmp_path / "new.jsonl").examples == tuple(loaded_old(tmp_path, old_row("b c", "b")))
+
+
+@pytest.mark.parametrize("value", [None, ["It rains."]])
+def test_a_malformed_context_of_an_old_row_is_named(tmp_path, value):
+    with pytest.raises(UserError, match="line 1: context must be a string"):
+        loaded_old(tmp_path, {**old_row("x", "a"), "context": value})
 
 
 def test_the_digest_is_computed_once(monkeypatch):

@@ -2,7 +2,6 @@ from collections import Counter
 
 import pytest
 
-from interp import facts as facts_module
 from interp.answers import contains_answer
 from interp.conflicts import SPLITS, split_of
 from interp.errors import UserError
@@ -11,13 +10,11 @@ from interp.facts import (
     PHRASINGS,
     SEEN_PHRASINGS,
     build_conflicts,
-    known_facts,
     load_facts,
     relation_named,
     relations,
     usable_facts,
 )
-from interp.generation import Continuations
 
 ALL_RELATIONS = sorted(relations())
 
@@ -135,6 +132,13 @@ def test_every_phrasing_states_the_context_and_ends_with_the_question(name):
         assert "{" not in example.prompt
 
 
+def test_the_bare_prompt_of_every_kind_is_the_prompt_of_kind_none():
+    conflicts = build_conflicts({"capital": usable_facts("capital")[:20]}, phrasings=tuple(PHRASINGS))
+    alone = {(e.subject, e.template): e.prompt for e in conflicts.select(kind="none")}
+    assert all(e.bare_prompt == alone[e.subject, e.template] for e in conflicts)
+    assert all(e.contexts == ((e.context,) if e.kind != "none" else ()) for e in conflicts)
+
+
 def test_unknown_relation_lists_the_known_ones():
     with pytest.raises(UserError, match="'capitol' is not known; known are author, capital"):
         relation_named("capitol")
@@ -152,20 +156,3 @@ def test_facts_that_none_can_contradict_are_left_out():
 def test_too_few_facts_for_a_conflict_are_an_error():
     with pytest.raises(UserError, match="too few different answers"):
         build_conflicts({"capital": usable_facts("capital")[:1]})
-
-
-def test_known_facts_are_those_right_in_more_than_half_of_the_seen_phrasings(monkeypatch):
-    """France is answered in two of the three seen phrasings, Italy in one of them."""
-    bare = {name: phrasing.bare(relation_named("capital")) for name, phrasing in PHRASINGS.items()}
-    right = {
-        *(bare[name].format(subject="France") for name in ("question", "document")),
-        bare["document"].format(subject="Italy"),
-    }
-    answers = {"France": "Paris", "Italy": "Rome"}
-
-    def answer(_model, prompts, **_):
-        texts = [next((a for s, a in answers.items() if s in p), "") if p in right else "" for p in prompts]
-        return Continuations(texts, None, None)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(facts_module, "continue_greedily", answer)
-    assert [fact.subject for fact in known_facts(None, "capital")] == ["France"]  # pyright: ignore[reportArgumentType]

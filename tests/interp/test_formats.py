@@ -188,7 +188,23 @@ def test_aligned_contexts_give_the_memory_answers(format: str) -> None:
 @pytest.mark.parametrize("format", format_names())
 def test_only_examples_of_kind_none_have_no_context(format: str) -> None:
     for example in load_dataset(FILES[format], format).conflicts:
-        assert (example.context == "") == (example.kind == "none")
+        assert (example.contexts == ()) == (example.kind == "none")
+
+
+@pytest.mark.parametrize("format", format_names())
+def test_the_bare_prompt_is_the_prompt_of_kind_none_of_the_same_item(format: str) -> None:
+    """All examples with one question of one subject are of one item."""
+    conflicts = load_dataset(FILES[format], format).conflicts
+    alone = {(e.subject, e.relation, e.question): e.prompt for e in conflicts.select(kind="none")}
+    assert all(alone[e.subject, e.relation, e.question] == e.bare_prompt for e in conflicts)
+
+
+def test_search_results_are_documents_one_by_one() -> None:
+    example = examples_of("conflicts")["conflicts-conflict-due-to-outdated-information-1-conflict"]
+    assert example.contexts == (
+        "Bridges of Belmora | 2012\nBelmora has six bridges.",
+        "New bridge opens | 2023\nThe seventh bridge of Belmora opened.",
+    )
 
 
 @pytest.mark.parametrize("format", format_names())

@@ -218,13 +218,14 @@ def chat_conflicts(tokenizer: Any) -> ConflictSet:
                 fact.subject,
                 "capital",
                 asked,
-                asked,
+                (f"The capital of {fact.subject} is {other.answers[0]}.",),
                 fact.answers,
                 other.answers,
                 "conflict",
                 "chat",
                 "test",
                 chat_prompt(tokenizer, asked),
+                chat_prompt(tokenizer, f"What is the capital of {fact.subject}?"),
                 "test",
             )
         )

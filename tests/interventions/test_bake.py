@@ -12,20 +12,20 @@ from interp.models import load_model
 from interventions.bake import fold, write_folded
 from interventions.base import applied
 from interventions.config import InterventionFile
+from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import DialPoint, Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from tests.tiny import CONFIGS, tiny_conflicts
 
 GATES = (
-    Gate(0, 1, memory=0.5, context=2.0),
-    Gate(2, 3, memory=3.0, context=-1.0),
-    Gate(0, None, memory=1.5, context=0.4),
-    Gate(1, None, memory=0.0, context=1.8),
+    DialScale(0, 1, memory=0.5, context=2.0),
+    DialScale(2, 3, memory=3.0, context=-1.0),
+    DialScale(0, None, memory=1.5, context=0.4),
+    DialScale(1, None, memory=0.0, context=1.8),
 )
 DIAL = TrustDial(GATES, calibration=(DialPoint(0.0, 0.3, 0.5), DialPoint(1.0, 0.125, 0.875)))
 MEAN = tuple(0.3 * i - 1 for i in range(8))
@@ -184,7 +184,7 @@ def test_what_changes_nothing_changes_no_bit(tiny_directories, architecture):
         (HeadScaling((ScaledHead(1, 2, 0.0, MEAN[1:]),)), r"mean of head 1\.2 has 7 numbers"),
         (HeadScaling.of([(1, 4)], 0.0), r"Head 1\.4 does not exist"),
         (FeedForwardScaling(((3, 0.0),)), "Layer 3 does not exist"),
-        (TrustDial((Gate(3, None),)), "Layer 3 does not exist"),
+        (TrustDial((DialScale(3, None),)), "Layer 3 does not exist"),
     ],
 )
 def test_a_refused_edit_changes_no_bit(tiny_directories, edit, message):

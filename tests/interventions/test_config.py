@@ -14,10 +14,9 @@ from interp.models import load_model
 from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.entries import HeadScalingEntry
+from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.features import EditedFeatures, FeatureEdit
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import DialPoint, Gate, TrustDial
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -65,7 +64,7 @@ def test_a_file_for_another_model_is_refused(file, tiny_directories, architectur
     ("change", "message"),
     [
         (lambda r: r.update(format="something"), 'its "format" must be'),
-        (lambda r: r.update(version=3), "has version 3, this conflictscope reads versions 1 to 2"),
+        (lambda r: r.update(version=4), "has version 4, this conflictscope reads versions 1 to 3"),
         (lambda r: r.update(version=True), "has version True"),
         (lambda r: r.update(surprise=1), "surprise"),
         (lambda r: r.pop("model"), "model"),
@@ -111,7 +110,7 @@ def test_a_file_that_is_not_a_record_is_refused(tmp_path, content):
 
 
 def test_a_file_of_which_one_entry_does_not_fit_leaves_nothing_attached(file, tiny_llama):
-    misfit = HeadScalingEntry.of(HeadScaling.of([(9, 0)], 0.0))
+    misfit = HeadScaling.of([(9, 0)], 0.0).entry("1", {})
     two = file.model_copy(update={"interventions": [*file.interventions, misfit]})
     batch = encode(tiny_llama, ["The capital of France is"])
     with torch.inference_mode():
@@ -236,7 +235,7 @@ def test_a_feature_edit_without_features_is_saved_and_loaded(tiny_llama, tmp_pat
     )
     (again,) = InterventionFile.load(tmp_path / "edit.json").build()
     assert isinstance(again, FeatureEdit)
-    assert len(again) == 0
+    assert again.n_moved == 0
 
 
 @pytest.fixture
@@ -386,7 +385,7 @@ def test_a_tensor_that_nothing_needs_is_refused(saved):
 
 
 DIAL = TrustDial(
-    (Gate(0, 1, 0.5, 2.0), Gate(2, None, 1.0, 0.25)),
+    (DialScale(0, 1, 0.5, 2.0), DialScale(2, None, 1.0, 0.25)),
     0.5,
     (DialPoint(-1.0, 0.75, 0.0), DialPoint(0.0, 0.5, 0.5), DialPoint(1.0, 0.0, 0.75)),
 )
@@ -416,7 +415,7 @@ def test_files_without_a_dial_cannot_be_dialed_and_dials_cannot_be_scaled(file, 
     two = InterventionFile.of([DIAL, DIAL], name="two", model=ModelIdentity.of(tiny_llama, "tiny"))
     with pytest.raises(UserError, match="two holds 2 trust dials"):
         two.dialed(0.5)
-    with pytest.raises(UserError, match="is a dial, which has no strength"):
+    with pytest.raises(UserError, match="A dial has no strength; set its trust"):
         dial_file(tiny_llama).scaled(0.5)
     with pytest.raises(UserError, match="between -1"):
         dial_file(tiny_llama).dialed(2.0)
@@ -430,7 +429,7 @@ def test_a_strength_below_zero_strengthens_the_other_source(file, factor, toward
 def test_features_have_no_opposite(tiny_llama, tmp_path):
     edit = feature_edit(tmp_path, "standard")
     saved = InterventionFile.of([edit], name="features", model=ModelIdentity.of(tiny_llama, "tiny"))
-    with pytest.raises(UserError, match="features edits features, which has no opposite"):
+    with pytest.raises(UserError, match="An edit of features has no opposite"):
         saved.scaled(-1.0)
 
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from interp.errors import UserError
+from interventions.base import Intervention
 from interventions.config import InterventionFile
-from interventions.entries import AnyIntervention
+from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import DialPoint, Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -85,13 +85,13 @@ def only_reads(event: str, args: tuple[Any, ...], folder: Path) -> bool:
 # Valid files
 
 
-def every_kind(folder: Path) -> dict[str, list[AnyIntervention]]:
+def every_kind(folder: Path) -> dict[str, list[Intervention]]:
     """Interventions for a tiny Llama that have every kind of entry between them, for several files."""
     generator = torch.Generator().manual_seed(0)
     heads = HeadScaling((ScaledHead(1, 1, 0.0), ScaledHead(2, 3, -1.5, tuple(0.1 * i for i in range(8)))))
     layers = FeedForwardScaling(((1, 0.5), (2, -2.0)))
     dial = TrustDial(
-        (Gate(1, 1, 0.5, 2.0), Gate(2, None, 1.0, 0.25)),
+        (DialScale(1, 1, 0.5, 2.0), DialScale(2, None, 1.0, 0.25)),
         0.5,
         (DialPoint(-1.0, 0.75, 0.0), DialPoint(0.0, 0.5, 0.5), DialPoint(1.0, 0.0, 0.75)),
     )

@@ -183,7 +183,7 @@ def test_without_selected_features_no_bit_changes(architecture, form, tiny_llama
     sae = case(tmp_path, architecture, 1).edit.sae
     nothing = EditedFeatures.of(sae, [], torch.zeros(0), [], torch.zeros(0))
     edit = FeatureEdit((nothing,), 3.0, form)
-    assert len(edit) == 0
+    assert edit.n_moved == 0
     before = logits(tiny_llama, inputs)
     with applied(tiny_llama, edit):
         assert torch.equal(logits(tiny_llama, inputs), before)

@@ -17,8 +17,8 @@ from interp.generation import greedy_texts
 from interp.models import decode_plainly, load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
-from interventions.gates import Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.dial import DialScale, TrustDial
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.runtime import apply, remove
@@ -99,7 +99,7 @@ def test_strength_and_trust_say_how_far(llama, batch):
     assert not torch.equal(half, plain)
     with apply(llama, file, strength=0.0):
         assert torch.equal(logits(llama, batch), plain)
-    dial = TrustDial((Gate(1, 1, 0.0, 2.0),))
+    dial = TrustDial((DialScale(1, 1, 0.0, 2.0),))
     dial_file = InterventionFile.of([dial], name="dial", model=file.model)
     with apply(llama, dial_file, trust=-0.5):
         turned = logits(llama, batch)
@@ -433,7 +433,9 @@ for name in ("transformer_lens", "sae_lens", "polars", "plotly", "sklearn", "sci
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from interventions.runtime import apply
 from interventions.config import named
-from conflictscope.serving import CompletionRequest, Done, Engine
+from conflictscope.serve.engine import Engine
+from conflictscope.serve.jobs import Done
+from conflictscope.serve.requests import CompletionRequest
 from pathlib import Path
 folder, edit = {str(tiny_directories["llama"])!r}, Path({str(tmp_path / "edit.json")!r})
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

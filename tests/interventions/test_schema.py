@@ -7,9 +7,9 @@ import torch
 
 import interventions
 from interventions.config import InterventionFile, json_schema
+from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gates import DialPoint, Gate, TrustDial
-from interventions.gating import ConflictGate
+from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -24,7 +24,7 @@ def record(tiny_llama, tmp_path):
     parts = [
         HeadScaling((ScaledHead(0, 1, 0.0), ScaledHead(2, 3, -1.5, tuple(0.1 * i for i in range(8))))),
         FeedForwardScaling(((1, 0.5),)),
-        TrustDial((Gate(0, 1, 0.5, 2.0), Gate(2, None)), 0.5, (DialPoint(0.0, 0.5, 0.5),)),
+        TrustDial((DialScale(0, 1, 0.5, 2.0), DialScale(2, None)), 0.5, (DialPoint(0.0, 0.5, 0.5),)),
         Steering(1, torch.ones(32)),
         feature_edit(tmp_path, "jumprelu"),
         ConflictGate("mlp", 0, torch.ones(32), 0.0, 1.0, (HeadScaling.of([(1, 0)], 0.0),)),
@@ -50,7 +50,7 @@ def test_a_saved_file_obeys_the_schema(record):
         lambda r: r.pop("version"),
         lambda r: r["interventions"][0].pop("kind"),
         lambda r: r["interventions"][5]["interventions"][0].pop("kind"),
-        lambda r: r.update(version=3),
+        lambda r: r.update(version=4),
         lambda r: r.update(surprise=1),
         lambda r: r.update(interventions=[]),
         lambda r: r["interventions"][0].update(kind="lobotomy"),

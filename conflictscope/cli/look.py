@@ -1,0 +1,240 @@
+"""The commands that measure a model and look inside it; and the list of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from conflictscope.cli.inputs import check_parquet, layers_of, model_and_data
+from conflictscope.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_RELATION,
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    RelationOption,
+    SeedOption,
+    say,
+)
+from conflictscope.cli.tables import print_frame
+from interp.errors import UserError
+
+
+def evaluate(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", help="Intervention file to apply; repeatable, applied in order.")
+    ] = None,
+    split: Annotated[
+        Literal["train", "dev", "test", "all"],
+        typer.Option(help="The split to ask; edits are learned and chosen on train and dev, and shown on test."),
+    ] = "test",
+    by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
+    out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
+        "out/usage.parquet"
+    ),
+    max_new_tokens: MaxNewTokensOption = 8,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer every prompt of a split and say how often memory and context were used."""
+    from interp.evaluation import measure_usage
+    from interventions.base import applied
+    from interventions.config import InterventionFile
+
+    columns = [column.strip() for column in by.split(",") if column.strip()]
+    _check_columns(columns)
+    check_parquet(out)
+    edits = [InterventionFile.load(path) for path in config or []]
+    bridge, conflicts = model_and_data(model, relation, data, seed, device, dtype)
+    asked = conflicts if split == "all" else conflicts.select(split=split)
+    if not len(asked):
+        counts = {name: count for name, count in conflicts.counts()["examples_by_split"].items() if count}
+        there = " and ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(
+            f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
+            "or --split all."
+        )
+    with applied(bridge, *edits):
+        report = measure_usage(bridge, asked, max_new_tokens=max_new_tokens, progress="Answering")
+    report.save(out)
+    print_frame(report.summary(by=columns))
+    say(f"Answers are in {out}")
+
+
+def attribute(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    method: Annotated[
+        Literal["path-patching", "direct-logits", "attribution-patching"], typer.Option(help="How heads are scored.")
+    ] = "path-patching",
+    metric: Annotated[
+        Literal["logit_diff", "memory_probability", "context_probability"],
+        typer.Option(help="What path patching attributes."),
+    ] = "logit_diff",
+    baseline: Annotated[
+        Literal["corrupted", "zero", "mean"], typer.Option(help="What path patching puts in a head's place.")
+    ] = "corrupted",
+    mlps: Annotated[
+        Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
+    ] = "recompute",
+    split: Annotated[
+        Literal["train", "dev", "test", "all"], typer.Option(help="The split to score heads on; test stays unseen.")
+    ] = "train",
+    top: Annotated[int, typer.Option(min=1, help="How many heads to list for each direction.")] = 8,
+    out: Annotated[
+        Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
+    ] = Path("out/heads.parquet"),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Score every head: which push the answer to the context, which to memory."""
+    from figures.heads import head_map
+    from figures.theme import save_figure
+    from interp.attribution.attribution_patching import attribution_patching
+    from interp.attribution.direct_logits import direct_logit_attribution
+    from interp.attribution.path_patching import path_patching
+
+    if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
+        raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")
+    check_parquet(out)
+    bridge, conflicts = model_and_data(model, relation, data, seed, device, dtype)
+    chosen = conflicts.select(kind="conflict", split=None if split == "all" else split)
+    if method == "path-patching":
+        scores = path_patching(
+            bridge,
+            chosen,
+            name=model,
+            baseline=baseline,
+            mlps=mlps,
+            metrics=(metric,),
+            seed=seed,
+            progress="Path patching",
+        )[metric]
+    elif method == "direct-logits":
+        scores = direct_logit_attribution(bridge, chosen, name=model, progress="Direct logits").heads
+    else:
+        scores = attribution_patching(bridge, chosen, name=model, seed=seed, progress="Attribution patching")
+    scores.save(out)
+    save_figure(head_map(scores), out.with_suffix(".html"))
+    table = Table(
+        "towards", "head", "score", "95 % interval", title=f"{scores.settings['unit']}, {len(scores.values)} prompts"
+    )
+    for towards in ("context", "memory"):
+        for head in scores.ranked(towards)[:top]:
+            table.add_row(
+                towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}"
+            )
+    Console().print(table)
+    say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+
+
+def record(
+    model: ModelOption = DEFAULT_MODEL,
+    relation: RelationOption = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the recording; the same command goes on where it stopped.")
+    ] = Path("out/recording"),
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kinds of sites (residual, attention, mlp, z) or names of sites; repeatable. All but z by default."
+        ),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers, for example 0-9,12; all by default.")] = None,
+    position: Annotated[
+        Literal["last", "last_context", "memory_answer", "context_answer", "all"],
+        typer.Option(
+            help="The tokens that are kept: the prompt's last, its context's last, those of an answer written after it."
+        ),
+    ] = "last",
+    keep: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="The dtype that activations are kept in.")
+    ] = "float32",
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="Answer conflict prompts too; the source probe needs it.")
+    ] = True,
+    batch_size: BatchSizeOption = 32,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
+
+    Without --data the prompts are about facts that the model knows, in every phrasing in which it knows them. To find
+    them it is asked closed-book first; its answers are kept in OUT-records.
+    """
+    from conflictscope.probing import EMBEDDING, conflicts_for_probes
+    from interp.activation_store import ActivationStore
+    from interp.activations import SITE_KINDS, observations, sites_of
+    from interp.conflicts import ConflictSet
+    from interp.models import DTYPES, load_model
+
+    if data is not None and relation:
+        raise UserError("Give --data or --relation, not both.")
+    chosen = site or ["residual", "attention", "mlp"]
+    conflicts = None if data is None else ConflictSet.load(data)
+    bridge = load_model(model, device=device, dtype=dtype)
+    kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
+    sites = [name for name in chosen if name not in SITE_KINDS]
+    if layers is not None and not kinds:
+        raise UserError(
+            "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
+        )
+    sites = [EMBEDDING, *sites_of(bridge, kinds, layers_of(layers)), *sites] if kinds else sites
+    observations(bridge, sites)
+    if conflicts is None:
+        conflicts = conflicts_for_probes(
+            bridge,
+            relation or [DEFAULT_RELATION],
+            folder=out.resolve().with_name(f"{out.resolve().name}-records"),
+            seed=seed,
+            kinds=("conflict", "aligned"),
+        )
+    store = ActivationStore.record(
+        out,
+        bridge,
+        conflicts,
+        list(dict.fromkeys(sites)),
+        position,
+        name=model,
+        seed=seed,
+        dtype=DTYPES[keep],
+        answers=answers,
+        batch_size=batch_size,
+        progress="Recording",
+    )
+    say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
+
+
+def models() -> None:
+    """List the registered models and whether they are cached."""
+    from interp.models import REGISTERED, cached_path, is_cached
+
+    table = Table("name", "cached", "what it is")
+    for name, entry in REGISTERED.items():
+        table.add_row(name, str(cached_path(name)) if is_cached(name) else "no", entry.description)
+    Console().print(table)
+    Console().print("Any local directory or hub id of a causal language model works too, if its architecture is known:")
+    from interp.anatomy import BLUEPRINTS
+
+    Console().print(", ".join(sorted(BLUEPRINTS)))
+
+
+def _check_columns(columns: list[str]) -> None:
+    allowed = ("kind", "template", "relation", "split", "subject")
+    if unknown := [column for column in columns if column not in allowed]:
+        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(allowed)}.")

@@ -1,0 +1,24 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from interp.statistics import UNDEFINED
+
+
+def print_frame(frame: Any) -> None:
+    """Print a polars frame to standard output; null is what is undefined."""
+
+    def cell(value: Any) -> str:
+        return UNDEFINED if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    table = Table(*frame.columns)
+    for row in frame.iter_rows():
+        table.add_row(*map(cell, row))
+    # A pipe has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

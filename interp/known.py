@@ -1,0 +1,111 @@
+"""The one rule for what a model knows.
+
+A fact is a relation, a subject and the answers of memory. It is **known** if, to more than half of its distinct bare
+prompts, the model's greedy answer contains one of these answers as whole words (``interp.answers.contains_answer``).
+It is asked
+
+1. in the seen phrasings (``SEEN_PHRASINGS``), if it is of the fact tables that the package ships;
+2. else in every phrasing that its examples have but ``HELD_OUT_PHRASING``; in that one if there is no other.
+
+A single bare prompt decides alone. What is known does not depend on the context kinds that a set has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from interp.answers import contains_answer
+from interp.conflicts import ConflictExample, ConflictSet
+from interp.errors import Caution, UserError
+from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, SOURCE, closed_book_prompt, relations
+from interp.generation import continue_greedily
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+KNOWN_VERSION = 1
+"""Version of the rule: raise it when it would keep other facts."""
+
+
+class ClosedBook(NamedTuple):
+    """A fact as it is asked.
+
+    Attributes:
+        prompts: Its bare prompts.
+        answers: What memory answers, with aliases.
+    """
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+
+
+def are_known(model: TransformerBridge, facts: Sequence[ClosedBook], *, progress: str | None = None) -> list[bool]:
+    """Say of each fact whether the model knows it, by the rule of this module.
+
+    Args:
+        model: The bridge.
+        facts: The facts; a prompt that several of them share is asked once.
+        progress: Label of a progress bar; ``None`` shows none.
+    """
+    prompts = list(dict.fromkeys(prompt for fact in facts if fact.answers for prompt in fact.prompts))
+    answered = dict(zip(prompts, continue_greedily(model, prompts, progress=progress).answers, strict=True))
+
+    def is_known(fact: ClosedBook) -> bool:
+        distinct = set(fact.prompts)
+        return 2 * sum(contains_answer(answered[prompt], fact.answers) for prompt in distinct) > len(distinct)
+
+    return [bool(fact.answers) and is_known(fact) for fact in facts]
+
+
+def known_part(model: TransformerBridge, conflicts: ConflictSet, *, progress: str | None = None) -> ConflictSet:
+    """The examples, of every kind, about facts that the model knows, by the rule of this module.
+
+    Args:
+        model: The bridge.
+        conflicts: The examples. Facts that none of them asks closed-book (``bare_prompt`` is empty, as in old files)
+            are left out, and a ``Caution`` says how many examples that are.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Returns:
+        A set with the same name, in the same order; empty if the model knows none of the facts.
+
+    Raises:
+        UserError: If no fact can be asked.
+    """
+    members: dict[_Fact, list[ConflictExample]] = {}
+    for example in conflicts:
+        members.setdefault(_fact_of(example), []).append(example)
+    asked = {fact: ClosedBook(prompts, fact[2]) for fact, some in members.items() if (prompts := _bare_prompts(some))}
+    again = "write the file again with `conflictscope data build` or `convert`"
+    if not asked:
+        raise UserError(
+            f"No prompt of {conflicts.name} can be asked without its context, as no example has a bare_prompt; {again}."
+        )
+    if missing := sum(len(some) for fact, some in members.items() if fact not in asked):
+        warnings.warn(
+            Caution(
+                f"{missing} of {len(conflicts)} examples of {conflicts.name} are left out, as no bare_prompt asks what "
+                f"they ask without a context; {again}."
+            ),
+            stacklevel=2,
+        )
+    known = dict(zip(asked, are_known(model, list(asked.values()), progress=progress), strict=True))
+    return ConflictSet(conflicts.name, tuple(e for e in conflicts if known.get(_fact_of(e), False)))
+
+
+_Fact = tuple[str, str, tuple[str, ...]]
+
+
+def _fact_of(example: ConflictExample) -> _Fact:
+    return example.relation, example.subject, example.memory_answers
+
+
+def _bare_prompts(examples: Sequence[ConflictExample]) -> list[str]:
+    """What asks the one fact of these examples closed-book; empty if nothing does."""
+    example = examples[0]
+    if example.source == SOURCE and example.relation in relations():
+        return [closed_book_prompt(relations()[example.relation], example.subject, name) for name in SEEN_PHRASINGS]
+    asking = [e for e in examples if e.bare_prompt]
+    return [e.bare_prompt for e in asking if e.template != HELD_OUT_PHRASING] or [e.bare_prompt for e in asking]

@@ -1,0 +1,388 @@
+"""Learn gates by constrained Gauss-Newton steps: every prompt's gradient counts, and damage is a constraint.
+
+With s the scales of all gates, a step does this:
+
+1. Each row of a batch gets scales of its own, so that one backward pass gives the gradient of every prompt's loss.
+2. They make local quadratic models. The objective: mean -log p of the wanted answers to conflict prompts, plus the
+   same of the right answers to guards. Its curvature is Gauss-Newton's, p (1 - p) times the outer product of the
+   gradient of the answer's log-odds. The constraints: for each guard the KL divergence from the unedited model, whose
+   curvature is the Fisher information, estimated by answers drawn from the model. All are running averages that move
+   along with s, so that prompts of earlier steps count on.
+3. The step minimises the objective's model such that each guard's model stays within its budget, by dual ascent on
+   the multipliers; the length of the step is limited in the same way. Models flatter the prompts that they were made
+   of: their budgets are tightened while fresh prompts diverge by more than the user's, and relaxed while by less.
+4. Until two thirds of the steps, gates are closed (scale 1) down to the wanted number, by the same share each time:
+   those whose closing costs least once all others make up for it (optimal brain surgeon: Hassibi and Stork 1993,
+   equation 5).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from interp.teacher_forcing import Continued, token_batches
+from interventions.fitting.scale_data import (
+    GUARDS,
+    Guard,
+    Guarded,
+    Place,
+    answer_losses,
+    divergences,
+    finite,
+    guard_count,
+    log_probabilities,
+    scale_places,
+    scaled,
+    summed,
+)
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from interventions.fitting.scale_learning import ScaleTraining
+
+# What each step leaves of the weight of earlier prompts; how far curvature is drawn towards its diagonal, and towards
+# that of all guards.
+_DECAY, _SHRINKAGE, _POOLED = 0.9, 0.2, 0.4
+# Pulls scales to 1 where nothing else pulls.
+_RIDGE = 0.005
+_LARGEST_STEP = 1.0
+# p / (1 - p) turns a squared gradient of -log p into Gauss-Newton's curvature; beyond these it is all noise.
+_FLATTEST, _STEEPEST = 0.3, 20.0
+# How fast budgets of the models follow what fresh prompts diverge, and how far.
+_REACTION, _TIGHTEST = 0.5, 8.0
+# Fisher information of a text is drawn in two halves, every other token each: less noise for one more pass.
+_TEXT_DRAWS = 2
+_DUAL_STEPS, _DUAL_RATE, _MULTIPLIERS = 150, 0.6, (1e-4, 3e3)
+
+_T = TypeVar("_T")
+
+
+class Model(NamedTuple):
+    """A quadratic function of the way ``d`` from the present scales: value + gradient . d + d . curvature . d / 2.
+
+    Attributes:
+        value: At the present scales.
+        gradient: ``(n,)`` float64.
+        curvature: ``(n, n)`` float64.
+    """
+
+    value: float
+    gradient: Tensor
+    curvature: Tensor
+
+    def at(self, way: Tensor) -> Model:
+        """The same function, seen from ``way``."""
+        bent = self.curvature @ way
+        value = self.value + float(self.gradient @ way + way @ bent / 2)
+        return Model(value, self.gradient + bent, self.curvature)
+
+    def among(self, gates: Tensor) -> Model:
+        """The same function of some gates, while the others stay."""
+        return Model(self.value, self.gradient[gates], self.curvature[gates][:, gates])
+
+
+class Step(NamedTuple):
+    """A solved step.
+
+    Attributes:
+        scales: Where it leads, ``(n_gates,)``.
+        curvature: Of the Lagrangian among the open gates, ``(n_open, n_open)``, float64.
+    """
+
+    scales: Tensor
+    curvature: Tensor
+
+
+class Average:
+    """A running average of models of one loss, each of some prompts; later prompts count more.
+
+    Attributes:
+        value, gradient, curvature: The average, at the present scales, in float32 to be kept.
+        weight: Sum of the weights of what was counted, ``()``.
+    """
+
+    def __init__(self, n_gates: int) -> None:
+        self.value = torch.zeros(())
+        self.gradient = torch.zeros(n_gates)
+        self.curvature = torch.zeros(n_gates, n_gates)
+        self.weight = torch.zeros(())
+
+    def add(self, value: Tensor, gradient: Tensor, curvature: Tensor) -> None:
+        """Count new prompts' mean loss, gradient and curvature in."""
+        self.weight = _DECAY * self.weight + 1
+        for name, new in (("value", value), ("gradient", gradient), ("curvature", curvature)):
+            setattr(self, name, torch.lerp(getattr(self, name), new, 1 / self.weight))
+
+    def model(self) -> Model:
+        """The average; its curvature is drawn towards its diagonal, for which fewer prompts are enough."""
+        curvature = self.curvature.double()
+        return Model(float(self.value), self.gradient.double(), curvature.lerp(curvature.diagonal().diag(), _SHRINKAGE))
+
+    def move(self, model: Model, way: Tensor) -> None:
+        """Look from scales that lie ``way`` from the present ones, as ``model``, which the step went by, has it."""
+        seen = model.at(way)
+        self.value, self.gradient = torch.tensor(seen.value), seen.gradient.float()
+
+
+def constrained_step(
+    objective: Model, constraints: Sequence[Model], budgets: Sequence[float], present: Tensor, open_gates: Tensor
+) -> Step:
+    """Where the objective's model is least while every constraint's model is within its budget.
+
+    Solved by dual ascent: a multiplier is raised by as much as its constraint is broken, in proportion, and lowered
+    while there is room; each time the step has a closed form. If the budgets cannot be kept, they are broken little.
+
+    Args:
+        objective: Its model; the value does not matter.
+        constraints: The models of what is limited.
+        budgets: The largest value of each.
+        present: The present scales, ``(n_gates,)``.
+        open_gates: Which gates may move, ``(n_gates,)``; the others go to 1.
+    """
+    gates = open_gates.nonzero().flatten()
+    forced = torch.where(open_gates, 0.0, 1 - present).double()
+    identity = torch.eye(len(gates), dtype=torch.double)
+    nothing = torch.zeros(len(gates), dtype=torch.double)
+    goal = objective.at(forced).among(gates)
+    goal = Model(
+        goal.value,
+        goal.gradient + _RIDGE * (present[gates] - 1).double(),
+        goal.curvature + _RIDGE * identity,
+    )
+    # The length of the step is limited like the rest: |step|^2 / 2 is a quadratic too.
+    limits = [*(model.at(forced).among(gates) for model in constraints), Model(0.0, nothing, identity)]
+    largest = torch.tensor([*budgets, _LARGEST_STEP**2 / 2], dtype=torch.double)
+    gradients = torch.stack([limit.gradient for limit in limits])
+    curvatures = torch.stack([limit.curvature for limit in limits])
+    multipliers = torch.ones(len(limits), dtype=torch.double)
+    step, curvature = nothing, goal.curvature
+    for _ in range(_DUAL_STEPS):
+        curvature = goal.curvature + torch.einsum("l,lij->ij", multipliers, curvatures)
+        step = -torch.linalg.solve(curvature, goal.gradient + multipliers @ gradients)
+        used = torch.tensor([limit.at(step).value for limit in limits], dtype=torch.double)
+        raised = (multipliers * (used / largest).clamp(0.5, 2) ** _DUAL_RATE).clamp(*_MULTIPLIERS)
+        settled = torch.allclose(raised, multipliers, rtol=2e-3, atol=1e-4)
+        multipliers = raised
+        if settled:
+            break
+    scales = torch.ones_like(present)
+    scales[gates] = present[gates] + step.to(present)
+    return Step(scales, curvature)
+
+
+def closing_costs(found: Step, open_gates: Tensor) -> Tensor:
+    """What closing each open gate would add to the Lagrangian once all others make up for it, ``(n_open,)``."""
+    away = (found.scales[open_gates] - 1).double()
+    return away**2 / (2 * torch.linalg.inv(found.curvature).diagonal())
+
+
+def followed(budget: float, full: float, seen: float) -> float:
+    """The next budget of a model, of which ``full`` is the user's, when fresh prompts diverged by ``seen``."""
+    moved = budget * (full / max(seen, 1e-9)) ** _REACTION
+    return min(full, max(full / _TIGHTEST, moved))
+
+
+class GaussNewton:
+    """The scales of one direction, and how far their learning is.
+
+    Args:
+        model: The bridge.
+        settings: What decides the training.
+
+    Attributes:
+        places: ``(layer, head)`` of every gate; head ``None`` is the feed-forward layer.
+        step: How many steps were made.
+    """
+
+    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
+        self.settings = settings
+        self.places = scale_places(model, feed_forward=settings.feed_forward)
+        self.step = 0
+        n_gates = len(self.places)
+        self._scales = torch.ones(n_gates)
+        self._open = torch.ones(n_gates, dtype=torch.bool)
+        self._budgets = torch.tensor([settings.budgets[kind] for kind in GUARDS])
+        self._averages = {name: Average(n_gates) for name in ("wanted", "right", *GUARDS)}
+
+    def scales(self) -> Tensor:
+        """The scales as they are, ``(n_gates,)``; exactly 1 for closed gates."""
+        return self._scales.clone()
+
+    def descend(
+        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
+    ) -> None:
+        """Make one step.
+
+        Raises:
+            UserError: If the numbers leave the range of the model's dtype.
+        """
+        self._look(model, wanted, guards)
+        models = {name: average.model() for name, average in self._averages.items()}
+        models |= zip(GUARDS, pooled([models[kind] for kind in GUARDS]), strict=True)
+        _, gradient, curvature = models["wanted"]
+        if not self.settings.shuffled:
+            gradient, curvature = gradient + models["right"].gradient, curvature + models["right"].curvature
+        objective = Model(0.0, gradient, curvature)
+        constraints, budgets = [models[kind] for kind in GUARDS], self._budgets.tolist()
+        while True:
+            found = constrained_step(objective, constraints, budgets, self._scales, self._open)
+            surplus = int(self._open.sum()) - self._most_open()
+            if surplus <= 0:
+                break
+            # A third at a time: what is closed changes what the others are worth.
+            cheapest = closing_costs(found, self._open).topk(min(surplus, surplus // 3 + 1), largest=False).indices
+            self._open[self._open.nonzero().flatten()[cheapest]] = False
+        way = (found.scales - self._scales).double()
+        for name, average in self._averages.items():
+            average.move(models[name], way)
+        self._scales = found.scales
+        self.step += 1
+
+    def _look(
+        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
+    ) -> None:
+        """Add this step's prompts to the running averages."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
+        asked = _turn(wanted, settings.conflicts, self.step, settings.seed)
+
+        def answers(log_p: Tensor, batch: list[int]) -> list[Tensor]:
+            return [answer_losses(log_p, [asked[i] for i in batch])]
+
+        values, gradients = gradients_by_row(model, self.places, self._scales, asked, answers)
+        self._averages["wanted"].add(*gauss_newton(values[0], gradients[0]))
+        for index, kind in enumerate(GUARDS):
+            guarded = _turn(guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
+            losses = partial(_guard_losses, model, guarded, kind, generator)
+            items = [item for item, _ in guarded]
+            values, gradients = gradients_by_row(model, self.places, self._scales, items, losses)
+            divergence = values[0].mean()
+            if self.step:
+                budget = float(self._budgets[index])
+                self._budgets[index] = followed(budget, settings.budgets[kind], float(divergence))
+            scores = gradients[1:]
+            if kind != "neutral":
+                self._averages["right"].add(*gauss_newton(values[1], gradients[1]))
+                scores = gradients[2:]
+            outer = torch.einsum("dig,dih->gh", scores, scores)
+            self._averages[kind].add(divergence, gradients[0].mean(0), outer / len(guarded))
+
+    def _most_open(self) -> int:
+        """How many gates may be open after this step."""
+        share = min(1.0, (self.step + 1) / max(1, self.settings.steps * 2 // 3))
+        n_gates = len(self.places)
+        return max(self.settings.max_scales, round(n_gates * (self.settings.max_scales / n_gates) ** share))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step needs, but the number of steps."""
+        averages = {f"{name}.{key}": t for name, average in self._averages.items() for key, t in vars(average).items()}
+        return {"scales": self._scales, "open": self._open, "budgets": self._budgets, **averages}
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go on from ``tensors()`` after ``step`` steps.
+
+        Raises:
+            KeyError: If one is missing; nothing is restored then.
+            ValueError: If they are of another number of gates; likewise.
+        """
+        found = {name: tensors[name] for name in self.tensors()}
+        if found["scales"].shape != self._scales.shape:
+            raise ValueError("another number of gates")
+        self._scales, self._open, self._budgets = found["scales"], found["open"], found["budgets"]
+        for name, average in self._averages.items():
+            vars(average).update({key: found[f"{name}.{key}"] for key in vars(average)})
+        self.step = step
+
+
+def pooled(models: Sequence[Model]) -> list[Model]:
+    """Models of the guards that lend each other some of their curvature: prompts of each are few."""
+    sizes = [model.curvature.trace().clamp(min=1e-12) for model in models]
+    shared = torch.stack([model.curvature / size for model, size in zip(models, sizes, strict=True)]).mean(0)
+    return [
+        model._replace(curvature=model.curvature.lerp(shared * size, _POOLED))
+        for model, size in zip(models, sizes, strict=True)
+    ]
+
+
+def gradients_by_row(
+    model: TransformerBridge,
+    places: Sequence[Place],
+    scales: Tensor,
+    items: Sequence[Continued],
+    losses: Callable[[Tensor, list[int]], list[Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Losses of every item, and their gradients by the scales.
+
+    Args:
+        model: The bridge.
+        places: ``(layer, head)`` of every gate.
+        scales: ``(n_gates,)``.
+        items: What is run.
+        losses: Takes log-probabilities ``(sum of predicted, d_vocab)`` and the numbers of a batch's items; returns
+            losses ``(n_items in the batch,)``.
+
+    Returns:
+        The losses ``(n_losses, n_items)`` and their gradients ``(n_losses, n_items, n_gates)``.
+    """
+    values: list[Tensor] = []
+    gradients: list[Tensor] = []
+    order: list[int] = []
+    for batch in token_batches(items):
+        rows = scales.repeat(len(batch), 1).requires_grad_()
+        with scaled(model, places, rows):
+            log_p = log_probabilities(model, [items[i] for i in batch])
+        found = losses(log_p, batch)
+        gradients.append(torch.stack([torch.autograd.grad(loss.sum(), rows, retain_graph=True)[0] for loss in found]))
+        values.append(torch.stack(found).detach().cpu())
+        order += batch
+    back = torch.tensor(order).argsort()
+    return torch.cat(values, 1)[:, back], finite(torch.cat(gradients, 1))[:, back]
+
+
+def _guard_losses(
+    model: TransformerBridge,
+    guarded: Sequence[Guarded],
+    kind: Guard,
+    generator: torch.Generator,
+    log_p: Tensor,
+    batch: list[int],
+) -> list[Tensor]:
+    """Of a batch of one guard: divergences, -log p of right answers (ordinary text has none), and scores."""
+    chosen = [guarded[i] for i in batch]
+    items = [item for item, _ in chosen]
+    damage = divergences(model, log_p, chosen)
+    if kind == "neutral":
+        return [damage, *_scores(log_p, items, _TEXT_DRAWS, generator)]
+    return [damage, answer_losses(log_p, items), *_scores(log_p, items, 1, generator)]
+
+
+def gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean value, gradient and curvature of losses -log p, ``(n_items,)`` and ``(n_items, n_gates)``."""
+    p = (-losses).exp()
+    odds = (p / (1 - p)).clamp(_FLATTEST, _STEEPEST)
+    return losses.mean(), gradients.mean(0), (gradients.T * odds) @ gradients / len(losses)
+
+
+def _scores(log_p: Tensor, items: Sequence[Continued], draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Log p of tokens drawn from the model itself: the squares of the gradients average to the Fisher information.
+
+    Each draw takes every ``draws``-th token of an item, and an item counts as the mean over its tokens.
+    """
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+    chosen = log_p.gather(1, drawn).squeeze(1)
+    position = torch.cat([torch.arange(item.predicted) for item in items]).to(log_p.device)
+    size = torch.tensor([item.predicted for item in items], device=log_p.device).sqrt()
+    return [summed(chosen * (position % draws == draw), items) / size for draw in range(draws)]
+
+
+def _turn(items: Sequence[_T], count: int, step: int, seed: int) -> list[_T]:
+    """The items whose turn it is: all come once before any comes again."""
+    shuffled = random.Random(seed).sample(list(items), len(items))
+    return [shuffled[i % len(shuffled)] for i in range(step * count, step * count + min(count, len(shuffled)))]

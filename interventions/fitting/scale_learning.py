@@ -1,0 +1,204 @@
+"""Learn the gates of a trust dial: all scales together, few of them moved, and damage within a budget.
+
+For one direction, find the scales of all heads (and, if wanted, of all feed-forward layers) under which conflict
+prompts are answered from the wanted source, while guards keep their next-token distribution within a budget of KL
+divergence and only so many scales differ from 1. Two learners do that:
+
+``gauss_newton``   constrained second-order steps; gates are closed by what that costs. The default.
+``hard_concrete``  Adam, with noisy gates that close exactly (Louizos et al. 2018) and dual ascent on the budgets.
+
+Either way, the last steps' scales are tried on dev: moved on their line from 1 to where the budget is used up there.
+The ones with the best answers on dev win. The other direction has gates of its own; the two make one dial.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from interp.errors import UserError
+from interp.files import atomic_path
+from interp.generation import tracked
+from interp.teacher_forcing import Continued
+from interventions.fitting.gauss_newton import GaussNewton
+from interventions.fitting.hard_concrete import HardConcrete
+from interventions.fitting.scale_data import GUARDS, Checked, Guard, Guarded, Place, ScaleData, to_budget
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+LearnerName = Literal["gauss_newton", "hard_concrete"]
+SCALES_VERSION = 1
+"""Version of the learners: raise it when the same data and settings would give other gates."""
+
+
+@dataclass(frozen=True)
+class ScaleTraining:
+    """What decides a training.
+
+    Attributes:
+        budget: Largest mean KL divergence (nats) from the unedited model on prompts without a context, and on text that
+            it sampled.
+        context_budget: The same on prompts with a context that agrees, or is about something else.
+        max_scales: Most heads (and feed-forward layers) that may move, in each direction.
+        feed_forward: Whether feed-forward layers have gates too.
+        learner: Who learns.
+        steps: Steps of the learner. Up to the default, every step sees fresh prompts.
+        conflicts: Conflict prompts a step.
+        guards: Prompts without a context a step; half as many of every other guard.
+        shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
+            control, which should gain nothing.
+        seed: Of noise and order.
+    """
+
+    budget: float = 0.02
+    context_budget: float = 0.2
+    max_scales: int = 40
+    feed_forward: bool = False
+    learner: LearnerName = "gauss_newton"
+    steps: int = 7
+    conflicts: int = 36
+    guards: int = 16
+    shuffled: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "context_budget"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
+        for name, least in (("max_scales", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"Learning gates needs {name} of at least {least}, not {getattr(self, name)}.")
+        if self.learner not in get_args(LearnerName):
+            raise UserError(f"There is no learner {self.learner!r}; choose among {', '.join(get_args(LearnerName))}.")
+
+    @property
+    def budgets(self) -> dict[Guard, float]:
+        """The budget of each guard."""
+        return {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
+
+
+class Learner(Protocol):
+    """What learns the scales of one direction, step by step."""
+
+    places: list[Place]
+    step: int
+
+    def descend(
+        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
+    ) -> None:
+        """Make one step."""
+
+    def scales(self) -> Tensor:
+        """The scales as they are, ``(n_gates,)``."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step needs, but the number of steps."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go on from ``tensors()`` after ``step`` steps; a ``KeyError`` or ``ValueError`` if they do not fit."""
+
+
+_LEARNERS: dict[LearnerName, type[GaussNewton] | type[HardConcrete]] = {
+    "gauss_newton": GaussNewton,
+    "hard_concrete": HardConcrete,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedScales:
+    """Scales that were learned for one direction, within the budget on dev.
+
+    Attributes:
+        places: ``(layer, head)`` of the gates that move; head ``None`` is the feed-forward layer.
+        scales: Their scales, as many.
+        dev: What they do on dev.
+    """
+
+    places: tuple[Place, ...]
+    scales: tuple[float, ...]
+    dev: Checked
+
+
+def learn_scales(
+    model: TransformerBridge,
+    train: ScaleData,
+    dev: ScaleData,
+    towards: Literal["context", "memory"],
+    settings: ScaleTraining,
+    *,
+    checkpoint: Path | None = None,
+    progress: str | None = None,
+) -> LearnedScales:
+    """Learn the gates of one direction.
+
+    Args:
+        model: The bridge.
+        train: What is learned from.
+        dev: What the scales are checked on.
+        towards: The source that is to win.
+        settings: What decides the training.
+        checkpoint: File that training is kept in, and goes on from if it is there, of the same settings and, which is
+            for the caller to see to, the same model and data.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        UserError: If the numbers leave the range of the model's dtype.
+    """
+    shuffled_by = settings.seed if settings.shuffled else None
+    wanted, tried = (data.wanted(towards, shuffled_by=shuffled_by) for data in (train, dev))
+    learner: Learner = _LEARNERS[settings.learner](model, settings)
+    best = None if checkpoint is None else _resume(checkpoint, learner, settings)
+    checks = _checked_after(settings.steps)
+    for _ in tracked(range(learner.step, settings.steps), progress, total=settings.steps - learner.step):
+        learner.descend(model, wanted, train.guards)
+        if learner.step in checks:
+            found = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)
+            if best is None or found[1].rate > best[1].rate:
+                best = found
+        if checkpoint is not None:
+            _save(checkpoint, learner, settings, best)
+    assert best is not None
+    scales, checked = best
+    moved = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
+    return LearnedScales(tuple(learner.places[i] for i in moved), tuple(float(scales[i]) for i in moved), checked)
+
+
+def _checked_after(steps: int) -> set[int]:
+    """The steps after which scales are tried on dev: the last, and one in the middle of the last third."""
+    return {steps, steps - steps // 6}
+
+
+def _save(path: Path, learner: Learner, settings: ScaleTraining, best: tuple[Tensor, Checked] | None) -> None:
+    """Keep all that the next step needs, in one file."""
+    tensors = {name: tensor.contiguous() for name, tensor in learner.tensors().items()}
+    about = {"settings": asdict(settings), "step": learner.step, "best": None if best is None else asdict(best[1])}
+    if best is not None:
+        tensors["best"] = best[0]
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"training": json.dumps(about)})
+
+
+def _resume(path: Path, learner: Learner, settings: ScaleTraining) -> tuple[Tensor, Checked] | None:
+    """Let the learner go on from what was kept, if it is there, whole and of the same settings; returns the best."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["training"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        if about["settings"] != asdict(settings):
+            return None
+        best = None if about["best"] is None else (tensors["best"], Checked(**about["best"]))
+        learner.restore(tensors, about["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return best

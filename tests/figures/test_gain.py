@@ -1,0 +1,73 @@
+from typing import Any
+
+from figures.gain import damage_fronts, gain_and_damage
+from tests.figures.samples import rates, trace
+
+
+def test_the_front_steps_between_the_edits_that_no_other_beats() -> None:
+    baseline = rates(0.27, 0.40, closed_book_accuracy=0.95)
+    edits: dict[str, Any] = {
+        "best": {"context": rates(0.0, 0.9, closed_book_accuracy=0.8)},
+        "beaten": {"context": rates(0.0, 0.7, closed_book_accuracy=0.75)},
+        "gentle": {"context": rates(0.0, 0.6, closed_book_accuracy=0.9)},
+    }
+    figure: Any = gain_and_damage(baseline, edits)
+    front = trace(figure, name="front")
+    assert list(zip(front.x, front.y, strict=True)) == [
+        (0.9, 0.8),
+        (0.9, 0.9),
+        (0.6, 0.9),
+        (0.6, 0.95),
+        (0.4, 0.95),
+    ]
+
+
+def test_less_divergence_is_better_on_the_front_of_neutral_text() -> None:
+    baseline = rates(0.27, 0.40, neutral_kl=0.0)
+    edits: dict[str, Any] = {
+        "far": {"context": rates(0.0, 0.9, neutral_kl=0.1)},
+        "worse": {"context": rates(0.0, 0.8, neutral_kl=0.2)},
+    }
+    figure: Any = gain_and_damage(baseline, edits, guard="neutral_kl")
+    front = trace(figure, name="front")
+    assert list(zip(front.x, front.y, strict=True)) == [(0.9, 0.1), (0.9, 0.0), (0.4, 0.0)]
+
+
+def test_gain_and_damage_plots_the_wanted_rate_against_the_guard() -> None:
+    baseline, pruned = (rates(0.27, 0.40, closed_book_accuracy=0.95), rates(0.03, 0.93, closed_book_accuracy=0.91))
+    random = rates(0.26, 0.41, closed_book_accuracy=0.94)
+    control: Any = {"context": random, "memory": baseline}
+    figure: Any = gain_and_damage(baseline, {"pruning": {"context": pruned}}, control=control)
+    points = [(t.name, t.x[0], t.y[0]) for t in figure.data if t.x[0] is not None and t.name != "front"]
+    assert points == [
+        ("pruning", 0.93, 0.91),
+        ("random heads", 0.41, 0.94),
+        ("unedited", 0.40, 0.95),
+        ("random heads", 0.27, 0.95),
+        ("unedited", 0.27, 0.95),
+    ]
+
+
+def test_gain_and_damage_gives_divergence_in_nats() -> None:
+    record = rates(0.27, 0.40, neutral_kl=0.03)
+    figure: Any = gain_and_damage(record, {"pruning": {"memory": record}}, guard="neutral_kl")
+    assert "nats" in figure.layout.yaxis.title.text
+    assert "0.030 [0.010, 0.060]" in trace(figure, name="pruning").hovertext[0]
+
+
+def test_damage_fronts_show_each_method_s_candidates_by_rising_rate() -> None:
+    def candidate(method: str, towards: str, rate: float, text: float | None, kept: float) -> dict[str, Any]:
+        damage = {"none": 0.5, "aligned": 0.5, "irrelevant": 0.5, "neutral": text}
+        return {"method": method, "towards": towards, "does": "<i>", "rate": rate, "damage": damage, "kept": kept}
+
+    context = [("learned_gates", "context", 0.8, 0.02, 0.9), ("learned_gates", "context", 0.6, 0.005, 0.95)]
+    memory = [("pruning", "memory", 0.5, None, 0.7)]
+    figure: Any = damage_fronts([candidate(*of) for of in (*context, *memory)])
+    drawn = {(t.name, t.xaxis, t.yaxis): (list(t.x), list(t.y)) for t in figure.data if len(t.x) and t.x[0] is not None}
+    assert drawn == {
+        ("learned gates", "x", "y"): ([0.6, 0.8], [0.005, 0.02]),
+        ("learned gates", "x3", "y3"): ([0.6, 0.8], [0.95, 0.9]),
+        ("pruning", "x2", "y2"): ([0.5], [None]),
+        ("pruning", "x4", "y4"): ([0.5], [0.7]),
+    }
+    assert all("<i>" not in text for t in figure.data for text in t.hovertext or ())
