@@ -14,10 +14,10 @@ from conflictscope.report.runs import Run
 from conflictscope.report.words import clipped, interval, share, words
 from conflictscope.study.record import UNEDITED, Measured
 from figures.dial import dial_curve, dose_response
-from figures.gain import damage_fronts, front, gain_panels, with_gain_axes
+from figures.gain import GUARD_LABELS, damage_fronts, front, gain_panels, with_gain_axes
 from figures.heads import head_map, top_heads_bars
 from figures.probes import auroc_by_layer
-from figures.theme import OTHER_COLOUR, SERIES_COLOURS, escape
+from figures.theme import OTHER_COLOUR, SERIES_COLOURS, escape, percent
 from figures.theme import interval as error_bars
 from figures.usage import usage_bars, usage_by_template
 from interp.answers import DIRECTIONS, Direction
@@ -29,6 +29,7 @@ from probes.quality import ProbeScore
 _STRONGEST = 8
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
 _GUARD = "closed_book_accuracy"
+_ON_A_LINE = ("memory_rate", "context_rate", *GUARD_LABELS)
 
 
 class Plot(NamedTuple):
@@ -170,20 +171,24 @@ def _usage_plots(run: Run) -> dict[str, Plot]:
 
 
 def _line_plot(name: str, points: Sequence[Mapping[str, Any]]) -> Plot:
-    """A dial's rates by its trust, or measures with intervals by whatever else the dose is called."""
-    dose = next(key for key, value in points[0].items() if not isinstance(value, Mapping) and not key.endswith("_rate"))
-    if not any(isinstance(value, Mapping) for value in points[0].values()):
-        said = "; ".join(
-            f"{words(dose)} {p[dose]:+g}: memory {p['memory_rate']:.0%}, context {p['context_rate']:.0%}"
-            for p in points
-        )
-        return Plot(dial_curve(points), f"Line chart of usage, {words(name)}. {said}")
-    doses = {p[dose]: {m: e for m, e in p.items() if isinstance(e, Mapping)} for p in points}
+    """Measures by dose: dev's rates, or, where they have intervals, those of all measures."""
+    dose = next(key for key in points[0] if key not in (*_ON_A_LINE, "kept", "damage"))
+    if isinstance(points[0]["memory_rate"], Mapping):
+        doses = {p[dose]: {m: e for m, e in p.items() if m in _ON_A_LINE and e is not None} for p in points}
+        figure = dose_response(doses, dose=words(dose))
+    else:
+        figure = dial_curve([{**p, "trust": p[dose]} for p in points])
+        if dose != "trust":
+            figure.update_xaxes(title_text=escape(words(dose)), range=None, autorange=True)
+            figure.update_traces(hovertemplate=None, hoverinfo="x+y+name")
     said = "; ".join(
-        f"{words(dose)} {at:g}: memory {share(p['memory_rate'])}, context {share(p['context_rate'])}"
-        for at, p in doses.items()
+        f"{p[dose]:g}: " + ", ".join(f"{d} {_in_words(p[f'{d}_rate'])}" for d in ("memory", "context")) for p in points
     )
-    return Plot(dose_response(doses, dose=words(dose)), f"Line chart of usage and guards, {words(name)}. {said}")
+    return Plot(figure, f"Line chart of usage by {words(dose)}, {words(name)}. {said}")
+
+
+def _in_words(rate: float | Mapping[str, Any]) -> str:
+    return share(rate) if isinstance(rate, Mapping) else percent(rate)
 
 
 def _head_plots(run: Run, scores: HeadScores) -> dict[str, Plot]:

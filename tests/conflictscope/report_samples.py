@@ -98,7 +98,7 @@ def edited(method: str, towards: Direction, seed: int = 0, **about: Any) -> Meas
     """What a method chose for a source, measured on test."""
     settings: dict[str, Any] = {
         "choices": ("best",),
-        "cost": {"speed": 0.97, "low": 0.95, "high": 0.99, "tokens_per_second": 388.0},
+        "cost": {"speed": 0.97, "low": 0.95, "high": 0.99},
         "file": f"interventions/{method}-towards_{towards}.json",
         **about,
     }
@@ -132,7 +132,7 @@ def head_edit(method: str, towards: Direction, seed: int = 0, **about: Any) -> M
 def study(folder: Path, kind: str, conditions: list[Measured], winner: str, **parts: Any) -> Path:
     """Write a study of these conditions, in which one method wins in both directions, with its answers."""
     shown = {c.name: answered(c.towards, seed) for seed, c in enumerate(conditions) if c.towards and c.draws == 1}
-    conditions = [Measured(UNEDITED, UNEDITED, measures(UNEDITED), cost=_cost(400.0)), *conditions]
+    conditions = [Measured(UNEDITED, UNEDITED, measures(UNEDITED)), *conditions]
     record = StudyRecord(
         kind,
         f"conflictscope {kind} --model tiny --relation capital --relation currency --seed 7",
@@ -164,10 +164,6 @@ def study(folder: Path, kind: str, conditions: list[Measured], winner: str, **pa
     record.save(folder)
     write_examples(folder, example_frame(asked(), {UNEDITED: answered(UNEDITED), **shown}))
     return folder
-
-
-def _cost(speed: float) -> dict[str, float]:
-    return {"speed": 1.0, "low": 1.0, "high": 1.0, "tokens_per_second": speed}
 
 
 def head_scores() -> HeadScores:
@@ -211,9 +207,18 @@ def write_dial(folder: Path) -> Path:
     scales = ((20, 1, 0.4), (23, 4, 1.5))
     does = "2 heads: 20.1 x 0.4, 23.4 x 1.5; feed-forward layers: 3 x 0.9"
     ends = [edited("dial", d, 2 * n, heads=scales, moved=3, does=does) for n, d in enumerate(DIRECTIONS)]
-    curve = [{"trust": t / 4, "memory_rate": (4 - t) / 10, "context_rate": (4 + t) / 10} for t in range(-4, 5)]
+    damage = {guard: 0.01 for guard in BUDGETS}
+    curve = [
+        {"trust": t / 4, "memory_rate": (4 - t) / 10, "context_rate": (4 + t) / 10, "kept": 0.9, "damage": damage}
+        for t in range(-4, 5)
+    ]
+    halfway = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 80}
+    asked_for = {"rate": 0.6, "test": {"learned_phrasings": halfway, "held_out_phrasing": halfway}}
+    details = {
+        "dial": {f"towards_{d}": {**asked_for, "trust": t} for d, t in zip(DIRECTIONS, (0.5, -0.5), strict=True)}
+    }
     conditions = [c for end in ends for c in (end, control(end, "random scales"))]
-    return study(folder, "dial", conditions, "dial", lines={"calibration": curve})
+    return study(folder, "dial", conditions, "dial", lines={"trust": curve}, details=details)
 
 
 def write_gate(folder: Path) -> Path:
@@ -266,13 +271,14 @@ def write_compare(folder: Path) -> Path:
         }
         for n, s in enumerate((0.5, 1.0, 2.0))
     ]
+    by_dose = [{"strength": s, "memory_rate": 0.3 - s / 10, "context_rate": 0.4 + s / 10} for s in (0.5, 1.0, 2.0)]
     return study(
         folder,
         "compare",
         conditions,
         "caa",
         not_run={"probe": "Both sources are needed."},
-        lines={"strength of caa": strengths},
+        lines={"strength of caa": strengths, "strength of caa on dev": by_dose},
     )
 
 

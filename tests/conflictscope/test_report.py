@@ -114,7 +114,7 @@ FIGURES = {
     "demo": {"usage", "templates", "map", "top", "cost", "tried"},
     "dial": {"usage", "templates", "cost", "line-0"},
     "gate": {"usage", "templates", "cost"},
-    "compare": {"usage", "templates", "cost", "line-0"},
+    "compare": {"usage", "templates", "cost", "line-0", "line-1"},
     "probes": {"conflict", "source"},
 }
 
@@ -278,6 +278,11 @@ def test_what_is_undefined_is_said_to_be(changed, tmp_path: Path) -> None:
     assert "no context 50% 40–60% 50% 40–60% undefined 5% 0–10%" in text  # noqa: RUF001
 
 
+def test_a_dial_says_what_it_gives_where_it_is_asked_for_a_rate(pages: dict[str, Page]) -> None:
+    assert "context rate 60% +0.50 60% 50–70% 60% 50–70%" in pages["dial"].text  # noqa: RUF001
+    assert "memory rate 60% \N{MINUS SIGN}0.50 60%" in pages["dial"].text
+
+
 def test_the_gate_says_when_it_opens_and_what_it_keeps(pages: dict[str, Page]) -> None:
     text = pages["gate"].text
     assert "Behind its gate the edit towards context keeps 97% of its gain on conflicts and 5% of its closed" in text
@@ -337,7 +342,10 @@ def test_the_figures_hold_the_rates_of_the_record(folders: dict[str, Path], page
 def test_a_line_of_measures_is_a_dose_response_and_one_of_a_dial_its_curve(pages: dict[str, Page]) -> None:
     curve = figures_of(pages["dial"].scripts[-1])["line-0"]
     assert [list(trace["x"]) for trace in curve["data"]] == [[t / 4 for t in range(-4, 5)]] * 2
-    doses = figures_of(pages["compare"].scripts[-1])["line-0"]
+    figures = figures_of(pages["compare"].scripts[-1])
+    assert figures["line-1"]["data"][0]["y"] == pytest.approx([0.25, 0.2, 0.1])
+    assert figures["line-1"]["layout"]["xaxis"]["title"]["text"] == "strength"
+    doses = figures["line-0"]
     assert {trace["name"] for trace in doses["data"]} == {"memory rate", "context rate", "closed book"}
     assert all(trace["x"] == [0.5, 1.0, 2.0] for trace in doses["data"])
 
