@@ -112,6 +112,6 @@ def dial_curve(calibration: Sequence[Mapping[str, float]]) -> go.Figure:
             name=f"answers from {usage}",
             hovertemplate=f"trust %{{x:+.2f}}: {usage} rate %{{y:.1%}}<extra></extra>",
         )
-    figure.update_xaxes(title_text="trust: -1 is memory, 0 the unchanged model, 1 context", range=[-1.05, 1.05])
+    figure.update_xaxes(title_text="trust: -1 memory, 0 unchanged, 1 context", range=[-1.05, 1.05])
     figure.update_yaxes(title_text="share of conflict prompts (dev)", tickformat=".0%", range=[0, 1.02])
     return figure.update_layout(template=LIGHT_THEME, height=360, legend={"y": 1.02})

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures.parts import estimate_of, usage_hover, written
-from figures.theme import COLOURS, CONTEXT_COLOUR, LIGHT_THEME, OTHER_COLOUR, escape, interval
+from figures.theme import COLOURS, LIGHT_THEME, OTHER_COLOUR, SERIES_COLOURS, escape, interval
 from interp.answers import DIRECTIONS, Direction
 
 Guard = Literal["closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy", "neutral_kl"]
@@ -23,16 +23,8 @@ GUARD_LABELS: dict[Guard, str] = {
 }
 """What a guard is called on an axis."""
 
+_METHOD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", *SERIES_COLOURS)
 _METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
-_FRONTS = {
-    "pruning": ("square", "#E69F00"),
-    "value_scaling": ("triangle-up", "#56B4E9"),
-    "greedy_pruning": ("pentagon", "#009E73"),
-    "learned_gates": ("diamond", CONTEXT_COLOUR),
-    "hard_concrete": ("star", "#CC79A7"),
-    "other_answers": ("x", OTHER_COLOUR),
-    "random_gates": ("circle-open", OTHER_COLOUR),
-}
 
 
 def gain_and_damage(
@@ -81,7 +73,7 @@ def gain_and_damage(
                 col=column,
             )
         figure.add_scatter(
-            **_front([by[direction] for by in edits.values() if direction in by] + [baseline], direction, guard),
+            **front([by[direction] for by in edits.values() if direction in by] + [baseline], direction, guard),
             mode="lines",
             line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
             name="front",
@@ -130,13 +122,13 @@ def with_gain_axes(
     )
 
 
-def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> go.Figure:
-    """What every setting of every method gains on dev (to the right) and costs, one column per direction.
+def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """What every candidate of every method gains on dev (to the right) and costs, one column per direction.
 
     Args:
-        settings: For each direction records with ``method``, ``setting``, ``rate`` (share of conflict prompts that are
-            answered from the wanted source), ``divergence`` (nats, by kind of prompt) and ``right`` (shares,
-            likewise), as ``conflictscope.dial_comparison`` writes them.
+        tried: Records with ``method``, ``towards``, ``does`` (in words), ``rate`` (share of conflict prompts that are
+            answered from the wanted source), ``kept`` (closed-book accuracy) and ``damage`` (nats, by guard), as
+            ``conflictscope.study.record`` has them. What a method does not have is ``None``.
     """
     figure = make_subplots(
         rows=2,
@@ -147,36 +139,39 @@ def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> 
         vertical_spacing=0.08,
         column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
     )
-    methods = list(dict.fromkeys(record["method"] for direction in DIRECTIONS for record in settings[direction]))
-    for column, direction in enumerate(DIRECTIONS, start=1):
-        for method in methods:
-            symbol, colour = _FRONTS[method]
-            name = escape(method.replace("_", " "))
-            own = sorted((r for r in settings[direction] if r["method"] == method), key=lambda r: r["rate"])
-            costs = ([r["divergence"]["neutral"] for r in own], [r["right"]["none"] for r in own])
+    methods = list(dict.fromkeys(record["method"] for record in tried))
+    for number, method in enumerate(methods):
+        marker = {
+            "symbol": _METHOD_SYMBOLS[number % len(_METHOD_SYMBOLS)],
+            "color": _METHOD_COLOURS[number % len(_METHOD_COLOURS)],
+        }
+        name = escape(method.replace("_", " "))
+        for column, direction in enumerate(DIRECTIONS, start=1):
+            own = [r for r in tried if r["method"] == method and r["towards"] == direction]
+            own.sort(key=lambda r: r["rate"])
+            costs = ([r["damage"].get("neutral") for r in own], [r["kept"] for r in own])
             for row, values in enumerate(costs, start=1):
                 figure.add_scatter(
                     x=[r["rate"] for r in own],
                     y=values,
-                    mode="lines+markers" if method in ("learned_gates", "hard_concrete") else "markers",
-                    marker={"symbol": symbol, "size": 8, "color": colour},
-                    line={"width": 1.5, "color": colour},
+                    mode="markers",
+                    marker=marker | {"size": 8},
                     name=name,
                     legendgroup=method,
                     showlegend=False,
-                    hovertext=[f"{name}: {escape(r['setting'])}" for r in own],
+                    hovertext=[f"{name}: {escape(r['does'])}" for r in own],
                     hovertemplate="%{hovertext}<br>rate %{x:.2f}, %{y:.3f}<extra></extra>",
                     row=row,
                     col=column,
                 )
+        figure.add_scatter(
+            x=[None], y=[None], mode="markers", marker=marker | {"size": 9}, name=name, legendgroup=method
+        )
+    for column, direction in enumerate(DIRECTIONS, start=1):
         figure.update_xaxes(title_text=f"{direction} rate on dev", range=[0, 1.02], tickformat=".0%", row=2, col=column)
-    for method in methods:
-        symbol, colour = _FRONTS[method]
-        marker = {"symbol": symbol, "size": 9, "color": colour}
-        name = escape(method.replace("_", " "))
-        figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, legendgroup=method)
-    figure.update_yaxes(type="log", title_text="KL on text (nats)", row=1, col=1)
-    figure.update_yaxes(tickformat=".0%", title_text="closed-book accuracy", row=2, col=1)
+    lowest = min([0.85, *(r["kept"] for r in tried if r["kept"] is not None)]) - 0.05
+    figure.update_yaxes(type="log", dtick="D2", title_text="KL on text (nats)", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[lowest, 1.01], title_text="closed-book accuracy", row=2, col=1)
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
         height=620,
@@ -186,8 +181,14 @@ def damage_fronts(settings: Mapping[Direction, Sequence[Mapping[str, Any]]]) -> 
     )
 
 
-def _front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Guard) -> dict[str, list[float]]:
-    """The steps between records than which none has both more gain and less damage (Pareto)."""
+def front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Guard) -> dict[str, list[float]]:
+    """The steps ``x``, ``y`` between records than which none has both more gain and less damage (Pareto).
+
+    Args:
+        records: Such records as those of ``gain_and_damage``.
+        direction: The wanted source.
+        guard: What should not change.
+    """
     sign = -1 if guard == "neutral_kl" else 1
     points = [(estimate_of(r[f"{direction}_rate"]).value, sign * estimate_of(r[guard]).value) for r in records]
     front: list[tuple[float, float]] = []

@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from conflictscope.examples import UNEDITED
 from conflictscope.report.runs import Run
+from conflictscope.study.record import UNEDITED
 from interp.errors import UserError
 
 _LETTERS = {"memory": "m", "context": "c", "both": "b", "other": "o", "empty": "e"}
@@ -58,7 +58,7 @@ def _answers(run: Run, examples: pl.DataFrame) -> dict[str, Any]:
     return {
         "name": run.name,
         "held_out": run.held_out,
-        "shown": next((c.name for c in run.conditions if c.marked and c.name in known), known[-1]),
+        "shown": next((c.name for c in run.winners.values() if c.name in known), known[-1]),
         "names": names,
         "prompts": {**columns, "prompt": prompts["prompt"].to_list(), "subject": prompts["subject"].to_list()},
         "conditions": conditions,

@@ -16,12 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
-from conflictscope.examples import EXAMPLES
 from conflictscope.probing import score_table
 from conflictscope.report import words
 from conflictscope.report.answers import answers_of
 from conflictscope.report.figures import compared, plots_of
-from conflictscope.report.runs import Condition, Run
+from conflictscope.report.runs import Run
+from conflictscope.study.record import EXAMPLES, Measured
 from figures.theme import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
 from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import RankedHead
@@ -29,6 +29,18 @@ from interp.errors import UserError
 from interp.files import assets_directory, write_text
 
 _LISTED = 12
+_FILTERS = {
+    "percent": words.share,
+    "interval": words.interval,
+    "decimals": words.decimals,
+    "defined": words.defined,
+    "points": words.points,
+    "edit": words.edit,
+    "scale": words.scale,
+    "signed": words.signed,
+    "words": words.words,
+    "literal": repr,
+}
 
 
 def write_report(path: str | Path, runs: Sequence[Run]) -> None:
@@ -36,7 +48,7 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
 
     Args:
         path: The file to write.
-        runs: What ``read_run`` or ``demo_run`` gave.
+        runs: What ``read_runs`` gave.
 
     Raises:
         UserError: If a run's records do not fit together or lack something, or the file cannot be written.
@@ -48,26 +60,16 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": words.share,
-        "interval": words.interval,
-        "decimals": words.decimals,
-        "defined": words.defined,
-        "edits": words.edits,
-        "scale": words.scale,
-        "signed": words.signed,
-        "words": words.words,
-        "literal": repr,
-    }
+    environment.filters |= _FILTERS
     prefixes = [f"run{number}-" if len(runs) > 1 else "" for number in range(1, len(runs) + 1)]
-    plots = {
-        f"{prefix}{name}": plot
-        for prefix, run in zip(prefixes, runs, strict=True)
-        for name, plot in plots_of(run).items()
-    }
-    if len(runs) > 1 and any(run.conditions for run in runs):
-        plots["compared"] = compared(runs)
     try:
+        plots = {
+            f"{prefix}{name}": plot
+            for prefix, run in zip(prefixes, runs, strict=True)
+            for name, plot in plots_of(run).items()
+        }
+        if len(runs) > 1 and (over_all := compared(runs)):
+            plots["compared"] = over_all
         page = environment.get_template("page.html").render(
             runs=runs,
             prefixes=prefixes,
@@ -87,25 +89,24 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
             examples_file=EXAMPLES,
             plotly_js=get_plotlyjs(),
         )
-    except UndefinedError as error:
+    except (UndefinedError, KeyError) as error:
         raise UserError(f"The records lack something that the report shows ({error}); run the study again.") from error
     write_text(path, page)
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
     """What keeps the numbers of several runs from being compared one to one."""
-    models = {run.model.get("fingerprint", run.model["name"]) for run in runs}
-    data = {run.data.get("digest") for run in runs if run.conditions}
+    models = {run.record.model.get("fingerprint", run.record.model["name"]) for run in runs}
+    data = {run.record.data.get("digest") for run in runs if run.conditions}
     return ["models"] * (len(models) > 1) + ["data"] * (len(data) > 1)
 
 
-def _strongest(runs: Sequence[Run]) -> dict[Direction, tuple[Run, Condition]]:
-    """The edit with the highest rate of each direction."""
-    edits = [(run, c) for run in runs for c in run.conditions if c.towards and not c.is_control]
-    by_direction: dict[Direction, list[tuple[Run, Condition]]] = {
-        d: [(run, c) for run, c in edits if c.towards == d] for d in DIRECTIONS
+def _strongest(runs: Sequence[Run]) -> dict[Direction, tuple[Run, Measured]]:
+    """Of the runs' winners the one with the highest rate of each direction."""
+    won: dict[Direction, list[tuple[Run, Measured]]] = {
+        d: [(run, run.winners[d]) for run in runs if d in run.winners] for d in DIRECTIONS
     }
-    return {d: max(own, key=lambda edit: edit[1].test[f"{d}_rate"]["value"]) for d, own in by_direction.items() if own}
+    return {d: max(own, key=lambda of: of[1].test[f"{d}_rate"]["value"]) for d, own in won.items() if own}
 
 
 def _best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
@@ -115,17 +116,15 @@ def _best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _over_cards(run: Run, rate: str) -> str:
-    """The smallest to the largest value of a rate over the key conditions; nothing where it was not measured."""
-    rates = [condition.test[rate]["value"] for condition in run.cards if rate in condition.test]
-    if not rates:
-        return ""
+    """The smallest to the largest value of a rate over the key conditions."""
+    rates = [condition.test[rate]["value"] for condition in run.cards]
     return "\N{EN DASH}".join(dict.fromkeys(percent(rate) for rate in (min(rates), max(rates))))
 
 
-def _edited_heads(run: Run, direction: Direction) -> list[tuple[RankedHead, float]]:
-    """The heads of the chosen edit with their scores and scales, strongest first."""
+def _edited_heads(run: Run, condition: Measured) -> list[tuple[RankedHead, float]]:
+    """The heads that a condition scales with their scores and scales, strongest first."""
     assert run.scores is not None
-    scales = {(layer, head): factor for layer, head, factor in run.record[f"towards_{direction}"]["heads"]}
+    scales = {(layer, head): factor for layer, head, factor in condition.heads}
     edited = [head for head in run.scores.ranked("context") if (head.layer, head.head) in scales]
     return [(head, scales[head.layer, head.head]) for head in sorted(edited, key=lambda head: -abs(head.score))]
 

@@ -1,51 +1,43 @@
-"""The records of a study as the report reads them: every kind of study becomes one kind of ``Run``."""
+"""What a page is about: a study's folder, or one of scored probes."""
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from conflictscope.examples import UNEDITED, condition_of, read_examples
-from conflictscope.report.words import edit, edits, settings, words
+from conflictscope.study.record import HEADS, Measured, StudyRecord, read_examples
 from conflictscope.tables import MEASURES
-from interp.answers import DIRECTIONS, Direction
+from interp.answers import DIRECTIONS, USAGES, Direction
 from interp.attribution.scores import HeadScores
 from interp.errors import UserError
-from interp.evaluation import UsageReport
-from interp.facts import HELD_OUT_PHRASING
-from interp.facts import relations as known_relations
 from interp.files import read_json
 from interp.statistics import Estimate
 
-Kind = Literal["demo", "dial", "gate", "control", "probes"]
-
-_COMMANDS = "demo, dial fit, gate fit, steer fit, spare fit or probe score"
-_MEASURES = (*MEASURES, "both_rate", "other_rate", "memorisation_ratio", "by_template")
 SIGNIFICANT = 0.05
 """The largest p-value of a change that is called one."""
-_STEERING = ("actadd", "caa", "probe", "task_vector")
-_ABLATIONS = ("remove_only", "add_only", "constant")
-_CONTROLS = ("random_direction", "random_features")
+PROBES = "probes"
+"""The kind of record that a folder of scored probes is given."""
+
+_RATES = tuple(f"{usage}_rate" for usage in USAGES)
+_SCORE_COLUMNS = {"label", "probe", "group", "site", "chosen", "measure", "value", "low", "high", "n"}
 
 
 class Change(NamedTuple):
     """One measure before and after an edit.
 
     Attributes:
-        before: The unedited model's.
-        after: The edited one's.
+        before: The unedited model's; ``None`` where the measure does not apply.
+        after: The edited one's; likewise.
         paired: The change prompt by prompt, with ``value`` and ``p``; ``None`` where it is not known.
     """
 
-    before: Mapping[str, Any]
-    after: Mapping[str, Any]
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
     paired: Mapping[str, Any] | None = None
 
     @property
@@ -57,157 +49,78 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Condition:
-    """The model as it comes or as it is edited, measured on test.
-
-    Attributes:
-        name: What it is called here and in ``examples.parquet``.
-        test: The measures; see ``conflictscope.demo_study.condition_record``.
-        towards: The source that the edit is to strengthen.
-        method: What kind of edit it is; edits of both directions share it.
-        edit: What it does, in words.
-        title: What its card is called.
-        marked: Whether it is one of those that the study is about: the chosen ones, the best ones.
-        in_figures: Whether the figures show it, or the table alone.
-        is_control: Whether it was drawn at random.
-    """
-
-    name: str
-    test: Mapping[str, Any]
-    towards: Direction | None = None
-    method: str = ""
-    edit: str = ""
-    title: str = ""
-    marked: bool = False
-    in_figures: bool = True
-    is_control: bool = False
-
-    @property
-    def wanted(self) -> Direction:
-        """The source whose rate tells what the edit gains."""
-        return self.towards or "context"
-
-
-@dataclass(frozen=True)
 class Run:
-    """One study.
+    """One study, or one folder of scored probes.
 
     Attributes:
-        kind: Which.
         name: What it is called where there are several.
-        record: ``summary.json`` or ``results.json`` as it is, or what is known of probes.
-        model: ``name``, and where it is known architecture and shape.
-        data: ``digest``, and where they are known ``relations``, ``counts`` and so on.
-        command: How to run it again.
-        seed: Its seed.
-        held_out: The phrasing family that nothing was chosen on.
-        conditions: What was measured, the unedited model first; none for probes.
-        not_run: Why methods that can't run were not measured, by what they are called.
-        examples: See ``conflictscope.examples``; ``None`` where the study left none.
-        scores: What the heads of a demo were chosen by.
+        record: What was measured; of probes what is known of model and data, without conditions.
+        examples: The answers; ``None`` where there are none.
+        scores: Of the heads, where they were scored.
         table: What probes scored.
     """
 
-    kind: Kind
     name: str
-    record: Mapping[str, Any]
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    command: str
-    seed: int | None = None
-    held_out: str = HELD_OUT_PHRASING
-    conditions: tuple[Condition, ...] = ()
-    not_run: Mapping[str, str] = field(default_factory=dict)
+    record: StudyRecord
     examples: pl.DataFrame | None = field(default=None, repr=False)
     scores: HeadScores | None = field(default=None, repr=False)
     table: pl.DataFrame | None = field(default=None, repr=False)
 
     @property
-    def unedited(self) -> Condition:
+    def conditions(self) -> tuple[Measured, ...]:
+        """What was measured, the unedited model first; none for probes."""
+        return self.record.conditions
+
+    @property
+    def unedited(self) -> Measured:
         """The model as it comes."""
-        return self.conditions[0]
+        return self.record.unedited
 
     @property
-    def cards(self) -> list[Condition]:
-        """The key conditions: unedited, the marked ones, and the controls that the figures show."""
-        return [c for c in self.conditions if c is self.unedited or c.marked or (c.is_control and c.in_figures)]
+    def held_out(self) -> str | None:
+        """The phrasing family that nothing was chosen on."""
+        return self.record.data.get("phrasings", {}).get("held_out")
 
     @property
-    def random_draws(self) -> dict[str, Any]:
-        """The edits drawn at random, by what they stand next to."""
-        controls = self.record["random_heads"]
-        return (
-            {"both directions": controls["draws"]}
-            if "draws" in controls
-            else {f"towards {d}": controls[f"towards_{d}"]["draws"] for d in DIRECTIONS}
-        )
+    def winners(self) -> dict[Direction, Measured]:
+        """What dev preferred over all methods, by the source that it strengthens."""
+        found: dict[Direction, Measured | None] = {d: self.record.winner(d) for d in DIRECTIONS if self.conditions}
+        return {d: winner for d, winner in found.items() if winner is not None}
 
-    def towards(self, direction: Direction) -> Condition:
-        """The marked condition of a direction."""
-        return next(c for c in self.conditions if c.marked and c.towards == direction)
+    @property
+    def cards(self) -> list[Measured]:
+        """The key conditions: unedited, and for each source the winner and its random controls."""
+        return [self.unedited, *(c for w in self.winners.values() for c in (w, *self.record.controls_of(w)))]
 
-    def change(self, condition: Condition, measure: str) -> Change:
+    def rows(self, towards: Direction) -> list[Measured]:
+        """What was measured towards a source, each followed by its random controls."""
+        edits = [c for c in self.conditions if c.towards == towards and not c.is_control]
+        return [c for edit in edits for c in (edit, *self.record.controls_of(edit))]
+
+    def change(self, condition: Measured, measure: str) -> Change:
         """A measure before and after an edit."""
-        paired = condition.test.get("change", self._paired.get(condition.name, {})).get(measure)
+        paired = condition.test.get("change", {}).get(measure)
         return Change(self.unedited.test[measure], condition.test[measure], paired)
-
-    @cached_property
-    def _paired(self) -> dict[str, dict[str, Any]]:
-        """How measures changed, from the answers: for records that do not say it."""
-        if self.examples is None or "memory_span_match" not in self.examples.columns:
-            return {}
-        reports = {str(key): UsageReport(part) for (key,), part in self.examples.group_by("condition")}
-        unknown = [c.name for c in self.conditions if c.name in reports and "change" not in c.test]
-        return {
-            name: {measure: change.to_record() for measure, change in reports[name].changes(reports[UNEDITED]).items()}
-            for name in unknown
-            if name != UNEDITED and UNEDITED in reports
-        }
 
 
 def read_run(folder: Path) -> Run:
     """The records in a folder.
 
     Args:
-        folder: What ``demo``, ``dial fit``, ``gate fit``, ``steer fit``, ``spare fit`` or ``probe score`` wrote.
+        folder: What a study or ``probe score`` wrote.
 
     Raises:
-        UserError: If it holds none of these, or they are damaged or unfinished.
+        UserError: If it holds neither, or they are damaged or unfinished.
     """
-    readers: dict[str, Callable[[Path], Run | None]] = {
-        "summary.json": _read_summary,
-        "results.json": _read_results,
-        "scores.parquet": _read_scores,
-    }
-    for file, read in readers.items():
-        if not (folder / file).exists():
-            continue
-        try:
-            run = read(folder)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(
-                f"{folder / file} lacks something that a report shows ({error}); run the study again."
-            ) from error
-        if run is None:
-            continue
-        for condition in run.conditions:
-            if missing := [measure for measure in _MEASURES if not _is_measured(condition.test, measure)]:
-                raise UserError(f"{folder / file} has no {missing[0]} of {condition.name}; run the study again.")
-        return run
-    raise UserError(f"{folder} holds no records of a study; give a folder that {_COMMANDS} wrote and finished.")
-
-
-def _is_measured(test: Mapping[str, Any], measure: str) -> bool:
-    """Whether a record holds a measure: an estimate, or estimates by phrasing family."""
-    found = test.get(measure)
-    if not isinstance(found, dict):
-        return False
-    if measure == "by_template":
-        return all(_is_measured(rates, f"{source}_rate") for rates in found.values() for source in DIRECTIONS)
-    # The ratio of memory to both sources is undefined where neither is used.
-    is_undefined = measure == "memorisation_ratio" and found.get("value") is None
-    numbers = [found.get("n")] if is_undefined else found.values()
-    return found.keys() == set(Estimate.__annotations__) and all(isinstance(v, (int, float)) for v in numbers)
+    name = folder.resolve().name
+    if (folder / "scores.parquet").exists():
+        return _read_scores(folder, name)
+    record = StudyRecord.load(folder)
+    for condition in record.conditions:
+        if missing := _missing(condition.test):
+            raise UserError(f"{folder} has no {missing} of {condition.name}; run the study again.")
+    scores = HeadScores.load(folder / HEADS) if (folder / HEADS).exists() else None
+    return Run(name, record, read_examples(folder), scores)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -224,261 +137,41 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
-def _read_summary(folder: Path) -> Run | None:
-    summary = read_json(folder / "summary.json")
-    name, examples = folder.resolve().name, read_examples(folder)
-    if not isinstance(summary, dict):
-        return None
-    if "methods" in summary:
-        return demo_run(name, summary, HeadScores.load(folder / "heads.parquet"), examples)
-    if "calibration" in summary:
-        return _dial_run(name, summary, examples)
-    return _gate_run(name, summary, examples) if "gate" in summary else None
-
-
-def _read_results(folder: Path) -> Run | None:
-    results = read_json(folder / "results.json")
-    if not isinstance(results, dict) or "basis" not in results:
-        return None
-    return _control_run(folder.resolve().name, results, read_examples(folder))
-
-
-def demo_run(name: str, summary: Mapping[str, Any], scores: HeadScores, examples: pl.DataFrame | None) -> Run:
-    """What ``conflictscope demo`` found.
-
-    Args:
-        name: The name of its folder.
-        summary: What ``summary.json`` holds.
-        scores: The head scores that the edited heads were chosen by.
-        examples: What ``examples.parquet`` holds, if there is one.
-    """
-    conditions = [_unedited(summary["baseline"]["test"])]
-    for d in DIRECTIONS:
-        chosen = summary[f"towards_{d}"]
-        for method, by_direction in summary["methods"].items():
-            is_chosen = chosen["method"] == method
-            if found := chosen if is_chosen else by_direction.get(f"towards_{d}"):
-                conditions.append(
-                    Condition(
-                        condition_of(method, d),
-                        found["test"],
-                        towards=d,
-                        method=words(method),
-                        edit=edit(found),
-                        title=f"Turned towards {d}",
-                        marked=is_chosen,
-                        in_figures=is_chosen,
-                    )
-                )
-    conditions += _drawn(summary["random_heads"], "random heads")
-    return _of_summary("demo", name, summary, conditions, examples, _demo_command(summary), scores)
-
-
-def _dial_run(name: str, summary: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
-    ends = [
-        Condition(
-            f"towards {d}",
-            summary[f"towards_{d}"]["test"],
-            towards=d,
-            method="dial",
-            edit=edit(summary[f"towards_{d}"]),
-            title=f"Dial at {1 if d == 'context' else -1:+d}".replace("-", "\N{MINUS SIGN}") + f", towards {d}",
-            marked=True,
-        )
-        for d in DIRECTIONS
-    ]
-    drawn = _drawn(summary["random_heads"], "random gates")
-    conditions = [_unedited(summary["baseline"]["test"]), *ends, *drawn]
-    return _of_summary("dial", name, summary, conditions, examples, _dial_command(summary))
-
-
-def _gate_run(name: str, summary: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
-    site = summary["gate"]["site"]
-    acts = {
-        "everywhere": "on every prompt, without a gate",
-        "gated": f"where a probe of {site} sees a conflict",
-        "random_gate": f"where a random direction of {site} is high",
-    }
-    conditions = [
-        _unedited(summary["conditions"][UNEDITED]),
-        *(
-            Condition(
-                words(key),
-                summary["conditions"][key],
-                towards=summary["towards"],
-                method=words(key),
-                edit=where,
-                title=words(key).capitalize(),
-                marked=key != "random_gate",
-                is_control=key == "random_gate",
-            )
-            for key, where in acts.items()
-        ),
-    ]
-    return _of_summary("gate", name, summary, conditions, examples, _gate_command(summary))
-
-
-def _control_run(name: str, results: Mapping[str, Any], examples: pl.DataFrame | None) -> Run:
-    conditions = [_unedited(results[UNEDITED])]
-    for d in DIRECTIONS:
-        own = [
-            Condition(
-                condition_of(method, d),
-                found[f"towards_{d}"]["test"],
-                towards=d,
-                method=words(method),
-                edit=settings(found[f"towards_{d}"]["settings"]),
-                title=condition_of(method, d),
-                in_figures=method not in (*_ABLATIONS, *_CONTROLS),
-                is_control=method in _CONTROLS,
-            )
-            for method, found in results["methods"].items()
-            if "not_run" not in found
-        ]
-        best = max((c for c in own if c.in_figures), key=lambda c: c.test[f"{d}_rate"]["value"], default=None)
-        conditions += [replace(c, marked=c is best) for c in own]
-    basis = results["basis"]
-    return Run(
-        "control",
-        name,
-        results,
-        model=basis["model"],
-        data=basis["data"],
-        command=_control_commands(results),
-        seed=basis["seed"],
-        conditions=tuple(conditions),
-        not_run=_not_run(results),
-        examples=examples,
+def _missing(test: Mapping[str, Any]) -> str | None:
+    """The first measure that a record lacks; rates are of every condition, other measures may not apply."""
+    for rates in (test, *(test.get("by_template") or {}).values()):
+        if missing := next((m for m in _RATES if not _is_estimate(rates.get(m))), None):
+            return missing
+    others = (*(measure for measure in MEASURES if measure not in _RATES), "memorisation_ratio")
+    return next(
+        (m for m in others if m not in test or not (test[m] is None or _is_estimate(test[m], m == others[-1]))),
+        None if "by_template" in test else "by_template",
     )
 
 
-def _read_scores(folder: Path) -> Run | None:
+def _is_estimate(found: Any, may_be_undefined: bool = False) -> bool:
+    """Whether a record is that of an estimate; only the ratio of two rates is undefined where both are 0."""
+    if not isinstance(found, dict) or found.keys() != set(Estimate.__annotations__):
+        return False
+    numbers = [found["n"]] if may_be_undefined and found["value"] is None else found.values()
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+def _read_scores(folder: Path, name: str) -> Run:
+    path = folder / "scores.parquet"
     try:
-        table = pl.read_parquet(folder / "scores.parquet")
+        table = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{folder / 'scores.parquet'} cannot be read ({error}); run probe score again.") from error
-    if not {"label", "probe", "group", "site", "chosen", "measure", "value", "low", "high", "n"} <= set(table.columns):
-        return None
+        raise UserError(f"{path} cannot be read ({error}); run probe score again.") from error
+    if missing := _SCORE_COLUMNS - set(table.columns):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run probe score again.")
     about = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
-    return Run(
-        "probes",
-        folder.resolve().name,
-        about,
-        model=about.get("model", {"name": "an unnamed model"}),
-        data=about.get("data", {}),
-        command="conflictscope probe fit\nconflictscope probe score",
-        seed=about.get("seed"),
-        held_out=about.get("held_out_template", HELD_OUT_PHRASING),
-        table=table,
+    record = StudyRecord(
+        PROBES,
+        "conflictscope probe fit\nconflictscope probe score",
+        about.get("model", {"name": "an unnamed model"}),
+        {**about.get("data", {}), "phrasings": {"held_out": about.get("held_out_template")}},
+        {"seed": about["seed"]} if "seed" in about else {},
+        (),
     )
-
-
-def _unedited(test: Mapping[str, Any]) -> Condition:
-    return Condition(UNEDITED, test, method=UNEDITED, title="Unedited")
-
-
-def _not_run(record: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        words(method): found["not_run"] for method, found in record.get("methods", {}).items() if "not_run" in found
-    }
-
-
-def _drawn(controls: Mapping[str, Any], name: str) -> list[Condition]:
-    """The random controls: one for each direction, or of an older study one for both."""
-    if "test" in controls:
-        both, done = f"{name}, both directions together", edits(controls["draws"])
-        return [
-            Condition(both, controls["test"], method=name, edit=done, title=f"{both.capitalize()}", is_control=True)
-        ]
-    return [
-        Condition(
-            condition_of(name, d),
-            controls[f"towards_{d}"]["test"],
-            towards=d,
-            method=name,
-            edit=edits(controls[f"towards_{d}"]["draws"]),
-            title=f"{name.capitalize()} instead, {d}",
-            is_control=True,
-        )
-        for d in DIRECTIONS
-    ]
-
-
-def _of_summary(
-    kind: Kind,
-    name: str,
-    summary: Mapping[str, Any],
-    conditions: list[Condition],
-    examples: pl.DataFrame | None,
-    command: list[str],
-    scores: HeadScores | None = None,
-) -> Run:
-    return Run(
-        kind,
-        name,
-        summary,
-        model=summary["model"],
-        data=summary["data"],
-        command=shlex.join(
-            [
-                *("conflictscope", *command, "--dtype", summary["settings"]["dtype"]),
-                *["--quick"] * bool(summary["settings"].get("quick")),
-                *("--out", f"out/{name}"),
-            ]
-        ),
-        seed=summary["settings"]["seed"],
-        held_out=summary["data"]["phrasings"]["held_out"],
-        conditions=tuple(conditions),
-        not_run=_not_run(summary),
-        examples=examples,
-        scores=scores,
-    )
-
-
-def _demo_command(summary: Mapping[str, Any]) -> list[str]:
-    return [
-        "demo",
-        "--model",
-        summary["model"]["name"],
-        *_relations(summary),
-        "--seed",
-        str(summary["settings"]["seed"]),
-    ]
-
-
-def _dial_command(summary: Mapping[str, Any]) -> list[str]:
-    chosen = summary["settings"]
-    options = [
-        f"--{name.replace('_', '-')}={chosen[name]}" for name in ("budget", "context_budget", "max_scales", "steps")
-    ]
-    options += ["--feed-forward"] * chosen["feed_forward"]
-    subjects = ["--subjects", str(chosen["subjects"]["train"]), "--seed", str(chosen["seed"])]
-    return ["dial", "fit", summary["model"]["name"], *_relations(summary), *options, *subjects]
-
-
-def _gate_command(summary: Mapping[str, Any]) -> list[str]:
-    chosen = summary["settings"]
-    options = ["--keep", str(chosen["keep"]), "--subjects", str(chosen["subjects"]["train"])]
-    if chosen.get("trust") is not None:
-        options += ["--trust", str(chosen["trust"])]
-    model = ["--model", summary["model"]["name"]]
-    return ["gate", "fit", "INTERVENTION.json", *model, *_relations(summary), *options, "--seed", str(chosen["seed"])]
-
-
-def _relations(summary: Mapping[str, Any]) -> list[str]:
-    return [part for relation in summary["data"]["relations"] for part in ("--relation", relation)]
-
-
-def _control_commands(results: Mapping[str, Any]) -> str:
-    basis = results["basis"]
-    relations = basis["data"]["name"].split("+")
-    if all(relation in known_relations() for relation in relations):
-        data = [part for relation in relations for part in ("--relation", relation)]
-    else:
-        data = ["--data", f"{basis['data']['name']}.jsonl"]
-    shared = ["--model", basis["model"]["name"], *data, "--tokens", basis["tokens"]]
-    shared += ["--test-subjects", str(basis["data"]["test_subjects"]), "--seed", str(basis["seed"])]
-    steering = [part for m in results["methods"] if m in _STEERING for part in ("--method", m)]
-    commands = [["steer", "fit", *steering]] if steering else []
-    commands += [["spare", "fit"]] if "spare" in results["methods"] else []
-    return "\n".join(shlex.join(["conflictscope", *command, *shared]) for command in commands)
+    return Run(name, record, table=table)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from conflictscope.study.record import Measured
 from figures.theme import percent
 from interp.statistics import UNDEFINED
+
+_LONGEST = 140
 
 
 def share(estimate: Mapping[str, Any]) -> str:
@@ -23,7 +26,7 @@ def interval(estimate: Mapping[str, Any]) -> str:
 
 def defined(estimates: Mapping[str, Any]) -> dict[str, Any]:
     """The estimates that have a value."""
-    return {name: estimate for name, estimate in estimates.items() if estimate.get("value") is not None}
+    return {name: estimate for name, estimate in estimates.items() if (estimate or {}).get("value") is not None}
 
 
 def decimals(estimate: Mapping[str, Any], digits: int = 3) -> tuple[str, str]:
@@ -32,10 +35,16 @@ def decimals(estimate: Mapping[str, Any], digits: int = 3) -> tuple[str, str]:
     return value, f"{low}\N{EN DASH}{high}"
 
 
-def signed(score: float) -> str:
-    """A score with its sign."""
+def points(change: Mapping[str, Any]) -> tuple[str, str]:
+    """A change of a share in whole percentage points, and its interval."""
+    value, low, high = (signed(100 * change[name], 0) for name in ("value", "low", "high"))
+    return value, f"{low} to {high}"
+
+
+def signed(score: float, digits: int = 2) -> str:
+    """A number with its sign."""
     # No minus before nothing.
-    return _minus(f"{round(score, 2) + 0.0:+.2f}")
+    return _minus(f"{round(score, digits) + 0.0:+.{digits}f}")
 
 
 def scale(factor: float) -> str:
@@ -48,40 +57,25 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def edit(condition: Mapping[str, Any]) -> str:
-    """What is done to heads and feed-forward layers, for example ``5 heads pruned and 2 amplified``."""
-    removed = "held at their mean" if condition["around"] == "mean" else "pruned"
+def edit(condition: Measured) -> str:
+    """What a condition does, heads counted instead of listed: for example ``5 heads pruned and 2 amplified``."""
+    if not condition.heads:
+        return clipped(condition.does)
+    removed = "held at their mean" if "around their means" in condition.does else "pruned"
     counts = dict.fromkeys((removed, "inverted", "damped", "amplified"), 0)
-    for _, _, factor in condition["heads"]:
+    for _, _, factor in condition.heads:
         counts[removed if factor == 0 else "inverted" if factor < 0 else "damped" if factor < 1 else "amplified"] += 1
-    done = [(count, verb) for verb, count in counts.items() if count]
-    parts = [f"{count} {verb}" for count, verb in done]
-    if done:
-        count, verb = done[0]
-        parts[0] = f"{_counted(count, 'head')} {verb}"
-    if layers := len(condition.get("feed_forward", ())):
-        parts.append(f"{_counted(layers, 'feed-forward layer')} scaled")
-    if not parts:
-        return "no head edited"
+    (verb, count), *others = ((verb, count) for verb, count in counts.items() if count)
+    parts = [f"{count} head{'s' * (count > 1)} {verb}", *(f"{count} {verb}" for verb, count in others)]
+    if (more := condition.moved - len(condition.heads)) > 0:
+        noun = "feed-forward layer" if "feed-forward" in condition.does else "other part"
+        parts.append(f"{more} {noun}{'s' * (more > 1)} scaled")
     return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
-def edits(draws: Sequence[Mapping[str, Any]]) -> str:
-    """What is done in each draw, said once where it is the same."""
-    return "; ".join(dict.fromkeys(edit(draw) for draw in draws))
-
-
-def settings(chosen: Mapping[str, Any]) -> str:
-    """What was chosen for a direction or for SpARE, for example ``layer 16, strength 4``."""
-    layers = chosen.get("layers") or [chosen["layer"]]
-    span = f"{layers[0]}\N{EN DASH}{layers[-1]}" if len(layers) > 1 else str(layers[0])
-    parts = [f"layer{'s' * (len(layers) > 1)} {span}"]
-    parts += [f"{name} {chosen[name]:g}" for name in ("strength", "share", "alpha") if name in chosen]
-    return ", ".join([*parts, f"{words(chosen['tokens'])} tokens"] if "tokens" in chosen else parts)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def clipped(text: str) -> str:
+    """The beginning of a text that is too long to be read in passing."""
+    return text if len(text) <= _LONGEST else text[:_LONGEST].rsplit(" ", 1)[0] + " \N{HORIZONTAL ELLIPSIS}"
 
 
 def _minus(text: str) -> str:

@@ -11,13 +11,14 @@ import numpy as np
 import polars as pl
 import torch
 
-from conflictscope.demo_study import METHODS, TEST_PHRASINGS, condition_record
-from conflictscope.examples import UNEDITED, condition_of, example_frame, write_examples
-from interp.answers import DIRECTIONS
+from conflictscope.demo_study import TEST_PHRASINGS, condition_record, pooled_record
+from conflictscope.examples import example_frame
+from conflictscope.study.record import HEADS, UNEDITED, Measured, StudyRecord, write_examples
+from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
 from interp.evaluation import UsageReport
-from interp.facts import HELD_OUT_PHRASING, LEARNED_PHRASINGS, SEEN_PHRASINGS, build_conflicts, load_facts
+from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, STUDY_PHRASINGS, build_conflicts, load_facts
 from interp.files import write_json, write_parquet
 
 N_LAYERS, N_HEADS = 30, 9
@@ -26,20 +27,31 @@ MODEL = {
     "architecture": "LlamaForCausalLM",
     "n_layers": N_LAYERS,
     "n_heads": N_HEADS,
+    "d_head": 8,
     "d_model": 64,
     "fingerprint": "31a9c6f130d1",
 }
-_ASKED = ("id", "subject", "relation", "template", "kind", "split", "prompt")
 RATES = {UNEDITED: (0.3, 0.4), "context": (0.05, 0.85), "memory": (0.7, 0.03), "random": (0.28, 0.42)}
 """Share of conflict prompts answered from memory and from context, by what the model is turned towards."""
+METHODS = ("pruning", "value_scaling", "mean_ablation", "learned_gates")
+HEADS_OF: dict[Direction, tuple[tuple[int, int, float], ...]] = {
+    "context": ((20, 1, 0.0), (23, 4, 0.0)),
+    "memory": ((23, 2, 0.0), (28, 2, 0.0)),
+}
+BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 
 
 @cache
 def asked() -> ConflictSet:
     """About a thousand test prompts."""
-    facts = {relation: list(load_facts(relation)) for relation in ("capital", "currency")}
-    test = build_conflicts(facts).select(split="test")
+    test = conflicts().select(split="test")
     return ConflictSet(test.name, tuple(e for e in test if e.template in TEST_PHRASINGS[e.kind]))
+
+
+@cache
+def conflicts() -> ConflictSet:
+    """All prompts about two relations."""
+    return build_conflicts({relation: list(load_facts(relation)) for relation in ("capital", "currency")})
 
 
 @cache
@@ -75,21 +87,83 @@ def answered(towards: str, seed: int = 0) -> UsageReport:
 def measures(towards: str, seed: int = 0) -> dict[str, Any]:
     """The measures of these answers."""
     unedited = None if towards == UNEDITED else answered(UNEDITED)
-    return condition_record(answered(towards, seed), np.linspace(0, 0.1 * (towards != UNEDITED), 40), unedited)
+    return condition_record(answered(towards, seed), _divergences(towards), unedited)
 
 
-def summary_basis(phrasings: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """What all summaries say about model, data and settings."""
-    return {
-        "model": MODEL,
-        "data": {
+def _divergences(towards: str) -> np.ndarray:
+    return np.linspace(0, 0.1 * (towards != UNEDITED), 40)
+
+
+def edited(method: str, towards: Direction, seed: int = 0, **about: Any) -> Measured:
+    """What a method chose for a source, measured on test."""
+    settings: dict[str, Any] = {
+        "choices": ("best",),
+        "cost": {"speed": 0.97, "low": 0.95, "high": 0.99},
+        "file": f"interventions/{method}-towards_{towards}.json",
+        **about,
+    }
+    name = f"{method.replace('_', ' ')}, towards {towards}"
+    return Measured(name, method, measures(towards, seed), towards, **settings)
+
+
+def control(of: Measured, name: str = "random heads", **about: Any) -> Measured:
+    """Two random draws next to it, measured together."""
+    draws = [(answered("random", seed), _divergences("random")) for seed in range(2)]
+    test = pooled_record(draws, answered(UNEDITED))
+    return Measured(
+        f"{name}, towards {of.towards}",
+        of.method,
+        test,
+        of.towards,
+        control_of=of.name,
+        draws=2,
+        moved=of.moved,
+        **about,
+    )
+
+
+def head_edit(method: str, towards: Direction, seed: int = 0, **about: Any) -> Measured:
+    """An edit of two heads."""
+    heads = HEADS_OF[towards]
+    does = f"2 heads: {', '.join(f'{layer}.{head} x {scale:g}' for layer, head, scale in heads)}"
+    return edited(method, towards, seed, heads=heads, moved=2, does=does, **about)
+
+
+def study(folder: Path, kind: str, conditions: list[Measured], winner: str, **parts: Any) -> Path:
+    """Write a study of these conditions, in which one method wins in both directions, with its answers."""
+    shown = {c.name: answered(c.towards, seed) for seed, c in enumerate(conditions) if c.towards and c.draws == 1}
+    conditions = [Measured(UNEDITED, UNEDITED, measures(UNEDITED)), *conditions]
+    record = StudyRecord(
+        kind,
+        f"conflictscope {kind} --model tiny --relation capital --relation currency --seed 7",
+        MODEL,
+        {
+            "name": "capital+currency",
             "relations": ["capital", "currency"],
-            "counts": asked().counts(),
-            "phrasings": {**phrasings, "held_out": HELD_OUT_PHRASING},
+            "asked": 120,
+            "counts": conflicts().counts(),
+            "phrasings": {
+                "learned": list(SEEN_PHRASINGS),
+                "tested": list(STUDY_PHRASINGS),
+                "held_out": HELD_OUT_PHRASING,
+            },
             "digest": asked().digest,
         },
-        "settings": {"seed": 7, "dtype": "float32", "versions": {"torch": "2.9.0"}, **settings},
-    }
+        {
+            "seed": 7,
+            "quick": False,
+            "budgets": BUDGETS,
+            "device": "cpu",
+            "dtype": "float32",
+            "versions": {"torch": "2.9.0"},
+            "winners": {d: f"{winner.replace('_', ' ')}, towards {d}" for d in DIRECTIONS},
+        },
+        tuple(conditions),
+        **parts,
+    )
+    record.save(folder)
+    write_examples(folder, example_frame(asked(), {UNEDITED: answered(UNEDITED), **shown}))
+    return folder
 
 
 def head_scores() -> HeadScores:
@@ -100,153 +174,112 @@ def head_scores() -> HeadScores:
 
 
 def write_demo(folder: Path) -> Path:
-    """What ``demo`` leaves: 8 edits and the unedited model."""
-    draws = [{"heads": [[0, 0, 0.0]], "around": "zero"}] * 2
-    heads = {"context": [[20, 1, 0.0], [23, 4, 0.0]], "memory": [[23, 2, 0.0], [28, 2, 0.0]]}
-    edits = {
-        method: {
-            f"towards_{d}": {"heads": heads[d], "around": "zero", "chosen_on": "dev", "test": measures(d, seed)}
-            for d in DIRECTIONS
+    """What ``demo`` leaves: eight edits of heads, controls of the best two, all that was tried, and head scores."""
+    conditions: list[Measured] = []
+    for d in DIRECTIONS:
+        for method in METHODS:
+            choices = ("best", "within_budget") if method == "pruning" else ("best",)
+            conditions.append(head_edit(method, d, len(conditions), choices=choices))
+            if method == "pruning":
+                conditions.append(control(conditions[-1], does="2 heads: 0.0 x 0, 1.2 x 0"))
+    tried = [
+        {
+            "method": method,
+            "towards": d,
+            "settings": {"heads": k},
+            "does": f"{k} heads",
+            "moved": k,
+            "rate": 0.4 + 0.05 * k + 0.01 * n,
+            "kept": 0.95 - 0.02 * k - 0.01 * n,
+            "damage": {guard: 0.01 * k for guard in BUDGETS},
+            "spent": 0.5 * k,
         }
-        for seed, method in enumerate(METHODS)
-    }
-    summary = {
-        **summary_basis({"seen": list(SEEN_PHRASINGS)}, quick=False),
-        "baseline": {"test": measures(UNEDITED)},
-        **{f"towards_{d}": {"method": "pruning", **edits["pruning"][f"towards_{d}"]} for d in DIRECTIONS},
-        "random_heads": {
-            f"towards_{d}": {"draws": draws, "test": measures("random", seed)} for seed, d in enumerate(DIRECTIONS)
-        },
-        "methods": edits,
-    }
-    shown = {condition_of(method, d): answered(d, seed) for seed, method in enumerate(METHODS) for d in DIRECTIONS}
-    write_examples(folder, example_frame(asked(), {UNEDITED: answered(UNEDITED), **shown}))
-    head_scores().save(folder / "heads.parquet")
-    write_json(folder / "summary.json", summary)
-    return folder
+        for d in DIRECTIONS
+        for n, method in enumerate(METHODS)
+        for k in (1, 2, 4, 8)
+    ]
+    head_scores().save(folder / HEADS)
+    return study(folder, "demo", conditions, "pruning", tried=tried)
 
 
 def write_dial(folder: Path) -> Path:
-    """What ``dial fit`` leaves."""
+    """What ``dial fit`` leaves: two ends, their controls and the curve in between."""
+    scales = ((20, 1, 0.4), (23, 4, 1.5))
+    does = "2 heads: 20.1 x 0.4, 23.4 x 1.5; feed-forward layers: 3 x 0.9"
+    ends = [edited("dial", d, 2 * n, heads=scales, moved=3, does=does) for n, d in enumerate(DIRECTIONS)]
+    damage = {guard: 0.01 for guard in BUDGETS}
+    curve = [
+        {"trust": t / 4, "memory_rate": (4 - t) / 10, "context_rate": (4 + t) / 10, "kept": 0.9, "damage": damage}
+        for t in range(-4, 5)
+    ]
     halfway = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 80}
-    budget = {"budget": 0.02, "context_budget": 0.2, "max_scales": 40, "steps": 7, "feed_forward": True}
-    summary = {
-        **summary_basis(
-            {"learned_from": list(LEARNED_PHRASINGS), "tested": list(SEEN_PHRASINGS)},
-            subjects={"train": 40, "dev": 24, "test": 40},
-            **budget,
-        ),
-        "baseline": {"test": measures(UNEDITED)},
-        **{
-            f"towards_{d}": {
-                "heads": [[20, 1, 0.4], [23, 4, 1.5]],
-                "feed_forward": [[3, 0.9]],
-                "around": "zero",
-                "test": measures(d, 10),
-            }
-            for d in DIRECTIONS
-        },
-        "random_heads": {
-            f"towards_{d}": {
-                "draws": [{"heads": [[0, 0, 0.4]], "feed_forward": [], "around": "zero"}] * 2,
-                "test": measures("random", seed),
-            }
-            for seed, d in enumerate(DIRECTIONS, start=10)
-        },
-        "calibration": [
-            {"trust": t / 4, "memory_rate": (4 - t) / 10, "context_rate": (4 + t) / 10} for t in range(-4, 5)
-        ],
-        "asked": {
-            f"towards_{d}": {
-                "rate": 0.6,
-                "trust": 0.5 if d == "context" else -0.5,
-                "test": {"learned_phrasings": halfway, "held_out_phrasing": halfway},
-            }
-            for d in DIRECTIONS
-        },
+    asked_for = {"rate": 0.6, "test": {"learned_phrasings": halfway, "held_out_phrasing": halfway}}
+    details = {
+        "dial": {f"towards_{d}": {**asked_for, "trust": t} for d, t in zip(DIRECTIONS, (0.5, -0.5), strict=True)}
     }
-    ends = {f"towards {d}": answered(d, 10) for d in DIRECTIONS}
-    write_examples(folder, example_frame(asked(), {UNEDITED: answered(UNEDITED), **ends}))
-    write_json(folder / "summary.json", summary)
-    return folder
+    conditions = [c for end in ends for c in (end, control(end, "random scales"))]
+    return study(folder, "dial", conditions, "dial", lines={"trust": curve}, details=details)
 
 
 def write_gate(folder: Path) -> Path:
-    """What ``gate fit`` leaves."""
+    """What ``gate fit`` leaves of one direction: the edit everywhere, behind its gate, and behind a random one."""
     shares = {kind: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 80} for kind in CONTEXT_KINDS}
     kept = {
         "gain": {"value": 0.97, "low": 0.9, "high": 1.0, "n": 300},
-        "none": {"value": 0.05, "low": 0, "high": 0.1, "n": 80},
+        "none": {"value": 0.05, "low": 0.0, "high": 0.1, "n": 80},
     }
-    opened = {"opened": {**shares, "held_out_phrasing": shares}}
-    reports = {
-        UNEDITED: answered(UNEDITED),
-        "everywhere": answered("context", 20),
-        "gated": answered("context", 21),
-        "random_gate": answered("context", 22),
+    gate = {
+        "site": "blocks.17.attn.hook_out",
+        "threshold": -1.5,
+        "dev": {"auroc": 0.95, "opened": 0.4},
+        **{key: {**shares, "held_out_phrasing": shares} for key in ("opened", "random_opened")},
+        **{key: {**kept, "held_out_phrasing": kept} for key in ("kept", "random_kept")},
     }
-    summary = {
-        **summary_basis(
-            {"learned_from": list(LEARNED_PHRASINGS), "tested": list(SEEN_PHRASINGS)},
-            keep=0.95,
-            subjects={"train": 40, "dev": 24, "test": 40},
-        ),
-        "intervention": "tiny towards context",
-        "towards": "context",
-        "gate": {"site": "blocks.17.attn.hook_out", "threshold": -1.5, "dev": {"auroc": 0.95}, "test": opened},
-        "random_gate": {"test": opened},
-        "conditions": {
-            UNEDITED: measures(UNEDITED),
-            "everywhere": measures("context", 20),
-            "gated": measures("context", 21),
-            "random_gate": measures("context", 22),
-        },
-        "kept": {name: {**kept, "held_out_phrasing": kept} for name in ("gated", "random_gate")},
-    }
-    named = {name.replace("_", " "): report for name, report in reports.items()}
-    write_examples(folder, example_frame(asked(), named))
-    write_json(folder / "summary.json", summary)
-    return folder
+    everywhere = head_edit("everywhere", "context", 0)
+    gated = edited(
+        "gate", "context", 1, moved=2, does="2 heads, where a probe of blocks.17.attn.hook_out sees a conflict"
+    )
+    blind = Measured(
+        "random gate, towards context",
+        "gate",
+        measures("context", 2),
+        "context",
+        control_of=gated.name,
+        does="a random probe",
+    )
+    return study(folder, "gate", [everywhere, gated, blind], "gate", details={"gate": {"towards_context": gate}})
 
 
-def write_control(folder: Path) -> Path:
-    """What ``steer fit`` and ``spare fit`` leave together."""
-    steering = {"layer": 16, "strength": 4.0, "tokens": "last_prompt"}
-    spare = {"layers": [14, 15, 16], "share": 0.1, "alpha": 2.0, "tokens": "last_prompt", "alpha_form": "targets"}
-    methods = {
-        **dict.fromkeys(("actadd", "random_direction", "caa", "probe", "task_vector"), steering),
-        **dict.fromkeys(("spare", "remove_only", "add_only", "random_features", "constant"), spare),
-    }
-    turned = {name: "random" if name.startswith("random") else None for name in methods}
-    results = {
-        "basis": {
-            "model": {"name": "tiny", "fingerprint": MODEL["fingerprint"]},
-            "data": {"name": "capital+currency", "digest": asked().digest, "test_subjects": 64},
-            "seed": 7,
-            "tokens": "last_prompt",
-        },
-        UNEDITED: measures(UNEDITED),
-        "methods": {
-            name: {
-                f"towards_{d}": {
-                    "settings": settings,
-                    "draws": 1,
-                    "test": measures(turned[name] or d, seed % len(METHODS)),
-                }
-                for d in DIRECTIONS
-            }
-            for seed, (name, settings) in enumerate(methods.items())
-        },
-    }
-    reports = {
-        condition_of(name, d): answered(turned[name] or d, seed % len(METHODS))
-        for seed, name in enumerate(methods)
-        for d in DIRECTIONS
-        if name != "random_features"
-    }
-    write_examples(folder, example_frame(asked(), {UNEDITED: answered(UNEDITED), **reports}))
-    write_json(folder / "results.json", results)
-    return folder
+def write_compare(folder: Path) -> Path:
+    """What ``compare`` leaves: methods of every sort, one that could not run, one that is not applicable everywhere."""
+    conditions: list[Measured] = []
+    for d in DIRECTIONS:
+        conditions += [
+            edited("caa", d, len(conditions), moved=1, does="direction after layer 16 (add, strength 4, all tokens)"),
+            edited(
+                "spare", d, len(conditions) + 1, moved=40, does="40 features of layers 14, 15 (alpha 2, last tokens)"
+            ),
+        ]
+        conditions.append(control(conditions[-1], "random features", does="40 features as frequent"))
+    decoding = edited("context_aware_decoding", "context", len(conditions), does="ContextAware, alpha 0.5")
+    test = {**decoding.test, "closed_book_accuracy": None, "neutral_kl": None}
+    conditions.append(Measured(decoding.name, decoding.method, test, "context", ("within_budget",), does=decoding.does))
+    strengths = [
+        {
+            "strength": s,
+            **{m: measures("context", n)[m] for m in ("memory_rate", "context_rate", "closed_book_accuracy")},
+        }
+        for n, s in enumerate((0.5, 1.0, 2.0))
+    ]
+    by_dose = [{"strength": s, "memory_rate": 0.3 - s / 10, "context_rate": 0.4 + s / 10} for s in (0.5, 1.0, 2.0)]
+    return study(
+        folder,
+        "compare",
+        conditions,
+        "caa",
+        not_run={"probe": "Both sources are needed."},
+        lines={"strength of caa": strengths, "strength of caa on dev": by_dose},
+    )
 
 
 def write_probes(folder: Path) -> Path:
@@ -277,6 +310,6 @@ WRITERS = {
     "demo": write_demo,
     "dial": write_dial,
     "gate": write_gate,
-    "control": write_control,
+    "compare": write_compare,
     "probes": write_probes,
 }

@@ -1,123 +1,35 @@
 import json
 import re
-import shlex
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-import torch
 import typer
 from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
-from conflictscope.cli import app
 from conflictscope.cli import report as command
-from conflictscope.control import STEERING_METHODS
-from conflictscope.examples import EXAMPLES, UNEDITED, example_frame, read_examples, write_examples
-from conflictscope.report import demo_run, read_runs, write_report
+from conflictscope.examples import example_frame
+from conflictscope.report import read_runs, write_report
 from conflictscope.report.runs import Change
+from conflictscope.study.record import EXAMPLES, RECORD, UNEDITED, StudyRecord, read_examples, write_examples
 from figures.theme import percent
 from interp.answers import USAGES
-from interp.attribution.scores import HeadScores
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.files import read_json, write_json, write_parquet
 from tests.conflictscope import report_samples as samples
 from tests.conflictscope.report_samples import WRITERS
 
-PHRASINGS = ("statement", "question", "document", "according_to")
-MEMORY_HEADS, CONTEXT_HEADS = [(2, 0), (3, 1)], [(2, 1), (3, 3)]
+STUDIES = [kind for kind in WRITERS if kind != "probes"]
 
 
 def estimate(value: float, n: int = 136) -> dict[str, float]:
     return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.06), "n": n}
-
-
-def changed(before: float, after: float, p: float = 0.001) -> dict[str, float]:
-    return {**estimate(after - before), "p": p}
-
-
-def measured(memory: float, context: float, closed_book: float, kl: float, *, p: float = 0.001) -> dict[str, Any]:
-    rates = {"memory_rate": memory, "context_rate": context, "both_rate": 0.01, "other_rate": 0.99 - memory - context}
-    return {
-        **{name: estimate(value) for name, value in rates.items()},
-        "memorisation_ratio": estimate(memory / (memory + context)),
-        "closed_book_accuracy": estimate(closed_book),
-        "aligned_accuracy": estimate(0.98),
-        "irrelevant_accuracy": estimate(0.87),
-        "neutral_kl": {"value": kl, "low": 0.8 * kl, "high": 1.2 * kl, "n": 60},
-        "by_template": {
-            name: {rate: estimate(rates[rate], 34) for rate in ("memory_rate", "context_rate", "other_rate")}
-            for name in PHRASINGS
-        },
-        "change": {"memory_rate": changed(0.27, memory, p), "context_rate": changed(0.40, context, p)},
-    }
-
-
-def edit(heads: list[tuple[int, int]], scale: float, test: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "heads": [[layer, head, scale] for layer, head in heads],
-        "around": "zero",
-        "chosen_on": "dev",
-        "test": test,
-    }
-
-
-def drawn(first: list[list[int]], second: list[list[int]], test: dict[str, Any]) -> dict[str, Any]:
-    draws = [{"heads": [[*head, 0.0] for head in heads], "around": "zero"} for heads in (first, second)]
-    return {"draws": draws, "chosen_on": "random", "test": test}
-
-
-def sample_summary() -> dict[str, Any]:
-    """What a study of a small model that trusts both sources might have found."""
-    methods = {
-        "pruning": {
-            "towards_context": edit(MEMORY_HEADS, 0.0, measured(0.03, 0.93, 0.93, 0.031)),
-            "towards_memory": edit(CONTEXT_HEADS, 0.0, measured(0.55, 0.02, 0.94, 0.022)),
-        },
-        "value_scaling": {
-            "towards_context": edit(MEMORY_HEADS, -0.5, measured(0.05, 0.85, 0.90, 0.048)),
-            "towards_memory": edit(CONTEXT_HEADS, -0.5, measured(0.52, 0.05, 0.92, 0.040)),
-        },
-    }
-    return {
-        "model": {
-            "name": "SmolLM2-135M",
-            "architecture": "LlamaForCausalLM",
-            "n_layers": 4,
-            "n_heads": 4,
-            "d_model": 64,
-        },
-        "data": {
-            "relations": ["capital", "currency"],
-            "counts": {"examples": 1936, "subjects": 121, "subjects_by_split": {"train": 60, "dev": 27, "test": 34}},
-            "phrasings": {"seen": list(PHRASINGS[:-1]), "held_out": PHRASINGS[-1]},
-            "digest": "be9bbd125c36",
-        },
-        "settings": {"seed": 7, "quick": False, "dtype": "float32", "versions": {"torch": "2.9.0"}},
-        "baseline": {"test": measured(0.27, 0.40, 0.95, 0.0)},
-        "towards_context": {"method": "pruning", **methods["pruning"]["towards_context"]},
-        "towards_memory": {"method": "pruning", **methods["pruning"]["towards_memory"]},
-        "random_heads": {
-            "towards_context": drawn([[0, 0], [1, 2]], [[0, 1], [1, 1]], measured(0.26, 0.41, 0.945, 0.012, p=0.3)),
-            "towards_memory": drawn([[0, 2], [1, 0]], [[0, 3], [1, 3]], measured(0.28, 0.39, 0.935, 0.011, p=0.3)),
-        },
-        "methods": methods,
-    }
-
-
-def sample_scores() -> HeadScores:
-    mean = torch.zeros(4, 4)
-    for strength, (memory, context) in enumerate(zip(MEMORY_HEADS, CONTEXT_HEADS, strict=True), start=1):
-        mean[memory], mean[context] = -1.25 * strength, 0.75 * strength
-    values = mean + 0.1 * torch.randn(12, 4, 4, generator=torch.Generator().manual_seed(0))
-    subjects = tuple(f"subject {i // 3}" for i in range(12))
-    return HeadScores(
-        values, tuple(map(str, range(12))), subjects, "path_patching", "logit_diff", "m", "d", {"unit": "logits"}
-    )
 
 
 class Page(HTMLParser):
@@ -149,14 +61,39 @@ class Page(HTMLParser):
             self.scripts.append(data)
 
 
-def report(folder: Path, summary: dict[str, Any]) -> Page:
-    write_report(folder / "report.html", [demo_run("demo", summary, sample_scores(), None)])
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {kind: write(root / kind) for kind, write in WRITERS.items()}
+
+
+def page_of(path: Path, *folders: Path) -> Page:
+    write_report(path, read_runs(folders))
+    return Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(tmp_path_factory.mktemp("report"), sample_summary())
+def pages(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    root = tmp_path_factory.mktemp("pages")
+    return {kind: page_of(root / f"{kind}.html", folder) for kind, folder in folders.items()}
+
+
+@pytest.fixture
+def changed(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a study whose record a test changes."""
+
+    def change(kind: str, how: Callable[[dict[str, Any]], object]) -> Path:
+        folder = shutil.copytree(folders[kind], tmp_path / kind)
+        record = read_json(folder / RECORD)
+        how(record)
+        write_json(folder / RECORD, record)
+        return folder
+
+    return change
+
+
+def of(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(c for c in record["conditions"] if c["name"] == name)
 
 
 def figures_of(script: str) -> dict[str, Any]:
@@ -164,25 +101,86 @@ def figures_of(script: str) -> dict[str, Any]:
     return json.loads(line.removeprefix("const figures = ").removesuffix(";"))
 
 
-def test_the_headline_says_how_often_each_source_is_used(page: Page) -> None:
-    assert "SmolLM2-135M answers from context 40% of the time and from memory 27%." in page.text
+def written(estimate: dict[str, float]) -> str:
+    low, high = percent(estimate["low"]).removesuffix("%"), percent(estimate["high"])
+    return f"{percent(estimate['value'])} {low}\N{EN DASH}{high}"
 
 
-def test_the_lead_says_what_the_edits_do_on_which_subjects_at_which_cost(page: Page) -> None:
-    assert "with 2 heads pruned, it answers from context 93% of the time instead of 40%" in page.text
-    assert "with 2 heads pruned, it answers from memory 55% of the time instead of 27%" in page.text
-    assert "34 subjects that nothing was tuned on" in page.text
-    assert "95% of these facts right unedited, 93% and 94% with the two edits" in page.text
+def points(change: dict[str, float]) -> list[str]:
+    return [f"{round(100 * change[end]) + 0:+d}".replace("-", "\N{MINUS SIGN}") for end in ("value", "low", "high")]
 
 
-def test_an_edit_that_does_nothing_is_not_praised(tmp_path: Path) -> None:
-    summary = sample_summary()
-    for direction in ("context", "memory"):
-        summary[f"towards_{direction}"]["test"] = summary["random_heads"][f"towards_{direction}"]["test"]
-    text = report(tmp_path, summary).text
-    assert "do not clearly change (40% to 41%, p = 0.30)" in text
-    assert "do not clearly change (27% to 28%, p = 0.30)" in text
-    assert "A few of its" not in text
+FIGURES = {
+    "demo": {"usage", "templates", "map", "top", "cost", "tried"},
+    "dial": {"usage", "templates", "cost", "line-0"},
+    "gate": {"usage", "templates", "cost"},
+    "compare": {"usage", "templates", "cost", "line-0", "line-1"},
+    "probes": {"conflict", "source"},
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_study_has_its_figures_with_text_alternatives_and_loads_nothing(
+    kind: str, pages: dict[str, Page]
+) -> None:
+    assert set(figures_of(pages[kind].scripts[-1])) == FIGURES[kind]
+    assert_every_plot_has_its_place(pages[kind])
+    assert_loads_nothing(pages[kind])
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_the_headline_says_how_often_each_source_is_used(kind: str, pages: dict[str, Page]) -> None:
+    context, memory = (percent(samples.measures(UNEDITED)[f"{d}_rate"]["value"]) for d in ("context", "memory"))
+    assert f"tiny answers from context {context} of the time and from memory {memory}." in pages[kind].text
+
+
+def test_probes_have_a_headline_of_their_own(pages: dict[str, Page]) -> None:
+    said = "probes of tiny read conflict at blocks.16.mlp.hook_out with AUROC 0.70 and source at "
+    assert said in pages["probes"].text
+
+
+def test_the_lead_says_what_the_best_edits_do_on_which_subjects_at_which_cost(
+    folders: dict[str, Path], pages: dict[str, Page]
+) -> None:
+    record = StudyRecord.load(folders["demo"])
+    for d in ("context", "memory"):
+        winner = record.winner(d)
+        assert winner is not None
+        before, after = (percent(test[f"{d}_rate"]["value"]) for test in (record.unedited.test, winner.test))
+        assert (
+            f"Towards {d} the best edit is pruning, 2 heads pruned: it answers from {d} {after} of the time instead of "
+            f"{before}; facts asked without any context do not clearly suffer" in pages["demo"].text
+        )
+    n = record.data["counts"]["subjects_by_split"]["test"]
+    assert f"from {n} subjects that nothing was tuned on" in pages["demo"].text
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.3, "do not clearly suffer ("), (0.01, "it gets 80% of the facts right")])
+def test_a_loss_is_one_only_where_chance_does_not_explain_it(changed, tmp_path: Path, p: float, said: str) -> None:
+    def lose(record: dict[str, Any]) -> None:
+        test = of(record, "pruning, towards context")["test"]
+        test["closed_book_accuracy"] = estimate(0.8)
+        test["change"]["closed_book_accuracy"] = {**estimate(-0.1), "p": p}
+
+    assert said in page_of(tmp_path / "report.html", changed("demo", lose)).text
+
+
+def test_an_edit_that_does_nothing_is_not_praised(changed, tmp_path: Path) -> None:
+    def weaken(record: dict[str, Any]) -> None:
+        for d in ("context", "memory"):
+            of(record, f"pruning, towards {d}")["test"]["change"][f"{d}_rate"]["p"] = 0.3
+
+    text = page_of(tmp_path / "report.html", changed("demo", weaken)).text
+    for d in ("context", "memory"):
+        assert f"answers from {d} do not clearly change" in text
+    assert "p = 0.30" in text
+
+
+def test_an_edit_that_is_not_compared_is_not_praised_either(changed, tmp_path: Path) -> None:
+    folder = changed("demo", lambda record: [c["test"].pop("change", None) for c in record["conditions"]])
+    text = page_of(tmp_path / "report.html", folder).text
+    assert "not compared prompt by prompt" in text
+    assert "of the time instead of" not in text
 
 
 def test_four_of_57_prompts_that_change_one_way_are_no_fall() -> None:
@@ -214,116 +212,142 @@ def test_the_verdict_is_that_of_the_paired_change_alone(value: float, p: float, 
     assert Change(**apart).verdict == "unclear"
 
 
-def test_a_record_without_changes_is_compared_by_its_answers(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["gate"], tmp_path / "gate")
-    summary = read_json(tmp_path / "gate" / "summary.json")
-    changes = {name: found.pop("change") for name, found in summary["conditions"].items() if name != UNEDITED}
-    write_json(tmp_path / "gate" / "summary.json", summary)
-    (run,) = read_runs([tmp_path / "gate"])
-    for condition in run.conditions[1:]:
-        found = run.change(condition, "context_rate")
-        assert found.paired == changes[condition.name.replace(" ", "_")]["context_rate"]
-        assert found.verdict == "rises"
-    (tmp_path / "gate" / EXAMPLES).unlink()
-    (run,) = read_runs([tmp_path / "gate"])
-    assert run.change(run.conditions[1], "context_rate").verdict == "unclear"
-    assert "not compared prompt by prompt" in page_of(tmp_path / "report.html", tmp_path / "gate").text
+@pytest.mark.parametrize("kind", STUDIES)
+def test_the_table_has_a_row_for_every_condition_below_its_direction(
+    kind: str, folders: dict[str, Path], pages: dict[str, Page]
+) -> None:
+    record = StudyRecord.load(folders[kind])
+    table = pages[kind].text.split("All conditions on the test subjects")[1]
+    for direction in ("context", "memory"):
+        own = table.split(f" towards {direction} unedited ", 1)[1]
+        assert f" {written(record.unedited.test[f'{direction}_rate'])} " in own
+        for c in record.conditions:
+            if c.towards != direction:
+                continue
+            row = own.split(f" {c.name} ", 1)[1]
+            change = points(c.test["change"][f"{direction}_rate"])
+            rate = written(c.test[f"{direction}_rate"])
+            assert f"{rate} {change[0]} {change[1]} to {change[2]} {written(c.test['memorisation_ratio'])}" in row
+            for guard in ("closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy"):
+                if c.test[guard] is not None:
+                    lost = points(c.test["change"][guard])
+                    assert f"{percent(c.test[guard]['value'])} {lost[0]} ( {lost[1]} to {lost[2]} )" in _loose(row)
+            if c.cost:
+                assert "0.97 0.95\N{EN DASH}0.99" in row
 
 
-def test_a_method_that_cannot_run_has_a_row_that_says_why(tmp_path: Path) -> None:
-    summary = sample_summary()
-    summary["methods"]["learned_gates"] = {"not_run": "The gates' gradients are not finite."}
-    text = report(tmp_path, summary).text
-    assert "learned gates not run The gates' gradients are not finite." in text
+def _loose(text: str) -> str:
+    return re.sub(r" +", " ", re.sub(r"([()])", r" \1 ", text))
 
 
-def test_a_steering_method_that_cannot_run_has_a_row_that_says_why(folders: dict[str, Path], tmp_path: Path) -> None:
-    results = read_json(folders["control"] / "results.json")
-    results["methods"]["probe"] = {"not_run": "Both sources are needed."}
-    write_json(tmp_path / "results.json", results)
-    assert "probe not run Both sources are needed." in page_of(tmp_path / "report.html", tmp_path).text
+def test_a_control_stands_below_what_it_controls(pages: dict[str, Page]) -> None:
+    table = pages["demo"].text.split("All conditions on the test subjects")[1]
+    names = ("pruning, towards context", "random heads, towards context", "value scaling, towards context")
+    places = [table.index(name) for name in names]
+    assert places == sorted(places)
+    assert "random heads, towards context 2 heads: 0.0 x 0, 1.2 x 0 random, 2 draws 2" in table
 
 
-def test_what_is_undefined_is_said_to_be(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_table_says_how_a_condition_was_chosen(pages: dict[str, Page]) -> None:
+    assert "pruning, towards context 2 heads pruned best, within budget 2" in pages["demo"].text
+    assert "context aware decoding, towards context ContextAware, alpha 0.5 within budget –" in pages["compare"].text  # noqa: RUF001
+
+
+def test_what_does_not_apply_is_not_0_and_says_why(pages: dict[str, Page]) -> None:
+    row = pages["compare"].text.split("context aware decoding, towards context")[1]
+    assert row.split("towards memory unedited")[0].count("n/a") == 3, "closed-book accuracy, KL and speed"
+    titles = {found["title"] or "" for _, found in pages["compare"].tags if "title" in found}
+    assert any("does not apply" in title for title in titles)
+
+
+def test_a_method_that_cannot_run_has_a_row_that_says_why(pages: dict[str, Page]) -> None:
+    assert "could not run probe not run Both sources are needed." in pages["compare"].text
+
+
+def test_what_is_undefined_is_said_to_be(changed, tmp_path: Path) -> None:
     undefined = {"value": None, "low": None, "high": None, "n": 0}
-    summary = sample_summary()
-    summary["baseline"]["test"]["memorisation_ratio"] = undefined
-    assert "unedited 27% 22–33% 40% 35–46% undefined 95%" in report(tmp_path, summary).text  # noqa: RUF001
-    summary = read_json(folders["gate"] / "summary.json")
-    summary["kept"]["gated"]["none"] = undefined
-    write_json(tmp_path / "gate" / "summary.json", summary)
-    text = page_of(tmp_path / "report.html", tmp_path / "gate").text
+
+    def undefine(record: dict[str, Any]) -> None:
+        record["conditions"][0]["test"]["memorisation_ratio"] = undefined
+        record["details"]["gate"]["towards_context"]["kept"]["none"] = undefined
+
+    text = page_of(tmp_path / "report.html", changed("gate", undefine)).text
+    rate = written(samples.measures(UNEDITED)["context_rate"])
+    assert f"unedited – – {rate} – undefined" in text  # noqa: RUF001
     assert "keeps 97% of its gain on conflicts." in text
     assert "no context 50% 40–60% 50% 40–60% undefined 5% 0–10%" in text  # noqa: RUF001
 
 
-def test_answers_that_say_nothing_are_shown_where_they_are_counted(page: Page, tmp_path: Path) -> None:
-    assert "those that name both (1%) make up the rest" in page.text
-    summary = sample_summary()
-    summary["baseline"]["test"]["empty_rate"] = estimate(0.02)
-    text = report(tmp_path, summary).text
-    assert "those that name both (1%) and those that say nothing (2%) make up the rest" in text
+def test_a_dial_says_what_it_gives_where_it_is_asked_for_a_rate(pages: dict[str, Page]) -> None:
+    assert "context rate 60% +0.50 60% 50–70% 60% 50–70%" in pages["dial"].text  # noqa: RUF001
+    assert "memory rate 60% \N{MINUS SIGN}0.50 60%" in pages["dial"].text
 
 
-def test_a_rate_cannot_be_undefined(folders: dict[str, Path], tmp_path: Path) -> None:
-    summary = read_json(folders["dial"] / "summary.json")
-    summary["baseline"]["test"]["memory_rate"] = {"value": None, "low": None, "high": None, "n": 0}
-    write_json(tmp_path / "summary.json", summary)
-    with pytest.raises(UserError, match="has no memory_rate of unedited; run the study again"):
-        read_runs([tmp_path])
+def test_the_gate_says_when_it_opens_and_what_it_keeps(pages: dict[str, Page]) -> None:
+    text = pages["gate"].text
+    assert "Behind its gate the edit towards context keeps 97% of its gain on conflicts and 5% of its closed" in text
+    assert "a probe of blocks.17.attn.hook_out, open above \N{MINUS SIGN}1.5 (AUROC on dev 0.95)" in text
+    assert "conflicting 50% 40–60% 50% 40–60% 97% 90–100% 97% 90–100%" in text  # noqa: RUF001
+    assert "agreeing 50% 40–60% 50% 40–60% – –" in text  # noqa: RUF001
 
 
-def test_a_control_of_both_directions_together_is_still_read(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["demo"], tmp_path / "demo")
-    summary = read_json(tmp_path / "demo" / "summary.json")
-    by_direction = [summary["random_heads"][f"towards_{d}"] for d in ("context", "memory")]
-    draws = [draw for control in by_direction for draw in control["draws"]]
-    summary["random_heads"] = {"draws": draws, "test": by_direction[0]["test"]}
-    write_json(tmp_path / "demo" / "summary.json", summary)
-    page = page_of(tmp_path / "report.html", tmp_path / "demo")
-    assert "random heads, both directions together" in page.text
-    assert_every_plot_has_its_place(page)
+def test_answers_that_say_nothing_are_told(changed, tmp_path: Path) -> None:
+    def empty(record: dict[str, Any]) -> None:
+        record["conditions"][0]["test"]["empty_rate"] = estimate(0.02)
+
+    text = page_of(tmp_path / "report.html", changed("dial", empty)).text
+    assert "those that say nothing (0%\N{EN DASH}2%) make up the rest" in text
 
 
-def test_the_damage_table_has_a_row_for_every_method_direction_and_control(page: Page) -> None:
-    for row in (
-        "unedited 27% 22–33% 40% 35–46%",  # noqa: RUF001
-        "pruning, towards context 2 heads pruned; chosen 3% 0–9% 93% 88–99%",  # noqa: RUF001
-        "value scaling, towards context 2 heads inverted 5%",
-        "pruning, towards memory 2 heads pruned; chosen 55%",
-        "value scaling, towards memory 2 heads inverted 52%",
-        "random heads, towards context 2 heads pruned 26%",
-        "random heads, towards memory 2 heads pruned 28%",
-        "0.031 0.025–0.037",  # noqa: RUF001
-    ):
-        assert row in page.text
+def test_every_edited_head_is_listed_with_scale_and_score(pages: dict[str, Page]) -> None:
+    scores = {(h.layer, h.head): h.score for h in samples.head_scores().ranked("context")}
+    for heads in samples.HEADS_OF.values():
+        for layer, head, _ in heads:
+            score = f"{round(scores[layer, head], 2) + 0:+.2f}".replace("-", "\N{MINUS SIGN}")
+            assert f"{layer}.{head} 0 {score} " in pages["demo"].text
 
 
-def test_every_edited_head_is_listed_with_scale_and_score(page: Page) -> None:
-    for head in ("2.0 0 −1.2", "3.1 0 −2.", "2.1 0 +0.", "3.3 0 +1."):  # noqa: RUF001
-        assert head in page.text
+def test_of_many_edited_heads_the_strongest_are_listed_and_the_others_counted(changed, tmp_path: Path) -> None:
+    def many(record: dict[str, Any]) -> None:
+        heads = [[layer, head, 0.98765] for layer in range(4) for head in range(4)]
+        of(record, "pruning, towards context")["heads"] = heads
 
-
-def test_of_many_edited_heads_the_strongest_are_listed_and_the_others_counted(tmp_path) -> None:
-    summary = sample_summary()
-    heads = [[layer, head, 0.98765] for layer in range(4) for head in range(4)]
-    summary["towards_context"] = {**summary["towards_context"], "heads": heads}
-    text = report(tmp_path, summary).text
+    text = page_of(tmp_path / "report.html", changed("demo", many)).text
     assert text.count(" 0.99 ") == 12
     assert "and 4 more with weaker scores" in text
 
 
-def test_the_page_says_how_to_reproduce_and_apply(page: Page) -> None:
-    assert "conflictscope demo --model SmolLM2-135M --relation capital --relation currency --seed 7" in page.text
-    assert "load_model('SmolLM2-135M')" in page.text
-    assert 'InterventionFile.load("interventions/towards_context.json")' in page.text
+def test_the_page_says_how_to_reproduce_and_apply(pages: dict[str, Page]) -> None:
+    assert "conflictscope demo --model tiny --relation capital --relation currency --seed 7" in pages["demo"].text
+    assert "load_model('tiny')" in pages["demo"].text
+    assert "InterventionFile.load('interventions/pruning-towards_context.json')" in pages["demo"].text
 
 
-def test_the_figures_hold_the_rates_of_the_summary(page: Page) -> None:
-    figures = figures_of(page.scripts[-1])
-    assert set(figures) == {"usage", "templates", "map", "top", "cost"}
+def test_the_figures_hold_the_rates_of_the_record(folders: dict[str, Path], pages: dict[str, Page]) -> None:
+    record = StudyRecord.load(folders["demo"])
+    figures = figures_of(pages["demo"].scripts[-1])
+    names = ("pruning, towards context", "random heads, towards context", "pruning, towards memory")
+    rates = {c.name: c.test["memory_rate"]["value"] for c in record.conditions}
     memory = next(t for t in figures["usage"]["data"] if t.get("name") == "memory")
-    assert memory["x"] == [0.27, 0.03, 0.55, 0.26, 0.28]
+    assert memory["x"] == [rates[name] for name in (UNEDITED, *names, "random heads, towards memory")]
+    gained = {x for t in figures["cost"]["data"] if t["mode"] == "markers" for x in t["x"] if x is not None}
+    wanted = {
+        c.test[f"{d}_rate"]["value"] for c in record.conditions for d in ("context", "memory") if c.towards in (d, None)
+    }
+    assert gained == wanted
+    tried = [x for t in figures["tried"]["data"] if t.get("yaxis") in ("y", "y2") for x in t["x"] if x is not None]
+    assert sorted(tried) == sorted(candidate["rate"] for candidate in record.tried)
+
+
+def test_a_line_of_measures_is_a_dose_response_and_one_of_a_dial_its_curve(pages: dict[str, Page]) -> None:
+    curve = figures_of(pages["dial"].scripts[-1])["line-0"]
+    assert [list(trace["x"]) for trace in curve["data"]] == [[t / 4 for t in range(-4, 5)]] * 2
+    figures = figures_of(pages["compare"].scripts[-1])
+    assert figures["line-1"]["data"][0]["y"] == pytest.approx([0.25, 0.2, 0.1])
+    assert figures["line-1"]["layout"]["xaxis"]["title"]["text"] == "strength"
+    doses = figures["line-0"]
+    assert {trace["name"] for trace in doses["data"]} == {"memory rate", "context rate", "closed book"}
+    assert all(trace["x"] == [0.5, 1.0, 2.0] for trace in doses["data"])
 
 
 def assert_every_plot_has_its_place(page: Page) -> dict[str, dict[str, str | None]]:
@@ -341,11 +365,6 @@ def assert_every_plot_has_its_place(page: Page) -> dict[str, dict[str, str | Non
     return plots
 
 
-def test_every_figure_has_its_place_and_a_text_alternative(page: Page) -> None:
-    plots = assert_every_plot_has_its_place(page)
-    assert "towards context: memory 3%, context 93%" in (plots["plot-usage"]["aria-label"] or "")
-
-
 def assert_loads_nothing(page: Page) -> None:
     assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
     addresses = [value for _, found in page.tags for name, value in found.items() if name in ("src", "href", "srcset")]
@@ -354,139 +373,62 @@ def assert_loads_nothing(page: Page) -> None:
     assert not re.search(r"https?://|@import|url\(|fetch\(|\bimport\(|innerHTML", own)
 
 
-def test_the_page_loads_nothing(page: Page) -> None:
-    assert_loads_nothing(page)
+def test_plotly_js_is_inlined_exactly_once(pages: dict[str, Page]) -> None:
+    assert pages["demo"].source.count(get_plotlyjs()) == 1
+    assert len(re.findall(r"plotly\.js v\d", pages["demo"].source)) == 1
 
 
-def test_plotly_js_is_inlined_exactly_once(page: Page) -> None:
-    assert page.source.count(get_plotlyjs()) == 1
-    assert len(re.findall(r"plotly\.js v\d", page.source)) == 1
-
-
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_hostile_names_stay_text(changed, tmp_path: Path) -> None:
     hostile = "</script><script>alert('x')</script>"
-    summary = sample_summary()
-    summary["model"]["name"] = hostile
-    summary["data"]["relations"] = [hostile]
-    summary["data"]["digest"] = hostile
-    parts = [summary[part] for part in ("baseline", "towards_context", "towards_memory")]
-    for part in [*parts, *summary["random_heads"].values()]:
-        by_template = part["test"]["by_template"]
-        by_template[hostile] = by_template.pop("according_to")
-    summary["data"]["phrasings"]["held_out"] = hostile
-    summary["methods"][hostile] = summary["methods"].pop("value_scaling")
-    page = report(tmp_path, summary)
+
+    def rename(record: dict[str, Any]) -> None:
+        record["model"]["name"] = record["data"]["digest"] = record["command"] = hostile
+        record["data"]["relations"] = [hostile]
+        record["data"]["phrasings"]["held_out"] = hostile
+        record["not_run"] = {hostile: hostile}
+        for c in record["conditions"]:
+            c["does"], c["heads"] = hostile, []
+            c["test"]["by_template"][hostile] = c["test"]["by_template"].pop("according_to")
+        for c in record["tried"]:
+            c["method"] = c["does"] = hostile
+
+    page = page_of(tmp_path / "report.html", changed("demo", rename))
     assert hostile not in page.source
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert [tag for tag, _ in page.tags].count("script") == 4
     assert f"{hostile} answers from context" in page.text
-    assert set(figures_of(page.scripts[-1])) == {"usage", "templates", "map", "top", "cost"}
 
 
-def test_a_quick_run_is_called_one_and_reproduced_as_one(tmp_path: Path) -> None:
-    summary = sample_summary()
-    summary["settings"]["quick"] = True
-    text = report(tmp_path, summary).text
-    assert "Quick run." in text
-    assert "--seed 7 --dtype float32 --quick" in text
+def test_a_quick_run_is_called_one(changed, tmp_path: Path) -> None:
+    folder = changed("demo", lambda record: record["settings"].update(quick=True))
+    assert "Quick run." in page_of(tmp_path / "report.html", folder).text
 
 
-def test_scores_of_another_model_are_refused_and_leave_no_file(tmp_path: Path) -> None:
-    summary = sample_summary()
-    summary["towards_memory"]["heads"] = [[23, 4, 0.0]]
-    with pytest.raises(UserError, match=r"23\.4 is not among these scores of 4 layers x 4 heads"):
-        report(tmp_path, summary)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("runs")
-    return {kind: write(root / kind) for kind, write in WRITERS.items()}
-
-
-def page_of(path: Path, *folders: Path) -> Page:
-    write_report(path, read_runs(folders))
-    return Page(path.read_text(encoding="utf-8"))
-
-
-HEADLINES = {
-    "demo": "tiny answers from context {unedited_context} of the time and from memory {unedited_memory}.",
-    "dial": "at one end it answers from context {context} of the time, at the other from memory {memory};",
-    "gate": "keeps 97% of its gain on conflicts and 5% of its closed-book damage.",
-    "control": "Of 5 methods, ",
-    "probes": "probes of tiny read conflict at blocks.16.mlp.hook_out with AUROC 0.70 and source at ",
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_of_run_has_its_headline(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    rates = {
-        "unedited_context": samples.measures(UNEDITED)["context_rate"],
-        "unedited_memory": samples.measures(UNEDITED)["memory_rate"],
-        "context": samples.measures("context", 10)["context_rate"],
-        "memory": samples.measures("memory", 10)["memory_rate"],
-    }
-    page = page_of(tmp_path / "report.html", folders[kind])
-    assert HEADLINES[kind].format(**{name: percent(e["value"]) for name, e in rates.items()}) in page.text
-    assert f"conflictscope {'probe' if kind == 'probes' else 'steer' if kind == 'control' else kind}" in page.text
-    assert_loads_nothing(page)
-    assert_every_plot_has_its_place(page)
-
-
-def test_the_page_of_a_demo_s_folder_is_the_one_that_demo_writes(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = folders["demo"]
-    page = page_of(tmp_path / "read.html", folder)
-    summary, scores = read_json(folder / "summary.json"), HeadScores.load(folder / "heads.parquet")
-    write_report(tmp_path / "made.html", [demo_run("demo", summary, scores, read_examples(folder))])
-    assert (tmp_path / "made.html").read_text(encoding="utf-8") == page.source
-
-
-def test_the_best_edit_of_each_direction_is_the_one_of_the_headline(folders: dict[str, Path], tmp_path: Path) -> None:
-    methods = read_json(folders["control"] / "results.json")["methods"]
-    text = page_of(tmp_path / "report.html", folders["control"]).text
-    for d in ("context", "memory"):
-        rates = {m: methods[m][f"towards_{d}"]["test"][f"{d}_rate"]["value"] for m in (*STEERING_METHODS, "spare")}
-        best = max(rates, key=lambda method: rates[method])
-        assert f"{best.replace('_', ' ')}, towards {d}" in text.split("Which source")[0]
-        assert percent(rates[best]) in text.split("Every number")[0]
-
-
-def test_a_gate_that_nothing_is_kept_of_has_dashes(folders: dict[str, Path], tmp_path: Path) -> None:
-    summary = read_json(folders["gate"] / "summary.json")
-    summary["kept"] = {"gated": {}, "random_gate": {}}
-    summary["towards"] = None
-    write_json(tmp_path / "gate" / "summary.json", summary)
-    text = page_of(tmp_path / "report.html", tmp_path / "gate").text
-    assert "conflicting 50% 40–60% 50% 40–60% – –" in text  # noqa: RUF001
+def test_scores_of_another_model_are_refused_and_leave_no_file(changed, tmp_path: Path) -> None:
+    folder = changed("demo", lambda record: of(record, "pruning, towards memory").update(heads=[[40, 4, 0.0]]))
+    with pytest.raises(UserError, match=r"40\.4 is not among these scores of 30 layers x 9 heads"):
+        page_of(tmp_path / "report.html", folder)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_several_runs_are_compared_in_one_table(folders: dict[str, Path], tmp_path: Path) -> None:
     runs = read_runs([*folders.values()])
     page = page_of(tmp_path / "report.html", *folders.values())
-    compared = page.text.split("All edits next to each other")[1].split("The answers themselves")[0]
+    compared = page.text.split("All conditions next to each other")[1].split("The answers themselves")[0]
     for run in runs:
         assert run.name in page.text
-        for c in run.conditions:
-            cells = [written(c.test[m]) for m in ("memory_rate", "context_rate", "memorisation_ratio")]
-            guards = [written(c.test[m]) for m in ("closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy")]
-            row = " ".join([*cells, *guards, f"{c.test['neutral_kl']['value']:.3f}"])
-            assert row in compared.split(f" {c.name} ", 1)[1]
+        assert all(f" {c.name} {run.name}" in compared for c in run.conditions)
     assert "compared" in figures_of(page.scripts[-1])
     assert_every_plot_has_its_place(page)
 
 
-def written(estimate: dict[str, float]) -> str:
-    low, high = percent(estimate["low"]).removesuffix("%"), percent(estimate["high"])
-    return f"{percent(estimate['value'])} {low}\N{EN DASH}{high}"
-
-
-def test_runs_of_other_models_or_data_are_called_so(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_of_other_models_or_data_are_called_so(folders: dict[str, Path], changed, tmp_path: Path) -> None:
     alike = page_of(tmp_path / "alike.html", folders["demo"], folders["dial"])
     assert "Not one to one" not in alike.text
-    summary = read_json(folders["dial"] / "summary.json")
-    summary["model"]["fingerprint"], summary["data"]["digest"] = "another", "another"
-    write_json(tmp_path / "other" / "summary.json", summary)
-    page = page_of(tmp_path / "report.html", folders["demo"], tmp_path / "other")
+
+    def differ(record: dict[str, Any]) -> None:
+        record["model"]["fingerprint"] = record["data"]["digest"] = "another"
+
+    page = page_of(tmp_path / "report.html", folders["demo"], changed("dial", differ))
     assert "These runs are of different models and of different data" in page.text
 
 
@@ -497,18 +439,15 @@ def test_probes_alone_have_neither_edits_to_compare_nor_answers(folders: dict[st
     assert_every_plot_has_its_place(page)
 
 
-def test_runs_of_the_same_name_are_numbered(folders: dict[str, Path], tmp_path: Path) -> None:
-    assert [run.name for run in read_runs([folders["demo"], folders["gate"], folders["demo"]])] == [
-        "demo (1)",
-        "gate",
-        "demo (3)",
-    ]
+def test_runs_of_the_same_name_are_numbered(folders: dict[str, Path]) -> None:
+    runs = read_runs([folders["demo"], folders["gate"], folders["demo"]])
+    assert [run.name for run in runs] == ["demo (1)", "gate", "demo (3)"]
 
 
-def test_the_answers_of_the_page_are_those_of_the_records(folders: dict[str, Path], tmp_path: Path) -> None:
-    page = page_of(tmp_path / "report.html", folders["gate"])
-    (run,) = json.loads(page.scripts[0])
-    assert [condition["name"] for condition in run["conditions"]] == ["unedited", "everywhere", "gated", "random gate"]
+def test_the_answers_of_the_page_are_those_of_the_records(folders: dict[str, Path], pages: dict[str, Page]) -> None:
+    (run,) = json.loads(pages["gate"].scripts[0])
+    names = ["unedited", *(f"{name}, towards context" for name in ("everywhere", "gate", "random gate"))]
+    assert [condition["name"] for condition in run["conditions"]] == names
     frame = read_examples(folders["gate"])
     assert frame is not None
     for condition in run["conditions"]:
@@ -520,13 +459,22 @@ def test_the_answers_of_the_page_are_those_of_the_records(folders: dict[str, Pat
     assert run["prompts"]["memory"] == [" / ".join(answers) for answers in expected]
 
 
-def test_every_usage_is_told_on_the_page(folders: dict[str, Path], tmp_path: Path) -> None:
-    frame = read_examples(folders["gate"])
+def with_answers(folder: Path, where: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Path:
+    frame = read_examples(folder)
     assert frame is not None
-    usages = [USAGES[i % len(USAGES)] for i in range(frame.height)]
-    write_examples(tmp_path, frame.with_columns(pl.Series("usage", usages)))
-    shutil.copy(folders["gate"] / "summary.json", tmp_path)
-    page = page_of(tmp_path / "report.html", tmp_path)
+    write_examples(where, change(frame))
+    shutil.copy(folder / RECORD, where)
+    return where
+
+
+def test_every_usage_is_told_on_the_page(folders: dict[str, Path], tmp_path: Path) -> None:
+    usages: list[str] = []
+
+    def cycle(frame: pl.DataFrame) -> pl.DataFrame:
+        usages.extend(USAGES[i % len(USAGES)] for i in range(frame.height))
+        return frame.with_columns(pl.Series("usage", usages))
+
+    page = page_of(tmp_path / "report.html", with_answers(folders["gate"], tmp_path, cycle))
     told = "".join(condition["usage"] for condition in json.loads(page.scripts[0])[0]["conditions"])
     (listed,) = re.findall(r"USAGES = \{(.*?)\}", page.source)
     names = dict(re.findall(r'(\w): "(\w+)"', listed))
@@ -535,7 +483,7 @@ def test_every_usage_is_told_on_the_page(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_a_run_without_answers_says_how_to_get_them(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copy(folders["dial"] / "summary.json", tmp_path)
+    shutil.copy(folders["dial"] / RECORD, tmp_path)
     page = page_of(tmp_path / "report.html", tmp_path)
     assert "left no examples.parquet" in page.text
     assert "Run its command again in the same folder" in page.text
@@ -544,70 +492,59 @@ def test_a_run_without_answers_says_how_to_get_them(folders: dict[str, Path], tm
 
 def test_answers_stay_text(folders: dict[str, Path], tmp_path: Path) -> None:
     hostile = "</script><script>alert('x')</script><!--"
-    frame = read_examples(folders["gate"])
-    assert frame is not None
-    write_examples(
-        tmp_path, frame.with_columns(answer=pl.lit(hostile), prompt=pl.lit(hostile), relation=pl.lit(hostile))
-    )
-    shutil.copy(folders["gate"] / "summary.json", tmp_path)
-    page = page_of(tmp_path / "report.html", tmp_path)
+    texts = {name: pl.lit(hostile) for name in ("answer", "prompt", "relation")}
+    folder = with_answers(folders["gate"], tmp_path, lambda frame: frame.with_columns(**texts))
+    page = page_of(tmp_path / "report.html", folder)
     assert hostile not in page.source
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert json.loads(page.scripts[0])[0]["prompts"]["prompt"][0] == hostile
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_the_commands_of_a_page_are_ones_that_the_command_line_takes(kind: str, folders: dict[str, Path]) -> None:
-    (run,) = read_runs([folders[kind]])
-    for line in run.command.splitlines():
-        program, *arguments = shlex.split(line)
-        context = typer.main.get_command(app).make_context(program, list(arguments))
-        while hasattr(context.command, "commands"):
-            command: Any = context.command
-            rest = [*getattr(context, "_protected_args", []), *context.args]
-            name, inner, left = command.resolve_command(context, rest)
-            context = inner.make_context(name, left, parent=context)
+def _lacking(record: dict[str, Any]) -> None:
+    del of(record, "random gate, towards context")["test"]["neutral_kl"]
 
 
-def _without_low(found: dict[str, Any]) -> None:
-    del found["conditions"]["gated"]["memory_rate"]["low"]
+def _without_low(record: dict[str, Any]) -> None:
+    del of(record, "random gate, towards context")["test"]["memory_rate"]["low"]
 
 
-def _bare(found: dict[str, Any]) -> None:
-    found["conditions"]["gated"]["neutral_kl"] = 0.5
+def _bare(record: dict[str, Any]) -> None:
+    of(record, "random gate, towards context")["test"]["neutral_kl"] = 0.5
 
 
-def _surplus(found: dict[str, Any]) -> None:
-    found["conditions"]["gated"]["by_template"]["question"]["context_rate"]["more"] = 1
+def _surplus(record: dict[str, Any]) -> None:
+    of(record, "random gate, towards context")["test"]["by_template"]["question"]["context_rate"]["more"] = 1
 
 
-@pytest.mark.parametrize("damage", [_without_low, _bare, _surplus])
-def test_a_damaged_measure_is_named(damage: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    summary = read_json(folders["gate"] / "summary.json")
-    damage(summary)
-    write_json(tmp_path / "gate" / "summary.json", summary)
-    with pytest.raises(UserError, match=r"has no (memory_rate|neutral_kl|by_template) of gated; run the study again"):
-        read_runs([tmp_path / "gate"])
+def _undefined(record: dict[str, Any]) -> None:
+    undefined = {"value": None, "low": None, "high": None, "n": 0}
+    of(record, "random gate, towards context")["test"]["memory_rate"] = undefined
+
+
+@pytest.mark.parametrize("damage", [_lacking, _without_low, _bare, _surplus, _undefined])
+def test_a_damaged_measure_is_named(damage: Any, changed) -> None:
+    said = r"has no (memory_rate|neutral_kl|context_rate) of random gate, towards context; run the study again"
+    with pytest.raises(UserError, match=said):
+        read_runs([changed("gate", damage)])
 
 
 @pytest.mark.parametrize("column", [pl.lit("nothing").alias("usage"), pl.lit("text").alias("logit_difference")])
 def test_answers_that_are_none_are_refused(column: pl.Expr, folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["gate"], tmp_path / "gate")
-    frame = pl.read_parquet(tmp_path / "gate" / EXAMPLES).with_columns(column)
-    write_parquet(tmp_path / "gate" / EXAMPLES, frame)
+    folder = with_answers(folders["gate"], tmp_path, lambda frame: frame.with_columns(column))
     with pytest.raises(UserError, match="holds usages or logit differences that are none"):
-        read_runs([tmp_path / "gate"])
+        read_runs([folder])
 
 
 @pytest.mark.parametrize(
     ("write", "said"),
     [
-        (lambda _: None, "holds no records of a study"),
-        (lambda folder: write_json(folder / "summary.json", {"accuracy": 1}), "holds no records of a study"),
-        (lambda folder: write_json(folder / "results.json", [1]), "holds no records of a study"),
-        (lambda folder: write_json(folder / "summary.json", {"gate": {}}), "lacks something that a report shows"),
-        (lambda folder: (folder / "summary.json").write_text("{"), "is not valid JSON"),
+        (lambda _: None, "holds no study"),
+        (lambda folder: write_json(folder / "summary.json", {"gate": {}}), "is of an older conflictscope"),
+        (lambda folder: write_json(folder / "results.json", [1]), "is of an older conflictscope"),
+        (lambda folder: write_json(folder / RECORD, {"accuracy": 1}), "is no record of a study"),
+        (lambda folder: (folder / RECORD).write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / "scores.parquet").write_text("no table"), "cannot be read"),
+        (lambda folder: write_parquet(folder / "scores.parquet", pl.DataFrame({"label": ["a"]})), "lacks chosen"),
         (lambda folder: (folder / EXAMPLES).write_text("no table"), "cannot be read"),
         (lambda folder: write_parquet(folder / EXAMPLES, pl.DataFrame({"id": ["a"]})), "lacks answer, condition"),
     ],
@@ -617,26 +554,16 @@ def test_what_is_no_run_is_refused_with_a_sentence(write, said: str, folders: di
     folder.mkdir()
     write(folder)
     if (folder / EXAMPLES).exists():
-        shutil.copy(folders["gate"] / "summary.json", folder)
+        shutil.copy(folders["gate"] / RECORD, folder)
     with pytest.raises(UserError, match=said):
         read_runs([folder])
 
 
-def test_a_summary_that_lacks_a_measure_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    summary = read_json(folders["dial"] / "summary.json")
-    del summary["random_heads"]["towards_memory"]["test"]["aligned_accuracy"]
-    write_json(tmp_path / "summary.json", summary)
-    with pytest.raises(UserError, match="has no aligned_accuracy of random gates, towards memory"):
-        read_runs([tmp_path])
-
-
 def test_examples_of_other_prompts_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    frame = read_examples(folders["gate"])
-    assert frame is not None
-    write_examples(tmp_path, frame.filter((pl.col("condition") == UNEDITED) | (pl.col("kind") == "conflict")))
-    shutil.copy(folders["gate"] / "summary.json", tmp_path)
-    with pytest.raises(UserError, match="have other prompts of everywhere"):
-        page_of(tmp_path / "report.html", tmp_path)
+    some = (pl.col("condition") == UNEDITED) | (pl.col("kind") == "conflict")
+    folder = with_answers(folders["gate"], tmp_path, lambda frame: frame.filter(some))
+    with pytest.raises(UserError, match="have other prompts of everywhere, towards context"):
+        page_of(tmp_path / "report.html", folder)
 
 
 def test_the_command_writes_a_page_for_one_run_and_for_several(

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import polars as pl
 import pytest
 
-from conflictscope.examples import UNEDITED, read_examples, write_examples
 from conflictscope.report import read_runs, write_report
+from conflictscope.study.record import UNEDITED, StudyRecord, read_examples, write_examples
 from figures.theme import percent
 from interp.facts import HELD_OUT_PHRASING
-from interp.files import read_json
 from tests import browser
 from tests.browser import WIDTHS, check_fits, requests_of, screenshots
 from tests.conflictscope.report_samples import WRITERS, write_demo, write_gate
@@ -86,17 +85,19 @@ def test_a_thousand_prompts_under_nine_conditions_and_270_heads_load_in_time(
     assert not asked
 
 
-def test_the_cards_show_the_numbers_of_the_records(opened: Page, folder: Path) -> None:
-    summary = read_json(folder / "summary.json")
+def test_the_cards_show_the_numbers_of_the_record(opened: Page, folder: Path) -> None:
+    record = StudyRecord.load(folder)
     for d in ("context", "memory"):
-        before, after = (summary[part]["test"][f"{d}_rate"]["value"] for part in ("baseline", f"towards_{d}"))
+        winner = record.winner(d)
+        assert winner is not None
+        before, after = (test[f"{d}_rate"]["value"] for test in (record.unedited.test, winner.test))
         card = opened.locator(f".card.{d} .big").inner_text()
         assert card == f"{percent(before)} → {percent(after)}"
 
 
-def test_the_counts_without_other_filters_are_the_rates_of_the_records(opened: Page, folder: Path) -> None:
-    summary = read_json(folder / "summary.json")
-    before, after = summary["baseline"]["test"], summary["towards_context"]["test"]
+def test_the_counts_without_other_filters_are_the_rates_of_the_record(opened: Page, folder: Path) -> None:
+    record = StudyRecord.load(folder)
+    before, after = record.unedited.test, next(c.test for c in record.conditions if c.name == AFTER)
     choose(opened, after=AFTER)
     said = opened.locator(".found").inner_text()
     assert found(opened) == before["context_rate"]["n"]
@@ -105,6 +106,20 @@ def test_the_counts_without_other_filters_are_the_rates_of_the_records(opened: P
             rate = test[f"{usage}_rate"]
             count = round(rate["value"] * rate["n"])
             assert f"{usage} {count} ({100 * rate['value']:.1f}%)" in part
+
+
+def test_a_click_sorts_each_direction_and_leaves_controls_below_theirs(opened: Page, folder: Path) -> None:
+    record = StudyRecord.load(folder)
+    named = "(rows) => rows.map((row) => row.querySelector('th').firstChild.data.trim())"
+    for button, wanted in (("Wanted rate", True), ("Wanted rate", False)):
+        opened.get_by_role("button", name=button).click()
+        order = opened.locator(".conditions tbody").first.locator("tr:not(.group)").evaluate_all(named)
+        edits = [record.unedited, *record.chosen("context")]
+        edits.sort(key=lambda c: c.test["context_rate"]["value"], reverse=wanted)
+        assert order == [c.name for edit in edits for c in (edit, *record.controls_of(edit))]
+    opened.get_by_role("button", name="Condition").click()
+    order = opened.locator(".conditions tbody").last.locator("tr:not(.group, .control)").evaluate_all(named)
+    assert order == sorted(order)
 
 
 FILTERS = {
@@ -253,10 +268,10 @@ def test_with_several_runs_the_browser_shows_the_chosen_one(browser_page: Page, 
     folders = [WRITERS[kind](tmp_path / kind) for kind in ("demo", "gate", "probes")]
     write_report(tmp_path / "report.html", read_runs(folders))
     show(browser_page, tmp_path / "report.html")
-    choose(browser_page, relation="currency", run="gate", after="random gate", after_usage="context")
+    choose(browser_page, relation="currency", run="gate", after="random gate, towards context", after_usage="context")
     frame = read_examples(folders[1])
     assert frame is not None
-    kept = frame.filter(condition="random gate", kind="conflict", relation="currency", usage="context")
+    kept = frame.filter(condition="random gate, towards context", kind="conflict", relation="currency", usage="context")
     assert found(browser_page) == kept.height > 0
     browser_page.get_by_role("link", name="gate").click()
     assert browser_page.url.endswith("#run2-headline")

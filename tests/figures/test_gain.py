@@ -55,18 +55,19 @@ def test_gain_and_damage_gives_divergence_in_nats() -> None:
     assert "0.030 [0.010, 0.060]" in trace(figure, name="pruning").hovertext[0]
 
 
-def test_damage_fronts_give_each_method_a_line_by_rising_rate() -> None:
-    def setting(method: str, name: str, rate: float, text: float, right: float) -> dict[str, Any]:
-        divergence = {"none": 0.5, "aligned": 0.5, "irrelevant": 0.5, "neutral": text}
-        return {"method": method, "setting": name, "rate": rate, "divergence": divergence, "right": {"none": right}}
+def test_damage_fronts_show_each_method_s_candidates_by_rising_rate() -> None:
+    def candidate(method: str, towards: str, rate: float, text: float | None, kept: float) -> dict[str, Any]:
+        damage = {"none": 0.5, "aligned": 0.5, "irrelevant": 0.5, "neutral": text}
+        return {"method": method, "towards": towards, "does": "<i>", "rate": rate, "damage": damage, "kept": kept}
 
-    context = [setting("learned_gates", "1", 0.8, 0.02, 0.9), setting("learned_gates", "0.5", 0.6, 0.005, 0.95)]
-    memory = [setting("pruning", "1.2 x0", 0.5, 0.1, 0.7)]
-    figure: Any = damage_fronts({"context": context, "memory": memory})
+    context = [("learned_gates", "context", 0.8, 0.02, 0.9), ("learned_gates", "context", 0.6, 0.005, 0.95)]
+    memory = [("pruning", "memory", 0.5, None, 0.7)]
+    figure: Any = damage_fronts([candidate(*of) for of in (*context, *memory)])
     drawn = {(t.name, t.xaxis, t.yaxis): (list(t.x), list(t.y)) for t in figure.data if len(t.x) and t.x[0] is not None}
     assert drawn == {
         ("learned gates", "x", "y"): ([0.6, 0.8], [0.005, 0.02]),
         ("learned gates", "x3", "y3"): ([0.6, 0.8], [0.95, 0.9]),
-        ("pruning", "x2", "y2"): ([0.5], [0.1]),
+        ("pruning", "x2", "y2"): ([0.5], [None]),
         ("pruning", "x4", "y4"): ([0.5], [0.7]),
     }
+    assert all("<i>" not in text for t in figure.data for text in t.hovertext or ())

@@ -179,14 +179,14 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         really_fsync(descriptor)
 
-    def report(*arguments):
+    def examples(*arguments):
         at_the_end.append(True)
-        really_write_report(*arguments)
+        really_write_examples(*arguments)
 
-    really_write_report = study_module.write_report
+    really_write_examples = study_module.write_examples
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        patched.setattr(study_module, "write_report", report)
+        patched.setattr(study_module, "write_examples", examples)
         assert_one_sentence(run("demo", "--model", tiny, "--out", "out"), "No space left on device", "run again")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"records", "interventions", "heads.parquet", "heads.json", "conflicts.jsonl"}
