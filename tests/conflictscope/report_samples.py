@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from conflictscope.demo_study import TEST_PHRASINGS, condition_record, pooled_record
-from conflictscope.examples import example_frame
+from conflictscope.study.data import TESTED_PHRASINGS
+from conflictscope.study.measure import Result, measures_of
 from conflictscope.study.record import HEADS, UNEDITED, Measured, StudyRecord, write_examples
+from conflictscope.study.run import example_frame
 from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import HeadScores
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
@@ -45,7 +46,7 @@ BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 def asked() -> ConflictSet:
     """About a thousand test prompts."""
     test = conflicts().select(split="test")
-    return ConflictSet(test.name, tuple(e for e in test if e.template in TEST_PHRASINGS[e.kind]))
+    return ConflictSet(test.name, tuple(e for e in test if e.template in TESTED_PHRASINGS[e.kind]))
 
 
 @cache
@@ -87,7 +88,12 @@ def answered(towards: str, seed: int = 0) -> UsageReport:
 def measures(towards: str, seed: int = 0) -> dict[str, Any]:
     """The measures of these answers."""
     unedited = None if towards == UNEDITED else answered(UNEDITED)
-    return condition_record(answered(towards, seed), _divergences(towards), unedited)
+    return measures_of(result(towards, seed), unedited)
+
+
+def result(towards: str, seed: int = 0) -> Result:
+    """What is measured of these answers."""
+    return Result(answered(towards, seed), _divergences(towards), None, closed_book=True)
 
 
 def _divergences(towards: str) -> np.ndarray:
@@ -108,8 +114,7 @@ def edited(method: str, towards: Direction, seed: int = 0, **about: Any) -> Meas
 
 def control(of: Measured, name: str = "random heads", **about: Any) -> Measured:
     """Two random draws next to it, measured together."""
-    draws = [(answered("random", seed), _divergences("random")) for seed in range(2)]
-    test = pooled_record(draws, answered(UNEDITED))
+    test = measures_of(pooled([result("random", seed) for seed in range(2)]), answered(UNEDITED))
     return Measured(
         f"{name}, towards {of.towards}",
         of.method,

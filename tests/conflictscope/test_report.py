@@ -13,10 +13,10 @@ from plotly.offline import get_plotlyjs
 from typer.testing import CliRunner
 
 from conflictscope.cli import report as command
-from conflictscope.examples import example_frame
 from conflictscope.report import read_runs, write_report
 from conflictscope.report.runs import Change
 from conflictscope.study.record import EXAMPLES, RECORD, UNEDITED, StudyRecord, read_examples, write_examples
+from conflictscope.study.run import example_frame
 from figures.theme import percent
 from interp.answers import USAGES
 from interp.errors import UserError

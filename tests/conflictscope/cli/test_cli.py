@@ -7,11 +7,11 @@ import sys
 import polars as pl
 import pytest
 
-from conflictscope import demo_study as study_module
 from conflictscope.cli import main
+from conflictscope.study import data as data_module
+from conflictscope.study import run as run_module
 from interp import evaluation
 from interp.conflicts import ConflictSet
-from interp.facts import usable_facts
 from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
@@ -171,7 +171,7 @@ def test_inspect_reads_a_file_with_a_byte_order_mark(run, tmp_path, data):
 
 def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatch):
     """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
-    monkeypatch.setattr(study_module, "known_facts", lambda *_, **__: usable_facts("capital")[:30])
+    monkeypatch.setattr(data_module, "known_facts", lambda *_, among, **__: among)
     really_fsync, at_the_end = os.fsync, []
 
     def full(descriptor):
@@ -183,15 +183,17 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatc
         at_the_end.append(True)
         really_write_examples(*arguments)
 
-    really_write_examples = study_module.write_examples
+    really_write_examples = run_module.write_examples
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        patched.setattr(study_module, "write_examples", examples)
-        assert_one_sentence(run("demo", "--model", tiny, "--out", "out"), "No space left on device", "run again")
+        patched.setattr(run_module, "write_examples", examples)
+        assert_one_sentence(
+            run("demo", "--quick", "--model", tiny, "--out", "out"), "No space left on device", "run again"
+        )
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"records", "interventions", "heads.parquet", "heads.json", "conflicts.jsonl"}
+    assert written == {"records", "interventions"}
     assert not [path for path in (tmp_path / "out").rglob(".*")]
-    code, _, error = run("demo", "--model", tiny, "--out", "out")
+    code, _, error = run("demo", "--quick", "--model", tiny, "--out", "out")
     assert code == 0
     assert "report.html" in error
 

@@ -3,8 +3,9 @@ import polars as pl
 import pytest
 import torch
 
-from conflictscope import demo_study as study
-from conflictscope.demo_study import measure_edits
+from conflictscope.study import measure as study
+from conflictscope.study.condition import Condition
+from conflictscope.study.executor import UnitBench
 from conflictscope.study.records import Records
 from interp.attribution.scores import HeadScores
 from interp.evaluation import UsageReport
@@ -52,13 +53,16 @@ def test_another_model_has_records_of_its_own(tmp_path):
 def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_path, monkeypatch):
     asked, measured = tiny_conflicts(), []
 
-    def measure(_, conflicts, *, progress):
+    def measure(_, conflicts, *, combined, progress):
+        assert combined is None
         measured.append(progress)
         rows = {"id": [e.id for e in conflicts], "subject": [e.subject for e in conflicts]}
         return UsageReport(pl.DataFrame(rows))
 
     monkeypatch.setattr(study, "measure_usage", measure)
     monkeypatch.setattr(study, "neutral_kl", lambda *_, **__: np.zeros(2))
+    monkeypatch.setattr(study, "_cost", lambda *_: {})
+    bench = UnitBench(tiny_llama, asked, Records(tmp_path), 0)
     steered = Steering(1, torch.ones(32), 2.0)
     names = {
         "pruning": [HeadScaling.of([(1, 0)], 0.0)],
@@ -71,6 +75,6 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
         "another scale": [HeadScaling.of([(1, 0)], 0.5)],
     }
     for name, edits in names.items():
-        measure_edits(tiny_llama, Records(tmp_path), asked, edits, label=name)
+        study.measure(bench, Condition(name, edits=tuple(edits)))
     once = ["pruning", "steering", "unedited", "another vector, the same settings", "another scale"]
-    assert measured == once
+    assert measured == [f"On test: {name}" for name in once]

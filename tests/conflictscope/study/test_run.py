@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -58,7 +59,7 @@ class TwoHeads(Method):
 
     name = "two_heads"
 
-    def candidates(self, _: Lab, towards: Direction) -> Sequence[Condition]:
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         return [Condition(self.name, towards, {"head": head}, (HeadScaling.of([(1, head)], 0.0),)) for head in (0, 1)]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
@@ -74,7 +75,7 @@ class Impossible(Method):
 
     name = "impossible"
 
-    def candidates(self, *_: Any) -> Sequence[Condition]:
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         raise UserError("This model has no such thing; take another.")
 
 
@@ -136,7 +137,9 @@ def test_a_change_is_what_prompts_gain_on_average(lab: Lab, record: StudyRecord)
         before, after = (
             conflict.filter(pl.col("condition") == name)["usage"] == towards for name in (UNEDITED, best.name)
         )
-        assert best.test["change"][f"{towards}_rate"]["value"] == pytest.approx(after.mean() - before.mean())
+        assert best.test["change"][f"{towards}_rate"]["value"] == pytest.approx(
+            np.mean(after.to_numpy()) - np.mean(before.to_numpy())
+        )
 
 
 def test_an_intervention_file_of_the_record_gives_the_rows_of_the_record(lab: Lab, record: StudyRecord) -> None:
