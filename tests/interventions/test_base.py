@@ -33,7 +33,7 @@ class Plain(Intervention):
     def edited_layers(self) -> set[int]:
         return {1}
 
-    def patches(self, model) -> list[Patch]:
+    def patches(self, _) -> list[Patch]:
         return []
 
 
