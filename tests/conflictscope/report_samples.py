@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from conflictscope.study.data import TESTED_PHRASINGS
-from conflictscope.study.measure import Result, measures_of
+from conflictscope.study.measure import Result, measures_of, pooled
 from conflictscope.study.record import HEADS, UNEDITED, Measured, StudyRecord, write_examples
 from conflictscope.study.run import example_frame
 from interp.answers import DIRECTIONS, Direction
