@@ -53,7 +53,7 @@ def look_at_features(
     if recording.basis["positions"] != "last" or "usage" not in index.columns:
         raise UserError(
             f"{recording.path} does not hold the last tokens of conflict prompts with their answers; record them with "
-            "`conflictscope record`, or give the recording of `conflictscope spare fit`."
+            "`conflictscope record`."
         )
     states = recording.read(sae.site)
     if features is None:

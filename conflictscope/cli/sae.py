@@ -132,7 +132,7 @@ def sae_features(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many features, where none are given.")] = 4,
     recording: Annotated[Path, typer.Option(help="A recording of conflict prompts' last tokens, with answers.")] = Path(
-        "out/control/recording"
+        "out/recording"
     ),
     model: ModelOption = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for features.json and a figure of each.")] = Path("out/features"),
