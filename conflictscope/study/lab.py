@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 """The damage that is allowed on dev: mean nats of KL divergence by guard."""
 
-_SCORED_ON = 96
+_SCORED_ON, _QUICK_TRIES = 96, 4
 _TEXTS = {"train": 56, "dev": 24}
 _TEXT_TOKENS = 48
 _LEARNED_FROM: dict[str, dict[str, int]] = {
@@ -121,7 +121,9 @@ class Lab:
             candidates = method.candidates(self, towards)
             if not candidates:
                 raise UserError(f"{method.name} has nothing to try towards {towards} on this model and these prompts.")
-            self._chosen[key] = choose(self, candidates, towards)
+            # A quick study tries some of them, evenly.
+            tries = candidates[:: -(-len(candidates) // _QUICK_TRIES)] if self.quick else candidates
+            self._chosen[key] = choose(self, tries, towards)
         return self._chosen[key]
 
     def texts(self, split: Literal["train", "dev"]) -> list[str]:
