@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 import re
 import unicodedata
 import warnings
@@ -230,6 +231,19 @@ class ConflictSet:
         _add_bare_prompts(path, examples, old)
         _caution_leaks(path, examples)
         return cls(Path(path).stem, tuple(examples))
+
+
+def evenly(examples: Iterable[ConflictExample], count: int, seed: int) -> list[ConflictExample]:
+    """At most ``count`` examples at random, of relations and phrasings in turn."""
+    groups: dict[tuple[str, str], list[ConflictExample]] = {}
+    for example in examples:
+        groups.setdefault((example.relation, example.template), []).append(example)
+    rng = random.Random(seed)
+    queues = [rng.sample(group, len(group)) for group in groups.values()]
+    chosen: list[ConflictExample] = []
+    while len(chosen) < count and any(queues):
+        chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
+    return chosen
 
 
 def json_line(example: ConflictExample) -> bytes:

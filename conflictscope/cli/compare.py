@@ -73,13 +73,16 @@ def compare(
     methods = [method_named(name) for name in dict.fromkeys(method or registered())]
     if leave_out is not None and test_data is not None:
         raise UserError("Give --leave-out or --test-data, not both.")
+    if test_format is not None and test_data is None:
+        raise UserError("--test-format belongs to --test-data; give a file, or leave it out.")
     lab = make_lab(
         model,
         out,
         relation=relation,
         data=data,
         format=format,
-        unknown_too=unknown_too,
+        # Without --data it may be meant for --test-data alone.
+        unknown_too=unknown_too and (data is not None or test_data is None),
         default=RELATIONS,
         subjects=subjects,
         seed=seed,
@@ -90,11 +93,11 @@ def compare(
         dtype=dtype,
     )
     if leave_out is not None:
-        lab.prompts = lab.prompts.left_out(leave_out)
+        lab = lab.on(lab.prompts.left_out(leave_out))
     if test_data is not None:
         other = file_prompts(
             lab.model, test_data, lab.records, subjects=subjects, seed=seed, format=test_format, unknown_too=unknown_too
         )
-        lab.prompts = lab.prompts.tested_on(other.test, other.name)
+        lab = lab.on(lab.prompts.tested_on(other.test, other.name))
     study(lab, methods, "compare", out)
     show_page(out)

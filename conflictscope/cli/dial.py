@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -101,9 +101,9 @@ def dial_fit(
         dtype=dtype,
     )
     dial, method = fitted_dial(lab, training), LearnedScales(training, strengths=(1.0,))
-    record = study(lab, [method], "dial", out, choices=("best",))
     asked = {f"towards_{towards}": asked_for_halfway(lab, dial, towards) for towards in DIRECTIONS}
-    replace(record, lines={"trust": curve(lab, dial)}, details={**record.details, "dial": asked}).save(out)
+    about = {"lines": {"trust": curve(lab, dial)}, "details": {"dial": asked}}
+    record = study(lab, [method], "dial", out, choices=("best",), **about)
     ends = {f"trust {ENDS[towards]:+g}": record.chosen(towards)[0].test for towards in DIRECTIONS}
     settings = {**asdict(training), **made_with(lab)}
     save_dial(lab, dial, out, measured={"unedited": record.unedited.test, **ends}, settings=settings)

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from conflictscope.study.condition import Condition
-from conflictscope.study.data import evenly
 from interp.answers import Direction
-from interp.conflicts import ConflictExample, ConflictSet, ContextKind
+from interp.conflicts import ConflictExample, ConflictSet, ContextKind, evenly
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, answer_token_ids
 from interp.generation import ReadPrompts, next_logits, tracked
@@ -95,12 +94,12 @@ class Chosen:
 
     Attributes:
         best: The best, whatever it damages.
-        within_budget: The best within the budget.
+        within_budget: The best within the budget; ``None`` where nothing fits, also moved back.
         tried: All that was tried.
     """
 
     best: Tried
-    within_budget: Tried
+    within_budget: Tried | None
     tried: tuple[Tried, ...]
 
 
@@ -122,13 +121,13 @@ class Dev:
         self.texts = list(texts)
         conflicts = [e for e in examples.select(kind="conflict") if answer_token_ids(model, e) is not None]
         self.conflicts = evenly(conflicts, _FEW if few else _CONFLICTS, seed)
-        if not len(self.conflicts):
+        if not self.conflicts:
             raise UserError(
                 "Dev has no conflict prompt whose two answers start with different tokens; give other data."
             )
         kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
         guards = {kind: evenly(examples.select(kind=kind), _FEW if few else _GUARDS[kind], seed) for kind in kinds}
-        self.guards = {kind: some for kind, some in guards.items() if len(some)}
+        self.guards = {kind: some for kind, some in guards.items() if some}
         self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
         self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts]
 
@@ -219,9 +218,8 @@ def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction) -> Cho
     moved_back = [moved for one in outside[:_MOVED_BACK] if (moved := _moved_back(lab, one)) is not None]
     finalists = [own[i] for i in as_good_as_the_best(own, towards, [e.subject for e in lab.dev.conflicts])]
     best = max(finalists, key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
-    # Where nothing fits, the least is what spends least.
-    fitting = [*within, *moved_back] or [min(own, key=lambda one: one.spent(lab.budgets))]
-    return Chosen(best, max(fitting, key=lambda one: one.rate(towards)), (*own, *moved_back))
+    within_budget = max([*within, *moved_back], key=lambda one: one.rate(towards), default=None)
+    return Chosen(best, within_budget, (*own, *moved_back))
 
 
 def as_good_as_the_best(tries: Sequence[Tried], towards: Direction, subjects: Sequence[str]) -> list[int]:

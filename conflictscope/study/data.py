@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,19 +200,6 @@ def file_prompts(
         known = set(records.json("known-file", conflicts.digest, ask, version=version))
         conflicts = ConflictSet(conflicts.name, tuple(e for e in conflicts if e.id in known))
     return _split(conflicts, tuple(dict.fromkeys(e.relation for e in conflicts)), len(kept))
-
-
-def evenly(examples: Iterable[ConflictExample], count: int, seed: int) -> ConflictSet:
-    """At most ``count`` examples, of relations and phrasings in turn."""
-    groups: dict[tuple[str, str], list[ConflictExample]] = {}
-    for example in examples:
-        groups.setdefault((example.relation, example.template), []).append(example)
-    rng = random.Random(seed)
-    queues = [rng.sample(group, len(group)) for group in groups.values()]
-    chosen: list[ConflictExample] = []
-    while len(chosen) < count and any(queues):
-        chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
-    return ConflictSet("some", tuple(chosen))
 
 
 def _subjects(most: int) -> dict[Split, int]:

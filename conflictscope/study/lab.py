@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conflictscope.study.choice import Chosen, Dev, choose
-from conflictscope.study.data import Prompts, evenly
+from conflictscope.study.data import Prompts
 from conflictscope.study.method import Method
 from conflictscope.study.records import Records
 from interp.activation_store import ActivationStore
@@ -22,7 +22,7 @@ from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import STATES_VERSION, last_token_states
-from interp.conflicts import ConflictSet
+from interp.conflicts import ConflictSet, evenly
 from interp.corpus import sampled_texts
 from interp.errors import UserError
 from interp.sae import SparseAutoencoder
@@ -80,7 +80,7 @@ class Lab:
         self.budgets = budgets or BUDGETS
         self.anatomy = Anatomy(model)
         self._saes = saes
-        self._chosen: dict[tuple[str, Direction], Chosen] = {}
+        self._chosen: dict[tuple[Method, Direction], Chosen] = {}
 
     def on(self, prompts: Prompts) -> Lab:
         """A lab for the same model on other prompts, which keeps its results in the same place."""
@@ -116,7 +116,7 @@ class Lab:
         Raises:
             UserError: If the method cannot run, or has no candidate.
         """
-        key = (method.name, towards)
+        key = (method, towards)
         if key not in self._chosen:
             candidates = method.candidates(self, towards)
             if not candidates:
@@ -148,7 +148,7 @@ class Lab:
             UserError: If no prompt has a partner to be corrupted with.
         """
         train = evenly(self.prompts.train.select(kind="conflict"), 24 if self.quick else _SCORED_ON, self.seed)
-        some = ConflictSet(self.prompts.train.name, tuple(with_partners(train.examples)))
+        some = ConflictSet(self.prompts.train.name, tuple(with_partners(train)))
         return self.records.head_scores(
             "head_scores",
             [some.digest, self.seed],

@@ -16,9 +16,8 @@ import numpy as np
 import polars as pl
 
 from conflictscope.study.condition import Condition
-from conflictscope.study.data import evenly
 from interp.answers import USAGES
-from interp.conflicts import ConflictSet
+from interp.conflicts import ConflictSet, evenly
 from interp.evaluation import (
     ANSWERS_VERSION,
     NEUTRAL_KL_VERSION,
@@ -139,8 +138,8 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
-    some = evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)
-    plain, asked = (ConflictSet("timed", tuple(part)) for part in (some, condition.asked(some)))
+    plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
+    asked = condition.asked(plain)
     rule = condition.decoding.combined if condition.decoding.needs_bare else None
 
     def seconds(examples: ConflictSet, *, edited: bool) -> float:

@@ -33,6 +33,12 @@ class Method(ABC):
     name: ClassVar[str]
     derived: ClassVar[bool] = False
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @abstractmethod
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """The conditions that compete on dev.

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def run(
     directions: Sequence[Direction] = DIRECTIONS,
     choices: Sequence[Choice] = ("best", "within_budget"),
     executor: Executor = serial,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> StudyRecord:
     """Choose, measure and record; finished steps are kept, so that what was killed goes on where it stopped.
 
@@ -65,6 +67,8 @@ def run(
         directions: Towards which sources.
         choices: Which of dev's choices are measured.
         executor: What sees that conditions are measured.
+        lines: Measurements at each dose that the record holds too, by name.
+        details: What else the record says, besides what its methods do.
 
     Raises:
         UserError: If none of the methods can run; where some can, the record says why the others can't.
@@ -74,25 +78,29 @@ def run(
         raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
     rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
     for (method, _), found in chosen.items():
-        rows += _rows(lab, method, found, choices)
+        own, refused = _rows(lab, method, found, choices)
+        rows += own
+        not_run |= refused
     executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
     results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
     (out / RECORD).unlink(missing_ok=True)
     unedited = results[UNEDITED].report
+    tests = {name: measures_of(result, None if name == UNEDITED else unedited) for name, result in results.items()}
     winners: dict[Direction, str | None] = {
         d: _winner(lab, d, {m: f for (m, towards), f in chosen.items() if towards == d}) for d in directions
     }
-    files = {row.name: _write(lab, row, results, out, winners) for row in rows}
+    files = {row.name: _write(lab, row, tests, out, winners) for row in rows}
     record = StudyRecord(
         kind=kind,
         command=command,
         model=model_record(lab),
         data=lab.prompts.about(),
         settings={"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners, **made_with(lab)},
-        conditions=tuple(_measured(row, results[row.name], unedited, files[row.name]) for row in rows),
+        conditions=tuple(_measured(row, tests[row.name], results[row.name].cost, files[row.name]) for row in rows),
         tried=tuple(one.to_record(lab.budgets) for found in chosen.values() for one in found.tried),
+        lines=lines or {},
         not_run=not_run,
-        details=_details(lab, chosen),
+        details={**_details(lab, chosen), **(details or {})},
     )
     _write_beside(lab, rows, results, out)
     record.save(out)
@@ -148,20 +156,24 @@ def _chosen(
     return chosen, not_run
 
 
-def _rows(lab: Lab, method: Method, found: Chosen, choices: Sequence[Choice]) -> list[_Row]:
-    name = found.best.condition.name
-    rows: list[_Row] = []
-    is_both = found.best.condition.digest == found.within_budget.condition.digest
-    if "best" in choices or is_both:
-        rows.append(_Row(name, [found.best.condition], tuple(choices) if is_both else ("best",), found.best))
+def _rows(lab: Lab, method: Method, found: Chosen, choices: Sequence[Choice]) -> tuple[list[_Row], dict[str, str]]:
+    """What is measured of a method in one direction, and why the rest is not."""
+    best, within = found.best, found.within_budget
+    name, not_run = best.condition.name, {}
+    is_both = within is not None and within.condition.digest == best.condition.digest
+    rows = [_Row(name, [best.condition], tuple(choices) if is_both else ("best",), best)]
     if "within_budget" in choices and not is_both:
-        rows.append(
-            _Row(f"{name}, within budget", [found.within_budget.condition], ("within_budget",), found.within_budget)
-        )
-    if rows and (draws := method.controls(lab, found.best.condition)):
-        kind = draws[0].method.replace("_", " ")
-        rows.append(_Row(f"{kind} for {name}", list(draws), control_of=rows[0].name))
-    return rows
+        if within is None:
+            not_run[f"{name}, within budget"] = "No candidate stays within the damage budget on dev, also moved back."
+        else:
+            rows.append(_Row(f"{name}, within budget", [within.condition], ("within_budget",), within))
+    try:
+        if draws := method.controls(lab, best.condition):
+            kind = draws[0].method.replace("_", " ")
+            rows.append(_Row(f"{kind} for {name}", list(draws), control_of=name))
+    except UserError as error:
+        not_run[f"random control of {name}"] = str(error)
+    return rows, not_run
 
 
 def _winner(lab: Lab, towards: Direction, chosen: dict[Method, Chosen]) -> str | None:
@@ -174,19 +186,19 @@ def _winner(lab: Lab, towards: Direction, chosen: dict[Method, Chosen]) -> str |
     return best.condition.name
 
 
-def _measured(row: _Row, result: Result, unedited: UsageReport, file: str | None) -> Measured:
+def _measured(row: _Row, test: Mapping[str, Any], cost: Mapping[str, float] | None, file: str | None) -> Measured:
     first = row.conditions[0]
     return Measured(
         name=row.name,
         method=first.method,
-        test=measures_of(result, None if row.name == UNEDITED else unedited),
+        test=test,
         towards=first.towards,
         choices=row.choices,
         settings=dict(first.settings),
         does=first.does,
         moved=first.moved,
         heads=first.heads,
-        cost=result.cost,
+        cost=cost,
         dev=None if row.dev is None else row.dev.numbers,
         control_of=row.control_of,
         draws=len(row.conditions),
@@ -195,13 +207,12 @@ def _measured(row: _Row, result: Result, unedited: UsageReport, file: str | None
 
 
 def _write(
-    lab: Lab, row: _Row, results: dict[str, Result], out: Path, winners: dict[Direction, str | None]
+    lab: Lab, row: _Row, tests: Mapping[str, Any], out: Path, winners: Mapping[Direction, str | None]
 ) -> str | None:
     """Write the row's intervention file, if files can hold it; gives its path from the record."""
     (condition, *others) = row.conditions
     if others or not condition.edits or not condition.changes_text:
         return None
-    unedited = results[UNEDITED]
     file = InterventionFile.of(
         condition.edits,
         name=f"{lab.name}: {row.name}",
@@ -217,10 +228,7 @@ def _write(
             "quick": lab.quick,
             **made_with(lab),
         },
-        measured={
-            "test": measures_of(results[row.name], unedited.report),
-            "unedited": measures_of(unedited),
-        },
+        measured={"test": tests[row.name], "unedited": tests[UNEDITED]},
     )
     folder = out / "interventions"
     suffix = "" if row.choices != ("within_budget",) else "-within_budget"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.anatomy import Anatomy
 from interp.answers import Direction
-from interp.conflicts import ConflictExample
+from interp.conflicts import ConflictExample, evenly
 from interp.errors import UserError
 from interp.teacher_forcing import (
     Continued,
@@ -125,19 +125,6 @@ class ScaleData:
             for example, answer in zip(self.conflicts, answers, strict=True)
             if answer is not None
         ]
-
-
-def evenly(examples: Sequence[ConflictExample], count: int, seed: int) -> list[ConflictExample]:
-    """At most ``count`` examples, of relations and phrasings in turn."""
-    groups: dict[tuple[str, str], list[ConflictExample]] = {}
-    for example in examples:
-        groups.setdefault((example.relation, example.template), []).append(example)
-    rng = random.Random(seed)
-    queues = [rng.sample(group, len(group)) for group in groups.values()]
-    chosen: list[ConflictExample] = []
-    while len(chosen) < count and any(queues):
-        chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
-    return chosen
 
 
 def guard_count(kind: Guard, count: int) -> int:

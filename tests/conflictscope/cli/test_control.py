@@ -16,7 +16,6 @@ def knows_all(monkeypatch):
     few = neutral_texts()[:2]
     monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
     monkeypatch.setattr("interp.evaluation.neutral_texts", lambda: few)
-    monkeypatch.setattr("conflictscope.cli.control.show_page", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +45,7 @@ def test_steer_fit_measures_what_can_run_and_says_why_the_rest_cannot(run, knows
     record = StudyRecord.load(tmp_path / "s")
     assert record.kind == "steer"
     assert record.methods == ["caa"]
+    assert "task vector" in (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
     assert "both sources are needed" in record.not_run["task_vector"]
     assert {(c.method, c.towards, c.draws) for c in record.conditions if c.is_control} == {
         ("random_direction", towards, 2) for towards in ("context", "memory")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from conflictscope.cli import dial as command
 from conflictscope.methods.learned_scales import ENDS
 from conflictscope.study.record import StudyRecord
 from interp.conflicts import ConflictSet
@@ -27,7 +26,6 @@ def small(monkeypatch):
     monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 6, "dev": 4})
     monkeypatch.setattr("conflictscope.study.lab._TEXT_TOKENS", 8)
     monkeypatch.setattr("conflictscope.methods.dial.SETTINGS", (-1.0, 0.0, 1.0))
-    monkeypatch.setattr(command, "show_page", lambda _: None)
 
 
 def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run, tiny_directories, tmp_path):
@@ -36,6 +34,7 @@ def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run,
     assert code == 0, error
     record = StudyRecord.load(tmp_path / "there")
     assert record.kind == "dial"
+    assert (tmp_path / "there" / "report.html").stat().st_size > 1_000_000
     assert record.settings["budgets"] == {"none": 0.5, "neutral": 0.5, "aligned": 0.4, "irrelevant": 0.4}
     assert record.details["learned_scales"]["towards_context"]["training"]["max_scales"] == 3
     assert [point["trust"] for point in record.lines["trust"]] == [-1.0, 0.0, 1.0]

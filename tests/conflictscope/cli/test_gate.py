@@ -1,7 +1,5 @@
 """``gate fit`` on a tiny model that is taken to know all it is asked."""
 
-from pathlib import Path
-
 import pytest
 
 from conflictscope.study.record import StudyRecord
@@ -24,16 +22,13 @@ def small(monkeypatch):
         monkeypatch.setattr(f"{module}.neutral_texts", lambda: few)
     monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
     monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 4, "dev": 4})
-    shown = []
-    monkeypatch.setattr("conflictscope.cli.gate.show_page", shown.append)
-    return shown
 
 
 def file_of(model, edit):
     return InterventionFile.of([edit], name="edit", towards="context", model=ModelIdentity.of(model, "tiny"))
 
 
-def test_the_gated_file_and_the_record_are_written(run, small, tiny_directories, tiny_llama, tmp_path):
+def test_the_gated_file_and_the_record_are_written(run, tiny_directories, tiny_llama, tmp_path):
     edit = HeadScaling.of([(2, 1), (2, 3)], -3.0)
     file_of(tiny_llama, edit).save(tmp_path / "edit.json")
     code, _, error = run("gate", "fit", "edit.json", "--model", tiny_directories["llama"], *OPTIONS)
@@ -46,7 +41,7 @@ def test_the_gated_file_and_the_record_are_written(run, small, tiny_directories,
     assert record.details["gate"]["towards_context"]["threshold"] == gate.threshold
     assert gated.measured["test"] == record.conditions[2].test
     assert "it opens for conflict" in error
-    assert small == [Path("gate")]
+    assert gate.part in (tmp_path / "gate/report.html").read_text(encoding="utf-8")
 
 
 def test_an_edit_that_cannot_be_gated_is_refused_in_a_sentence(run, tiny_directories, tiny_llama, tmp_path):

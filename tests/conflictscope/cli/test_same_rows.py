@@ -15,11 +15,7 @@ run, small = test_cli.run, test_dial.small
 SHARED = "--relation capital --relation language --subjects 5 --seed 3"
 
 
-def test_the_same_condition_has_the_same_rows_in_demo_compare_and_dial(
-    small, run, tiny_directories, tmp_path, monkeypatch
-):
-    for module in ("demo", "compare"):
-        monkeypatch.setattr(f"conflictscope.cli.{module}.show_page", lambda _: None)
+def test_the_same_condition_has_the_same_rows_in_demo_compare_and_dial(small, run, tiny_directories, tmp_path):
     model, shared = tiny_directories["llama"], SHARED.split()
     commands = {
         "demo": ["demo", "--model", model, "--quick"],
@@ -30,6 +26,7 @@ def test_the_same_condition_has_the_same_rows_in_demo_compare_and_dial(
     for study, command in commands.items():
         code, _, error = run(*command, *shared, "--out", study)
         assert code == 0, error
+        assert (tmp_path / study / "report.html").exists()
         examples = read_examples(tmp_path / study)
         assert examples is not None
         for condition in StudyRecord.load(tmp_path / study).conditions:

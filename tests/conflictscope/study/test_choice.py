@@ -94,6 +94,7 @@ def test_the_best_keeps_most_and_the_budget_s_best_stays_within(lab: Lab, monkey
     monkeypatch.setattr(Condition, "scaled", lambda _, way: Condition("little", "context", {"moved": way}))
     found = choose(lab, [one.condition for one in made.values()], "context")
     assert found.best is made["as_much"]
+    assert found.within_budget is not None
     assert found.within_budget.rate("context") == 1 / n
     assert len(found.tried) == 6, "the two that leave the budget are moved back as well"
 
@@ -102,8 +103,18 @@ def test_what_leaves_the_budget_is_moved_back_until_it_fits(lab: Lab) -> None:
     strong = Condition("strong", "context", {}, (HeadScaling.of([(0, 0), (1, 1)], 8.0),))
     assert tried(lab, strong).spent(lab.budgets) > 1
     found = choose(lab, [strong], "context")
+    assert found.within_budget is not None
     assert found.within_budget.spent(lab.budgets) <= 1
     assert 0 < found.within_budget.condition.settings["strength of it"] < 1
+    assert found.best.condition is strong
+
+
+def test_where_nothing_stays_within_the_budget_nothing_is_chosen_within_it(lab: Lab) -> None:
+    strong = Condition("strong", "context", {}, (HeadScaling.of([(0, 0), (1, 1)], 8.0),))
+    strict = lab.on(lab.prompts)
+    strict.budgets = dict.fromkeys(lab.budgets, 1e-12)
+    found = choose(strict, [strong], "context")
+    assert found.within_budget is None
     assert found.best.condition is strong
 
 

@@ -24,7 +24,7 @@ from conflictscope.study.method import Method
 from conflictscope.study.record import RECORD, UNEDITED, StudyRecord, read_examples
 from conflictscope.study.records import Records
 from conflictscope.study.run import run
-from interp.answers import OPPOSITE, Direction
+from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.evaluation import measure_usage
@@ -186,6 +186,33 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_record(
     assert without_times(tmp_path / RECORD) == without_times(lab.records.folder.parent / RECORD)
 
 
+def test_a_control_that_cannot_be_drawn_is_said_and_the_rest_is_measured(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: Any) -> Any:
+        raise UserError("There are no other heads.")
+
+    monkeypatch.setattr(TwoHeads, "controls", refusing)
+    found = run(lab, [TwoHeads()], kind="compare", command="", out=tmp_path, directions=("memory",))
+    assert found.not_run == {"random control of two heads, towards memory": "There are no other heads."}
+    assert [c.method for c in found.chosen("memory")] == ["two_heads"]
+
+
+def test_methods_of_one_name_with_other_options_are_chosen_apart(lab: Lab) -> None:
+    class Head(Method):
+        name = "head"
+
+        def __init__(self, head: int) -> None:
+            self.head = head
+
+        def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+            return [Condition(self.name, towards, {}, (HeadScaling.of([(0, self.head)], 0.0),))]
+
+    chosen = [lab.chosen(Head(head), "context").best.condition for head in (0, 1, 0)]
+    assert [condition.heads for condition in chosen] == [((0, 0, 0.0),), ((0, 1, 0.0),), ((0, 0, 0.0),)]
+    assert chosen[0] is chosen[2]
+
+
 @pytest.mark.parametrize("kind", ["edit", "steering", "prompting", "decoding", "unedited"])
 def test_a_unit_gives_the_same_answers_from_its_files_alone(lab: Lab, kind: str, tmp_path: Path) -> None:
     vector = torch.linspace(-1, 1, lab.anatomy.d_model)
@@ -255,4 +282,3 @@ def test_value_scaling_scales_the_strongest_heads_of_the_scores(lab: Lab) -> Non
             ((*supporter, 2.0),),
             ((*supporter, 4.0),),
         ]
-        assert OPPOSITE[towards] != towards

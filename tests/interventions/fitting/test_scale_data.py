@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from interp.anatomy import transformers_model
+from interp.conflicts import evenly
 from interp.errors import UserError
 from interp.teacher_forcing import continued
 from interventions.base import applied
@@ -183,7 +184,7 @@ def test_where_no_way_back_keeps_the_budget_nothing_moves(tiny_llama, monkeypatc
 def test_prompts_are_drawn_evenly_from_relations_and_phrasings():
     some = [replace(e, id=f"{e.id}/{t}", template=t) for e in tiny_conflicts() for t in ("a", "b")]
     random.Random(0).shuffle(some)
-    kept = scale_data.evenly(some, 6, 0)
+    kept = evenly(some, 6, 0)
     assert [e.template for e in kept].count("a") == 3
     assert len({e.id for e in kept}) == 6
 
