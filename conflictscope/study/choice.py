@@ -42,7 +42,7 @@ DEV_VERSION = 1
 
 _CONFLICTS, _GUARDS = 96, {"none": 32, "aligned": 16, "irrelevant": 16}
 _FEW = 8
-_MOVED_BACK, _TRIES, _MARGIN = 2, 4, 0.97
+_MOVED_BACK, _TRIES, _MARGIN, _LEAST = 2, 4, 0.97, 0.01
 # At the last prompt token nothing before it differs, so that prompts need be read only once.
 _AT_THE_END = ("last_prompt", "answer")
 
@@ -246,6 +246,9 @@ def _moved_back(lab: Lab, one: Tried) -> Tried | None:
     for _ in range(_TRIES):
         # Divergence grows about with the square of the way.
         way *= _MARGIN / math.sqrt(spent)
+        # So near to the unedited model it is no longer an edit.
+        if way < _LEAST:
+            return None
         try:
             moved = tried(lab, one.condition.scaled(way))
         except UserError:
