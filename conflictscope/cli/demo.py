@@ -47,5 +47,5 @@ def demo(
         device=device,
         dtype=dtype,
     )
-    study(lab, [method_named(name) for name in METHODS], "demo", out, choices=("best",))
+    study(lab, [method_named(name) for name in METHODS], "demo", out, choices=("best",), controls="winners")
     show_page(out)

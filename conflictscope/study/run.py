@@ -12,7 +12,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
@@ -52,6 +52,7 @@ def run(
     out: Path,
     directions: Sequence[Direction] = DIRECTIONS,
     choices: Sequence[Choice] = ("best", "within_budget"),
+    controls: Literal["each", "winners"] = "each",
     executor: Executor = serial,
     lines: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     details: Mapping[str, Any] | None = None,
@@ -66,6 +67,7 @@ def run(
         out: The folder for the record and all files beside it.
         directions: Towards which sources.
         choices: Which of dev's choices are measured.
+        controls: Whether random controls are drawn for each method, or for the winner towards each source alone.
         executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
@@ -76,9 +78,15 @@ def run(
     chosen, not_run = _chosen(lab, methods, directions)
     if not chosen:
         raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
+    winners: dict[Direction, str | None] = {
+        d: _winner(lab, d, {m: f for (m, towards), f in chosen.items() if towards == d}) for d in directions
+    }
     rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
     for (method, _), found in chosen.items():
-        own, refused = _rows(lab, method, found, choices)
+        own, refused = _rows(found, choices)
+        if controls == "each" or own[0].name in winners.values():
+            drawn, undrawn = _control(lab, method, found.best.condition)
+            own, refused = [*own, *drawn], refused | undrawn
         rows += own
         not_run |= refused
     executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
@@ -86,9 +94,6 @@ def run(
     (out / RECORD).unlink(missing_ok=True)
     unedited = results[UNEDITED].report
     tests = {name: measures_of(result, None if name == UNEDITED else unedited) for name, result in results.items()}
-    winners: dict[Direction, str | None] = {
-        d: _winner(lab, d, {m: f for (m, towards), f in chosen.items() if towards == d}) for d in directions
-    }
     files = {row.name: _write(lab, row, tests, out, winners) for row in rows}
     record = StudyRecord(
         kind=kind,
@@ -156,7 +161,7 @@ def _chosen(
     return chosen, not_run
 
 
-def _rows(lab: Lab, method: Method, found: Chosen, choices: Sequence[Choice]) -> tuple[list[_Row], dict[str, str]]:
+def _rows(found: Chosen, choices: Sequence[Choice]) -> tuple[list[_Row], dict[str, str]]:
     """What is measured of a method in one direction, and why the rest is not."""
     best, within = found.best, found.within_budget
     name, not_run = best.condition.name, {}
@@ -167,13 +172,17 @@ def _rows(lab: Lab, method: Method, found: Chosen, choices: Sequence[Choice]) ->
             not_run[f"{name}, within budget"] = "No candidate stays within the damage budget on dev, also moved back."
         else:
             rows.append(_Row(f"{name}, within budget", [within.condition], ("within_budget",), within))
-    try:
-        if draws := method.controls(lab, best.condition):
-            kind = draws[0].method.replace("_", " ")
-            rows.append(_Row(f"{kind} for {name}", list(draws), control_of=name))
-    except UserError as error:
-        not_run[f"random control of {name}"] = str(error)
     return rows, not_run
+
+
+def _control(lab: Lab, method: Method, best: Condition) -> tuple[list[_Row], dict[str, str]]:
+    """The random control of what a method chose, if it has one, or why it could not be drawn."""
+    try:
+        draws = method.controls(lab, best)
+    except UserError as error:
+        return [], {f"random control of {best.name}": str(error)}
+    kinds = [draw.method.replace("_", " ") for draw in draws[:1]]
+    return [_Row(f"{kind} for {best.name}", list(draws), control_of=best.name) for kind in kinds], {}
 
 
 def _winner(lab: Lab, towards: Direction, chosen: dict[Method, Chosen]) -> str | None:
