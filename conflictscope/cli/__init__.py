@@ -9,42 +9,69 @@ from typing import Any
 import typer
 
 from conflictscope.cli import ask, compare, control, data, demo, dial, explore, gate, look, probe, report, sae, ship
-from conflictscope.cli.options import console
+from conflictscope.cli.options import console, with_groups
 from interp.errors import Caution, UserError
 
 app = typer.Typer(
     name="conflictscope",
     help="Measure, locate, change and verify how a language model chooses between its memory and its context.",
+    epilog="Start with `conflictscope demo`, `conflictscope ask` or `conflictscope explore`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-for _command in (
-    demo.demo,
-    compare.compare,
-    look.evaluate,
-    look.attribute,
-    look.record,
-    look.models,
-    ship.inspect,
-    ship.generate,
-    ship.export,
-    ship.serve,
-    ask.ask,
-    explore.explore,
-    report.report,
-):
-    app.command()(_command)
-for _name, _group in {
-    "data": data.app,
-    "probe": probe.app,
-    "sae": sae.app,
-    "spare": control.spare_app,
-    "steer": control.steer_app,
-    "dial": dial.app,
-    "gate": gate.app,
+_START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Data and models"
+for _panel, _commands in {
+    _START: (demo.demo, ask.ask, explore.explore),
+    _LOOK: (look.evaluate, look.attribute, look.record),
+    _STUDY: (compare.compare, report.report),
+    _SHIP: (ship.inspect, ship.generate, ship.export, ship.serve),
+    _DATA: (look.models,),
 }.items():
-    app.add_typer(_group, name=_name)
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(with_groups(_command))
+for _panel, _name, _help, _members in (
+    (
+        _LOOK,
+        "probe",
+        "Fit, score and use probes on recorded activations.",
+        {"fit": probe.probe_fit, "score": probe.probe_score, "detect": probe.probe_detect},
+    ),
+    (
+        _LOOK,
+        "sae",
+        "Train, measure and look into sparse autoencoders.",
+        {"train": sae.sae_train, "evaluate": sae.sae_evaluate, "features": sae.sae_features},
+    ),
+    (
+        _STUDY,
+        "dial",
+        "Learn a dial between memory and context, and set it.",
+        {"fit": dial.dial_fit, "apply": dial.dial_apply},
+    ),
+    (_STUDY, "gate", "Put an intervention behind a conflict detector.", {"fit": gate.gate_fit}),
+    (
+        _STUDY,
+        "spare",
+        "Control the source of answers by features of sparse autoencoders.",
+        {"fit": control.spare_fit, "apply": control.apply_edit},
+    ),
+    (
+        _STUDY,
+        "steer",
+        "Control the source of answers by directions.",
+        {"fit": control.steer_fit, "apply": control.apply_edit},
+    ),
+    (
+        _DATA,
+        "data",
+        "Build, inspect and convert conflict data.",
+        {"build": data.data_build, "inspect": data.data_inspect, "convert": data.data_convert},
+    ),
+):
+    _group = typer.Typer(help=_help, no_args_is_help=True)
+    for _verb, _command in _members.items():
+        _group.command(_verb)(with_groups(_command))
+    app.add_typer(_group, name=_name, rich_help_panel=_panel)
 
 
 def main() -> None:

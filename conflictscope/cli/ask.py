@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, say
+from conflictscope.cli.options import Model, say
 from interp.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _HEADS = 4
 
 
 def ask(
+    *,
     question: Annotated[
         str, typer.Argument(help="A question that ends with a question mark, or the start of a sentence to complete.")
     ],
@@ -35,18 +36,15 @@ def ask(
     out: Annotated[
         Path | None, typer.Option(help="JSON lines file to write: the question as conflict data, for --data.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    loaded: Model,
 ) -> None:
     """Ask a question without its context and with it: which source wins, how clearly, and which heads push."""
     from conflictscope.explore.looks import UNEDITED, Asked, Edit, Explorer
     from interp.answers import DIRECTIONS
-    from interp.models import load_model
     from interventions.config import InterventionFile
 
     edits = {} if config is None else {"edit": InterventionFile.load(config)}
-    explorer = Explorer(load_model(model, device=device, dtype=dtype), name=model, files=edits)
+    explorer = Explorer(loaded.bridge(), name=loaded.model, files=edits)
     look = explorer.look(Asked(question, context, memory_answer, context_answer), Edit(next(iter(edits), UNEDITED)))
     output = Console()
     output.print(_table(look), markup=False)

@@ -8,32 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from conflictscope.cli.inputs import answer_edited, layers_of, listed_layers
-from conflictscope.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_RELATION,
-    BatchSizeOption,
-    ControlOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    PromptsArgument,
-    RelationOption,
-    SaeOption,
-    SeedOption,
-    TokensOption,
-)
-from conflictscope.cli.studies import SUBJECTS, QuickOption, SubjectsOption, make_lab, show_page, study
+from conflictscope.cli.inputs import Prompted, layers_of, listed_layers
+from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption, TokensOption
+from conflictscope.cli.studies import Study, study
 from interp.errors import UserError
 
-spare_app = typer.Typer(help="Control the source of answers by features of sparse autoencoders.", no_args_is_help=True)
-steer_app = typer.Typer(help="Control the source of answers by directions.", no_args_is_help=True)
 
-
-@spare_app.command("fit")
 def spare_fit(
+    *,
     sae: SaeOption = DEFAULT_MODEL,
     layers: Annotated[str | None, typer.Option(help="Only the SAEs of these layers, for example 14-18.")] = None,
     share: Annotated[
@@ -45,15 +27,8 @@ def spare_fit(
         typer.Option(help="What alpha multiplies: the targets (published code) or the change (published equation)."),
     ] = "targets",
     tokens: TokensOption = "last_prompt",
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    data: DataOption = None,
-    out: ControlOption = Path("out/spare"),
-    subjects: SubjectsOption = SUBJECTS,
-    quick: QuickOption = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    out: OutOption = Path("out/spare"),
+    asked: Study,
 ) -> None:
     """Fit SpARE in both directions, and measure it with its ablations on held-out subjects."""
     from conflictscope.methods.spare import ALPHAS, SHARES, Spare
@@ -71,38 +46,18 @@ def spare_fit(
             raise UserError(f"{sae} has no SAE of layer {absent[0]}; it has {listed_layers(saes)}.")
         saes = [one for one in saes if one.layer in wanted]
     spare = Spare(tuple(share or SHARES), tuple(alpha or ALPHAS), alpha_form, tokens)
-    lab = make_lab(
-        model,
-        out,
-        relation=relation,
-        data=data,
-        default=[DEFAULT_RELATION],
-        subjects=subjects,
-        seed=seed,
-        quick=quick,
-        saes=lambda: saes,
-        device=device,
-        dtype=dtype,
-    )
-    study(lab, [spare, *(part(of=spare) for part in (SpareRemoveOnly, SpareAddOnly, SpareConstant))], "spare", out)
-    show_page(out)
+    methods = [spare, *(part(of=spare) for part in (SpareRemoveOnly, SpareAddOnly, SpareConstant))]
+    study(asked.lab(out, saes=lambda: saes), methods, "spare", out)
 
 
-@steer_app.command("fit")
 def steer_fit(
+    *,
     method: Annotated[
         list[str] | None, typer.Option(help="actadd, caa, probe_direction or task_vector; repeatable; all by default.")
     ] = None,
     tokens: TokensOption = "last_prompt",
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    data: DataOption = None,
-    out: ControlOption = Path("out/steer"),
-    subjects: SubjectsOption = SUBJECTS,
-    quick: QuickOption = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    out: OutOption = Path("out/steer"),
+    asked: Study,
 ) -> None:
     """Fit steering vectors in both directions, and measure them on held-out subjects."""
     from conflictscope.methods.actadd import ActAdd
@@ -115,39 +70,19 @@ def steer_fit(
     by_name = {one.name: one for one in methods}
     if unknown := [name for name in method or () if name not in by_name]:
         raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(by_name)}.")
-    lab = make_lab(
-        model,
-        out,
-        relation=relation,
-        data=data,
-        default=[DEFAULT_RELATION],
-        subjects=subjects,
-        seed=seed,
-        quick=quick,
-        device=device,
-        dtype=dtype,
-    )
-    study(lab, [one for one in methods if one.name in (method or by_name)], "steer", out)
-    show_page(out)
+    study(asked.lab(out), [one for one in methods if one.name in (method or by_name)], "steer", out)
 
 
-@spare_app.command("apply")
-@steer_app.command("apply")
 def apply_edit(
+    *,
     config: Annotated[Path, typer.Argument(help="An intervention file.")],
-    file: PromptsArgument = None,
     strength: Annotated[
         float, typer.Option(help="Factor on alpha or strength: 0 leaves the model as it is, 1 is the file's own.")
     ] = 1.0,
     save: Annotated[Path | None, typer.Option(help="Intervention file to write with that strength.")] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    max_new_tokens: MaxNewTokensOption = 8,
-    batch_size: BatchSizeOption = 32,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    prompts: Prompted,
 ) -> None:
     """Answer prompts without and with an edit; one JSON object a line to standard output."""
     from interventions.config import InterventionFile
 
-    edit = InterventionFile.load(config).scaled(strength)
-    answer_edited(edit, file, save, model, max_new_tokens, batch_size, device, dtype)
+    prompts.answer(InterventionFile.load(config).scaled(strength), save)

@@ -9,45 +9,28 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from conflictscope.cli.inputs import model_and_data
-from conflictscope.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_RELATION,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    RelationOption,
-    SeedOption,
-    say,
-)
-
-app = typer.Typer(help="Build, inspect and convert conflict data.", no_args_is_help=True)
+from conflictscope.cli.options import Facts, SeedOption, say
 
 
-@app.command("build")
 def data_build(
+    *,
     out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
     all_facts: Annotated[
         bool, typer.Option("--all-facts", help="Keep facts that no model was asked about; needs no model.")
     ] = False,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    source: Facts,
 ) -> None:
     """Build conflict data from the fact tables, of the facts that the model knows closed-book."""
     from interp.facts import build_conflicts, usable_facts
 
     if all_facts:
-        conflicts = build_conflicts({name: usable_facts(name) for name in relation or [DEFAULT_RELATION]}, seed=seed)
+        conflicts = build_conflicts({name: usable_facts(name) for name in source.relations()}, seed=source.seed)
     else:
-        _, conflicts = model_and_data(model, relation, None, seed, device, dtype)
+        _, conflicts = source.conflicts()
     conflicts.save(out)
     say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
 
 
-@app.command("inspect")
 def data_inspect(
     file: Annotated[Path, typer.Argument(help="JSON lines from `conflictscope data`.")],
     show: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 2,
@@ -80,7 +63,6 @@ def data_inspect(
 _SHOWN_ROWS = 10
 
 
-@app.command("convert")
 def data_convert(
     files: Annotated[
         list[Path],

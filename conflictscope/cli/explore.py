@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from conflictscope.addresses import is_local
-from conflictscope.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, say
+from conflictscope.cli.options import DEFAULT_MODEL, MODEL_HELP, Model, say
 from interp.errors import UserError
 
 
+@dataclass(frozen=True)
+class Explored(Model):
+    """The model to look at, named first or by a file."""
+
+    model: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
+        str | None, typer.Argument(help=f"{MODEL_HELP} By default what the first file was made with.")
+    ] = None
+
+
 def explore(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A registered name, a local directory or a hub id; else what the first file was made with."
-        ),
-    ] = None,
+    *,
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="Intervention file to choose on the page; repeatable.")
     ] = None,
@@ -33,13 +38,11 @@ def explore(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8050,
     public: Annotated[bool, typer.Option("--public", help="Let others use the page: it has no password.")] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    explored: Explored,
 ) -> None:
     """Open a local page to ask a model live: its answers, their race by layer, its heads, and what edits change."""
     from conflictscope.explore.looks import Explorer, find_detector
     from conflictscope.explore.page import build_app, listening
-    from interp.models import load_model
     from interventions.config import named
 
     if not public and not is_local(host):
@@ -48,8 +51,8 @@ def explore(
             "listen at 127.0.0.1."
         )
     files = named(config or [])
-    name = model or next((file.model.name for file in files.values()), DEFAULT_MODEL)
-    bridge = load_model(name, device=device, dtype=dtype)
+    name = explored.model or next((file.model.name for file in files.values()), DEFAULT_MODEL)
+    bridge = replace(explored, model=name).bridge()
     found, no_detector = find_detector(bridge, detector)
     app = build_app(
         Explorer(bridge, name=name, files=files, detector=found), no_detector=no_detector, local_only=not public

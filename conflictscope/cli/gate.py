@@ -7,40 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from conflictscope.cli.options import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    RelationOption,
-    SeedOption,
-    TrustOption,
-    say,
-)
-from conflictscope.cli.studies import SUBJECTS, SubjectsOption, make_lab, show_page, study
-
-app = typer.Typer(help="Put an intervention behind a conflict detector.", no_args_is_help=True)
+from conflictscope.cli.options import OutOption, TrustOption, say
+from conflictscope.cli.studies import Study, study
 
 _UNSEEN = "held_out_phrasing"
 
 
-@app.command("fit")
 def gate_fit(
+    *,
     config: Annotated[Path, typer.Argument(help="The intervention file to put behind a gate.")],
-    model: Annotated[
-        str, typer.Option("--model", help="Its model: a registered name, a local directory or a hub id.")
-    ] = DEFAULT_MODEL,
-    relation: RelationOption = None,
     trust: TrustOption = None,
     keep: Annotated[
         float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
     ] = 0.95,
-    subjects: SubjectsOption = SUBJECTS,
-    out: Annotated[Path, typer.Option(help="Folder for the results; finished steps in it are reused.")] = Path(
-        "out/gate"
-    ),
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    out: OutOption = Path("out/gate"),
+    asked: Study,
 ) -> None:
     """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/study.json."""
     from conflictscope.methods.gate import Gate
@@ -54,9 +35,7 @@ def gate_fit(
     # What strengthens neither source is shown as if it were for the context.
     towards = file.towards or DIRECTIONS[-1]
     gate, given = Gate(tuple(file.build()), file.towards, keep), Given(file)
-    lab = make_lab(
-        model, out, relation=relation, default=RELATIONS, subjects=subjects, seed=seed, device=device, dtype=dtype
-    )
+    lab = asked.lab(out, default=RELATIONS)
     file.model.check(lab.model)
     # Where there is no gate there is nothing to measure.
     lab.chosen(gate, towards)
@@ -78,5 +57,4 @@ def gate_fit(
     if _UNSEEN in found["opened"]:
         say(f"In the unseen phrasing it opens for {listed(found['opened'][_UNSEEN])}")
         say(f"and keeps {listed(found['kept'][_UNSEEN])}")
-    show_page(out)
     say(f"The gated intervention is {out / 'gated.json'}")

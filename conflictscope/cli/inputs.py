@@ -1,4 +1,4 @@
-"""How commands get what they work on: models, data, prompts, layers."""
+"""How commands get what they work on: prompts, layers, files."""
 
 from __future__ import annotations
 
@@ -8,64 +8,53 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conflictscope.cli.options import DEFAULT_RELATION
+from conflictscope.cli.options import BatchSizeOption, MaxNewTokensOption, Model, PromptsArgument
 from interp.errors import UserError
 
 
-def model_and_data(
-    model: str, relation: list[str] | None, data: Path | None, seed: int, device: str, dtype: str
-) -> tuple[Any, Any]:
-    """Load the model, and load conflict data from a file or build it from what the model knows.
+@dataclass(frozen=True)
+class Prompted(Model):
+    """Prompts that a model answers, without an edit and with it."""
 
-    Raises:
-        UserError: If both a file and relations are given, or one of them cannot be loaded.
-    """
-    from interp.conflicts import ConflictSet
-    from interp.facts import build_conflicts, known_facts, relation_named
-    from interp.models import load_model
+    file: PromptsArgument = None
+    max_new_tokens: MaxNewTokensOption = 8
+    batch_size: BatchSizeOption = 32
 
-    if data is not None and relation:
-        raise UserError("Give --data or --relation, not both.")
-    conflicts = None if data is None else ConflictSet.load(data)
-    names = [relation_named(name).name for name in relation or [DEFAULT_RELATION]]
-    bridge = load_model(model, device=device, dtype=dtype)
-    if conflicts is None:
-        facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
-        conflicts = build_conflicts(facts, seed=seed)
-    return bridge, conflicts
+    def answer(self, edit: Any, save: Path | None) -> None:
+        """Answer the prompts without and with an intervention file, and save that file if it is wanted."""
+        from interp.generation import continue_greedily
+        from interventions.base import applied
+
+        def answers(texts: list[str]) -> list[str]:
+            return continue_greedily(
+                model, texts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+            ).answers
+
+        with prompt_batches(self.file, self.batch_size) as batches:
+            model = self.bridge()
+            edit.model.check(model)
+            if save is not None:
+                edit.save(save)
+            for batch in batches:
+                texts = [prompt.text for prompt in batch]
+                plain = answers(texts)
+                with applied(model, edit):
+                    edited = answers(texts)
+                write_lines(
+                    {"id": prompt.id, "unedited": before, "edited": after}
+                    for prompt, before, after in zip(batch, plain, edited, strict=True)
+                )
 
 
-def answer_edited(
-    edit: Any,
-    file: Path | None,
-    save: Path | None,
-    model: str,
-    max_new_tokens: int,
-    batch_size: int,
-    device: str,
-    dtype: str,
-) -> None:
-    """Answer prompts without and with an intervention file, and save that file if it is wanted."""
-    from interp.generation import continue_greedily
-    from interp.models import load_model
-    from interventions.base import applied
-
-    with prompt_batches(file, batch_size) as batches:
-        bridge = load_model(model, device=device, dtype=dtype)
-        edit.model.check(bridge)
-        if save is not None:
-            edit.save(save)
-        for batch in batches:
-            texts = [prompt.text for prompt in batch]
-            plain = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
-            with applied(bridge, edit):
-                edited = continue_greedily(bridge, texts, max_new_tokens=max_new_tokens, batch_size=batch_size).answers
-            for prompt, before, after in zip(batch, plain, edited, strict=True):
-                sys.stdout.write(json.dumps({"id": prompt.id, "unedited": before, "edited": after}) + "\n")
-            sys.stdout.flush()
+def write_lines(rows: Iterator[dict[str, Any]]) -> None:
+    """Write rows as JSON lines to standard output."""
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager

@@ -9,43 +9,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.inputs import check_parquet, layers_of, model_and_data
-from conflictscope.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_RELATION,
-    BatchSizeOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    RelationOption,
-    SeedOption,
-    say,
-)
+from conflictscope.cli.inputs import check_parquet, layers_of
+from conflictscope.cli.options import Asked, BatchSizeOption, MaxNewTokensOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 
 def evaluate(
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    data: DataOption = None,
+    *,
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="Intervention file to apply; repeatable, applied in order.")
     ] = None,
-    split: Annotated[
-        Literal["train", "dev", "test", "all"],
-        typer.Option(help="The split to ask; edits are learned and chosen on train and dev, and shown on test."),
-    ] = "test",
+    split: SplitOption = "test",
     by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
     out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
         "out/usage.parquet"
     ),
     max_new_tokens: MaxNewTokensOption = 8,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    source: Asked,
 ) -> None:
     """Answer every prompt of a split and say how often memory and context were used."""
     from interp.evaluation import measure_usage
@@ -56,7 +37,7 @@ def evaluate(
     _check_columns(columns)
     check_parquet(out)
     edits = [InterventionFile.load(path) for path in config or []]
-    bridge, conflicts = model_and_data(model, relation, data, seed, device, dtype)
+    model, conflicts = source.conflicts()
     asked = conflicts if split == "all" else conflicts.select(split=split)
     if not len(asked):
         counts = {name: count for name, count in conflicts.counts()["examples_by_split"].items() if count}
@@ -65,17 +46,15 @@ def evaluate(
             f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
             "or --split all."
         )
-    with applied(bridge, *edits):
-        report = measure_usage(bridge, asked, max_new_tokens=max_new_tokens, progress="Answering")
+    with applied(model, *edits):
+        report = measure_usage(model, asked, max_new_tokens=max_new_tokens, progress="Answering")
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")
 
 
 def attribute(
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    data: DataOption = None,
+    *,
     method: Annotated[
         Literal["path-patching", "direct-logits", "attribution-patching"], typer.Option(help="How heads are scored.")
     ] = "path-patching",
@@ -89,16 +68,12 @@ def attribute(
     mlps: Annotated[
         Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
     ] = "recompute",
-    split: Annotated[
-        Literal["train", "dev", "test", "all"], typer.Option(help="The split to score heads on; test stays unseen.")
-    ] = "train",
+    split: SplitOption = "train",
     top: Annotated[int, typer.Option(min=1, help="How many heads to list for each direction.")] = 8,
     out: Annotated[
         Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
     ] = Path("out/heads.parquet"),
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    source: Asked,
 ) -> None:
     """Score every head: which push the answer to the context, which to memory."""
     from figures.heads import head_map
@@ -110,23 +85,16 @@ def attribute(
     if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
         raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")
     check_parquet(out)
-    bridge, conflicts = model_and_data(model, relation, data, seed, device, dtype)
+    model, conflicts = source.conflicts()
     chosen = conflicts.select(kind="conflict", split=None if split == "all" else split)
+    about: dict[str, Any] = {"name": source.model, "progress": method.replace("-", " ").capitalize()}
     if method == "path-patching":
-        scores = path_patching(
-            bridge,
-            chosen,
-            name=model,
-            baseline=baseline,
-            mlps=mlps,
-            metrics=(metric,),
-            seed=seed,
-            progress="Path patching",
-        )[metric]
+        options: dict[str, Any] = {"baseline": baseline, "mlps": mlps, "metrics": (metric,), "seed": source.seed}
+        scores = path_patching(model, chosen, **options, **about)[metric]
     elif method == "direct-logits":
-        scores = direct_logit_attribution(bridge, chosen, name=model, progress="Direct logits").heads
+        scores = direct_logit_attribution(model, chosen, **about).heads
     else:
-        scores = attribution_patching(bridge, chosen, name=model, seed=seed, progress="Attribution patching")
+        scores = attribution_patching(model, chosen, seed=source.seed, **about)
     scores.save(out)
     save_figure(head_map(scores), out.with_suffix(".html"))
     table = Table(
@@ -142,12 +110,7 @@ def attribute(
 
 
 def record(
-    model: ModelOption = DEFAULT_MODEL,
-    relation: RelationOption = None,
-    data: DataOption = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the recording; the same command goes on where it stopped.")
-    ] = Path("out/recording"),
+    *,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,9 +131,10 @@ def record(
         bool, typer.Option("--answers/--no-answers", help="Answer conflict prompts too; the source probe needs it.")
     ] = True,
     batch_size: BatchSizeOption = 32,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the recording; the same command goes on where it stopped.")
+    ] = Path("out/recording"),
+    source: Asked,
 ) -> None:
     """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
 
@@ -181,37 +145,32 @@ def record(
     from interp.activation_store import ActivationStore
     from interp.activations import SITE_KINDS, observations, sites_of
     from interp.conflicts import ConflictSet
-    from interp.models import DTYPES, load_model
+    from interp.models import DTYPES
 
-    if data is not None and relation:
-        raise UserError("Give --data or --relation, not both.")
+    relations = source.relations()
     chosen = site or ["residual", "attention", "mlp"]
-    conflicts = None if data is None else ConflictSet.load(data)
-    bridge = load_model(model, device=device, dtype=dtype)
+    conflicts = None if source.data is None else ConflictSet.load(source.data)
     kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
     sites = [name for name in chosen if name not in SITE_KINDS]
     if layers is not None and not kinds:
         raise UserError(
             "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
         )
-    sites = [EMBEDDING, *sites_of(bridge, kinds, layers_of(layers)), *sites] if kinds else sites
-    observations(bridge, sites)
+    model = source.bridge()
+    sites = [EMBEDDING, *sites_of(model, kinds, layers_of(layers)), *sites] if kinds else sites
+    observations(model, sites)
     if conflicts is None:
-        conflicts = conflicts_for_probes(
-            bridge,
-            relation or [DEFAULT_RELATION],
-            folder=out.resolve().with_name(f"{out.resolve().name}-records"),
-            seed=seed,
-            kinds=("conflict", "aligned"),
-        )
+        folder = out.resolve().with_name(f"{out.resolve().name}-records")
+        kinds_asked = ("conflict", "aligned")
+        conflicts = conflicts_for_probes(model, relations, folder=folder, seed=source.seed, kinds=kinds_asked)
     store = ActivationStore.record(
         out,
-        bridge,
+        model,
         conflicts,
         list(dict.fromkeys(sites)),
         position,
-        name=model,
-        seed=seed,
+        name=source.model,
+        seed=source.seed,
         dtype=DTYPES[keep],
         answers=answers,
         batch_size=batch_size,

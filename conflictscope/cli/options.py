@@ -1,30 +1,36 @@
-"""What the commands share: their common options, and how they talk."""
+"""What the commands share: options, groups of them, and how commands talk."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
 
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_RELATION = "capital"
+MODEL_HELP = "A registered name (see `conflictscope models`), a local directory or a hub id."
+
+_model_option = partial(typer.Option, rich_help_panel="Model")
+asked_option = partial(typer.Option, rich_help_panel="What is asked")
+
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 PromptsArgument = Annotated[
     Path | None, typer.Argument(help="Prompts, one a line: a text, or a JSON object with a field prompt. - is stdin.")
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A registered name (see `conflictscope models`), a local directory or a hub id.")
-]
-RelationOption = Annotated[
-    list[str] | None, typer.Option("--relation", help="A relation of the fact tables; repeatable.")
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
-]
 SeedOption = Annotated[int, typer.Option(help="Seed of splits and conflicts built here, and of random choices.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+SplitOption = Annotated[
+    Literal["train", "dev", "test", "all"],
+    typer.Option(help="The split to use; edits are learned and chosen on train and dev, and shown on test."),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results; finished steps in it are reused.")]
 RecordingOption = Annotated[Path, typer.Option("--recording", help="A folder that `conflictscope record` wrote.")]
 ProbesOption = Annotated[Path, typer.Option("--probes", help="A folder that `conflictscope probe fit` wrote.")]
 SaeOption = Annotated[
@@ -33,9 +39,6 @@ SaeOption = Annotated[
         "--sae",
         help="SAEs: a model they are shipped for, a folder (sae_lens or sparsify), or RELEASE:ID as sae_lens has them.",
     ),
-]
-ControlOption = Annotated[
-    Path, typer.Option("--out", help="Folder of results and intervention files; finished steps in it are reused.")
 ]
 TokensOption = Annotated[
     Literal["last_prompt", "answer"],
@@ -46,10 +49,6 @@ TokensOption = Annotated[
 TrustOption = Annotated[
     float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
 ]
-DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_RELATION = "capital"
 
 console = Console(stderr=True)
 
@@ -57,3 +56,134 @@ console = Console(stderr=True)
 def say(message: str) -> None:
     """Tell people something; results go elsewhere."""
     console.print(message, markup=False, soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model a command loads, where, and in which dtype."""
+
+    model: Annotated[str, _model_option(help=MODEL_HELP)] = DEFAULT_MODEL
+    device: Annotated[str, _model_option(help="auto, cpu, cuda, mps, ...")] = "auto"
+    dtype: Annotated[str, _model_option(help="float32, float16 or bfloat16.")] = "float32"
+
+    def bridge(self) -> Any:
+        """Load the model as a bridge."""
+        from interp.models import load_model
+
+        return load_model(self.model, device=self.device, dtype=self.dtype)
+
+    def plain(self) -> tuple[Any, Any]:
+        """Load the transformers model and its tokenizer, for greedy answers.
+
+        Raises:
+            UserError: If it, the device or the dtype is none.
+        """
+        from interp.errors import UserError
+        from interp.models import DTYPES, decode_plainly, load_checkpoint, resolve_device
+
+        if self.dtype not in DTYPES:
+            raise UserError(f"The dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
+        network, tokenizer = load_checkpoint(self.model)
+        network.to(resolve_device(self.device), DTYPES[self.dtype]).eval()
+        decode_plainly(network)
+        return network, tokenizer
+
+
+@dataclass(frozen=True)
+class NamedModel(Model):
+    """The same, named first."""
+
+    model: ModelArgument  # pyright: ignore[reportGeneralTypeIssues]
+
+
+@dataclass(frozen=True)
+class Facts(Model):
+    """Which model is asked about which facts."""
+
+    relation: Annotated[list[str] | None, asked_option(help="A relation of the fact tables; repeatable.")] = None
+    seed: Annotated[int, asked_option(help="Seed of splits and conflicts built here, and of random choices.")] = 0
+
+    def relations(self, default: tuple[str, ...] = (DEFAULT_RELATION,)) -> list[str]:
+        """The names of the relations.
+
+        Raises:
+            UserError: If one is not known.
+        """
+        from interp.facts import relation_named
+
+        return list(dict.fromkeys(relation_named(name).name for name in self.relation or default))
+
+    def conflicts(self) -> tuple[Any, Any]:
+        """Load the model, and build conflict data from what it knows.
+
+        Raises:
+            UserError: If there is no such model or relation.
+        """
+        from interp.facts import build_conflicts, known_facts
+
+        names, bridge = self.relations(), self.bridge()
+        facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
+        return bridge, build_conflicts(facts, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Asked(Facts):
+    """Which model is asked what: facts, or conflict data from a file."""
+
+    data: Annotated[
+        Path | None,
+        asked_option(help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
+    ] = None
+
+    def relations(self, default: tuple[str, ...] = (DEFAULT_RELATION,)) -> list[str]:
+        """The names of the relations.
+
+        Raises:
+            UserError: If one is not known, or a file is given too.
+        """
+        from interp.errors import UserError
+
+        if self.data is not None and self.relation:
+            raise UserError("Give --data or --relation, not both.")
+        return super().relations(default)
+
+    def conflicts(self) -> tuple[Any, Any]:
+        """Load the model, and load conflict data from the file or build it from what the model knows.
+
+        Raises:
+            UserError: If both a file and relations are given, or one of them cannot be loaded.
+        """
+        from interp.conflicts import ConflictSet
+
+        self.relations()
+        if self.data is None:
+            return super().conflicts()
+        loaded = ConflictSet.load(self.data)
+        return self.bridge(), loaded
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options: the fields of every dataclass among its parameters become options."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in parameters.items() if name not in groups]
+    shared = [option for group in groups.values() for option in _options(group)]
+    flat.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportAttributeAccessIssue]
+    flat.__annotations__ = {}
+    return flat
+
+
+def _options(group: Any) -> list[inspect.Parameter]:
+    kinds = get_type_hints(group, include_extras=True)
+    kind, none = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    return [
+        inspect.Parameter(f.name, kind, default=none if f.default is MISSING else f.default, annotation=kinds[f.name])
+        for f in fields(group)
+    ]

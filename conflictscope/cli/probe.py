@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from conflictscope.cli.inputs import prompt_batches
-from conflictscope.cli.options import (
-    DEFAULT_MODEL,
-    BatchSizeOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    ProbesOption,
-    PromptsArgument,
-    RecordingOption,
-    say,
-)
+from conflictscope.cli.inputs import prompt_batches, write_lines
+from conflictscope.cli.options import BatchSizeOption, Model, ProbesOption, PromptsArgument, RecordingOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
-app = typer.Typer(help="Fit, score and use probes on recorded activations.", no_args_is_help=True)
 
-
-@app.command("fit")
 def probe_fit(
     recording: RecordingOption = Path("out/recording"),
     out: Annotated[Path, typer.Option(help="Folder for the probes, their controls and the detector.")] = Path(
@@ -47,7 +32,7 @@ def probe_fit(
         bool, typer.Option("--controls/--no-controls", help="Fit the controls too; it takes several times as long.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the shuffled labels.")] = 0,
-    device: DeviceOption = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
 ) -> None:
     """Fit probes of conflict and source at every recorded site, and a detector."""
     from conflictscope.probing import LABELS, fit_probes
@@ -83,7 +68,6 @@ def probe_fit(
     say(f"Probes are in {out}")
 
 
-@app.command("score")
 def probe_score(
     recording: RecordingOption = Path("out/recording"),
     probes: ProbesOption = Path("out/probes"),
@@ -99,14 +83,12 @@ def probe_score(
     say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
 
 
-@app.command("detect")
 def probe_detect(
+    *,
     file: PromptsArgument = None,
     probes: ProbesOption = Path("out/probes"),
-    model: ModelOption = DEFAULT_MODEL,
     batch_size: BatchSizeOption = 32,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    loaded: Model,
 ) -> None:
     """Say of each prompt, before it is answered, whether its context conflicts with memory and which will win.
 
@@ -115,13 +97,13 @@ def probe_detect(
     from dataclasses import asdict
 
     from conflictscope.probing import check_finished
-    from interp.models import fingerprint, load_model
+    from interp.models import fingerprint
     from probes.detector import ConflictDetector
 
     check_finished(probes)
     detector = ConflictDetector.load(probes / "detector")
     with prompt_batches(file, batch_size) as batches:
-        bridge = load_model(model, device=device, dtype=dtype)
+        bridge = loaded.bridge()
         fitted = detector.settings.get("model", {})
         if fingerprint(bridge) != fitted.get("fingerprint"):
             raise UserError(
@@ -130,6 +112,6 @@ def probe_detect(
             )
         for batch in batches:
             detections = detector.detect(bridge, [prompt.text for prompt in batch], batch_size=batch_size)
-            for prompt, detection in zip(batch, detections, strict=True):
-                sys.stdout.write(json.dumps({"id": prompt.id, **asdict(detection)}) + "\n")
-            sys.stdout.flush()
+            write_lines(
+                {"id": prompt.id, **asdict(detection)} for prompt, detection in zip(batch, detections, strict=True)
+            )

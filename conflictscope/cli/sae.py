@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from conflictscope.cli.inputs import layers_of, listed_layers
-from conflictscope.cli.options import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, SaeOption, SeedOption, say
+from conflictscope.cli.options import DEFAULT_MODEL, Model, SaeOption, SeedOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
-app = typer.Typer(help="Train, measure and look into sparse autoencoders.", no_args_is_help=True)
+
+@dataclass(frozen=True)
+class Training:
+    """How autoencoders are trained."""
+
+    architecture: Annotated[
+        Literal["batchtopk", "topk", "jumprelu", "standard"],
+        typer.Option(help="How features compete; batchtopk ends as a JumpReLU autoencoder."),
+    ] = "batchtopk"
+    features: Annotated[int, typer.Option(min=2, help="Features of each autoencoder.")] = 4096
+    active: Annotated[
+        int | None, typer.Option(min=1, help="Features that are to fire for a token, 32 by default; not for standard.")
+    ] = None
+    l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty, 5 by default; for standard only.")] = None
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 800_000
+    batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3
+    seed: SeedOption = 0
+
+    def settings(self) -> Any:
+        """What decides the training.
+
+        Raises:
+            UserError: If a setting belongs to another architecture.
+        """
+        from probes.sae_training import SAETraining
+
+        if (self.l1 if self.architecture != "standard" else self.active) is not None:
+            raise UserError(
+                "--l1 belongs to --architecture standard, --active to all others; give the one that applies."
+            )
+        return SAETraining(**{**asdict(self), "active": self.active or 32, "l1": 5.0 if self.l1 is None else self.l1})
 
 
-@app.command("train")
 def sae_train(
-    model: ModelOption = DEFAULT_MODEL,
+    *,
     layers: Annotated[str, typer.Option(help="Layers whose output is to be explained, for example 12,16,20-22.")] = (
         "12,16,18,20,22"
     ),
     out: Annotated[
         Path, typer.Option(help="Folder for layer_N/, text and activations; the same command goes on in it.")
     ] = Path("out/saes"),
-    architecture: Annotated[
-        Literal["batchtopk", "topk", "jumprelu", "standard"],
-        typer.Option(help="How features compete; batchtopk ends as a JumpReLU autoencoder."),
-    ] = "batchtopk",
-    features: Annotated[int, typer.Option(min=2, help="Features of each autoencoder.")] = 4096,
-    active: Annotated[
-        int | None, typer.Option(min=1, help="Features that are to fire for a token, 32 by default; not for standard.")
-    ] = None,
-    l1: Annotated[float | None, typer.Option(help="Weight of the L1 penalty, 5 by default; for standard only.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on; few are seen several times.")] = 800_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
     texts: Annotated[
         int | None, typer.Option(min=0, help="Texts of some 100 tokens to sample from the model; 2048 by default.")
     ] = None,
@@ -48,9 +67,8 @@ def sae_train(
     recording: Annotated[
         Path | None, typer.Option(help="A recording of all tokens (`record --position all`) to train on instead.")
     ] = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    training: Training,
+    loaded: Model,
 ) -> None:
     """Train sparse autoencoders of the residual stream with sae_lens, and write a card of quality for each.
 
@@ -58,29 +76,16 @@ def sae_train(
     """
     from conflictscope.saes import sae_table, train_saes
     from interp.activation_store import ActivationStore
-    from interp.models import load_model
-    from probes.sae_training import SAETraining
 
-    if (l1 if architecture != "standard" else active) is not None:
-        raise UserError("--l1 belongs to --architecture standard, --active to all others; give the one that applies.")
+    settings = training.settings()
     if recording is not None and not texts is prompts is text is None:
         raise UserError("--recording takes the place of --text, --texts and --prompts; leave these out.")
     if text is not None and texts is not None:
         raise UserError("--text takes the place of --texts; leave one out.")
-    settings = SAETraining(
-        architecture=architecture,
-        features=features,
-        active=active or 32,
-        l1=5.0 if l1 is None else l1,
-        tokens=tokens,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
     lines = None if text is None else _lines(text)
     saes = train_saes(
-        load_model(model, device=device, dtype=dtype),
-        model,
+        loaded.bridge(),
+        loaded.model,
         layers_of(layers) or [],
         out,
         settings,
@@ -88,33 +93,30 @@ def sae_train(
         n_prompts=6000 if prompts is None else prompts,
         texts=lines,
         recording=None if recording is None else ActivationStore(recording),
-        seed=seed,
-        device=device,
+        seed=training.seed,
+        device=loaded.device,
     )
     print_frame(sae_table(saes))
     say(f"SAEs and their cards are in {out}; {out / 'activations'} may be deleted")
 
 
-@app.command("evaluate")
 def sae_evaluate(
+    *,
     sae: SaeOption = DEFAULT_MODEL,
-    model: ModelOption = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for quality.json and the sampled text.")] = Path("out/sae-quality"),
     seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    loaded: Model,
 ) -> None:
     """Measure autoencoders on text and conflict prompts that they were not trained on."""
     from conflictscope.saes import check_unseen, measure_saes, quality_table, test_subjects
     from interp.files import write_json
-    from interp.models import load_model
     from interp.sae import load_saes
 
     saes = load_saes(sae)
     check_unseen(saes, test_subjects(seed))
-    bridge = load_model(model, device=device, dtype=dtype)
+    bridge = loaded.bridge()
     for one in saes:
-        one.check(bridge, model)
+        one.check(bridge, loaded.model)
     qualities = measure_saes(bridge, saes, out, seed=seed)
     records = {part: [quality.to_record() for quality in found] for part, found in qualities.items()}
     write_json(out / "quality.json", {"saes": [one.name for one in saes], "layers": [s.layer for s in saes], **records})
@@ -122,8 +124,8 @@ def sae_evaluate(
     say(f"Everything measured is in {out / 'quality.json'}")
 
 
-@app.command("features")
 def sae_features(
+    *,
     sae: SaeOption = DEFAULT_MODEL,
     layer: Annotated[int | None, typer.Option(help="Which of several SAEs; its layer.")] = None,
     feature: Annotated[
@@ -134,15 +136,12 @@ def sae_features(
     recording: Annotated[Path, typer.Option(help="A recording of conflict prompts' last tokens, with answers.")] = Path(
         "out/recording"
     ),
-    model: ModelOption = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for features.json and a figure of each.")] = Path("out/features"),
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    loaded: Model,
 ) -> None:
     """Look at features: which prompts they fire for, with which source, and which tokens they promote."""
     from conflictscope.feature_looks import look_at_features
     from interp.activation_store import ActivationStore
-    from interp.models import load_model
     from interp.sae import load_saes
 
     saes = load_saes(sae)
@@ -151,8 +150,8 @@ def sae_features(
         raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(saes)}.")
     if len(found) > 1:
         raise UserError(f"{sae} has several SAEs; give --layer, one of {listed_layers(saes)}.")
-    bridge = load_model(model, device=device, dtype=dtype)
-    found[0].check(bridge, model)
+    bridge = loaded.bridge()
+    found[0].check(bridge, loaded.model)
     table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
     print_frame(table)
     say(f"More about each is in {out / 'features.json'}, figures next to it")

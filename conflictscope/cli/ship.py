@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.addresses import is_local
-from conflictscope.cli.options import DeviceOption, DtypeOption, TrustOption, say
-from conflictscope.tables import MEASURES, written
+from conflictscope.cli.options import MODEL_HELP, Model, ModelArgument, NamedModel, TrustOption, say
 from interp.errors import UserError
 
-ModelArgument = Annotated[str, typer.Argument(help="A registered name, a local directory or a hub id.")]
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
 ]
@@ -25,6 +24,7 @@ def inspect(
     config: Annotated[Path, typer.Argument(help="An intervention file, or the folder that it is alone in.")],
 ) -> None:
     """Say what an intervention file changes, in which model, and what it was measured to do."""
+    from conflictscope.tables import MEASURES
     from interventions.config import InterventionFile
 
     file = InterventionFile.load(config)
@@ -58,26 +58,21 @@ def inspect(
 
 
 def generate(
-    model: ModelArgument,
+    *,
     prompt: Annotated[list[str], typer.Argument(help="Prompts; each is one argument.")],
     config: Annotated[Path, typer.Option("--config", help="An intervention file for that model.")],
     trust: TrustOption = None,
     strength: StrengthOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 24,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    loaded: NamedModel,
 ) -> None:
     """Answer prompts without an intervention and with it, side by side."""
     from interp.generation import greedy_texts
-    from interp.models import DTYPES, decode_plainly, load_checkpoint, resolve_device
     from interventions.config import InterventionFile
     from interventions.runtime import apply
 
     file = InterventionFile.load(config)
-    _check_dtype(dtype)
-    network, tokenizer = load_checkpoint(model)
-    network.to(resolve_device(device), DTYPES[dtype])
-    decode_plainly(network)
+    network, tokenizer = loaded.plain()
     table = Table("prompt", "without", "with", title=file.name, show_lines=True)
     plain = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
     with apply(network, file, tokenizer=tokenizer, trust=trust, strength=strength):
@@ -112,16 +107,23 @@ def export(
     say(f"Wrote {out}")
 
 
+@dataclass(frozen=True)
+class Served(Model):
+    """The model to serve, by default that of a file."""
+
+    model: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
+        str | None, typer.Option(help=f"{MODEL_HELP} By default what the first file was made with.")
+    ] = None
+
+
 def serve(
+    *,
     config: Annotated[
         list[Path],
         typer.Argument(
             help="Intervention files for one model; requests choose among them by file name, first is default."
         ),
     ],
-    model: Annotated[
-        str | None, typer.Option("--model", help="The model; by default what the first file was made with.")
-    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; other than this machine's own needs --api-key.")] = (
         "127.0.0.1"
     ),
@@ -136,8 +138,7 @@ def serve(
         Path | None,
         typer.Option(help="File to append every answer to, as a line of JSON, before it (or a stream's end) is sent."),
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    served: Served,
 ) -> None:
     """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
     import uvicorn
@@ -145,29 +146,18 @@ def serve(
     from conflictscope.serve.app import build_app
     from conflictscope.serve.engine import Engine
     from conflictscope.serve.requests import Limits
-    from interp.models import DTYPES, load_checkpoint, resolve_device
     from interventions.config import named
 
     if not api_key and not is_local(host):
         raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
-    _check_dtype(dtype)
     files = named(config)
-    name = next(iter(files.values())).model.name if model is None else model
-    network, tokenizer = load_checkpoint(name)
-    network.to(resolve_device(device), DTYPES[dtype]).eval()
+    name = served.model or next(iter(files.values())).model.name
+    network, tokenizer = replace(served, model=name).plain()
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
-    served = Path(name).name
-    engine = Engine(network, tokenizer, name=served, interventions=files, limits=limits, journal=journal)
+    engine = Engine(network, tokenizer, name=Path(name).name, interventions=files, limits=limits, journal=journal)
     say(f"Serving {', '.join(engine.models())}")
     app = build_app(engine, api_key=api_key or None)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
-
-
-def _check_dtype(dtype: str) -> None:
-    from interp.models import DTYPES
-
-    if dtype not in DTYPES:
-        raise UserError(f"The dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
 
 
 def _is_estimate(value: Any) -> bool:
@@ -175,4 +165,6 @@ def _is_estimate(value: Any) -> bool:
 
 
 def _estimate(value: Any) -> str:
+    from conflictscope.tables import written
+
     return written(value, 3) if _is_estimate(value) else "-"

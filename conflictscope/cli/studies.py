@@ -5,81 +5,99 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conflictscope.cli.options import say
+from conflictscope.cli.options import DEFAULT_RELATION, Asked, asked_option, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 if TYPE_CHECKING:
+    from conflictscope.study.data import Prompts
     from conflictscope.study.lab import Lab
     from conflictscope.study.method import Method
     from conflictscope.study.record import StudyRecord
-
-SubjectsOption = Annotated[
-    int,
-    typer.Option(min=4, help="Subjects of each relation to learn from, and to test on, at most."),
-]
-QuickOption = Annotated[
-    bool, typer.Option("--quick", help="Little of everything: checks that all runs; measures nothing.")
-]
-BudgetOption = Annotated[
-    float, typer.Option(help="Damage allowed on dev: mean nats of KL divergence, without a context and on text.")
-]
-ContextBudgetOption = Annotated[
-    float, typer.Option(help="The same for prompts with a context that agrees or is about something else.")
-]
-SUBJECTS, QUICK_SUBJECTS = 40, 12
-
-
-def make_lab(
-    model: str,
-    out: Path,
-    *,
-    relation: Sequence[str] | None = None,
-    data: Path | None = None,
-    format: str | None = None,
-    unknown_too: bool = False,
-    default: Sequence[str] = (),
-    subjects: int = SUBJECTS,
-    seed: int = 0,
-    quick: bool = False,
-    budgets: tuple[float, float] | None = None,
-    saes: Callable[[], Any] | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-) -> Lab:
-    """The model, and its prompts about some relations or from a file.
-
-    Raises:
-        UserError: If both a file and relations are given, one of them cannot be used, or the model knows too little.
-    """
-    if data is not None and relation:
-        raise UserError("Give --data or --relation, not both.")
-    if data is None and (format is not None or unknown_too):
-        raise UserError("--format and --unknown-too belong to --data; give a file, or leave them out.")
-    from interp.facts import relation_named
-
-    names = [relation_named(name).name for name in relation or default]
-    from conflictscope.study.data import fact_prompts, file_prompts
-    from conflictscope.study.lab import BUDGETS, Lab
     from conflictscope.study.records import Records
-    from interp.models import fingerprint, load_model
 
-    bridge = load_model(model, device=device, dtype=dtype)
-    records = Records(out / "records", model=fingerprint(bridge))
-    most = min(subjects, QUICK_SUBJECTS) if quick else subjects
-    if data is None:
-        prompts = fact_prompts(bridge, names, records, subjects=most, seed=seed)
-    else:
-        prompts = file_prompts(bridge, data, records, subjects=most, seed=seed, format=format, unknown_too=unknown_too)
-    counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
-    say(f"{model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
-    allowed = BUDGETS if budgets is None else dict(zip(BUDGETS, [budgets[0]] * 2 + [budgets[1]] * 2, strict=True))
-    return Lab(bridge, model, prompts, records, seed=seed, quick=quick, budgets=allowed, saes=saes)
+SUBJECTS, QUICK_SUBJECTS = 40, 12
+_study_option = partial(typer.Option, rich_help_panel="Study")
+
+
+@dataclass(frozen=True)
+class Study(Asked):
+    """What a study asks, how much of it, and the damage that it allows."""
+
+    format: Annotated[str | None, asked_option(help="The public format of --data; a wrong name lists all.")] = None
+    unknown_too: Annotated[
+        bool,
+        asked_option("--unknown-too", help="With --data: also ask what the model does not know closed-book."),
+    ] = False
+    subjects: Annotated[
+        int, _study_option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
+    ] = SUBJECTS
+    budget: Annotated[
+        float,
+        _study_option(help="Damage allowed on dev: mean nats of KL divergence, without a context and on text."),
+    ] = 0.02
+    context_budget: Annotated[
+        float, _study_option(help="The same for prompts with a context that agrees or is about something else.")
+    ] = 0.2
+    quick: Annotated[
+        bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
+    ] = False
+
+    def lab(
+        self,
+        out: Path,
+        *,
+        default: tuple[str, ...] = (DEFAULT_RELATION,),
+        saes: Callable[[], Any] | None = None,
+        tested_elsewhere: bool = False,
+    ) -> Lab:
+        """Load the model, and get its prompts about some relations or from a file.
+
+        Raises:
+            UserError: If options do not go together, or the model knows too little.
+        """
+        if self.data is None and (self.format is not None or (self.unknown_too and not tested_elsewhere)):
+            raise UserError("--format and --unknown-too belong to --data; give a file, or leave them out.")
+        names = self.relations(default)
+        from conflictscope.study.data import fact_prompts
+        from conflictscope.study.lab import Lab
+        from conflictscope.study.records import Records
+        from interp.models import fingerprint
+
+        bridge = self.bridge()
+        records = Records(out / "records", model=fingerprint(bridge))
+        if self.data is None:
+            prompts = fact_prompts(bridge, names, records, subjects=self._most, seed=self.seed)
+        else:
+            prompts = self.file_prompts(bridge, records, self.data, self.format)
+        counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
+        say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
+        allowed = {"none": self.budget, "neutral": self.budget}
+        allowed |= {"aligned": self.context_budget, "irrelevant": self.context_budget}
+        return Lab(bridge, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=allowed, saes=saes)
+
+    def file_prompts(self, bridge: Any, records: Records, file: Path, format: str | None) -> Prompts:
+        """Get prompts from a file.
+
+        Raises:
+            UserError: If it cannot be read, or the model knows too little of it.
+        """
+        from conflictscope.study.data import file_prompts
+
+        return file_prompts(
+            bridge, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+        )
+
+    @property
+    def _most(self) -> int:
+        return min(self.subjects, QUICK_SUBJECTS) if self.quick else self.subjects
 
 
 def command_line() -> str:
@@ -88,7 +106,8 @@ def command_line() -> str:
 
 
 def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: Any) -> StudyRecord:
-    """Run a study, write its page, print its leaderboard."""
+    """Run a study, print its leaderboard, write its page and say where it is."""
+    from conflictscope.report import read_runs, write_report
     from conflictscope.study.leaderboard import leaderboard
     from conflictscope.study.run import run
 
@@ -97,13 +116,7 @@ def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: 
         print_frame(table)
     for method, reason in record.not_run.items():
         say(f"{method.replace('_', ' ')} was not run: {reason}")
-    return record
-
-
-def show_page(out: Path) -> None:
-    """Write a study's page, and say where it is."""
-    from conflictscope.report import read_runs, write_report
-
     path = out / "report.html"
     write_report(path, read_runs([out]))
     say(f"Look at {path}; all numbers are in {out / 'study.json'}")
+    return record

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from interp.statistics import UNDEFINED
-
 
 def print_frame(frame: Any) -> None:
     """Print a polars frame to standard output; null is what is undefined."""
+    from interp.statistics import UNDEFINED
 
     def cell(value: Any) -> str:
         return UNDEFINED if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

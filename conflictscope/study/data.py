@@ -98,9 +98,9 @@ class Prompts:
             "digest": self.digest,
         }
 
-    def tested_on(self, other: ConflictSet, name: str) -> Prompts:
-        """The same to learn from and to choose on, with other prompts to test on."""
-        return replace(self, test=other, name=f"{self.name}, tested on {name}")
+    def tested_on(self, other: Prompts) -> Prompts:
+        """The same to learn from and to choose on, with the test prompts of others."""
+        return replace(self, test=other.test, name=f"{self.name}, tested on {other.name}")
 
     def left_out(self, relation: str) -> Prompts:
         """Learn from all relations but one, and test on that one.

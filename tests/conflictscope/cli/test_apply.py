@@ -78,11 +78,12 @@ def test_wrong_settings_are_one_sentence(dial_file, run, tiny_directories):
     assert_one_sentence(run(*command, "--trust", "0.5", "--memory-rate", "0.5"), "Give one of --trust")
     assert_one_sentence(run(*command, "--trust", "1.5"), "between -1")
     assert_one_sentence(run(*command, "--context-rate", "0.95"), "at most; ask for no more")
-    assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--relation", "colour"), "'colour' is not known")
-    assert_one_sentence(run("dial", "fit", tiny_directories["llama"], "--budget", "0"), "above 0")
-    alone = run("dial", "fit", tiny_directories["llama"], "--relation", "capital", "--leave-one-out")
+    fit = ["dial", "fit", "--model", tiny_directories["llama"]]
+    assert_one_sentence(run(*fit, "--relation", "colour"), "'colour' is not known")
+    assert_one_sentence(run(*fit, "--budget", "0"), "above 0")
+    alone = run(*fit, "--relation", "capital", "--leave-one-out")
     assert_one_sentence(alone, "needs two relations at least")
-    missing = run("dial", "fit", tiny_directories["llama"], "--counterfact", "nowhere.json")
+    missing = run(*fit, "--counterfact", "nowhere.json")
     assert_one_sentence(missing, "nowhere.json")
 
 

@@ -30,7 +30,7 @@ def small(monkeypatch):
 
 def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run, tiny_directories, tmp_path):
     options = [*SETTINGS.split(), *BUDGETS.split(), "--leave-one-out", "--out", "there"]
-    code, printed, error = run("dial", "fit", tiny_directories["llama"], *options)
+    code, printed, error = run("dial", "fit", "--model", tiny_directories["llama"], *options)
     assert code == 0, error
     record = StudyRecord.load(tmp_path / "there")
     assert record.kind == "dial"
@@ -61,7 +61,7 @@ def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run,
 
 
 def test_wrong_settings_are_one_sentence(run, tiny_directories):
-    fit = ["dial", "fit", tiny_directories["llama"]]
+    fit = ["dial", "fit", "--model", tiny_directories["llama"]]
     assert_one_sentence(run(*fit, "--relation", "colour"), "'colour' is not known")
     assert_one_sentence(run(*fit, "--budget", "0"), "above 0")
     assert_one_sentence(run(*fit, "--relation", "capital", "--leave-one-out"), "needs two relations at least")
@@ -87,7 +87,7 @@ def test_counterfact_is_tested_at_both_ends_of_the_dial(small, run, tiny_directo
     (tmp_path / "cf.json").write_text(json.dumps(items))
     monkeypatch.setattr("conflictscope.study.data.known_part", lambda _, conflicts, **__: conflicts)
     options = [*SETTINGS.split(), *BUDGETS.split(), "--counterfact", "cf.json", "--out", "there"]
-    code, _, error = run("dial", "fit", tiny_directories["llama"], *options)
+    code, _, error = run("dial", "fit", "--model", tiny_directories["llama"], *options)
     assert code == 0, error
     record = StudyRecord.load(tmp_path / "there" / "counterfact")
     assert record.methods == ["dial"]
