@@ -27,11 +27,11 @@ from interp.generation import (
     BATCH_SIZE,
     MAX_NEW_TOKENS,
     Combined,
-    ReadPrompts,
     continue_greedily,
     tracked,
 )
 from interp.inputs import first_token_id, padded, prompt_batches
+from interp.reading import Changed, ReadPrompts
 from interp.statistics import Difference, Estimate, bootstrap_mean, paired_difference, rate
 
 ANSWERS_VERSION = 1
@@ -211,6 +211,7 @@ def measure_usage(
     conflicts: ConflictSet,
     *,
     combined: Combined | None = None,
+    read: tuple[ReadPrompts, Changed] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
@@ -224,6 +225,8 @@ def measure_usage(
         conflicts: What to ask.
         combined: Chooses the next token from the prompt and the bare prompt; ``None`` reads the prompt alone. What has
             no bare prompt is asked without it.
+        read: The same prompts, read before without edits, and what the edits that are applied now change; ``None``
+            reads them now.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
@@ -234,16 +237,14 @@ def measure_usage(
     if not len(conflicts):
         raise UserError("There is no prompt to measure; choose a split, kind or template that has examples.")
     tokens = [answer_token_ids(model, example) for example in conflicts]
-    continuations = continue_greedily(
-        model,
-        [example.prompt for example in conflicts],
-        watch=torch.tensor([pair or (0, 0) for pair in tokens]),
-        without=None if combined is None else [e.bare_prompt or e.prompt for e in conflicts],
-        combined=combined,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
+    how["watch"] = torch.tensor([pair or (0, 0) for pair in tokens])
+    if read is None:
+        bare = None if combined is None else [e.bare_prompt or e.prompt for e in conflicts]
+        prompts = [example.prompt for example in conflicts]
+        continuations = continue_greedily(model, prompts, without=bare, combined=combined, batch_size=batch_size, **how)
+    else:
+        continuations = read[0].continue_greedily(read[1], **how)
     check_starts(continuations.first_tokens.tolist(), tokens)
     differences = (continuations.first_logits[:, 0] - continuations.first_logits[:, 1]).tolist()
     rows = [
@@ -279,26 +280,6 @@ def answer_starts(
     watched = [answer_token_ids(model, example) for example in conflicts]
     check_starts(first.tolist(), watched)
     return _starts_report(conflicts, watched, first)
-
-
-class AnswerStarts:
-    """``answer_starts`` for many edits of the last prompt token: the prompts are read once, up to that token.
-
-    Args:
-        model: The bridge, unedited.
-        conflicts: What to ask.
-        batch_size: Prompts per batch.
-    """
-
-    def __init__(self, model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE) -> None:
-        self._conflicts = conflicts
-        self._tokens = [answer_token_ids(model, example) for example in conflicts]
-        self._prompts = ReadPrompts(model, [example.prompt for example in conflicts], batch_size=batch_size)
-        check_starts(self._prompts.next_tokens().tolist(), self._tokens)
-
-    def report(self) -> UsageReport:
-        """What the answers start with now, under whatever edits are applied."""
-        return _starts_report(self._conflicts, self._tokens, self._prompts.next_tokens())
 
 
 def _starts_report(
@@ -361,6 +342,12 @@ def neutral_texts() -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def kl_divergence(unedited: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """KL(unedited || edited) of next-token distributions in nats, from logits ``(..., d_vocab)``; ``(...)``."""
+    clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
+    return (clean.exp() * (clean - changed)).sum(-1)
+
+
 def neutral_kl(
     model: TransformerBridge,
     edit: Callable[[], AbstractContextManager[Any]],
@@ -392,10 +379,10 @@ def neutral_kl(
     for numbers, tokens in tracked(prompt_batches(model, chosen, batch_size), progress):
         inputs = padded(model, tokens)
         with torch.inference_mode():
-            clean = network(**inputs).logits.float().log_softmax(-1)
+            clean = network(**inputs).logits.float()
             with edit():
-                edited = network(**inputs).logits.float().log_softmax(-1)
-            divergence = (clean.exp() * (clean - edited)).sum(-1)
+                edited = network(**inputs).logits.float()
+            divergence = kl_divergence(clean, edited)
         mask = inputs["attention_mask"].to(divergence.dtype)
         if position == "last":
             mask[:, :-1] = 0

@@ -5,7 +5,6 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -136,34 +135,70 @@ def continue_greedily(
     """
     if (without is None) != (combined is None):
         raise UserError("A rule for the next token needs the prompts without their contexts, and these need a rule.")
-    answers = [""] * len(prompts)
-    watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
-    first_tokens = torch.zeros(len(prompts), dtype=torch.long)
+
+    def answered() -> Iterator[Answered]:
+        for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
+            if without is None or combined is None:
+                yield Answered(numbers, *generated(model, tokens, max_new_tokens))
+                continue
+            second = token_ids(model.tokenizer, [without[i] for i in numbers])
+            rule = _TwoStreams(combined, torch.tensor([without[i] != prompts[i] for i in numbers]))
+            sequences, scores = generated(model, [*tokens, *second], max_new_tokens, rule=rule)
+            yield Answered(numbers, sequences[: len(second)], [step[: len(second)] for step in scores])
+
+    return gathered(model, answered(), len(prompts), watch)
+
+
+class Answered(NamedTuple):
+    """What a batch was answered.
+
+    Attributes:
+        numbers: Which prompts they are.
+        sequences: The tokens of each answer, ``(n, n_new)``.
+        scores: Of each step, ``(n, d_vocab)``.
+    """
+
+    numbers: Sequence[int]
+    sequences: Tensor
+    scores: Sequence[Tensor]
+
+
+def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor | None) -> Continuations:
+    """Put answers of batches in the order of their prompts; ``watch`` is that of ``continue_greedily``."""
+    answers = [""] * count
+    watched = torch.zeros(count, 0, dtype=torch.long) if watch is None else watch.cpu()
+    first_tokens = torch.zeros(count, dtype=torch.long)
     first_logits = torch.zeros(watched.shape)
-    for batch in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
-        if without is None or combined is None:
-            sequences, logits = _answered(model, batch.tokens, max_new_tokens)
-        else:
-            second = token_ids(model.tokenizer, [without[i] for i in batch.numbers])
-            is_pair = torch.tensor([without[i] != prompts[i] for i in batch.numbers])
-            rule = _TwoStreams(combined, is_pair)
-            sequences, logits = _answered(model, [*batch.tokens, *second], max_new_tokens, rule)
-            sequences, logits = sequences[: len(second)], [step[: len(second)] for step in logits]
+    for numbers, sequences, scores in batches:
+        numbers = list(numbers)
+        first_tokens[numbers] = sequences[:, 0].cpu()
+        first_logits[numbers] = scores[0].float().cpu().gather(1, watched[numbers])
         texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        first_tokens[batch.numbers] = sequences[:, 0].cpu()
-        first_logits[batch.numbers] = logits[0].float().cpu().gather(1, watched[batch.numbers])
-        for index, text in zip(batch.numbers, texts, strict=True):
+        for index, text in zip(numbers, texts, strict=True):
             answers[index] = first_sentence(text)
     return Continuations(answers, first_tokens, first_logits)
 
 
-def _answered(
-    model: TransformerBridge,
+def generated(
+    model: Any,
     tokens: Sequence[Sequence[int]],
     max_new_tokens: int,
+    *,
     rule: LogitsProcessor | None = None,
+    cache: Any = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's scores."""
+    """Let the model go on until first sentences are complete.
+
+    Args:
+        model: The bridge, or a transformers model with a ``tokenizer`` attribute.
+        tokens: The ids of each prompt's tokens.
+        max_new_tokens: Longest answer, in tokens.
+        rule: Chooses the next token otherwise than greedily.
+        cache: Keys and values of all tokens but the last; ``None`` reads the prompts.
+
+    Returns:
+        The tokens of each answer, ``(n, n_new)``, and each step's scores, ``(n, d_vocab)``.
+    """
     inputs = padded(model, tokens)
     prompt_length = inputs["input_ids"].shape[1]
     network: Any = transformers_model(model)
@@ -172,6 +207,7 @@ def _answered(
         output = network.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=padding_id(model),
@@ -209,7 +245,7 @@ def answer_steps(
         alternatives: How many tokens that were not chosen to tell of at each step.
     """
     (batch,) = prompt_batches(model, [prompt], 1, new_tokens=max_new_tokens)
-    sequences, logits = _answered(model, batch.tokens, max_new_tokens)
+    sequences, logits = generated(model, batch.tokens, max_new_tokens)
     steps = []
     for token, scores in zip(sequences[0].tolist(), logits, strict=True):
         probabilities = scores[0].float().softmax(-1)
@@ -220,51 +256,6 @@ def answer_steps(
         ranked = zip(decoded[1:], next_best.values.tolist(), strict=True)
         steps.append(AnswerStep(decoded[0], probabilities[token].item(), tuple(ranked)))
     return steps
-
-
-class ReadPrompts:
-    """Prompts that were read up to their last token, so that only that one is left to run.
-
-    Edits that act on the last token alone can then be compared at the price of one token for each prompt. The prompts
-    are read as the model is when this is made: without edits.
-
-    Args:
-        model: The bridge.
-        prompts: Full prompts of two tokens or more.
-        batch_size: Prompts per batch.
-
-    Raises:
-        UserError: If a prompt has one token only, or more than the model has positions.
-    """
-
-    def __init__(self, model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> None:
-        self._network: Any = transformers_model(model)
-        self._count = len(prompts)
-        self._batches: list[tuple[list[int], dict[str, Tensor], Any]] = []
-        for batch in prompt_batches(model, prompts, batch_size):
-            inputs = padded(model, batch.tokens)
-            if min(map(len, batch.tokens)) < 2:
-                raise UserError("A prompt has one token only, which leaves nothing to read before it; leave it out.")
-            with torch.inference_mode():
-                prefix = {name: values[:, :-1] for name, values in inputs.items()}
-                cache = self._network(**prefix, use_cache=True, logits_to_keep=1).past_key_values
-            last = {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
-            self._batches.append((batch.numbers, last, cache))
-
-    def next_logits(self) -> Iterator[tuple[list[int], Tensor]]:
-        """Run the last tokens: for each batch the numbers of its prompts and their logits ``(n, d_vocab)``."""
-        for batch, last, cache in self._batches:
-            # A pass writes into its cache, and a sliding window forgets what it would take to undo that.
-            copied = copy.deepcopy(cache)
-            with torch.inference_mode():
-                yield batch, self._network(**last, past_key_values=copied, use_cache=True).logits[:, -1]
-
-    def next_tokens(self) -> Tensor:
-        """The greedy next token of every prompt, ``(n_prompts,)``."""
-        tokens = torch.zeros(self._count, dtype=torch.long)
-        for batch, logits in self.next_logits():
-            tokens[batch] = logits.argmax(-1).cpu()
-        return tokens
 
 
 def next_logits(
@@ -279,3 +270,11 @@ def next_logits(
     for batch in prompt_batches(model, prompts, batch_size):
         with torch.inference_mode():
             yield batch.numbers, network(**padded(model, batch.tokens), logits_to_keep=1).logits[:, -1]
+
+
+def gathered_logits(batches: Iterable[tuple[list[int], Tensor]], count: int) -> Tensor:
+    """Logits of all batches in the order of their prompts, ``(count, d_vocab)`` float32."""
+    rows: dict[int, Tensor] = {}
+    for numbers, logits in batches:
+        rows.update(zip(numbers, logits.float(), strict=True))
+    return torch.stack([rows[i] for i in range(count)])

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from interventions.folding import Folding
 from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
 from interventions.tokens import Tokens, TokenTracker
+
+if TYPE_CHECKING:
+    from interp.reading import Changed
 
 EDITS_VERSION = 1
 """Version of what interventions do: raise it when one of them would change a model in another way."""
@@ -158,6 +161,9 @@ class Intervention(ABC):
     tokens: Tokens = "all"
     """The tokens it acts on."""
 
+    in_one_pass: ClassVar[bool] = False
+    """Whether a prompt has to be read in one pass, because its end decides about all of it."""
+
     @property
     def head_scales(self) -> dict[tuple[int, int], float]:
         """The scales of the heads that it moves, by ``(layer, head)``."""
@@ -234,6 +240,19 @@ class Intervention(ABC):
             "trust dials and directions that are added at all tokens can; apply the intervention while the model runs "
             "instead."
         )
+
+
+def changed_by(interventions: Sequence[Intervention]) -> Changed:
+    """Say what interventions change of a prompt, for ``interp.reading.ReadPrompts``."""
+    tokens = {intervention.tokens for intervention in interventions}
+    if any(intervention.in_one_pass for intervention in interventions):
+        return "whole"
+    if tokens <= {"last_prompt", "answer", "generated"}:
+        return "end"
+    if tokens != {"all"}:
+        return "whole"
+    layers = {layer for intervention in interventions for layer in intervention.edited_layers}
+    return min(layers) if layers else "end"
 
 
 def finite_strength(strength: float) -> float:

@@ -52,6 +52,8 @@ class ConflictGate(Intervention):
     threshold: float
     edits: tuple[Intervention, ...]
 
+    in_one_pass = True
+
     def __post_init__(self) -> None:
         if self.weight.ndim != 1 or not self.weight.isfinite().all():
             raise UserError(

@@ -19,32 +19,30 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from conflictscope.study.condition import Condition
 from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind, evenly
 from interp.errors import UserError
-from interp.evaluation import ANSWERS_VERSION, answer_token_ids
-from interp.generation import ReadPrompts, next_logits, tracked
+from interp.evaluation import ANSWERS_VERSION, answer_token_ids, kl_divergence
+from interp.generation import gathered_logits, next_logits, tracked
 from interp.inputs import first_token_id
+from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_means
-from interventions.base import EDITS_VERSION, applied
+from interventions.base import EDITS_VERSION, applied, changed_by
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from conflictscope.study.lab import Lab
 
-DEV_VERSION = 1
+DEV_VERSION = 2
 """Version of what is measured on dev: raise it when the same condition would get other numbers."""
 
 _CONFLICTS, _GUARDS = 96, {"none": 32, "aligned": 16, "irrelevant": 16}
 _FEW = 8
 _MOVED_BACK, _TRIES, _MARGIN, _LEAST = 2, 4, 0.97, 0.01
-# At the last prompt token nothing before it differs, so that prompts need be read only once.
-_AT_THE_END = ("last_prompt", "answer")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Dev:
             "context" if token == context else "memory" if token == memory else "other"
             for token, (context, memory) in zip(first[:n], self._pairs, strict=True)
         ]
-        divergence = _divergence(self._unedited[0][n:], ends[n:])
+        divergence = kl_divergence(self._unedited[0][n:], ends[n:])
         is_right = [token == wanted for token, wanted in zip(first[n:], self._right, strict=True)]
         damage, right, start = {}, {}, 0
         for kind, some in self.guards.items():
@@ -149,7 +147,7 @@ class Dev:
                 damage[kind] = divergence[part].mean().item()
                 right[kind] = sum(is_right[part]) / len(some)
         if texts is not None:
-            damage["neutral"] = _divergence(self._unedited[1], texts).mean().item()
+            damage["neutral"] = kl_divergence(self._unedited[1], texts).mean().item()
         return {"usages": usages, "damage": damage, "right": right}
 
     @cached_property
@@ -178,15 +176,16 @@ class Dev:
         examples = condition.asked(ConflictSet("dev", tuple(self.examples)))
         texts = self.texts if condition.changes_text else []
         prompts = [*(example.prompt for example in examples), *texts]
-        at_the_end = bool(condition.edits) and all(edit.tokens in _AT_THE_END for edit in condition.edits)
         # Made without edits, whoever asks first.
-        read = self._read if at_the_end and condition.changes_text else None
+        read = self._read if condition.changes_text else None
         with applied(self.model, *condition.edits):
-            batches = next_logits(self.model, prompts) if read is None else read.next_logits()
-            logits = _gathered(batches, len(prompts))
+            batches = (
+                next_logits(self.model, prompts) if read is None else read.next_logits(changed_by(condition.edits))
+            )
+            logits = gathered_logits(batches, len(prompts))
             if condition.decoding.needs_bare:
                 bare = [example.bare_prompt or example.prompt for example in examples]
-                logits = condition.decoding.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))
+                logits = condition.decoding.combined(logits, gathered_logits(next_logits(self.model, bare), len(bare)))
         count = len(self.examples)
         return logits[:count], logits[count:] if condition.changes_text else None
 
@@ -197,7 +196,7 @@ def tried(lab: Lab, condition: Condition) -> Tried:
         "dev",
         [lab.dev.digest, condition.digest],
         lambda: lab.dev.measure(condition),
-        version=(DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION),
+        version=(DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION, READING_VERSION),
     )
     return Tried(condition, tuple(found["usages"]), found["damage"], found["right"])
 
@@ -256,17 +255,3 @@ def _moved_back(lab: Lab, one: Tried) -> Tried | None:
         if (spent := moved.spent(lab.budgets)) <= 1:
             return moved
     return None
-
-
-def _gathered(batches: Any, count: int) -> Tensor:
-    """Logits of all batches in the order of their prompts, ``(count, d_vocab)`` float32."""
-    rows: dict[int, Tensor] = {}
-    for numbers, logits in batches:
-        rows.update(zip(numbers, logits.float(), strict=True))
-    return torch.stack([rows[i] for i in range(count)])
-
-
-def _divergence(unedited: Tensor, edited: Tensor) -> Tensor:
-    """KL(unedited || edited) of each row's distribution in nats, ``(n,)``."""
-    clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
-    return (clean.exp() * (clean - changed)).sum(-1)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conflictscope.study.condition import Condition
-from conflictscope.study.measure import Result, measure
+from conflictscope.study.measure import Reading, Result, measure
 from conflictscope.study.records import Records
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -39,6 +39,10 @@ class UnitBench:
     asked: ConflictSet
     records: Records
     seed: int
+    reading: Reading = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reading = Reading(self.model, self.asked)
 
 
 def serial(lab: Lab, conditions: Sequence[Condition]) -> None:

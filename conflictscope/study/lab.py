@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
+from conflictscope.study.measure import Reading
 from conflictscope.study.method import Method
 from conflictscope.study.records import Records
 from interp.activation_store import ActivationStore
@@ -79,6 +80,7 @@ class Lab:
         self.quick = quick
         self.budgets = budgets or BUDGETS
         self.anatomy = Anatomy(model)
+        self.reading = Reading(model, prompts.test)
         self._saes = saes
         self._chosen: dict[tuple[Method, Direction], Chosen] = {}
 

@@ -10,25 +10,21 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
+from torch import Tensor
 
 from conflictscope.study.condition import Condition
 from interp.answers import USAGES
 from interp.conflicts import ConflictSet, evenly
-from interp.evaluation import (
-    ANSWERS_VERSION,
-    NEUTRAL_KL_VERSION,
-    UsageReport,
-    measure_usage,
-    neutral_kl,
-    neutral_texts,
-)
-from interp.generation import continue_greedily
+from interp.evaluation import ANSWERS_VERSION, UsageReport, kl_divergence, measure_usage, neutral_texts
+from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
+from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_mean
-from interventions.base import EDITS_VERSION, applied
+from interventions.base import EDITS_VERSION, applied, changed_by
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -65,6 +61,7 @@ class Bench(Protocol):
     model: TransformerBridge
     records: Records
     seed: int
+    reading: Reading
 
     @property
     def asked(self) -> ConflictSet:
@@ -72,25 +69,57 @@ class Bench(Protocol):
         ...
 
 
+class Reading:
+    """Prompts and ordinary text that an unedited model read once, for all conditions.
+
+    Args:
+        model: The bridge, unedited.
+        asked: Test's prompts.
+    """
+
+    def __init__(self, model: TransformerBridge, asked: ConflictSet) -> None:
+        self.model = model
+        self.asked = asked
+
+    @cached_property
+    def prompts(self) -> ReadPrompts:
+        """Test's prompts."""
+        return ReadPrompts(self.model, [example.prompt for example in self.asked], new_tokens=MAX_NEW_TOKENS)
+
+    @cached_property
+    def texts(self) -> ReadPrompts:
+        """Ordinary text."""
+        return ReadPrompts(self.model, neutral_texts())
+
+    @cached_property
+    def unedited(self) -> Tensor:
+        """Logits at the ends of ordinary text, ``(n_texts, d_vocab)``."""
+        return gathered_logits(self.texts.next_logits(), len(neutral_texts()))
+
+
 def measure(lab: Bench, condition: Condition) -> Result:
     """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
-    asked, digest = lab.asked, condition.digest
+    asked, digest, model = lab.asked, condition.digest, lab.model
+    changed = changed_by(condition.edits)
     rule = condition.decoding.combined if condition.decoding.needs_bare else None
 
     def answers() -> UsageReport:
-        with applied(lab.model, *condition.edits):
-            return measure_usage(
-                lab.model, condition.asked(asked), combined=rule, progress=f"On test: {condition.name}"
-            )
+        read = (lab.reading.prompts, changed) if condition.changes_text else None
+        with applied(model, *condition.edits):
+            label = f"On test: {condition.name}"
+            return measure_usage(model, condition.asked(asked), combined=rule, read=read, progress=label)
 
     def divergences() -> list[float]:
-        return neutral_kl(lab.model, lambda: applied(lab.model, *condition.edits), position="last").tolist()
+        unedited = lab.reading.unedited
+        with applied(model, *condition.edits):
+            edited = gathered_logits(lab.reading.texts.next_logits(changed), len(unedited))
+        return kl_divergence(unedited, edited).tolist()
 
-    report = lab.records.usage("test", [digest, asked.digest], answers, version=(ANSWERS_VERSION, EDITS_VERSION))
+    version = (ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
+    report = lab.records.usage("test", [digest, asked.digest], answers, version=version)
     kl = None
     if condition.changes_text:
-        version = (NEUTRAL_KL_VERSION, EDITS_VERSION)
-        kl = np.array(lab.records.json("neutral_kl", [digest, neutral_texts(), "last"], divergences, version=version))
+        kl = np.array(lab.records.json("neutral_kl", [digest, neutral_texts()], divergences, version=version[1:]))
     cost = None
     if digest is not None:
         cost = lab.records.json("cost", [digest, asked.digest], lambda: _cost(lab, condition), version=COST_VERSION)

@@ -4,14 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from interp.anatomy import Anatomy
 from interp.answers import first_sentence
 from interp.errors import UserError
-from interp.generation import ReadPrompts, answer_steps, continue_greedily
+from interp.generation import answer_steps, continue_greedily
 from interp.inputs import first_token_id
 from interp.models import cached_path
-from interventions.base import applied
-from interventions.steering import Steering
 from tests.interp.two_streams import two_passes_a_token
 from tests.tiny import tiny_conflicts
 
@@ -48,26 +45,6 @@ def test_the_first_token_of_an_answer_carries_its_space(smollm2):
 
 def test_no_prompts_give_no_answers(smollm2):
     assert continue_greedily(smollm2, []).answers == []
-
-
-@pytest.mark.parametrize("tokens", ["last_prompt", "answer"])
-def test_read_prompts_give_the_next_tokens_of_full_passes_under_edits_of_the_last_token(tiny_bridge, tokens):
-    """Again and again, with and without an edit, in batches of different lengths."""
-    prompts = [example.prompt for example in tiny_conflicts()]
-    read = ReadPrompts(tiny_bridge, prompts, batch_size=5)
-    generator = torch.Generator().manual_seed(0)
-    d_model = Anatomy(tiny_bridge).d_model
-    vectors = [torch.randn(d_model, generator=generator) * 5 for _ in range(2)]
-    for edits in ([], [Steering(1, vectors[0], 1.0, tokens)], [Steering(0, v, 1.0, tokens) for v in vectors], []):
-        with applied(tiny_bridge, *edits):
-            expected = continue_greedily(tiny_bridge, prompts, max_new_tokens=1).first_tokens
-            assert read.next_tokens().tolist() == expected.tolist()
-            assert read.next_tokens().tolist() == expected.tolist()
-
-
-def test_a_prompt_of_one_token_cannot_be_read_up_to_its_last(tiny_llama):
-    with pytest.raises(UserError, match="one token only"):
-        ReadPrompts(tiny_llama, ["Rome Rome Rome", tiny_llama.tokenizer.decode([5])])
 
 
 def test_the_steps_of_an_answer_are_its_tokens_with_the_models_own_probabilities(smollm2):

@@ -15,7 +15,7 @@ from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.corpus import sampled_texts
 from interp.errors import Caution, UserError
-from interp.evaluation import AnswerStarts, answer_starts, answer_token_ids, measure_usage, neutral_kl
+from interp.evaluation import answer_starts, answer_token_ids, measure_usage, neutral_kl
 from interp.facts import load_facts
 from interp.generation import continue_greedily, greedy_texts
 from interp.inputs import (
@@ -261,7 +261,6 @@ def test_where_answers_start_otherwise_it_is_said(tiny_llama):
     for ask in (
         lambda: measure_usage(tiny_llama, conflicts, max_new_tokens=2),
         lambda: answer_starts(tiny_llama, conflicts),
-        lambda: AnswerStarts(tiny_llama, conflicts),
         lambda: direct_logit_attribution(tiny_llama, conflicts, name="tiny"),
         lambda: path_patching(tiny_llama, conflicts, name="tiny"),
         lambda: attribution_patching(tiny_llama, conflicts, name="tiny"),

@@ -1,0 +1,177 @@
+"""Read many prompts once, so that what an edit leaves alone is not computed again for every edit.
+
+What an unedited model computes of a prompt stays true under an edit in two cases:
+
+1. An edit of the last token, or of later ones: everything before it. Only that token is left to run.
+2. An edit of all tokens in some layers: everything below the lowest of these. The layers above are left to run on the
+   residual stream that was kept.
+
+In both cases the cache of keys and values is that of the unedited model where the edit changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from interp.anatomy import Anatomy
+from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, Answered, Continuations, gathered, generated, tracked
+from interp.inputs import padded, prompt_batches
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+READING_VERSION = 1
+"""Version of how kept prompts are gone on with: raise it when the same edit would give other numbers."""
+
+Changed = int | Literal["end", "whole"]
+"""What edits change: tokens from the last one on (``end``), all tokens from a layer on, or anything (``whole``)."""
+
+_MOST_KEPT = 2**30
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch that was read.
+
+    Attributes:
+        numbers: Which prompts they are.
+        tokens: The ids of each one's tokens.
+        inputs: All tokens, padded.
+        cache: Keys and values of all tokens but the last, unedited; ``None`` where a prompt has one token only.
+        given: What a block was given at these tokens, as the block below gave it, by layer, of some layers.
+    """
+
+    numbers: list[int]
+    tokens: list[list[int]]
+    inputs: dict[str, Tensor]
+    cache: Any
+    given: dict[int, Any]
+
+
+class ReadPrompts:
+    """Prompts that were read up to their last token by a model without edits.
+
+    Args:
+        model: The bridge, unedited.
+        prompts: Full prompts.
+        new_tokens: How many tokens are to follow each at most.
+        batch_size: Prompts per batch.
+        most_kept: Bytes of residual streams that are kept at most; fewer layers are kept where all do not fit.
+
+    Raises:
+        UserError: If a prompt has no tokens, or it and what follows has more than the model has positions.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        prompts: Sequence[str],
+        *,
+        new_tokens: int = 0,
+        batch_size: int = BATCH_SIZE,
+        most_kept: int = _MOST_KEPT,
+    ) -> None:
+        self._model = model
+        self._anatomy = Anatomy(model)
+        self._network: Any = self._anatomy.model
+        self._count = len(prompts)
+        batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens)
+        tokens = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in batches)
+        of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
+        every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept, 1)))
+        layers = range(every, self._anatomy.n_layers, every)
+        self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in batches]
+
+    def next_logits(self, changed: Changed = "end") -> Iterator[tuple[list[int], Tensor]]:
+        """Run what is left to the prompts' ends: for each batch the numbers of its prompts and ``(n, d_vocab)`` logits.
+
+        Args:
+            changed: What the edits that are applied now change.
+        """
+        for batch in self._batches:
+            with torch.inference_mode():
+                cache = self._cache(batch, changed)
+                inputs = batch.inputs if cache is None else _last(batch.inputs)
+                output = self._network(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+                yield batch.numbers, output.logits[:, -1]
+
+    def continue_greedily(
+        self,
+        changed: Changed = "end",
+        *,
+        watch: Tensor | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        progress: str | None = None,
+    ) -> Continuations:
+        """Continue each prompt greedily: see ``interp.generation.continue_greedily``, and ``next_logits``."""
+        answered = (
+            Answered(b.numbers, *generated(self._model, b.tokens, max_new_tokens, cache=self._cache(b, changed)))
+            for b in tracked(self._batches, progress)
+        )
+        return gathered(self._model, answered, self._count, watch)
+
+    def _read(self, numbers: list[int], tokens: list[list[int]], layers: Sequence[int]) -> _Read:
+        inputs = padded(self._model, tokens)
+        if min(map(len, tokens)) < 2:
+            return _Read(numbers, tokens, inputs, None, {})
+        kept: dict[int, Any] = {}
+        handles = [
+            self._anatomy.module("block", layer - 1).register_forward_hook(
+                lambda _, __, output, layer=layer: kept.update({layer: output})
+            )
+            for layer in layers
+        ]
+        try:
+            with torch.inference_mode():
+                output = self._network(**_prefix(inputs), use_cache=True, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _Read(numbers, tokens, inputs, output.past_key_values, kept)
+
+    def _cache(self, batch: _Read, changed: Changed) -> Any:
+        """Keys and values of all tokens but the last under what is applied now, to write into; ``None`` of no token."""
+        if batch.cache is None or changed == "whole":
+            return None
+        # A pass writes into its cache, and a sliding window forgets what it would take to undo that.
+        if changed == "end":
+            return copy.deepcopy(batch.cache)
+        start = max((layer for layer in batch.given if layer <= changed), default=0)
+        below = [self._anatomy.module("block", layer) for layer in range(start)]
+        with torch.inference_mode(), _standing_for(below, batch.given.get(start)):
+            cache = self._network(**_prefix(batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
+        cache.layers[:start] = copy.deepcopy(batch.cache.layers[:start])
+        return cache
+
+
+def _prefix(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values[:, :-1] for name, values in inputs.items()}
+
+
+def _last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
+
+
+@contextmanager
+def _standing_for(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let blocks give what comes out of the last of them, without computing it."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return output
+
+    # Not by setattr, which a bridge passes on to what it wraps.
+    for block in blocks:
+        vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del vars(block)["forward"]

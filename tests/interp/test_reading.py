@@ -1,0 +1,82 @@
+"""Prompts that were read once, against full passes over them: the same logits and answers under any edit."""
+
+import pytest
+import torch
+
+from interp.anatomy import Anatomy
+from interp.generation import continue_greedily, gathered_logits, next_logits
+from interp.reading import ReadPrompts
+from interventions.base import applied, changed_by
+from interventions.gate import ConflictGate
+from interventions.heads import HeadScaling
+from interventions.steering import Steering
+from tests.tiny import tiny_conflicts
+
+PROMPTS = [example.prompt for example in tiny_conflicts()]
+
+
+def direction(model, seed=0):
+    return torch.randn(Anatomy(model).d_model, generator=torch.Generator().manual_seed(seed)) * 5
+
+
+def edits_of(model):
+    """Edits by what they change."""
+    last = Anatomy(model).n_layers - 1
+    vector = direction(model)
+    gate = ConflictGate("block", 0, vector, 0.0, 0.0, (HeadScaling.of([(last, 0)], 0.0),))
+    return [
+        ("end", []),
+        ("end", [Steering(last, vector, 1.0, "last_prompt"), Steering(0, direction(model, 1), 1.0, "answer")]),
+        (last, [HeadScaling.of([(last, 0)], -3.0)]),
+        (0, [HeadScaling.of([(last, 0)], 4.0), HeadScaling.of([(0, 1)], 0.0)]),
+        (last, [Steering(last, vector, 1.0, "all")]),
+        ("whole", [HeadScaling.of([(last, 1)], 0.0), Steering(0, vector, 1.0, "last_prompt")]),
+        ("whole", [gate]),
+    ]
+
+
+@pytest.mark.parametrize("most_kept", [2**30, 0])
+def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, most_kept):
+    """Again and again, in batches of different lengths, with residual streams kept and without."""
+    read = ReadPrompts(tiny_bridge, PROMPTS, new_tokens=4, batch_size=5, most_kept=most_kept)
+    for changed, edits in [*edits_of(tiny_bridge), ("end", [])]:
+        assert changed_by(edits) == changed
+        with applied(tiny_bridge, *edits):
+            expected = gathered_logits(next_logits(tiny_bridge, PROMPTS), len(PROMPTS))
+            found = gathered_logits(read.next_logits(changed), len(PROMPTS))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            watch = torch.tensor([[3, 7]] * len(PROMPTS))
+            plain = continue_greedily(tiny_bridge, PROMPTS, watch=watch, max_new_tokens=4)
+            answers = read.continue_greedily(changed, watch=watch, max_new_tokens=4)
+        assert answers.answers == plain.answers
+        assert answers.first_tokens.tolist() == plain.first_tokens.tolist()
+        torch.testing.assert_close(answers.first_logits, plain.first_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_below_an_edit_are_not_run_again(tiny_llama):
+    read = ReadPrompts(tiny_llama, PROMPTS)
+    anatomy = Anatomy(tiny_llama)
+    widths = []
+    handles = [
+        anatomy.module("mlp", layer).register_forward_hook(
+            lambda _, inputs, __, layer=layer: widths.append((layer, inputs[0].shape[1]))
+        )
+        for layer in (0, 1)
+    ]
+    list(read.next_logits(1))
+    for handle in handles:
+        handle.remove()
+    assert {width for layer, width in widths if layer == 0} == {1}
+    assert max(width for layer, width in widths if layer == 1) > 1
+
+
+def test_a_prompt_of_one_token_is_read_whole(tiny_llama):
+    prompts = ["Rome Rome Rome", tiny_llama.tokenizer.decode([5])]
+    read = ReadPrompts(tiny_llama, prompts)
+    expected = gathered_logits(next_logits(tiny_llama, prompts), 2)
+    torch.testing.assert_close(gathered_logits(read.next_logits(), 2), expected, rtol=1e-5, atol=1e-5)
+    assert read.continue_greedily().answers == continue_greedily(tiny_llama, prompts).answers
+
+
+def test_no_prompts_give_nothing(tiny_llama):
+    assert ReadPrompts(tiny_llama, []).continue_greedily().answers == []
