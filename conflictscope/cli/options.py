@@ -173,9 +173,11 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in parameters.items() if name not in groups]
-    shared = [option for group in groups.values() for option in _options(group)]
-    flat.__signature__ = inspect.Signature([*own, *shared])  # pyright: ignore[reportAttributeAccessIssue]
+    flat.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
+        option
+        for name, p in parameters.items()
+        for option in (_options(groups[name]) if name in groups else [p.replace(kind=p.KEYWORD_ONLY)])
+    )
     flat.__annotations__ = {}
     return flat
 

@@ -59,12 +59,12 @@ def inspect(
 
 def generate(
     *,
+    loaded: NamedModel,
     prompt: Annotated[list[str], typer.Argument(help="Prompts; each is one argument.")],
     config: Annotated[Path, typer.Option("--config", help="An intervention file for that model.")],
     trust: TrustOption = None,
     strength: StrengthOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 24,
-    loaded: NamedModel,
 ) -> None:
     """Answer prompts without an intervention and with it, side by side."""
     from interp.generation import greedy_texts
