@@ -177,11 +177,11 @@ def record(
     Without --data the prompts are about facts that the model knows, in every phrasing. To find them it is asked
     closed-book first; what it knows is kept in OUT-records.
     """
-    from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activation_store import ActivationStore
     from interp.activations import SITE_KINDS, observations, sites_of
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES, load_model
+    from probes.fitting import EMBEDDING, conflicts_for_probes
 
     if data is not None and relation:
         raise UserError("Give --data or --relation, not both.")

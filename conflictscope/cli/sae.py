@@ -56,9 +56,11 @@ def sae_train(
 
     Needs no download: text is sampled from the model itself.
     """
-    from conflictscope.saes import sae_table, train_saes
     from interp.activation_store import ActivationStore
     from interp.models import load_model
+    from probes.sae_data import TrainingText
+    from probes.sae_making import train_saes
+    from probes.sae_quality import sae_table
     from probes.sae_training import SAETraining
 
     if (l1 if architecture != "standard" else active) is not None:
@@ -77,18 +79,18 @@ def sae_train(
         learning_rate=learning_rate,
         seed=seed,
     )
-    lines = None if text is None else _lines(text)
+    if recording is None:
+        lines = None if text is None else _lines(text)
+        data = TrainingText(lines, 2048 if texts is None else texts, 6000 if prompts is None else prompts, seed)
+    else:
+        data = ActivationStore(recording)
     saes = train_saes(
         load_model(model, device=device, dtype=dtype),
         model,
         layers_of(layers) or [],
         out,
         settings,
-        n_texts=2048 if texts is None else texts,
-        n_prompts=6000 if prompts is None else prompts,
-        texts=lines,
-        recording=None if recording is None else ActivationStore(recording),
-        seed=seed,
+        data,
         device=device,
     )
     print_frame(sae_table(saes))
@@ -105,10 +107,11 @@ def sae_evaluate(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Measure autoencoders on text and conflict prompts that they were not trained on."""
-    from conflictscope.saes import check_unseen, measure_saes, quality_table, test_subjects
     from interp.files import write_json
     from interp.models import load_model
     from interp.sae import load_saes
+    from probes.sae_data import check_unseen, test_subjects
+    from probes.sae_quality import measure_saes, quality_table
 
     saes = load_saes(sae)
     check_unseen(saes, test_subjects(seed))
@@ -140,10 +143,13 @@ def sae_features(
     dtype: DtypeOption = "float32",
 ) -> None:
     """Look at features: which prompts they fire for, with which source, and which tokens they promote."""
-    from conflictscope.feature_looks import look_at_features
+    from figures.features import feature_view
+    from figures.theme import save_figure
     from interp.activation_store import ActivationStore
+    from interp.files import write_json
     from interp.models import load_model
     from interp.sae import load_saes
+    from probes.feature_views import features_table, look_at_features
 
     saes = load_saes(sae)
     found = [one for one in saes if layer is None or one.layer == layer]
@@ -153,8 +159,11 @@ def sae_features(
         raise UserError(f"{sae} has several SAEs; give --layer, one of {listed_layers(saes)}.")
     bridge = load_model(model, device=device, dtype=dtype)
     found[0].check(bridge, model)
-    table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
-    print_frame(table)
+    views = look_at_features(bridge, found[0], ActivationStore(recording), features=feature, count=count)
+    write_json(out / "features.json", {"sae": found[0].name, "features": [view.to_record() for view in views]})
+    for view in views:
+        save_figure(feature_view(view), out / f"layer_{view.layer}-feature_{view.feature}.html")
+    print_frame(features_table(views))
     say(f"More about each is in {out / 'features.json'}, figures next to it")
 
 

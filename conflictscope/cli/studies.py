@@ -66,8 +66,8 @@ def make_lab(
     names = [relation_named(name).name for name in relation or default]
     from conflictscope.study.data import fact_prompts, file_prompts
     from conflictscope.study.lab import BUDGETS, Lab
-    from conflictscope.study.records import Records
     from interp.models import fingerprint, load_model
+    from interp.records import Records
 
     bridge = load_model(model, device=device, dtype=dtype)
     records = Records(out / "records", model=fingerprint(bridge))

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from conflictscope.methods._heads import DRAWS
 from conflictscope.methods._steering import kept
-from conflictscope.saes import check_unseen
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import Method
@@ -30,6 +29,7 @@ from interp.sae import SparseAutoencoder
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.tokens import Tokens
 from probes.feature_selection import FeatureStatistics, matched_random_features, select_features
+from probes.sae_data import check_unseen
 
 SHARES = (0.1, 0.3, 0.5)
 """The shares of the information that compete: the published K."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
 from conflictscope.study.method import Method
-from conflictscope.study.records import Records
 from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.answers import Direction
@@ -25,6 +24,7 @@ from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import ConflictSet, evenly
 from interp.corpus import sampled_texts
 from interp.errors import UserError
+from interp.records import Records
 from interp.sae import SparseAutoencoder
 from interventions.fitting.scale_data import ScaleData
 from interventions.identity import ModelIdentity

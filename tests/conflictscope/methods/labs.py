@@ -9,8 +9,8 @@ import pytest
 
 from conflictscope.study.data import fact_prompts
 from conflictscope.study.lab import Lab
-from conflictscope.study.records import Records
 from interp.models import fingerprint
+from interp.records import Records
 
 
 def tiny_lab(model: Any, folder: Path, *, subjects: int = 8, seed: int = 0) -> Lab:

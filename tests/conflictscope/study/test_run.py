@@ -22,13 +22,13 @@ from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
 from conflictscope.study.record import RECORD, UNEDITED, StudyRecord, read_examples
-from conflictscope.study.records import Records
 from conflictscope.study.run import run
 from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.evaluation import measure_usage
 from interp.models import fingerprint
+from interp.records import Records
 from interventions.base import applied
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
