@@ -90,9 +90,9 @@ def command_line() -> str:
 def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: Any) -> StudyRecord:
     """Run a study, write its page, print its leaderboard."""
     from conflictscope.study.leaderboard import leaderboard
-    from conflictscope.study.run import run
+    from conflictscope.study.run import Study
 
-    record = run(lab, methods, kind=kind, command=command_line(), out=out, **options)
+    record = Study(kind, command_line(), out, **options).run(lab, methods)
     for table in leaderboard(record):
         print_frame(table)
     for method, reason in record.not_run.items():

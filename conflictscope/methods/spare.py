@@ -113,10 +113,10 @@ class Spare(Method):
         return controls
 
     def _saes(self, lab: Lab) -> list[SparseAutoencoder]:
-        there = [sae.layer for sae in lab.saes]
+        there = [sae.layer for sae in lab.autoencoders]
         if absent := [layer for layer in self.layers or () if layer not in there]:
             raise UserError(f"There is no SAE of layer {absent[0]}; there are SAEs of layers {str(there)[1:-1]}.")
-        saes = [sae for sae in lab.saes if self.layers is None or sae.layer in self.layers]
+        saes = [sae for sae in lab.autoencoders if self.layers is None or sae.layer in self.layers]
         if repeated := [sae.layer for sae in saes if there.count(sae.layer) > 1]:
             raise UserError(f"There are several SAEs of layer {repeated[0]}; give one for each layer.")
         for sae in saes:

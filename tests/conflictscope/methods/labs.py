@@ -17,6 +17,6 @@ def tiny_lab(model: Any, folder: Path, *, subjects: int = 8, seed: int = 0) -> L
     """A quick lab on prompts about capitals and languages."""
     records = Records(folder, model=fingerprint(model))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+        patch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
         prompts = fact_prompts(model, ["capital", "language"], records, subjects=subjects, seed=seed)
     return Lab(model, "tiny", prompts, records, seed=seed, quick=True)
