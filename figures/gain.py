@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
-from typing import Any, Literal
+from math import ceil
+from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures.parts import estimate_of, usage_hover, written
-from figures.theme import COLOURS, LIGHT_THEME, OTHER_COLOUR, SERIES_COLOURS, escape, interval
+from figures.theme import LIGHT_THEME, OTHER_COLOUR, SERIES_COLOURS, escape, interval
 from interp.answers import DIRECTIONS, Direction
 
 Guard = Literal["closed_book_accuracy", "aligned_accuracy", "irrelevant_accuracy", "neutral_kl"]
@@ -24,56 +25,71 @@ GUARD_LABELS: dict[Guard, str] = {
 """What a guard is called on an axis."""
 
 _METHOD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", *SERIES_COLOURS)
-_METHOD_SYMBOLS = ("square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_ENDINGS = {"edit": "", "control": "-open-dot", "unedited": "-open"}
 
 
-def gain_and_damage(
-    baseline: Mapping[str, Any],
-    edits: Mapping[str, Mapping[Direction, Mapping[str, Any]]],
-    *,
-    control: Mapping[Direction, Mapping[str, Any]] | None = None,
-    guard: Guard = "closed_book_accuracy",
-) -> go.Figure:
-    """What each edit gains (the wanted rate, to the right) against what it costs (a guard), one panel per direction.
+class Point(NamedTuple):
+    """One of the points of ``gain_and_damage``.
+
+    Attributes:
+        name: What hovering calls it.
+        measures: Its ``memory_rate``, ``context_rate`` and the guard, as records of estimates.
+        towards: The source that it strengthens; what has none is in both panels.
+        kind: What it is: unedited is open, a random control open with a dot.
+    """
+
+    name: str
+    measures: Mapping[str, Any]
+    towards: Direction | None = None
+    kind: Literal["edit", "control", "unedited"] = "edit"
+
+
+def gain_and_damage(groups: Mapping[str, Sequence[Point]], *, guard: Guard = "closed_book_accuracy") -> go.Figure:
+    """What edits gain (the wanted rate, to the right) against what they cost (a guard), one panel per direction.
+
+    The dotted steps lead along what nothing else beats in both; random controls are left out of them.
 
     Args:
-        baseline: The unedited model: a record with ``memory_rate``, ``context_rate`` and ``guard``.
-        edits: Such a record for every method and direction of control.
-        control: For each direction such a record with as many random heads edited alike.
+        groups: Points that share a colour and a symbol, by name.
         guard: What should not change.
     """
-    figure = gain_panels()
-    named = dict(zip(edits, _METHOD_SYMBOLS * len(edits), strict=False))
-    for column, direction in enumerate(DIRECTIONS, start=1):
-        points: list[tuple[str, str, Mapping[str, Any], str | None]] = [
-            (name, named[name], by[direction], COLOURS[direction]) for name, by in edits.items() if direction in by
-        ]
-        if control is not None:
-            points.append(("random heads", "circle-open", control[direction], OTHER_COLOUR))
-        points.append(("unedited", "circle", baseline, None))
-        for name, symbol, record, colour in points:
-            wanted, kept = estimate_of(record[f"{direction}_rate"]), estimate_of(record[guard])
-            error = {"thickness": 1.2, "width": 0} | ({"color": colour} if colour else {})
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.12,
+        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
+    )
+    for number, (name, points) in enumerate(groups.items()):
+        symbol, colour = _SYMBOLS[number % len(_SYMBOLS)], SERIES_COLOURS[number % len(SERIES_COLOURS)]
+        for column, direction in enumerate(DIRECTIONS, start=1):
+            shown = [point for point in points if point.towards in (direction, None)]
+            gained = [estimate_of(point.measures[f"{direction}_rate"]) for point in shown]
+            kept = [estimate_of(point.measures[guard]) for point in shown]
+            line = {"color": colour, "thickness": 1.2, "width": 0}
             figure.add_scatter(
-                x=[wanted.value],
-                y=[kept.value],
-                error_x=interval([wanted]) | error,
-                error_y=interval([kept]) | error,
+                x=[e.value for e in gained],
+                y=[e.value for e in kept],
+                error_x=interval(gained) | line,
+                error_y=interval(kept) | line,
                 mode="markers",
-                marker={"symbol": symbol, "size": 11} | ({"color": colour} if colour else {}),
+                marker={"symbol": [symbol + _ENDINGS[point.kind] for point in shown], "size": 10, "color": colour},
                 name=escape(name),
                 showlegend=False,
-                hovertext=[
-                    f"{usage_hover(f'{name}, towards {direction}', f'{direction} rate', wanted)}"
-                    f"<br>{GUARD_LABELS[guard]} {written(kept, guard)}, "
-                    f"n = {kept.n} {'texts' if guard == 'neutral_kl' else 'prompts'}"
-                ],
+                cliponaxis=False,
+                hovertext=[_gain_hover(name, point, direction, guard) for point in shown],
                 hovertemplate="%{hovertext}<extra></extra>",
                 row=1,
                 col=column,
             )
+        key = {"symbol": symbol, "size": 9, "color": colour}
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=key, name=escape(name))
+    every = [point for points in groups.values() for point in points]
+    for column, direction in enumerate(DIRECTIONS, start=1):
+        competing = [p.measures for p in every if p.towards in (direction, None) and p.kind != "control"]
         figure.add_scatter(
-            **front([by[direction] for by in edits.values() if direction in by] + [baseline], direction, guard),
+            **front(competing, direction, guard),
             mode="lines",
             line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
             name="front",
@@ -82,43 +98,30 @@ def gain_and_damage(
             row=1,
             col=column,
         )
-    keys = [*named.items(), *([("random heads", "circle-open")] if control is not None else []), ("unedited", "circle")]
-    for name, symbol in keys:
-        figure.add_scatter(x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9}, name=escape(name))
-    guards = [estimate_of(record[guard]) for record in (baseline, *(r for by in edits.values() for r in by.values()))]
-    return with_gain_axes(figure, lowest=min(estimate.low for estimate in guards), guard=guard)
-
-
-def gain_panels() -> go.Figure:
-    """An empty figure of what edits gain and cost, a panel for each direction; ``with_gain_axes`` finishes it."""
-    return make_subplots(
-        rows=1,
-        cols=2,
-        shared_yaxes=True,
-        horizontal_spacing=0.12,
-        column_titles=[f"<b>towards {direction}</b>" for direction in DIRECTIONS],
-    )
-
-
-def with_gain_axes(
-    figure: go.Figure, *, lowest: float, guard: Guard = "closed_book_accuracy", height: int = 400
-) -> go.Figure:
-    """The figure with its axes: the wanted rate to the right, the guard upwards, from ``lowest`` at the latest."""
+        figure.update_xaxes(
+            title_text=f"{direction} rate", range=[-0.04, 1.04], tickformat=".0%", dtick=0.5, col=column
+        )
     figure.update_yaxes(title_text=GUARD_LABELS[guard], col=1)
     if guard == "neutral_kl":
         figure.update_yaxes(rangemode="tozero")
     else:
+        lowest = min(estimate_of(point.measures[guard]).low for point in every)
         figure.update_yaxes(tickformat=".0%", range=[min(0.8, lowest - 0.05), 1.01])
-    for column, direction in enumerate(DIRECTIONS, start=1):
-        figure.update_xaxes(
-            title_text=f"{direction} rate", range=[-0.04, 1.04], tickformat=".0%", dtick=0.5, col=column
-        )
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
-        height=height,
+        height=360 + 22 * ceil(len(groups) / 2),
         margin_t=30,
         hovermode="closest",
         legend={"y": -0.2, "yanchor": "top", "entrywidth": 140},
+    )
+
+
+def _gain_hover(group: str, point: Point, direction: Direction, guard: Guard) -> str:
+    wanted, kept = estimate_of(point.measures[f"{direction}_rate"]), estimate_of(point.measures[guard])
+    heading = point.name if point.name == group else f"{group}: {point.name}"
+    return (
+        f"{usage_hover(heading, f'{direction} rate', wanted)}<br>{GUARD_LABELS[guard]} {written(kept, guard)}, "
+        f"n = {kept.n} {'texts' if guard == 'neutral_kl' else 'prompts'}"
     )
 
 
@@ -142,7 +145,7 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
     methods = list(dict.fromkeys(record["method"] for record in tried))
     for number, method in enumerate(methods):
         marker = {
-            "symbol": _METHOD_SYMBOLS[number % len(_METHOD_SYMBOLS)],
+            "symbol": _SYMBOLS[1:][number % len(_SYMBOLS[1:])],
             "color": _METHOD_COLOURS[number % len(_METHOD_COLOURS)],
         }
         name = escape(method.replace("_", " "))
@@ -185,7 +188,7 @@ def front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Gua
     """The steps ``x``, ``y`` between records than which none has both more gain and less damage (Pareto).
 
     Args:
-        records: Such records as those of ``gain_and_damage``.
+        records: Their ``memory_rate``, ``context_rate`` and the guard.
         direction: The wanted source.
         guard: What should not change.
     """

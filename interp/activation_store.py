@@ -84,6 +84,20 @@ class ActivationStore(Mapping[str, Tensor]):
         """Whether all prompts have been recorded."""
         return self._recorded() == self.basis["data"]["prompts"]
 
+    def check(self, model: TransformerBridge) -> None:
+        """Refuse to go on if the recording has not finished, or is of another model.
+
+        Raises:
+            UserError: If so.
+        """
+        if not self.complete:
+            raise UserError(f"The recording in {self.path} has not finished; run the command that made it again.")
+        if self.basis["model"]["fingerprint"] != fingerprint(model):
+            raise UserError(
+                f"{self.path} is a recording of {self.basis['model']['name']} with other weights or in another dtype; "
+                "record this model."
+            )
+
     @cached_property
     def index(self) -> pl.DataFrame:
         """One row for each row of the values, as far as recorded: ``prompt``, ``position``, ``token``, metadata."""

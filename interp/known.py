@@ -13,14 +13,26 @@ A single bare prompt decides alone. What is known does not depend on the context
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from interp.answers import contains_answer
-from interp.conflicts import ConflictExample, ConflictSet
+from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
-from interp.facts import HELD_OUT_PHRASING, SEEN_PHRASINGS, SOURCE, closed_book_prompt, relations
+from interp.evaluation import ANSWERS_VERSION
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    PHRASINGS,
+    SEEN_PHRASINGS,
+    SOURCE,
+    Fact,
+    build_conflicts,
+    closed_book_prompt,
+    known_facts,
+    relations,
+)
 from interp.generation import continue_greedily
+from interp.records import Records
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -93,6 +105,38 @@ def known_part(model: TransformerBridge, conflicts: ConflictSet, *, progress: st
         )
     known = dict(zip(asked, are_known(model, list(asked.values()), progress=progress), strict=True))
     return ConflictSet(conflicts.name, tuple(e for e in conflicts if known.get(_fact_of(e), False)))
+
+
+def conflicts_about_known(
+    model: TransformerBridge,
+    facts: Mapping[str, Sequence[Fact]],
+    records: Records,
+    *,
+    seed: int,
+    kinds: Sequence[ContextKind] = CONTEXT_KINDS,
+) -> ConflictSet:
+    """Build prompts, in every phrasing family, about those of some facts that the model knows.
+
+    Args:
+        model: The bridge.
+        facts: Facts of the fact tables by relation.
+        records: Where it is kept what the model knows, so that it is asked once.
+        seed: Decides the splits and which answer conflicts with which.
+        kinds: The context kinds to build.
+
+    Raises:
+        UserError: If it knows too few facts for conflicts.
+    """
+    known = {}
+    for relation, some in facts.items():
+
+        def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
+            return [f.subject for f in known_facts(model, relation, among=some, progress=f"Closed-book: {relation}")]
+
+        depends_on = [[fact.subject, fact.answers] for fact in some]
+        subjects = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
+        known[relation] = [fact for fact in some if fact.subject in subjects]
+    return build_conflicts(known, seed=seed, kinds=kinds, phrasings=tuple(PHRASINGS))
 
 
 _Fact = tuple[str, str, tuple[str, ...]]

@@ -5,6 +5,7 @@ Values of one subject depend on each other, so subjects are what counts:
     bootstrap_mean        the mean of any values: percentiles of the means of resampled subjects
     rate                  a share of yes or no: Wilson's interval with an effective number of values
     paired_difference     what changes between two measurements of the same things, and a sign-flip test
+    kept_share            which share of such a change a third measurement keeps
 """
 
 from __future__ import annotations
@@ -222,6 +223,31 @@ def paired_difference(
     else:
         low, high = np.quantile(bootstrap_means(change, clusters, seed=seed), [0.025, 0.975])
     return Difference(float(change.mean()), float(low), float(high), len(change), p)
+
+
+def kept_share(hits: np.ndarray, clusters: Sequence[Hashable]) -> Estimate:
+    """Which share of a mean change from zeros and ones is kept, undefined where nothing changes.
+
+    Where all that changes changes one way, and each of these keeps its change or loses it, the share is a ``rate``;
+    else its interval is bootstrapped.
+
+    Args:
+        hits: The same things measured three times, before, after, and after in part, ``(n, 3)``.
+        clusters: ``n`` cluster labels.
+    """
+    changed, kept = hits[:, 1] - hits[:, 0], hits[:, 2] - hits[:, 0]
+    if not changed.sum():
+        return Estimate.undefined(len(hits))
+    moved = np.flatnonzero(changed).tolist()
+    one_way, kept_of_moved = abs(changed.sum()) == len(moved), kept[moved] / changed[moved]
+    if one_way and np.count_nonzero(kept) == kept_of_moved.sum() and np.isin(kept_of_moved, (0, 1)).all():
+        return rate(kept_of_moved, [clusters[i] for i in moved])
+    means = np.vstack([hits.mean(0), bootstrap_means(hits, clusters)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (means[:, 2] - means[:, 0]) / (means[:, 1] - means[:, 0])
+    # Where a resample has no change at all there is no share; what it would be is bounded by nothing.
+    low, high = np.quantile(share[1:][np.isfinite(share[1:])], [0.025, 0.975])
+    return Estimate(float(share[0]), float(low), float(high), len(hits))
 
 
 def _sign_flip_p(changes: np.ndarray, seed: int) -> float:

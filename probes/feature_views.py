@@ -16,11 +16,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.answers import USAGES
 from interp.errors import UserError
 from interp.sae import SparseAutoencoder
 from interp.statistics import bootstrap_mean
+from probes.feature_selection import FeatureStatistics
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -133,6 +135,59 @@ def view_features(
         )
         views.append(view)
     return views
+
+
+def look_at_features(
+    model: TransformerBridge,
+    sae: SparseAutoencoder,
+    recording: ActivationStore,
+    *,
+    features: Sequence[int] | None,
+    count: int,
+) -> list[FeatureView]:
+    """Look at features with what was recorded of conflict prompts.
+
+    Args:
+        model: The bridge.
+        sae: The autoencoder.
+        recording: Last tokens of conflict prompts at the autoencoder's site, with answers.
+        features: Which; ``None`` takes those that tell most about the source of answers.
+        count: How many of these.
+
+    Raises:
+        UserError: If the recording does not serve, or there is no such feature.
+    """
+    recording.check(model)
+    index = recording.index
+    if recording.basis["positions"] != "last" or "usage" not in index.columns:
+        raise UserError(
+            f"{recording.path} does not hold the last tokens of conflict prompts with their answers; record them with "
+            "`conflictscope record`."
+        )
+    states = recording.read(sae.site)
+    if features is None:
+        answered = torch.tensor(index["usage"].is_in(["memory", "context"]).fill_null(False).to_list())
+        follows = torch.tensor((index["usage"] == "context").fill_null(False).to_list())
+        statistics = FeatureStatistics.of(sae.encode(states[answered]), follows[answered])
+        features = statistics.information.topk(min(count, sae.d_sae)).indices.tolist()
+    return view_features(model, sae, features, states, index)
+
+
+def features_table(views: Sequence[FeatureView]) -> pl.DataFrame:
+    """A row of text for each feature: how often it fires, with which source, and which tokens it moves."""
+    return pl.DataFrame(
+        [
+            {
+                "layer": view.layer,
+                "feature": view.feature,
+                "fires for": f"{view.frequency:.0%}",
+                **{f"mean, {row['usage']}": f"{row['mean']:.2f}" for row in view.by_source.iter_rows(named=True)},
+                "promotes": " ".join(view.promoted["token"].head(5)),
+                "suppresses": " ".join(view.suppressed["token"].head(5)),
+            }
+            for view in views
+        ]
+    )
 
 
 def visible_token(tokenizer: Any, token_id: int) -> str:

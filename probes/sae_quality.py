@@ -6,11 +6,13 @@ autoencoder that is trained without it cannot be asked about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
 from interp.sae import SparseAutoencoder
 from interp.statistics import Estimate, bootstrap_mean, rate
+from probes.sae_data import held_out_prompts, held_out_texts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -111,6 +114,60 @@ def evaluate_saes(
                 tally.compare(clean, spliced, ablated)
     drawn = order if clusters is None else [clusters[i] for i in order]
     return [tally.quality(drawn) for tally in tallies]
+
+
+def measure_saes(
+    model: TransformerBridge, saes: Sequence[SparseAutoencoder], folder: Path, *, seed: int = 0
+) -> dict[str, list[SAEQuality]]:
+    """Measure autoencoders on text that nobody trained on: sampled, and conflict prompts about held-out subjects.
+
+    Args:
+        model: The bridge.
+        saes: The autoencoders.
+        folder: Where sampled texts are kept.
+        seed: Decides the split and what is sampled.
+
+    Returns:
+        For ``text`` and for ``conflict_prompts`` the quality of each.
+    """
+    prompts = held_out_prompts(seed)
+    return {
+        "text": evaluate_saes(model, saes, held_out_texts(model, folder / "texts", seed), progress="Measuring on text"),
+        "conflict_prompts": evaluate_saes(
+            model,
+            saes,
+            [example.prompt for example in prompts],
+            clusters=[example.subject for example in prompts],
+            progress="Measuring on conflict prompts",
+        ),
+    }
+
+
+def sae_table(saes: Sequence[SparseAutoencoder]) -> pl.DataFrame:
+    """What the cards say about quality, a row for each autoencoder and kind of text."""
+    parts = ("text", "conflict_prompts")
+    records = {part: [sae.card["quality"][part] for sae in saes] for part in parts}
+    return quality_table([sae.layer for sae in saes], records)
+
+
+def quality_table(layers: Sequence[int], records: Mapping[str, Sequence[Mapping[str, Any]]]) -> pl.DataFrame:
+    """Records of quality by kind of text, a row for each layer and kind."""
+    return pl.DataFrame(
+        [
+            {
+                "layer": layer,
+                "on": part.replace("_", " "),
+                "active": f"{record['active']:.1f}",
+                "explained variance": f"{record['explained_variance']:.3f}",
+                "loss recovered": f"{record['loss_recovered']:.3f}",
+                "loss increase": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**record["loss_increase"]),
+                "same next token": "{value:.2f} [{low:.2f}, {high:.2f}]".format(**record["same_next_token"]),
+                "dead": record["dead_features"],
+            }
+            for part, found in records.items()
+            for layer, record in zip(layers, found, strict=True)
+        ]
+    )
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from markdown_it import MarkdownIt
 from pydantic import TypeAdapter, ValidationError
 
 from conflictscope.cli import app, main
-from conflictscope.probing import read_prompts
+from conflictscope.cli.inputs import read_prompts
 from conflictscope.serve.requests import ChatRequest, CompletionRequest
 from interp import facts
 from interp.activations import record

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption
-from conflictscope.cli.studies import Study, study
+from conflictscope.cli.studies import StudyOptions, study
 from interp.errors import UserError
 
 
@@ -24,7 +24,7 @@ def compare(
     test_format: Annotated[str | None, typer.Option(help="The public format of --test-data.")] = None,
     sae: SaeOption = DEFAULT_MODEL,
     out: OutOption = Path("out/compare"),
-    asked: Study,
+    asked: StudyOptions,
 ) -> None:
     """Compare methods on the same prompts: each at its best and within one damage budget, towards both sources.
 
@@ -44,4 +44,4 @@ def compare(
         lab = lab.on(lab.prompts.left_out(leave_out))
     if test_data is not None:
         lab = lab.on(lab.prompts.tested_on(asked.file_prompts(lab.model, lab.records, test_data, test_format)))
-    study(lab, methods, "compare", out)
+    study(lab, methods, "compare", out, controls="kinds")

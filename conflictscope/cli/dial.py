@@ -10,7 +10,7 @@ import typer
 
 from conflictscope.cli.inputs import Prompted
 from conflictscope.cli.options import OutOption, say
-from conflictscope.cli.studies import Study, study
+from conflictscope.cli.studies import StudyOptions, study
 from interp.errors import UserError
 
 _COUNTERFACT, _COUNTERFACT_SUBJECTS = "counterfact-competition", 1000
@@ -32,7 +32,7 @@ def dial_fit(
         typer.Option(help="Also test on CounterFact in the format of Competition of Mechanisms: OUT/counterfact."),
     ] = None,
     out: OutOption = Path("out/dial"),
-    asked: Study,
+    asked: StudyOptions,
 ) -> None:
     """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/study.json.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from conflictscope.cli.options import OutOption, TrustOption, say
-from conflictscope.cli.studies import Study, study
+from conflictscope.cli.studies import StudyOptions, study
 
 _UNSEEN = "held_out_phrasing"
 
@@ -21,7 +21,7 @@ def gate_fit(
         float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
     ] = 0.95,
     out: OutOption = Path("out/gate"),
-    asked: Study,
+    asked: StudyOptions,
 ) -> None:
     """Fit a gate that opens for conflicts, verify it, and write OUT/gated.json and OUT/study.json."""
     from conflictscope.methods.gate import Gate

@@ -6,11 +6,11 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conflictscope.cli.options import BatchSizeOption, MaxNewTokensOption, Model, PromptsArgument
 from interp.errors import UserError
@@ -58,14 +58,12 @@ def write_lines(rows: Iterator[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def prompt_batches(file: Path | None, batch_size: int) -> Iterator[Iterator[list[Any]]]:
+def prompt_batches(file: Path | None, batch_size: int) -> Iterator[Iterator[list[Prompt]]]:
     """Read the prompts of a file, or of standard input, in batches.
 
     Raises:
         UserError: Before all else, if there are none.
     """
-    from conflictscope.probing import read_prompts
-
     stream = sys.stdin if file in (None, Path("-")) else file.open(encoding="utf-8")
     with stream:
         batches = read_prompts(stream, batch_size)
@@ -73,6 +71,48 @@ def prompt_batches(file: Path | None, batch_size: int) -> Iterator[Iterator[list
         if first is None:
             raise UserError("There are no prompts; give a file with one a line, or pipe them in.")
         yield itertools.chain([first], batches)
+
+
+class Prompt(NamedTuple):
+    """A prompt and what its reader calls it."""
+
+    id: str
+    text: str
+
+
+def read_prompts(lines: Iterable[str], batch_size: int) -> Iterator[list[Prompt]]:
+    """Prompts from lines, each a text or a JSON object with ``prompt`` and maybe ``id``, a few at a time.
+
+    Raises:
+        UserError: If a line that starts like a JSON object is none with a prompt; the message names it. Or if the
+            lines are no text.
+    """
+    batch: list[Prompt] = []
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            # Some editors begin a file with a byte order mark.
+            batch.append(_prompt(line.removeprefix("\ufeff").rstrip("\n"), number))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompts are not UTF-8 text ({error}); convert them.") from error
+    if batch:
+        yield batch
+
+
+def _prompt(line: str, number: int) -> Prompt:
+    if not line.lstrip().startswith("{"):
+        return Prompt(str(number), line)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"Line {number} is not valid JSON ({error}); mend or remove it.") from error
+    if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise UserError(f"Line {number} has no text in a field named prompt; add one.")
+    return Prompt(str(row.get("id", number)), row["prompt"])
 
 
 def layers_of(text: str | None) -> list[int] | None:

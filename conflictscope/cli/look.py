@@ -141,11 +141,11 @@ def record(
     Without --data the prompts are about facts that the model knows, in every phrasing. To find them it is asked
     closed-book first; what it knows is kept in OUT-records.
     """
-    from conflictscope.probing import EMBEDDING, conflicts_for_probes
     from interp.activation_store import ActivationStore
     from interp.activations import SITE_KINDS, observations, sites_of
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES
+    from probes.fitting import EMBEDDING, conflicts_for_probes
 
     relations = source.relations()
     chosen = site or ["residual", "attention", "mlp"]

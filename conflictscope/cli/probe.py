@@ -35,8 +35,8 @@ def probe_fit(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")] = "auto",
 ) -> None:
     """Fit probes of conflict and source at every recorded site, and a detector."""
-    from conflictscope.probing import LABELS, fit_probes
     from interp.activation_store import ActivationStore
+    from probes.fitting import LABELS, fit_probes
 
     if unknown := [name for name in label or () if name not in LABELS]:
         raise UserError(f"There is no probe of {unknown[0]!r}; choose among {', '.join(LABELS)}.")
@@ -75,10 +75,12 @@ def probe_score(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Score probes and their controls on held-out subjects, and draw figures."""
-    from conflictscope.probing import score_probes, score_table
+    from figures.probe_scores import save_score_figures
     from interp.activation_store import ActivationStore
+    from probes.scoring import score_probes, score_table
 
     scores = score_probes(ActivationStore(recording), probes, out, seed=seed)
+    save_score_figures(scores, out / "figures")
     print_frame(score_table(scores.frame))
     say(f"All sites are in {out / 'scores.parquet'}, figures in {out / 'figures'}")
 
@@ -96,9 +98,9 @@ def probe_detect(
     """
     from dataclasses import asdict
 
-    from conflictscope.probing import check_finished
     from interp.models import fingerprint
     from probes.detector import ConflictDetector
+    from probes.fitting import check_finished
 
     check_finished(probes)
     detector = ConflictDetector.load(probes / "detector")

@@ -74,26 +74,29 @@ def sae_train(
 
     Needs no download: text is sampled from the model itself.
     """
-    from conflictscope.saes import sae_table, train_saes
     from interp.activation_store import ActivationStore
+    from probes.sae_data import TrainingText
+    from probes.sae_making import train_saes
+    from probes.sae_quality import sae_table
 
     settings = training.settings()
     if recording is not None and not texts is prompts is text is None:
         raise UserError("--recording takes the place of --text, --texts and --prompts; leave these out.")
     if text is not None and texts is not None:
         raise UserError("--text takes the place of --texts; leave one out.")
-    lines = None if text is None else _lines(text)
+    if recording is None:
+        lines = None if text is None else _lines(text)
+        n_texts, n_prompts = 2048 if texts is None else texts, 6000 if prompts is None else prompts
+        source = TrainingText(lines, n_texts, n_prompts, training.seed)
+    else:
+        source = ActivationStore(recording)
     saes = train_saes(
         loaded.bridge(),
         loaded.model,
         layers_of(layers) or [],
         out,
         settings,
-        n_texts=2048 if texts is None else texts,
-        n_prompts=6000 if prompts is None else prompts,
-        texts=lines,
-        recording=None if recording is None else ActivationStore(recording),
-        seed=training.seed,
+        source,
         device=loaded.device,
     )
     print_frame(sae_table(saes))
@@ -108,9 +111,10 @@ def sae_evaluate(
     loaded: Model,
 ) -> None:
     """Measure autoencoders on text and conflict prompts that they were not trained on."""
-    from conflictscope.saes import check_unseen, measure_saes, quality_table, test_subjects
     from interp.files import write_json
     from interp.sae import load_saes
+    from probes.sae_data import check_unseen, test_subjects
+    from probes.sae_quality import measure_saes, quality_table
 
     saes = load_saes(sae)
     check_unseen(saes, test_subjects(seed))
@@ -140,9 +144,12 @@ def sae_features(
     loaded: Model,
 ) -> None:
     """Look at features: which prompts they fire for, with which source, and which tokens they promote."""
-    from conflictscope.feature_looks import look_at_features
+    from figures.features import feature_view
+    from figures.theme import save_figure
     from interp.activation_store import ActivationStore
+    from interp.files import write_json
     from interp.sae import load_saes
+    from probes.feature_views import features_table, look_at_features
 
     saes = load_saes(sae)
     found = [one for one in saes if layer is None or one.layer == layer]
@@ -152,8 +159,11 @@ def sae_features(
         raise UserError(f"{sae} has several SAEs; give --layer, one of {listed_layers(saes)}.")
     bridge = loaded.bridge()
     found[0].check(bridge, loaded.model)
-    table = look_at_features(bridge, found[0], ActivationStore(recording), out, features=feature, count=count)
-    print_frame(table)
+    views = look_at_features(bridge, found[0], ActivationStore(recording), features=feature, count=count)
+    write_json(out / "features.json", {"sae": found[0].name, "features": [view.to_record() for view in views]})
+    for view in views:
+        save_figure(feature_view(view), out / f"layer_{view.layer}-feature_{view.feature}.html")
+    print_frame(features_table(views))
     say(f"More about each is in {out / 'features.json'}, figures next to it")
 
 

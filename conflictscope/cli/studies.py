@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
     from conflictscope.study.method import Method
     from conflictscope.study.record import StudyRecord
-    from conflictscope.study.records import Records
+    from interp.records import Records
 
 SUBJECTS, QUICK_SUBJECTS = 40, 12
 _study_option = partial(typer.Option, rich_help_panel="Study")
 
 
 @dataclass(frozen=True)
-class Study(Asked):
+class StudyOptions(Asked):
     """What a study asks, how much of it, and the damage that it allows."""
 
     format: Annotated[str | None, asked_option(help="The public format of --data; a wrong name lists all.")] = None
@@ -68,8 +68,8 @@ class Study(Asked):
         names = self.relations(default)
         from conflictscope.study.data import fact_prompts
         from conflictscope.study.lab import Lab
-        from conflictscope.study.records import Records
         from interp.models import fingerprint
+        from interp.records import Records
 
         bridge = self.bridge()
         records = Records(out / "records", model=fingerprint(bridge))
@@ -109,9 +109,9 @@ def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: 
     """Run a study, print its leaderboard, write its page and say where it is."""
     from conflictscope.report import read_runs, write_report
     from conflictscope.study.leaderboard import leaderboard
-    from conflictscope.study.run import run
+    from conflictscope.study.run import Study
 
-    record = run(lab, methods, kind=kind, command=command_line(), out=out, **options)
+    record = Study(kind, command_line(), out, **options).run(lab, methods)
     for table in leaderboard(record):
         print_frame(table)
     for method, reason in record.not_run.items():

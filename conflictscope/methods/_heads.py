@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
+from conflictscope.study.method import Method
 from interp.answers import OPPOSITE, Direction
 from interp.attribution.scores import RankedHead, top_heads
 from interventions.feedforward import FeedForwardScaling
@@ -47,6 +48,14 @@ def scaling(scales: Mapping[tuple[int, int], float], means: Tensor | None = None
 def distinct(conditions: Iterable[Condition]) -> list[Condition]:
     """The conditions without those that do what an earlier one does."""
     return list({condition.digest: condition for condition in reversed(list(conditions))}.values())[::-1]
+
+
+class HeadMethod(Method):
+    """Scale heads, and feed-forward layers too."""
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        """As many other heads and feed-forward layers at random, edited alike."""
+        return random_heads(lab, chosen)
 
 
 def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:

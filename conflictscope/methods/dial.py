@@ -9,13 +9,12 @@ from typing import Any
 
 import polars as pl
 
-from conflictscope.methods._heads import random_heads
+from conflictscope.methods._heads import HeadMethod
 from conflictscope.methods.learned_scales import ENDS, dial_of, learned
 from conflictscope.study.choice import line
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
-from conflictscope.study.method import Method
 from figures.dial import dial_curve
 from figures.theme import save_figure
 from interp.answers import DIRECTIONS, Direction
@@ -56,7 +55,7 @@ def at(dial: TrustDial, trust: float) -> Condition:
 
 
 @dataclass(frozen=True)
-class DialEnds(Method):
+class DialEnds(HeadMethod):
     """Take a dial that was learned elsewhere, at its ends; it is no method that is found by name.
 
     Attributes:
@@ -70,10 +69,6 @@ class DialEnds(Method):
         """The end."""
         del lab
         return [at(self.dial, ENDS[towards])]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same scales of other heads and feed-forward layers at random."""
-        return random_heads(lab, chosen)
 
 
 def asked_for_halfway(lab: Lab, dial: TrustDial, towards: Direction) -> dict[str, Any]:

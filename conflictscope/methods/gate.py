@@ -18,7 +18,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from conflictscope.methods._kept import kept_shares
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
@@ -30,7 +29,7 @@ from interp.answers import Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport
-from interp.statistics import rate
+from interp.statistics import kept_share, rate
 from interventions.base import Intervention
 from interventions.config import effect_digest
 from interventions.gate import ConflictGate
@@ -154,6 +153,34 @@ def passing_threshold(scores: Tensor, keep: float) -> float:
             "pass; choose more relations or subjects, or a smaller share."
         )
     return float(scores.sort().values[rank - 1])
+
+
+def kept_shares(
+    unedited: UsageReport, ungated: UsageReport, gated: UsageReport, towards: Direction | None
+) -> dict[str, dict[str, Any]]:
+    """Which share of the ungated edit's gain and damage is left behind a gate, with intervals by subject.
+
+    Args:
+        unedited: The unedited model's answers.
+        ungated: Answers to the same prompts under the edit.
+        gated: The same behind the gate.
+        towards: The source whose rate is the gain; ``None`` has damage only.
+
+    Returns:
+        ``gain``, and the losses of accuracy ``none``, ``aligned``, ``irrelevant``, as far as there are such prompts.
+        Of what the ungated edit does not change the share is undefined.
+    """
+    shares: dict[str, dict[str, Any]] = {}
+    for kind in CONTEXT_KINDS:
+        if kind == "conflict" and towards is None:
+            continue
+        hit = pl.col("usage") == towards if kind == "conflict" else pl.col("memory_span_match")
+        frames = [report.select(kind=kind).frame for report in (unedited, ungated, gated)]
+        if len(frames[0]):
+            hits = [frame.select(hit.cast(pl.Float64)).to_series().to_numpy() for frame in frames]
+            share = kept_share(np.stack(hits, axis=1), frames[0]["subject"].to_list())
+            shares["gain" if kind == "conflict" else kind] = share.to_record()
+    return shares
 
 
 def _check(edits: Sequence[Intervention]) -> None:

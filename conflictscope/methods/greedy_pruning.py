@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conflictscope.methods._heads import Heads, random_heads, scaling
+from conflictscope.methods._heads import HeadMethod, Heads, scaling
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
 from interp.answers import Direction
 from interp.teacher_forcing import FORCING_VERSION
 from interventions.fitting.greedy import GREEDY_VERSION, greedy_heads
@@ -24,7 +23,7 @@ COUNTS = (1, 2, 4, 8)
 _PROMPTS, _SHORTLIST = 48, 6
 
 
-class GreedyPruning(Method):
+class GreedyPruning(HeadMethod):
     """Prune the heads that greedy selection removes first."""
 
     name = "greedy_pruning"
@@ -40,10 +39,6 @@ class GreedyPruning(Method):
             Condition(self.name, towards, {"heads": count}, (scaling(dict.fromkeys(removed[:count], 0.0)),))
             for count in sorted({min(count, len(removed)) for count in COUNTS} - {0})
         ]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """As many heads at random, pruned."""
-        return random_heads(lab, chosen)
 
 
 def _removed(lab: Lab, towards: Direction) -> Heads:

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from conflictscope.methods._heads import random_heads
+from conflictscope.methods._heads import HeadMethod
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
 from interp.answers import Direction
 from interp.corpus import TEXTS_VERSION
 from interp.errors import UserError
@@ -31,7 +30,7 @@ _QUICK: dict[str, Any] = {"steps": 3, "conflicts": 8, "guards": 4}
 
 
 @dataclass(frozen=True)
-class LearnedScales(Method):
+class LearnedScales(HeadMethod):
     """Learn the scales of heads, and of feed-forward layers if wanted.
 
     Attributes:
@@ -56,10 +55,6 @@ class LearnedScales(Method):
             Condition(self.name, towards, {"strength": strength}, tuple(edit.scaled(strength) for edit in end))
             for strength in self.strengths
         ]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same scales of other heads and feed-forward layers at random."""
-        return random_heads(lab, chosen)
 
     def details(self, lab: Lab, chosen: Condition) -> Mapping[str, Any]:
         """What decided the learning, and what the learner saw on dev."""

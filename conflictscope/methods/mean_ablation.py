@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conflictscope.methods._heads import distinct, obstacles, random_heads, scaling, strongest
+from conflictscope.methods._heads import HeadMethod, distinct, obstacles, scaling, strongest
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
 from interp.answers import Direction
 
 COUNTS = (4, 8)
@@ -21,7 +20,7 @@ STRENGTHENED = 1.5
 """The scale of the supporter, around its mean."""
 
 
-class MeanAblation(Method):
+class MeanAblation(HeadMethod):
     """Hold heads at their mean outputs."""
 
     name = "mean_ablation"
@@ -38,7 +37,3 @@ class MeanAblation(Method):
             return Condition(self.name, towards, settings, (scaling(scales, lab.mean_outputs),))
 
         return distinct(condition(count, stronger) for stronger in (False, True) for count in COUNTS)
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """As many heads at random, held or strengthened alike around their own means."""
-        return random_heads(lab, chosen)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conflictscope.methods._heads import distinct, obstacles, opponents, random_heads, scaling, strongest
+from conflictscope.methods._heads import HeadMethod, distinct, obstacles, opponents, scaling, strongest
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
 from interp.answers import Direction
 
 COUNTS = (1, 2, 4, 8)
 """How many heads are pruned."""
 
 
-class Pruning(Method):
+class Pruning(HeadMethod):
     """Prune the first heads of a ranking."""
 
     name = "pruning"
@@ -36,7 +35,3 @@ class Pruning(Method):
             for count in COUNTS
             for name, ranking in rankings.items()
         )
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """As many heads at random, pruned."""
-        return random_heads(lab, chosen)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from conflictscope.methods._heads import DRAWS
 from conflictscope.methods._steering import kept
-from conflictscope.saes import check_unseen
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import Method
@@ -30,6 +29,7 @@ from interp.sae import SparseAutoencoder
 from interventions.features import AlphaForm, EditedFeatures, FeatureEdit
 from interventions.tokens import Tokens
 from probes.feature_selection import FeatureStatistics, matched_random_features, select_features
+from probes.sae_data import check_unseen
 
 SHARES = (0.1, 0.3, 0.5)
 """The shares of the information that compete: the published K."""
@@ -113,10 +113,10 @@ class Spare(Method):
         return controls
 
     def _saes(self, lab: Lab) -> list[SparseAutoencoder]:
-        there = [sae.layer for sae in lab.saes]
+        there = [sae.layer for sae in lab.autoencoders]
         if absent := [layer for layer in self.layers or () if layer not in there]:
             raise UserError(f"There is no SAE of layer {absent[0]}; there are SAEs of layers {str(there)[1:-1]}.")
-        saes = [sae for sae in lab.saes if self.layers is None or sae.layer in self.layers]
+        saes = [sae for sae in lab.autoencoders if self.layers is None or sae.layer in self.layers]
         if repeated := [sae.layer for sae in saes if there.count(sae.layer) > 1]:
             raise UserError(f"There are several SAEs of layer {repeated[0]}; give one for each layer.")
         for sae in saes:

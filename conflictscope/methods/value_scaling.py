@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conflictscope.methods._heads import opponents, random_heads, scaling, strongest
+from conflictscope.methods._heads import HeadMethod, opponents, scaling, strongest
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
 from interp.answers import Direction
 
 DOWN, UP = (0.0, -1.0), (2.0, 4.0)
 """The scales that compete, of the strongest opponent and of the strongest supporter."""
 
 
-class ValueScaling(Method):
+class ValueScaling(HeadMethod):
     """Scale the one head that matters most."""
 
     name = "value_scaling"
@@ -31,7 +30,3 @@ class ValueScaling(Method):
             Condition(self.name, towards, {"head": f"{head[0]}.{head[1]}", "scale": scale}, (scaling({head: scale}),))
             for head, scale in tries
         ]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """Other heads at random, scaled alike."""
-        return random_heads(lab, chosen)

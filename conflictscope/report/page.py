@@ -16,7 +16,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
-from conflictscope.probing import score_table
 from conflictscope.report import words
 from conflictscope.report.answers import answers_of
 from conflictscope.report.figures import compared, plots_of
@@ -27,6 +26,7 @@ from interp.answers import DIRECTIONS, Direction
 from interp.attribution.scores import RankedHead
 from interp.errors import UserError
 from interp.files import assets_directory, write_text
+from probes.scoring import score_table
 
 _LISTED = 12
 _FILTERS = {

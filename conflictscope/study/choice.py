@@ -215,10 +215,14 @@ def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction) -> Cho
     within = [one for one in own if one.spent(lab.budgets) <= 1]
     outside = sorted((one for one in own if one.spent(lab.budgets) > 1), key=lambda one: -one.rate(towards))
     moved_back = [moved for one in outside[:_MOVED_BACK] if (moved := _moved_back(lab, one)) is not None]
-    finalists = [own[i] for i in as_good_as_the_best(own, towards, [e.subject for e in lab.dev.conflicts])]
-    best = max(finalists, key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
     within_budget = max([*within, *moved_back], key=lambda one: one.rate(towards), default=None)
-    return Chosen(best, within_budget, (*own, *moved_back))
+    return Chosen(best_of(lab, own, towards), within_budget, (*own, *moved_back))
+
+
+def best_of(lab: Lab, tries: Sequence[Tried], towards: Direction) -> Tried:
+    """Of those that are as good as the best the one that keeps most facts closed-book."""
+    finalists = as_good_as_the_best(tries, towards, [e.subject for e in lab.dev.conflicts])
+    return max((tries[i] for i in finalists), key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
 
 
 def as_good_as_the_best(tries: Sequence[Tried], towards: Direction, subjects: Sequence[str]) -> list[int]:

@@ -13,23 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conflictscope.study.records import Records
-from interp.conflicts import CONTEXT_KINDS, SPLITS, ConflictExample, ConflictSet, ContextKind, Split, split_of
+from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
-from interp.facts import (
-    HELD_OUT_PHRASING,
-    PHRASINGS,
-    SOURCE,
-    STUDY_PHRASINGS,
-    Fact,
-    build_conflicts,
-    known_facts,
-    relation_named,
-    usable_facts,
-)
+from interp.facts import HELD_OUT_PHRASING, SOURCE, STUDY_PHRASINGS, Fact, relation_named, usable_facts
 from interp.formats import load_dataset
-from interp.known import KNOWN_VERSION, known_part
+from interp.known import KNOWN_VERSION, conflicts_about_known, known_part
+from interp.records import Records
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -146,16 +136,7 @@ def fact_prompts(
             members = [fact for fact in usable if split_of(fact.subject, seed) == split]
             rng = random.Random(f"{seed}/{relation}/{split}")
             asked[relation] += rng.sample(members, min(most, len(members)))
-    facts: dict[str, list[Fact]] = {}
-    for relation, some in asked.items():
-
-        def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
-            return [f.subject for f in known_facts(model, relation, among=some, progress=f"Closed-book: {relation}")]
-
-        depends_on = [[fact.subject, fact.answers] for fact in some]
-        known = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
-        facts[relation] = [fact for fact in some if fact.subject in known]
-    conflicts = build_conflicts(facts, seed=seed, kinds=CONTEXT_KINDS, phrasings=tuple(PHRASINGS))
+    conflicts = conflicts_about_known(model, asked, records, seed=seed)
     return _split(conflicts, tuple(asked), sum(map(len, asked.values())))
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import Reading, Result, measure
-from conflictscope.study.records import Records
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.models import fingerprint, load_model
+from interp.records import Records
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,6 @@ from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
 from conflictscope.study.measure import Reading
 from conflictscope.study.method import Method
-from conflictscope.study.records import Records
 from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.answers import Direction
@@ -26,6 +26,7 @@ from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import ConflictSet, evenly
 from interp.corpus import sampled_texts
 from interp.errors import UserError
+from interp.records import Records
 from interp.sae import SparseAutoencoder
 from interventions.fitting.scale_data import ScaleData
 from interventions.identity import ModelIdentity
@@ -46,10 +47,11 @@ _LEARNED_FROM: dict[str, dict[str, int]] = {
 }
 
 
+@dataclass(eq=False)
 class Lab:
     """A model and a study's prompts, with what methods make of them; finished steps are kept in ``records``.
 
-    Args:
+    Attributes:
         model: The bridge.
         name: What it was loaded by.
         prompts: The prompts.
@@ -57,45 +59,27 @@ class Lab:
         seed: Decides what is drawn at random.
         quick: Use little of everything: a check that all runs, not a measurement.
         budgets: The damage that is allowed on dev, by guard.
-        saes: Autoencoders of the model, for methods that edit features.
+        saes: Loads autoencoders of the model, for methods that edit features.
     """
 
-    def __init__(
-        self,
-        model: TransformerBridge,
-        name: str,
-        prompts: Prompts,
-        records: Records,
-        *,
-        seed: int = 0,
-        quick: bool = False,
-        budgets: dict[str, float] | None = None,
-        saes: Callable[[], Sequence[SparseAutoencoder]] | None = None,
-    ) -> None:
-        self.model = model
-        self.name = name
-        self.prompts = prompts
-        self.records = records
-        self.seed = seed
-        self.quick = quick
-        self.budgets = budgets or BUDGETS
-        self.anatomy = Anatomy(model)
-        self.reading = Reading(model, prompts.test)
-        self._saes = saes
+    model: TransformerBridge
+    name: str
+    prompts: Prompts
+    records: Records
+    _: KW_ONLY
+    seed: int = 0
+    quick: bool = False
+    budgets: Mapping[str, float] = field(default_factory=BUDGETS.copy)
+    saes: Callable[[], Sequence[SparseAutoencoder]] | None = None
+
+    def __post_init__(self) -> None:
+        self.anatomy = Anatomy(self.model)
+        self.reading = Reading(self.model, self.prompts.test)
         self._chosen: dict[tuple[Method, Direction], Chosen] = {}
 
     def on(self, prompts: Prompts) -> Lab:
         """A lab for the same model on other prompts, which keeps its results in the same place."""
-        return Lab(
-            self.model,
-            self.name,
-            prompts,
-            self.records,
-            seed=self.seed,
-            quick=self.quick,
-            budgets=self.budgets,
-            saes=self._saes,
-        )
+        return replace(self, prompts=prompts)
 
     @property
     def asked(self) -> ConflictSet:
@@ -258,15 +242,15 @@ class Lab:
         return {split: {"conflicts": 8, "guards": 4} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
 
     @cached_property
-    def saes(self) -> Sequence[SparseAutoencoder]:
+    def autoencoders(self) -> Sequence[SparseAutoencoder]:
         """The model's autoencoders.
 
         Raises:
             UserError: If there are none.
         """
-        if self._saes is None:
+        if self.saes is None:
             raise UserError(f"There are no SAEs of {self.name} to edit features with; train some with `sae train`.")
-        return self._saes()
+        return self.saes()
 
     def rng(self, *parts: object) -> random.Random:
         """A generator that depends on the seed and on what it is for."""

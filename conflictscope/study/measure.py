@@ -29,7 +29,7 @@ from interventions.base import EDITS_VERSION, applied, changed_by
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from conflictscope.study.records import Records
+    from interp.records import Records
 
 COST_VERSION = 1
 """Version of how the cost is measured."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
 from conflictscope import __version__
-from conflictscope.study.choice import Chosen, Tried, as_good_as_the_best
+from conflictscope.study.choice import Chosen, Tried, best_of
 from conflictscope.study.condition import Condition
 from conflictscope.study.executor import Executor, serial
 from conflictscope.study.lab import Lab
@@ -31,6 +31,8 @@ from interp.evaluation import UsageReport
 from interp.models import fingerprint
 from interventions.config import InterventionFile
 
+_ChosenBy = dict[tuple[Method, Direction], Chosen]
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -43,73 +45,162 @@ class _Row:
     control_of: str | None = None
 
 
-def run(
-    lab: Lab,
-    methods: Sequence[Method],
-    *,
-    kind: str,
-    command: str,
-    out: Path,
-    directions: Sequence[Direction] = DIRECTIONS,
-    choices: Sequence[Choice] = ("best", "within_budget"),
-    controls: Literal["each", "winners"] = "each",
-    executor: Executor = serial,
-    lines: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    details: Mapping[str, Any] | None = None,
-) -> StudyRecord:
-    """Choose, measure and record; finished steps are kept, so that what was killed goes on where it stopped.
+@dataclass(frozen=True)
+class Study:
+    """What is measured of methods, and where it is written.
 
-    Args:
-        lab: The model and the prompts.
-        methods: What is measured.
+    Attributes:
         kind: What the study is called: demo, compare, ...
         command: The command that makes it again.
         out: The folder for the record and all files beside it.
         directions: Towards which sources.
         choices: Which of dev's choices are measured.
-        controls: Whether random controls are drawn for each method, or for the winner towards each source alone.
+        controls: Whether random controls are measured for each method, for the best of those that share a kind of
+            control (random heads, directions, ...) towards each source, or for the winner towards each source alone.
         executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
-
-    Raises:
-        UserError: If none of the methods can run; where some can, the record says why the others can't.
     """
-    chosen, not_run = _chosen(lab, methods, directions)
-    if not chosen:
-        raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
-    winners: dict[Direction, str | None] = {
-        d: _winner(lab, d, {m: f for (m, towards), f in chosen.items() if towards == d}) for d in directions
-    }
-    rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
-    for (method, _), found in chosen.items():
-        own, refused = _rows(found, choices)
-        if controls == "each" or own[0].name in winners.values():
-            drawn, undrawn = _control(lab, method, found.best.condition)
-            own, refused = [*own, *drawn], refused | undrawn
-        rows += own
-        not_run |= refused
-    executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
-    results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
-    (out / RECORD).unlink(missing_ok=True)
-    unedited = results[UNEDITED].report
-    tests = {name: measures_of(result, None if name == UNEDITED else unedited) for name, result in results.items()}
-    files = {row.name: _write(lab, row, tests, out, winners) for row in rows}
-    record = StudyRecord(
-        kind=kind,
-        command=command,
-        model=model_record(lab),
-        data=lab.prompts.about(),
-        settings={"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners, **made_with(lab)},
-        conditions=tuple(_measured(row, tests[row.name], results[row.name].cost, files[row.name]) for row in rows),
-        tried=tuple(one.to_record(lab.budgets) for found in chosen.values() for one in found.tried),
-        lines=lines or {},
-        not_run=not_run,
-        details={**_details(lab, chosen), **(details or {})},
-    )
-    _write_beside(lab, rows, results, out)
-    record.save(out)
-    return record
+
+    kind: str
+    command: str
+    out: Path
+    directions: Sequence[Direction] = DIRECTIONS
+    choices: Sequence[Choice] = ("best", "within_budget")
+    controls: Literal["each", "kinds", "winners"] = "each"
+    executor: Executor = serial
+    lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, lab: Lab, methods: Sequence[Method]) -> StudyRecord:
+        """Choose, measure and record; finished steps are kept, so that what was killed goes on where it stopped.
+
+        Raises:
+            UserError: If none of the methods can run; where some can, the record says why the others can't.
+        """
+        chosen, not_run = self._chosen(lab, methods)
+        if not chosen:
+            raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
+        winners: dict[Direction, str | None] = {d: _winner(lab, d, chosen) for d in self.directions}
+        rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
+        controls = self._controls(lab, chosen, not_run)
+        for key, found in chosen.items():
+            own, refused = self._rows(found)
+            rows += [*own, *controls.get(key, ())]
+            not_run |= refused
+        self.executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
+        results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
+        (self.out / RECORD).unlink(missing_ok=True)
+        unedited = results[UNEDITED].report
+        tests = {name: measures_of(result, None if name == UNEDITED else unedited) for name, result in results.items()}
+        files = {row.name: self._write_edits(lab, row, tests, winners) for row in rows}
+        settings = {"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners}
+        record = StudyRecord(
+            kind=self.kind,
+            command=self.command,
+            model=model_record(lab),
+            data=lab.prompts.about(),
+            settings={**settings, **made_with(lab)},
+            conditions=tuple(_measured(row, tests[row.name], results[row.name].cost, files[row.name]) for row in rows),
+            tried=tuple(one.to_record(lab.budgets) for found in chosen.values() for one in found.tried),
+            lines=self.lines,
+            not_run=not_run,
+            details={**_details(lab, chosen), **self.details},
+        )
+        self._write_beside(lab, rows, results)
+        record.save(self.out)
+        return record
+
+    def _chosen(self, lab: Lab, methods: Sequence[Method]) -> tuple[_ChosenBy, dict[str, str]]:
+        """What dev chooses of each method in each direction, and why others were not run."""
+        chosen: _ChosenBy = {}
+        not_run: dict[str, str] = {}
+        for method in methods:
+            refused: dict[Direction, str] = {}
+            for towards in self.directions:
+                try:
+                    chosen[method, towards] = lab.chosen(method, towards)
+                except UserError as error:
+                    refused[towards] = str(error)
+            if len(refused) == len(self.directions) and len(set(refused.values())) == 1:
+                not_run[method.name] = next(iter(refused.values()))
+            else:
+                not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
+        return chosen, not_run
+
+    def _controls(
+        self, lab: Lab, chosen: _ChosenBy, not_run: dict[str, str]
+    ) -> dict[tuple[Method, Direction], list[_Row]]:
+        """The random controls that are measured, by what they control; those that can't be drawn go to ``not_run``."""
+        drawn: dict[tuple[Method, Direction], list[_Row]] = {}
+        kinds: dict[tuple[Direction, str], _ChosenBy] = {}
+        for key, found in chosen.items():
+            drawn[key], undrawn = _control(lab, key[0], found.best.condition)
+            not_run |= undrawn
+            kind = "" if self.controls == "winners" else next((row.conditions[0].method for row in drawn[key]), "")
+            kinds.setdefault((key[1], kind), {})[key] = found
+        if self.controls == "each":
+            return drawn
+        best = {_winner(lab, towards, part) for (towards, _), part in kinds.items()}
+        return {key: rows for key, rows in drawn.items() if chosen[key].best.condition.name in best}
+
+    def _rows(self, found: Chosen) -> tuple[list[_Row], dict[str, str]]:
+        """What is measured of a method in one direction, and why the rest is not."""
+        best, within = found.best, found.within_budget
+        name, not_run = best.condition.name, {}
+        is_both = within is not None and within.condition.digest == best.condition.digest
+        rows = [_Row(name, [best.condition], tuple(self.choices) if is_both else ("best",), best)]
+        if "within_budget" in self.choices and not is_both:
+            if within is None:
+                not_run[f"{name}, within budget"] = (
+                    "No candidate stays within the damage budget on dev, also moved back."
+                )
+            else:
+                rows.append(_Row(f"{name}, within budget", [within.condition], ("within_budget",), within))
+        return rows, not_run
+
+    def _write_edits(
+        self, lab: Lab, row: _Row, tests: Mapping[str, Any], winners: Mapping[Direction, str | None]
+    ) -> str | None:
+        """Write the row's intervention file, if files can hold it; gives its path from the record."""
+        (condition, *others) = row.conditions
+        if others or not condition.edits or not condition.changes_text:
+            return None
+        file = InterventionFile.of(
+            condition.edits,
+            name=f"{lab.name}: {row.name}",
+            towards=condition.towards,
+            model=lab.identity,
+            provenance={
+                "method": condition.method,
+                "chosen_on": "random" if row.control_of else "dev",
+                "data": lab.prompts.digest,
+                "relations": list(lab.prompts.relations),
+                "settings": dict(condition.settings),
+                "seed": lab.seed,
+                "quick": lab.quick,
+                **made_with(lab),
+            },
+            measured={"test": tests[row.name], "unedited": tests[UNEDITED]},
+        )
+        folder = self.out / "interventions"
+        suffix = "" if row.choices != ("within_budget",) else "-within_budget"
+        name = f"{condition.method}-towards_{condition.towards}{suffix}.json"
+        if row.control_of:
+            name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}.json"
+        file.save(folder / name)
+        if condition.towards is not None and winners.get(condition.towards) == row.name:
+            file.save(folder / f"towards_{condition.towards}.json")
+        return f"interventions/{name}"
+
+    def _write_beside(self, lab: Lab, rows: Sequence[_Row], results: Mapping[str, Result]) -> None:
+        """The answers behind the numbers, the scores behind the heads, and the prompts."""
+        single = {row.name: results[row.name].report for row in rows if len(row.conditions) == 1}
+        write_examples(self.out, example_frame(lab.asked, single))
+        if "head_scores" in vars(lab):
+            lab.head_scores["logit_diff"].save(self.out / HEADS)
+        for split in ("train", "dev", "test"):
+            lab.prompts.part(split).save(self.out / "prompts" / f"{split}.jsonl")
 
 
 def model_record(lab: Lab) -> dict[str, Any]:
@@ -141,40 +232,6 @@ def example_frame(asked: ConflictSet, reports: dict[str, UsageReport]) -> pl.Dat
     return pl.concat(rows).join(expected, on="id", how="left", maintain_order="left")
 
 
-def _chosen(
-    lab: Lab, methods: Sequence[Method], directions: Sequence[Direction]
-) -> tuple[dict[tuple[Method, Direction], Chosen], dict[str, str]]:
-    """What dev chooses of each method in each direction, and why others were not run."""
-    chosen: dict[tuple[Method, Direction], Chosen] = {}
-    not_run: dict[str, str] = {}
-    for method in methods:
-        refused: dict[Direction, str] = {}
-        for towards in directions:
-            try:
-                chosen[method, towards] = lab.chosen(method, towards)
-            except UserError as error:
-                refused[towards] = str(error)
-        if len(refused) == len(directions) and len(set(refused.values())) == 1:
-            not_run[method.name] = next(iter(refused.values()))
-        else:
-            not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
-    return chosen, not_run
-
-
-def _rows(found: Chosen, choices: Sequence[Choice]) -> tuple[list[_Row], dict[str, str]]:
-    """What is measured of a method in one direction, and why the rest is not."""
-    best, within = found.best, found.within_budget
-    name, not_run = best.condition.name, {}
-    is_both = within is not None and within.condition.digest == best.condition.digest
-    rows = [_Row(name, [best.condition], tuple(choices) if is_both else ("best",), best)]
-    if "within_budget" in choices and not is_both:
-        if within is None:
-            not_run[f"{name}, within budget"] = "No candidate stays within the damage budget on dev, also moved back."
-        else:
-            rows.append(_Row(f"{name}, within budget", [within.condition], ("within_budget",), within))
-    return rows, not_run
-
-
 def _control(lab: Lab, method: Method, best: Condition) -> tuple[list[_Row], dict[str, str]]:
     """The random control of what a method chose, if it has one, or why it could not be drawn."""
     try:
@@ -185,14 +242,10 @@ def _control(lab: Lab, method: Method, best: Condition) -> tuple[list[_Row], dic
     return [_Row(f"{kind} for {best.name}", list(draws), control_of=best.name) for kind in kinds], {}
 
 
-def _winner(lab: Lab, towards: Direction, chosen: dict[Method, Chosen]) -> str | None:
+def _winner(lab: Lab, towards: Direction, chosen: _ChosenBy) -> str | None:
     """The name of the best condition over all methods that compete, by the rule that chooses within one."""
-    bests = [found.best for method, found in chosen.items() if not method.derived]
-    if not bests:
-        return None
-    finalists = as_good_as_the_best(bests, towards, [e.subject for e in lab.dev.conflicts])
-    best = max((bests[i] for i in finalists), key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
-    return best.condition.name
+    bests = [found.best for (method, way), found in chosen.items() if way == towards and not method.derived]
+    return best_of(lab, bests, towards).condition.name if bests else None
 
 
 def _measured(row: _Row, test: Mapping[str, Any], cost: Mapping[str, float] | None, file: str | None) -> Measured:
@@ -215,54 +268,9 @@ def _measured(row: _Row, test: Mapping[str, Any], cost: Mapping[str, float] | No
     )
 
 
-def _write(
-    lab: Lab, row: _Row, tests: Mapping[str, Any], out: Path, winners: Mapping[Direction, str | None]
-) -> str | None:
-    """Write the row's intervention file, if files can hold it; gives its path from the record."""
-    (condition, *others) = row.conditions
-    if others or not condition.edits or not condition.changes_text:
-        return None
-    file = InterventionFile.of(
-        condition.edits,
-        name=f"{lab.name}: {row.name}",
-        towards=condition.towards,
-        model=lab.identity,
-        provenance={
-            "method": condition.method,
-            "chosen_on": "random" if row.control_of else "dev",
-            "data": lab.prompts.digest,
-            "relations": list(lab.prompts.relations),
-            "settings": dict(condition.settings),
-            "seed": lab.seed,
-            "quick": lab.quick,
-            **made_with(lab),
-        },
-        measured={"test": tests[row.name], "unedited": tests[UNEDITED]},
-    )
-    folder = out / "interventions"
-    suffix = "" if row.choices != ("within_budget",) else "-within_budget"
-    name = f"{condition.method}-towards_{condition.towards}{suffix}.json"
-    if row.control_of:
-        name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}.json"
-    file.save(folder / name)
-    if condition.towards is not None and winners.get(condition.towards) == row.name:
-        file.save(folder / f"towards_{condition.towards}.json")
-    return f"interventions/{name}"
-
-
-def _details(lab: Lab, chosen: dict[tuple[Method, Direction], Chosen]) -> dict[str, Any]:
+def _details(lab: Lab, chosen: _ChosenBy) -> dict[str, Any]:
     details: dict[str, dict[str, Any]] = {}
     for (method, towards), found in chosen.items():
         if said := method.details(lab, found.best.condition):
             details.setdefault(method.name, {})[f"towards_{towards}"] = dict(said)
     return details
-
-
-def _write_beside(lab: Lab, rows: Sequence[_Row], results: dict[str, Result], out: Path) -> None:
-    """The answers behind the numbers, the scores behind the heads, and the prompts."""
-    single = {row.name: results[row.name].report for row in rows if len(row.conditions) == 1}
-    write_examples(out, example_frame(lab.asked, single))
-    if "head_scores" in vars(lab):
-        lab.head_scores["logit_diff"].save(out / HEADS)
-    for split in ("train", "dev", "test"):
-        lab.prompts.part(split).save(out / "prompts" / f"{split}.jsonl")

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from interp.errors import UserError
-from interp.sae import SparseAutoencoder
+from interp.files import assets_directory
+from interp.sae import SparseAutoencoder, load_saes
 from probes.sae_quality import evaluate_saes
 
 TEXTS = ["The capital of France is Paris", "Rome is the capital of Italy and Tokyo of Japan", "Lima is in Peru"]
@@ -140,3 +142,38 @@ def test_a_text_of_one_token_and_an_autoencoder_of_another_width_are_refused(tin
     )
     with pytest.raises(UserError, match="reads 8 numbers"):
         evaluate_saes(tiny_llama, [narrow], TEXTS)
+
+
+# What the package ships
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_saes("smollm2-135m")
+
+
+def test_shipped_autoencoders_are_four_or_more_in_bfloat16_and_at_most_60_mib(shipped):
+    files = list((assets_directory() / "saes" / "smollm2-135m").rglob("*"))
+    assert len(shipped) >= 4
+    assert sum(path.stat().st_size for path in files if path.is_file()) <= 60 * 2**20
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_shipped_autoencoders_are_of_the_default_model_and_nearly_as_good_as_their_cards_on_other_prompts(
+    shipped, smollm2, capital_conflicts
+):
+    prompts = [example.prompt for example in capital_conflicts.select(kind="conflict", templates=["question"])]
+    for sae in shipped:
+        sae.check(smollm2)
+    for sae, quality in zip(shipped, evaluate_saes(smollm2, shipped, prompts), strict=True):
+        card = sae.card["quality"]["conflict_prompts"]
+        assert quality.explained_variance == pytest.approx(card["explained_variance"], abs=0.15)
+        assert quality.loss_recovered > 0.9
+
+
+def test_shipped_autoencoders_are_refused_for_another_model(shipped, tiny_llama):
+    with pytest.raises(UserError, match="layers 0 to 2"):
+        shipped[0].check(tiny_llama)

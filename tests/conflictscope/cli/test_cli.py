@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 
 from conflictscope.cli import main
-from conflictscope.study import data as data_module
 from conflictscope.study import run as run_module
 from interp import evaluation
 from interp.conflicts import ConflictSet
@@ -171,7 +170,7 @@ def test_inspect_reads_a_file_with_a_byte_order_mark(run, tmp_path, data):
 
 def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatch):
     """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
-    monkeypatch.setattr(data_module, "known_facts", lambda *_, among, **__: among)
+    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
     really_fsync, at_the_end = os.fsync, []
 
     def full(descriptor):

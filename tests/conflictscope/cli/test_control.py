@@ -14,7 +14,7 @@ run = test_cli.run
 def knows_all(monkeypatch):
     """The tiny model is taken to know all that it is asked, and little text is read."""
     few = neutral_texts()[:2]
-    monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
     monkeypatch.setattr("interp.evaluation.neutral_texts", lambda: few)
 
 

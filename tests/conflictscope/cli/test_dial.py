@@ -22,7 +22,7 @@ def small(monkeypatch):
     few = neutral_texts()[:4]
     for module in ("interp.evaluation", "conflictscope.study.measure"):
         monkeypatch.setattr(f"{module}.neutral_texts", lambda: few)
-    monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
     monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 6, "dev": 4})
     monkeypatch.setattr("conflictscope.study.lab._TEXT_TOKENS", 8)
     monkeypatch.setattr("conflictscope.methods.dial.SETTINGS", (-1.0, 0.0, 1.0))

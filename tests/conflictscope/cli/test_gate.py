@@ -20,7 +20,7 @@ def small(monkeypatch):
     few = neutral_texts()[:4]
     for module in ("interp.evaluation", "conflictscope.study.measure"):
         monkeypatch.setattr(f"{module}.neutral_texts", lambda: few)
-    monkeypatch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
     monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 4, "dev": 4})
 
 

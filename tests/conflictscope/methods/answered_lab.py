@@ -10,9 +10,9 @@ import polars as pl
 
 from conflictscope.study.data import Prompts
 from conflictscope.study.lab import Lab
-from conflictscope.study.records import Records
 from interp.conflicts import ConflictSet
 from interp.models import fingerprint
+from interp.records import Records
 from interp.sae import SparseAutoencoder
 from tests.tiny import tiny_conflicts
 

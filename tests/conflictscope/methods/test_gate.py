@@ -8,8 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from conflictscope.methods import gate as job
-from conflictscope.methods._kept import kept_shares
-from conflictscope.methods.gate import Gate, passing_threshold
+from conflictscope.methods.gate import Gate, kept_shares, passing_threshold
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import measure
 from interp.anatomy import transformers_model

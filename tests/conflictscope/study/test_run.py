@@ -22,13 +22,13 @@ from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
 from conflictscope.study.record import RECORD, UNEDITED, StudyRecord, read_examples
-from conflictscope.study.records import Records
-from conflictscope.study.run import run
+from conflictscope.study.run import Study
 from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.evaluation import measure_usage
 from interp.models import fingerprint
+from interp.records import Records
 from interventions.base import applied
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
@@ -83,7 +83,7 @@ def make_lab(directory: Path, out: Path, model: Any) -> Lab:
     """A quick lab whose model is known by its directory, so that other processes can load it."""
     records = Records(out / "records", model=fingerprint(model))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conflictscope.study.data.known_facts", lambda *_, among, **__: among)
+        patch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
         prompts = fact_prompts(model, ["capital"], records, subjects=8, seed=0)
     return Lab(model, str(directory), prompts, records, quick=True)
 
@@ -96,7 +96,7 @@ def lab(tiny_llama: Any, tiny_directories: dict[str, Path], tmp_path_factory: py
 @pytest.fixture(scope="module")
 def record(lab: Lab) -> StudyRecord:
     out = lab.records.folder.parent
-    return run(lab, [TwoHeads(), Impossible()], kind="compare", command="conflictscope compare", out=out)
+    return Study("compare", "conflictscope compare", out).run(lab, [TwoHeads(), Impossible()])
 
 
 def without_times(path: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_record(
         left[0] = 2
         try:
             again = make_lab(tiny_directories["llama"], tmp_path, lab.model)
-            run(again, [TwoHeads(), Impossible()], kind="compare", command="conflictscope compare", out=tmp_path)
+            Study("compare", "conflictscope compare", tmp_path).run(again, [TwoHeads(), Impossible()])
             break
         except Killed:
             killed += 1
@@ -193,7 +193,7 @@ def test_a_control_that_cannot_be_drawn_is_said_and_the_rest_is_measured(
         raise UserError("There are no other heads.")
 
     monkeypatch.setattr(TwoHeads, "controls", refusing)
-    found = run(lab, [TwoHeads()], kind="compare", command="", out=tmp_path, directions=("memory",))
+    found = Study("compare", "", tmp_path, directions=("memory",)).run(lab, [TwoHeads()])
     assert found.not_run == {"random control of two heads, towards memory": "There are no other heads."}
     assert [c.method for c in found.chosen("memory")] == ["two_heads"]
 
@@ -266,7 +266,7 @@ def test_prompts_without_a_context_are_answered_as_ever_by_a_rule_of_two_streams
 
 def test_a_study_without_a_method_that_can_run_says_why(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such thing"):
-        run(lab, [Impossible()], kind="compare", command="", out=tmp_path)
+        Study("compare", "", tmp_path).run(lab, [Impossible()])
 
 
 def test_value_scaling_scales_the_strongest_heads_of_the_scores(lab: Lab) -> None:

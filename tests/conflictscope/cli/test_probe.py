@@ -2,38 +2,24 @@ import dataclasses
 import io
 import json
 import sys
-from collections import Counter
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from conflictscope import probing
-from conflictscope.probing import (
-    EMBEDDING,
-    SHUFFLES,
-    Prompt,
-    _categories,
-    _one_hot,
-    _shuffled,
-    conflicts_for_probes,
-    examples_of,
-    read_prompts,
-    score_table,
-)
 from interp import activation_store, activations
 from interp.activation_store import ActivationStore
 from interp.conflicts import ConflictSet
-from interp.errors import UserError
 from interp.facts import HELD_OUT_PHRASING, PHRASINGS, build_conflicts, usable_facts
 from probes.detector import ConflictDetector
+from probes.fitting import EMBEDDING, SHUFFLES, examples_of
 from probes.linear import ProbeSet
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
+from tests.probes import test_fitting
 
-run = test_cli.run
+run, knows = test_cli.run, test_fitting.knows
 RELATIONS = ("capital", "currency")
 SITES = ["--layers", "0-1", "--site", "residual", "--site", "attention"]
 
@@ -339,140 +325,7 @@ def test_prompts_that_are_not_utf8(run, chain, tmp_path, llama):
     assert_one_sentence(result, "UTF-8")
 
 
-# read_prompts
-
-
-def test_prompts_come_in_batches_in_their_order():
-    lines = ["\ufeffa\n", "\n", '{"prompt": "b"}\n', '  {"prompt": "c", "id": 7}\n', " d \n", "e"]
-    found = list(read_prompts(lines, 2))
-    assert found == [[Prompt("1", "a"), Prompt("3", "b")], [Prompt("7", "c"), Prompt("5", " d ")], [Prompt("6", "e")]]
-    assert list(read_prompts([], 2)) == []
-
-
-def test_prompts_are_read_no_further_than_asked_for():
-    def lines():
-        yield "a"
-        yield "b"
-        raise AssertionError("read too far")
-
-    assert next(read_prompts(lines(), 2)) == [Prompt("1", "a"), Prompt("2", "b")]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "Line 2 is not valid JSON"),
-        ('{"text": "a"}', "Line 2 has no text in a field named prompt; add one"),
-        ('{"prompt": 3}', "Line 2 has no text in a field named prompt"),
-        ('{"prompt": ""}', "Line 2 has no text in a field named prompt"),
-    ],
-)
-def test_a_wrong_line_is_named(line, message):
-    with pytest.raises(UserError, match=message):
-        list(read_prompts(["fine\n", line], 8))
-
-
-# Labels and controls
-
-
-def index_frame(n: int = 240, seed: int = 0) -> pl.DataFrame:
-    rng = np.random.default_rng(seed)
-    draw = {"relation": ["capital", "currency"], "template": ["a", "b", "c"], "split": ["train", "dev"]}
-    frame = pl.DataFrame({column: rng.choice(choices, n).tolist() for column, choices in draw.items()})
-    labels = np.where(rng.random(n) < 0.3, "memory", "context").tolist()
-    return frame.with_columns(row=pl.arange(n, eager=True), label=pl.Series(labels))
-
-
-def test_shuffled_labels_are_permuted_within_relation_phrasing_and_split_only():
-    frame = index_frame()
-    shuffled = _shuffled(frame, "0/1")
-    assert shuffled.drop("label").equals(frame.drop("label"))
-    strata = ["relation", "template", "split"]
-
-    def counts(of: pl.DataFrame) -> Counter[Any]:
-        return Counter(of.select(*strata, "label").rows())
-
-    assert counts(shuffled) == counts(frame)
-    moved = (shuffled["label"] != frame["label"]).mean()
-    # Of a random permutation with shares p and 1 - p, 2 p (1 - p) = 0.42 change.
-    assert moved == pytest.approx(0.42, abs=0.1)
-
-
-def test_shuffles_depend_on_their_seed_alone():
-    frame = index_frame()
-    first, again, other = (_shuffled(frame, seed)["label"].to_list() for seed in ("0/1", "0/1", "0/2"))
-    assert first == again
-    assert first != other
-
-
-def test_a_label_that_is_the_same_throughout_a_stratum_stays():
-    frame = index_frame().with_columns(label=pl.col("template"))
-    assert _shuffled(frame, "0/0").equals(frame)
-
-
-def test_one_hot_marks_phrasing_and_relation_and_leaves_the_unknown_at_zero():
-    known = pl.DataFrame({"template": ["b", "a", "b"], "relation": ["y", "x", "x"]})
-    categories = _categories(known, ("template", "relation"))
-    assert categories == [["template", "a"], ["template", "b"], ["relation", "x"], ["relation", "y"]]
-    new = pl.DataFrame({"template": ["a", "new", "b"], "relation": ["y", "x", "new"]})
-    expected = [[1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
-    assert _one_hot(new, categories).tolist() == expected
-    assert _one_hot(new, categories).dtype == torch.float32
-
-
-def test_the_score_table_shows_the_chosen_site_floors_and_probes_left_out():
-    def row(probe: str, site: str, chosen: bool, measure: str, value: float) -> dict[str, Any]:
-        about = {"label": "source", "probe": probe, "group": "test", "site": site, "chosen": chosen, "measure": measure}
-        return {**about, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
-
-    rows = [
-        row("fitted", "one", False, "auroc", 0.6),
-        row("fitted", "two", True, "auroc", 0.81234),
-        row("fitted", "two", True, "accuracy", 0.7),
-        row("shuffled labels", "one", False, "auroc", 0.5),
-        row("floor", "phrasing and relation", False, "auroc", 0.55),
-        row("without relation capital", "one", False, "auroc", 0.65),
-    ]
-    table = score_table(pl.DataFrame(rows))
-    assert table.drop("label", "n").rows() == [
-        ("fitted", "test", "AUROC", "0.812 [0.712, 0.912]"),
-        ("fitted", "test", "accuracy", "0.700 [0.600, 0.800]"),
-        ("floor", "test", "AUROC", "0.550 [0.450, 0.650]"),
-        ("without relation capital", "test", "AUROC", "0.650 [0.550, 0.750]"),
-    ]
-
-
 # Which prompts are asked
-
-
-@pytest.fixture
-def knows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes every model know ten facts of each relation; the list grows when one is asked."""
-    asked: list[str] = []
-
-    def known(model: Any, relation: str, **_: Any) -> Any:
-        asked.append(relation)
-        return usable_facts(relation)[:10]
-
-    monkeypatch.setattr(probing, "known_facts", known)
-    return asked
-
-
-def test_prompts_about_known_facts_are_built_once_and_kept(tiny_llama, tmp_path, knows):
-    def build() -> ConflictSet:
-        return conflicts_for_probes(tiny_llama, RELATIONS, folder=tmp_path, seed=0, kinds=("conflict", "aligned"))
-
-    first = build()
-    assert knows == ["capital", "currency"]
-    facts = {relation: usable_facts(relation)[:10] for relation in RELATIONS}
-    assert first == build_conflicts(facts, kinds=("conflict", "aligned"), phrasings=tuple(PHRASINGS))
-    assert build() == first
-    assert knows == ["capital", "currency"]
-
-
-def test_a_model_that_knows_nothing_is_one_sentence(tiny_llama, tmp_path):
-    with pytest.raises(UserError, match="too few different answers among the facts of capital, currency"):
-        conflicts_for_probes(tiny_llama, RELATIONS, folder=tmp_path, seed=0, kinds=("conflict",))
 
 
 def test_record_without_data_asks_what_the_model_knows_once_and_records_it(run, tmp_path, llama, knows):

@@ -5,20 +5,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
-from safetensors import safe_open
 
-from conflictscope import saes as job
 from conflictscope.cli import app
-from conflictscope.saes import check_unseen, measure_saes
 from interp import corpus
 from interp.activation_store import ActivationStore
 from interp.conflicts import split_of
-from interp.errors import UserError
 from interp.facts import HELD_OUT_PHRASING, relations, usable_facts
-from interp.files import assets_directory
 from interp.sae import load_sae, load_saes
-from probes.sae_quality import evaluate_saes
+from probes import sae_data, sae_making
+from probes.sae_data import check_unseen
+from probes.sae_quality import measure_saes
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
@@ -42,7 +38,7 @@ SHORT = [
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     for name in ("_HELD_OUT_TEXTS", "_HELD_OUT_PROMPTS"):
-        monkeypatch.setattr(job, name, 6)
+        monkeypatch.setattr(sae_data, name, 6)
     monkeypatch.setattr(corpus, "_BATCH_SIZE", 20)
 
 
@@ -54,7 +50,7 @@ def trained(tmp_path_factory, tiny_directories):
     out = tmp_path_factory.mktemp("trained") / "saes"
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_HELD_OUT_TEXTS", "_HELD_OUT_PROMPTS"):
-            patch.setattr(job, name, 6)
+            patch.setattr(sae_data, name, 6)
         patch.setattr(corpus, "_BATCH_SIZE", 20)
         command = ["sae", "train", "--model", tiny_directories["llama"], "--layers", "0,2", *SHORT, "--out", out]
         result = CliRunner().invoke(app, list(map(str, command)))
@@ -113,7 +109,7 @@ def test_training_text_holds_no_subject_and_no_phrasing_that_is_held_out(trained
 
 def test_a_second_call_trains_nothing(run, trained, tiny_directories, monkeypatch):
     before = weights(trained)
-    monkeypatch.setattr(job, "train_sae", None)
+    monkeypatch.setattr(sae_making, "train_sae", None)
     code, out, _ = train(run, tiny_directories, trained, "--layers", "0,2")
     assert code == 0
     assert "explained variance" in out
@@ -121,19 +117,19 @@ def test_a_second_call_trains_nothing(run, trained, tiny_directories, monkeypatc
 
 
 def test_a_training_that_was_killed_between_layers_goes_on(run, trained, tiny_directories, tmp_path, monkeypatch):
-    train_one = job.train_sae
+    train_one = sae_making.train_sae
 
     def killed_in_the_second(store, site, settings, **options):
         if site.startswith("blocks.2"):
             raise KeyboardInterrupt
         return train_one(store, site, settings, **options)
 
-    monkeypatch.setattr(job, "train_sae", killed_in_the_second)
+    monkeypatch.setattr(sae_making, "train_sae", killed_in_the_second)
     code, _, error = train(run, tiny_directories, tmp_path / "again", "--layers", "0,2")
     assert code == 130
     assert "run the same command again" in error
     assert [sae.layer for sae in load_saes(tmp_path / "again")] == [0]
-    monkeypatch.setattr(job, "train_sae", train_one)
+    monkeypatch.setattr(sae_making, "train_sae", train_one)
     code, _, _ = train(run, tiny_directories, tmp_path / "again", "--layers", "0,2")
     assert code == 0
     # The same seed gives the same weights, in another folder too.
@@ -176,7 +172,7 @@ def test_of_a_recording_of_conflicts_only_the_train_split_without_the_held_out_p
     site = "blocks.1.hook_out"
     store = ActivationStore.record(tmp_path / "rec", tiny_llama, capital_conflicts, [site], "all", name="tiny")
     used = []
-    monkeypatch.setattr(job, "train_sae", lambda *_, rows, **__: used.append(rows) or sys.exit(7))
+    monkeypatch.setattr(sae_making, "train_sae", lambda *_, rows, **__: used.append(rows) or sys.exit(7))
     assert record_trained(run, tiny_directories, tmp_path / "rec", "1")[0] == 7
     rows = store.index.filter(pl.Series(used[0].numpy()))
     assert set(rows["split"]) == {"train"}
@@ -219,7 +215,7 @@ def test_evaluate_measures_what_it_is_given(run, trained, tiny_directories, tmp_
 def test_another_seed_whose_test_subjects_were_trained_on_is_refused(run, trained, tiny_directories):
     result = run("sae", "evaluate", "--sae", trained, "--model", tiny_directories["llama"], "--seed", "1")
     assert_one_sentence(result, "of the subjects that are held out here", "--seed 0")
-    check_unseen(load_saes(trained), job.test_subjects(0))
+    check_unseen(load_saes(trained), sae_data.test_subjects(0))
 
 
 def test_features_are_looked_at_with_a_recording_of_answers(run, trained, tiny_directories, tmp_path, tiny_llama):
@@ -239,38 +235,3 @@ def test_features_are_looked_at_with_a_recording_of_answers(run, trained, tiny_d
     assert {path.name for path in (tmp_path / "looks").glob("*.html")} == {
         f"layer_2-feature_{feature}.html" for feature in (3, 5)
     }
-
-
-# What the package ships
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_saes("smollm2-135m")
-
-
-def test_shipped_autoencoders_are_four_or_more_in_bfloat16_and_at_most_60_mib(shipped):
-    files = list((assets_directory() / "saes" / "smollm2-135m").rglob("*"))
-    assert len(shipped) >= 4
-    assert sum(path.stat().st_size for path in files if path.is_file()) <= 60 * 2**20
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as tensors:
-                assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
-
-
-def test_shipped_autoencoders_are_of_the_default_model_and_nearly_as_good_as_their_cards_on_other_prompts(
-    shipped, smollm2, capital_conflicts
-):
-    prompts = [example.prompt for example in capital_conflicts.select(kind="conflict", templates=["question"])]
-    for sae in shipped:
-        sae.check(smollm2)
-    for sae, quality in zip(shipped, evaluate_saes(smollm2, shipped, prompts), strict=True):
-        card = sae.card["quality"]["conflict_prompts"]
-        assert quality.explained_variance == pytest.approx(card["explained_variance"], abs=0.15)
-        assert quality.loss_recovered > 0.9
-
-
-def test_shipped_autoencoders_are_refused_for_another_model(shipped, tiny_llama):
-    with pytest.raises(UserError, match="layers 0 to 2"):
-        shipped[0].check(tiny_llama)
