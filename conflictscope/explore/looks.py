@@ -184,8 +184,7 @@ class Explorer:
         self.files = dict(files or {})
         self.detector = detector
         check_choice(self.files, model, model.tokenizer)
-        anatomy = Anatomy(model)
-        self.heads = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
+        self.heads = Anatomy(model).heads
         positions = most_positions(model) or _MOST_TOKENS
         self.most_tokens = min(_MOST_TOKENS, positions - MAX_NEW_TOKENS)
         # Hooks and intervention are the model's, not the thread's.
