@@ -18,9 +18,17 @@ MEASURES = (
 """What an edit gains, and what it costs."""
 
 
-def written(estimate: Mapping[str, Any], decimals: int = 2) -> str:
-    """An estimate with its interval, for example ``0.42 [0.35, 0.48]``; ``undefined`` where there is no value."""
+def written(estimate: Mapping[str, Any] | None, decimals: int = 2) -> str:
+    """Write an estimate with its interval, for example ``0.42 [0.35, 0.48]``.
+
+    Args:
+        estimate: Its record; ``None`` where the measure does not apply, which is ``n/a``.
+        decimals: How many.
+    """
+    if estimate is None:
+        return "n/a"
     if estimate["value"] is None:
         return UNDEFINED
-    value, low, high = (f"{estimate[name]:.{decimals}f}" for name in ("value", "low", "high"))
+    # z: no minus before nothing.
+    value, low, high = (f"{estimate[name]:z.{decimals}f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

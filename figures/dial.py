@@ -95,23 +95,28 @@ def dose_response(
     )
 
 
-def dial_curve(calibration: Sequence[Mapping[str, float]]) -> go.Figure:
-    """Rates of memory and context answers by the setting of a dial.
+def dial_curve(points: Sequence[Mapping[str, Any]], *, dose: str = "trust") -> go.Figure:
+    """Rates of memory and context answers on dev by the setting of a dial, or by another dose.
 
     Args:
-        calibration: Records with ``trust``, ``memory_rate`` and ``context_rate``, by rising trust.
+        points: Records with the dose, ``memory_rate`` and ``context_rate``, by rising dose.
+        dose: What the dose is called.
     """
     figure = go.Figure()
+    shown = escape(dose.replace("_", " "))
     for usage in ("memory", "context"):
         figure.add_scatter(
-            x=[point["trust"] for point in calibration],
-            y=[point[f"{usage}_rate"] for point in calibration],
+            x=[point[dose] for point in points],
+            y=[point[f"{usage}_rate"] for point in points],
             mode="lines+markers",
             marker={"symbol": SYMBOLS[usage], "size": 8, "color": COLOURS[usage]},
             line={"color": COLOURS[usage]},
             name=f"answers from {usage}",
-            hovertemplate=f"trust %{{x:+.2f}}: {usage} rate %{{y:.1%}}<extra></extra>",
+            hovertemplate=f"{shown} %{{x:+.2f}}: {usage} rate %{{y:.1%}}<extra></extra>",
         )
-    figure.update_xaxes(title_text="trust: -1 memory, 0 unchanged, 1 context", range=[-1.05, 1.05])
+    if dose == "trust":
+        figure.update_xaxes(title_text="trust: -1 memory, 0 unchanged, 1 context", range=[-1.05, 1.05])
+    else:
+        figure.update_xaxes(title_text=shown)
     figure.update_yaxes(title_text="share of conflict prompts (dev)", tickformat=".0%", range=[0, 1.02])
     return figure.update_layout(template=LIGHT_THEME, height=360, legend={"y": 1.02})

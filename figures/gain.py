@@ -26,6 +26,7 @@ GUARD_LABELS: dict[Guard, str] = {
 
 _METHOD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", *SERIES_COLOURS)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_METHOD_SYMBOLS = _SYMBOLS[1:]
 _ENDINGS = {"edit": "", "control": "-open-dot", "unedited": "-open"}
 
 
@@ -89,7 +90,7 @@ def gain_and_damage(groups: Mapping[str, Sequence[Point]], *, guard: Guard = "cl
     for column, direction in enumerate(DIRECTIONS, start=1):
         competing = [p.measures for p in every if p.towards in (direction, None) and p.kind != "control"]
         figure.add_scatter(
-            **front(competing, direction, guard),
+            **_front(competing, direction, guard),
             mode="lines",
             line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
             name="front",
@@ -145,7 +146,7 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
     methods = list(dict.fromkeys(record["method"] for record in tried))
     for number, method in enumerate(methods):
         marker = {
-            "symbol": _SYMBOLS[1:][number % len(_SYMBOLS[1:])],
+            "symbol": _METHOD_SYMBOLS[number % len(_METHOD_SYMBOLS)],
             "color": _METHOD_COLOURS[number % len(_METHOD_COLOURS)],
         }
         name = escape(method.replace("_", " "))
@@ -184,7 +185,7 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
     )
 
 
-def front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Guard) -> dict[str, list[float]]:
+def _front(records: Iterable[Mapping[str, Any]], direction: Direction, guard: Guard) -> dict[str, list[float]]:
     """The steps ``x``, ``y`` between records than which none has both more gain and less damage (Pareto).
 
     Args:

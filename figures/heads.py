@@ -14,7 +14,9 @@ from interp.errors import UserError
 from interp.statistics import Estimate
 
 
-def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ()) -> go.Figure:
+def head_map(
+    scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = (), chosen: tuple[int, int] | None = None
+) -> go.Figure:
     """Every head's mean score, layer 0 at the bottom: blue pushes towards memory, vermillion towards context.
 
     A dot marks heads whose interval excludes 0, a frame marks ``highlighted`` heads.
@@ -22,6 +24,7 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
     Args:
         scores: The scores.
         highlighted: ``(layer, head)`` pairs, for example the heads that an intervention edits.
+        chosen: ``(layer, head)`` of the head to mark with a ring.
 
     Raises:
         UserError: If a highlighted head is not on the map.
@@ -55,6 +58,7 @@ def head_map(scores: HeadScores, *, highlighted: Iterable[tuple[int, int]] = ())
     for name, places, symbol, size, width in (
         ("interval excludes 0", certain, "circle", 4, 0),
         ("edited", framed, "square-open", min(cell, 16) - 1, 2.5),
+        ("chosen", [] if chosen is None else [chosen], "circle-open", 14, 2.5),
     ):
         if places:
             figure.add_scatter(

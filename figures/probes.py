@@ -48,18 +48,18 @@ _DIGITS = 3
 
 
 def auroc_by_layer(
-    scores: Mapping[str, ProbeScore],
+    scores: Mapping[str, Estimate],
     *,
     shuffled: Mapping[str, Estimate] | None = None,
-    floor: ProbeScore | None = None,
+    floor: Estimate | None = None,
     floor_label: str = "embedding floor",
     chosen: str | None = None,
 ) -> go.Figure:
     """AUROC of the probes against their layer, a line with its interval for each kind of site.
 
     Args:
-        scores: By site; sites that are not of a layer are left out.
-        shuffled: AUROC of probes fitted to shuffled labels, drawn in grey for the residual stream, or for the first
+        scores: AUROC by site; sites that are not of a layer are left out.
+        shuffled: That of probes fitted to shuffled labels, drawn in grey for the residual stream, or for the first
             kind of site there is.
         floor: What a probe reaches that sees too little, drawn as a dotted line.
         floor_label: What the floor is called.
@@ -68,7 +68,7 @@ def auroc_by_layer(
     Raises:
         UserError: If no site is of a layer, or ``chosen`` is not among the scores.
     """
-    by_kind = _by_kind({site: score.auroc for site, score in scores.items()})
+    by_kind = _by_kind(scores)
     if not by_kind:
         raise UserError("None of the scores is of a layer's site; give sites such as those of sites_of(model).")
     figure = go.Figure()
@@ -83,10 +83,10 @@ def auroc_by_layer(
     reach = (min(layer for layer, _ in drawn) - 0.5, max(layer for layer, _ in drawn) + 0.5)
     bottom, top = min(0.4, *(estimate.low - 0.02 for _, estimate in drawn)), 1.02
     if floor is not None:
-        _add_floor(figure, floor.auroc, floor_label, reach, drawn)
+        _add_floor(figure, floor, floor_label, reach, drawn)
     if chosen is not None:
         _add_ring(figure, scores, chosen, reach)
-        top = max(top, scores[chosen].auroc.high + 0.09)
+        top = max(top, scores[chosen].high + 0.09)
     return figure.update_layout(
         template=LIGHT_THEME,
         height=380,
@@ -361,11 +361,11 @@ def _add_floor(
     )
 
 
-def _add_ring(figure: go.Figure, scores: Mapping[str, ProbeScore], site: str, reach: tuple[float, float]) -> None:
+def _add_ring(figure: go.Figure, scores: Mapping[str, Estimate], site: str, reach: tuple[float, float]) -> None:
     place = site_kind(site)
     if site not in scores or place is None:
         raise UserError(f"The site {site!r} has no score by layer; choose one of {', '.join(scores)}.")
-    estimate = scores[site].auroc
+    estimate = scores[site]
     figure.add_scatter(
         x=[place[1]],
         y=[estimate.value],

@@ -320,6 +320,11 @@ class Anatomy:
         """The transformer_lens site of a part outside the blocks: its output."""
         return _MODEL_SITES[part]
 
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """``(layer, head)`` of every head."""
+        return [(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
+
     def observed(self) -> dict[str, Observation]:
         """Every site at which activations can be recorded, and where its values pass by, in the order of the layers.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from interp.anatomy import transformers_model
 from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
@@ -342,12 +343,6 @@ def neutral_texts() -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def kl_divergence(unedited: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(unedited || edited) of next-token distributions in nats, from logits ``(..., d_vocab)``; ``(...)``."""
-    clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
-    return (clean.exp() * (clean - changed)).sum(-1)
-
-
 def neutral_kl(
     model: TransformerBridge,
     edit: Callable[[], AbstractContextManager[Any]],
@@ -379,12 +374,17 @@ def neutral_kl(
     for numbers, tokens in tracked(prompt_batches(model, chosen, batch_size), progress):
         inputs = padded(model, tokens)
         with torch.inference_mode():
-            clean = network(**inputs).logits.float()
+            clean = network(**inputs).logits
             with edit():
-                edited = network(**inputs).logits.float()
-            divergence = kl_divergence(clean, edited)
-        mask = inputs["attention_mask"].to(divergence.dtype)
+                moved = divergence(clean, network(**inputs).logits)
+        mask = inputs["attention_mask"].to(moved.dtype)
         if position == "last":
             mask[:, :-1] = 0
-        values[numbers] = ((divergence * mask).sum(-1) / mask.sum(-1)).cpu()
+        values[numbers] = ((moved * mask).sum(-1) / mask.sum(-1)).cpu()
     return values.numpy()
+
+
+def divergence(unedited: Tensor, edited: Tensor) -> Tensor:
+    """KL(unedited || edited) in nats of next-token distributions, from logits ``(..., d_vocab)`` to ``(...)``."""
+    clean, changed = unedited.float().log_softmax(-1), edited.float().log_softmax(-1)
+    return (clean.exp() * (clean - changed)).sum(-1)

@@ -52,6 +52,8 @@ FORMAT = "conflictscope-intervention"
 VERSION = 3
 DOCUMENT = "intervention.json"
 """What a file is called that is alone in its folder."""
+UNEDITED = "none"
+"""What is chosen among files by name to get the model as it is."""
 
 _LARGEST_DOCUMENT, _LARGEST_TENSORS = 2**25, 2**32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -306,6 +308,29 @@ def named(paths: Iterable[Path]) -> dict[str, InterventionFile]:
             raise UserError(f"Two interventions are called {name}; rename one of the files.")
         files[name] = InterventionFile.load(path)
     return files
+
+
+def check_choice(files: Mapping[str, InterventionFile], model: Any, tokenizer: Any) -> None:
+    """See that all of some named files, or none of them, can be chosen for a model.
+
+    Raises:
+        UserError: If a file is for another model or tokenizer, or takes the name of the unedited model.
+    """
+    if UNEDITED in files:
+        raise UserError(f"An intervention cannot be called {UNEDITED}: that is the unedited model; rename the file.")
+    for file in files.values():
+        file.model.check(model, tokenizer)
+
+
+def chosen_file(files: Mapping[str, InterventionFile], name: str) -> InterventionFile:
+    """The file of that name.
+
+    Raises:
+        UserError: If there is none; the message lists those there are.
+    """
+    if name not in files:
+        raise UserError(f"There is no intervention {name!r}; there are {', '.join([UNEDITED, *files])}.")
+    return files[name]
 
 
 def json_schema() -> dict[str, Any]:

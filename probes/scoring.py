@@ -39,37 +39,26 @@ _SHORT = {
 _MEASURES = ("auroc", "auprc", "accuracy", "calibration_error")
 
 
-class Floor(NamedTuple):
-    """What a probe reaches that sees too little."""
-
-    name: str
-    score: ProbeScore
-
-
 @dataclass(frozen=True, eq=False)
 class LabelScores:
     """How good the probes of one label are, with what figures of them need.
 
     Attributes:
         label: The label.
+        frame: The label's rows of ``Scores.frame``.
         probes: The probes.
-        test: The examples that they were scored on: rows of the recording's index.
-        features: The activations of these by recorded site, read from disk when one is asked for.
-        by_site: The score of each probe.
-        by_group: The score of the chosen one in each part of the examples.
-        shuffled: By site the AUROC of probes of shuffled labels; empty without controls.
-        floor: The floor to compare with; ``None`` without controls and where the embedding was not recorded.
+        by_group: The score of the chosen one in each part of the test examples.
+        test: These examples: rows of the recording's index.
+        features: Their activations by recorded site, read from disk when one is asked for.
         patterns: What ``patterns_by_group`` says of the residual stream, by label; ``None`` where it was not recorded.
     """
 
     label: Label
+    frame: pl.DataFrame
     probes: ProbeSet
+    by_group: Mapping[str, ProbeScore]
     test: pl.DataFrame
     features: Mapping[str, Tensor]
-    by_site: Mapping[str, ProbeScore]
-    by_group: Mapping[str, ProbeScore]
-    shuffled: Mapping[str, Estimate]
-    floor: Floor | None
     patterns: pl.DataFrame | None
 
 
@@ -99,9 +88,9 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
         UserError: If there are no probes, or the recording lacks a site or a test split.
     """
     check_finished(folder)
-    scorings = [_Scoring(store, folder, label, seed) for label in LABELS if (folder / f"{label}.json").exists()]
-    labels = [scoring.result() for scoring in scorings]
-    scores = Scores(pl.concat([scoring.frame for scoring in scorings]), labels)
+    found = [label for label in LABELS if (folder / f"{label}.json").exists()]
+    labels = [_Scoring(store, folder, label, seed).result() for label in found]
+    scores = Scores(pl.concat([label.frame for label in labels]), labels)
     write_parquet(out / "scores.parquet", scores.frame)
     about = labels[0].probes.settings
     write_json(out / "scores.json", {key: about[key] for key in ("model", "data", "seed", "held_out_template")})
@@ -154,11 +143,6 @@ class _Scoring:
             )
         self._rows: list[dict[str, Any]] = []
 
-    @property
-    def frame(self) -> pl.DataFrame:
-        """A row for each estimate that was noted."""
-        return pl.DataFrame(self._rows)
-
     def result(self) -> LabelScores:
         by_site = {
             site: self._score("fitted", "test", probe, self.test)
@@ -168,16 +152,17 @@ class _Scoring:
         by_group = {name: self._score("fitted", name, chosen, frame) for name, frame in self._groups().items()}
         self._score_within_strata()
         self._score_detector()
-        shuffled = self._shuffled()
-        floor = self._floor(by_site)
+        self._score_shuffled()
+        self._score_floors(by_site.get(EMBEDDING))
         self._score_left_out()
         features = self.store.rows(self.test["row"].to_list())
         residual = [site for site in self.store if (where := site_kind(site)) and where[0] == "residual"]
-        labels, subjects = self.test["label"].to_list(), self.test["subject"].to_list()
-        patterns = (
-            patterns_by_group({site: features[site] for site in residual}, labels, subjects) if residual else None
-        )
-        return LabelScores(self.label, self.probes, self.test, features, by_site, by_group, shuffled, floor, patterns)
+        patterns = None
+        if residual:
+            labels, subjects = self.test["label"].to_list(), self.test["subject"].to_list()
+            patterns = patterns_by_group({site: features[site] for site in residual}, labels, subjects)
+        frame = pl.DataFrame(self._rows)
+        return LabelScores(self.label, frame, self.probes, by_group, self.test, features, patterns)
 
     def _groups(self) -> dict[str, pl.DataFrame]:
         """Parts of the test examples in which both classes occur."""
@@ -237,30 +222,22 @@ class _Scoring:
                 found = rate(part["called"].to_numpy(), part["subject"].to_list())
                 self._note("detector", name, probe.site, measure, found)
 
-    def _floor(self, by_site: Mapping[str, ProbeScore]) -> Floor | None:
-        """Score the floors; the one to compare with."""
-        floor = None
-        for control in self._of_kind("floor"):
-            for name, frame in {**self._groups(), "test": self.test}.items():
-                features = one_hot(frame, control.settings["categories"])
-                score = self._score("floor", name, control[KNOWN_BEFOREHAND], frame, features)
-                floor = Floor(f"{KNOWN_BEFOREHAND} floor", score)
-        if (embedding := by_site.get(EMBEDDING)) is not None:
-            self._note("floor", "test", EMBEDDING, "auroc", embedding.auroc)
-            if self.label == "conflict":
-                floor = Floor("embedding floor", embedding)
-        return floor
-
-    def _shuffled(self) -> dict[str, Estimate]:
+    def _score_shuffled(self) -> None:
         controls = self._of_kind("shuffled")
         rows, positive = self.test["row"].to_list(), (self.test["label"] == self.probes.classes[1]).to_numpy()
-        result: dict[str, Estimate] = {}
         for site in tracked(list(self.probes) if controls else [], f"Shuffled labels: {self.label}"):
             features = self.store.read(site, rows)
             logits = [control[site].logits(features)[:, 0].numpy() for control in controls]
-            result[site] = pooled_auroc(logits, positive, self.test["subject"].to_list(), seed=self.seed)
-            self._note("shuffled labels", "test", site, "auroc", result[site])
-        return result
+            estimate = pooled_auroc(logits, positive, self.test["subject"].to_list(), seed=self.seed)
+            self._note("shuffled labels", "test", site, "auroc", estimate)
+
+    def _score_floors(self, embedding: ProbeScore | None) -> None:
+        for control in self._of_kind("floor"):
+            for name, frame in {**self._groups(), "test": self.test}.items():
+                features = one_hot(frame, control.settings["categories"])
+                self._score("floor", name, control[KNOWN_BEFOREHAND], frame, features)
+        if embedding is not None:
+            self._note("floor", "test", EMBEDDING, "auroc", embedding.auroc)
 
     def _note(self, probe: str, group: str, site: str, measure: str, estimate: Estimate) -> None:
         about = {"label": self.label, "probe": probe, "group": group, "site": site}

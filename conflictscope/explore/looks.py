@@ -32,15 +32,13 @@ from interp.inputs import most_positions, token_ids
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
 from interventions.base import Intervention, applied
-from interventions.config import InterventionFile
+from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 from interventions.heads import HeadScaling
 from probes.detector import ConflictDetector, Detection
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-UNEDITED = "none"
-"""The intervention that changes nothing."""
 DETECTOR = Path("out/probes/detector")
 """Where ``conflictscope probe fit`` leaves a detector."""
 LONGEST = {"question": 500, "context": 4000, "answer": 100}
@@ -147,6 +145,11 @@ class Look:
     edited_heads: tuple[tuple[int, int], ...]
     no_race: str
 
+    @property
+    def readings(self) -> dict[str, Reading]:
+        """``unedited``, and with an edit ``edited``."""
+        return {"unedited": self.unedited} | ({"edited": self.edited} if self.edited else {})
+
 
 class _Case(NamedTuple):
     """A prompt, and why its answers cannot race, if so."""
@@ -180,14 +183,8 @@ class Explorer:
         self.name = name
         self.files = dict(files or {})
         self.detector = detector
-        if UNEDITED in self.files:
-            raise UserError(
-                f"An intervention cannot be called {UNEDITED}: that is the unedited model; rename the file."
-            )
-        for file in self.files.values():
-            file.model.check(model, model.tokenizer)
-        anatomy = Anatomy(model)
-        self.heads = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
+        check_choice(self.files, model, model.tokenizer)
+        self.heads = Anatomy(model).heads
         positions = most_positions(model) or _MOST_TOKENS
         self.most_tokens = min(_MOST_TOKENS, positions - MAX_NEW_TOKENS)
         # Hooks and intervention are the model's, not the thread's.
@@ -204,7 +201,7 @@ class Explorer:
         Raises:
             UserError: If there is no such file.
         """
-        chosen = self._file(file)
+        chosen = chosen_file(self.files, file)
         if chosen.dials:
             return Dose("trust", -1.0, 1.0, chosen.dial.trust)
         return Dose("strength", *STRENGTHS, 1.0)
@@ -239,17 +236,12 @@ class Explorer:
         with self._lock:
             return self._attention(self._case(_checked(asked)).example.prompt, tuple(heads))
 
-    def _file(self, name: str) -> InterventionFile:
-        if name not in self.files:
-            raise UserError(f"There is no intervention {name!r}; there are {', '.join([UNEDITED, *self.files])}.")
-        return self.files[name]
-
     def _interventions(self, edit: Edit) -> list[Intervention]:
         if not all(math.isfinite(number) for number in (edit.scale, edit.dose or 0.0)):
             raise UserError("A strength, trust or scale is a finite number; give another one.")
         edits: list[Intervention] = []
         if edit.file != UNEDITED:
-            file = self._file(edit.file)
+            file = chosen_file(self.files, edit.file)
             if edit.dose is not None:
                 by_trust = self.dose(edit.file).name == "trust"
                 file = file.at(trust=edit.dose) if by_trust else file.at(strength=edit.dose)

@@ -24,6 +24,7 @@ from figures.heads import head_map, top_heads_bars
 from figures.prompts import answer_race, answer_view, attention_view
 from figures.theme import DARK_THEME, LIGHT_THEME, percent
 from interp.answers import Usage
+from interp.attention import PromptAttention
 from interp.errors import UserError
 from interp.files import assets_directory
 
@@ -113,7 +114,9 @@ def build_app(explorer: Explorer, *, no_detector: str = "", local_only: bool = T
     )
     app.layout = _layout(explorer)
     app.clientside_callback(ClientsideFunction("explore", "scheme"), Output("scheme", "data"), Input("scheme", "id"))
-    _add_callbacks(app, explorer, no_detector)
+    _add_questions(app)
+    _add_choices(app, explorer)
+    _add_results(app, explorer, no_detector)
     _guard(app, local_only)
     return app
 
@@ -144,7 +147,8 @@ def _failed(error: Exception) -> None:
     callback_context.set_props("message", {"children": _FAILED})
 
 
-def _add_callbacks(app: Dash, explorer: Explorer, no_detector: str) -> None:
+def _add_questions(app: Dash) -> None:
+    """What is asked: one of the examples, or what is in the fields when they are sent."""
     built_in = list(examples().values())
 
     @app.callback(
@@ -162,6 +166,10 @@ def _add_callbacks(app: Dash, explorer: Explorer, no_detector: str) -> None:
             asked = vars(built_in[chosen["example"]])
             return {"asked": asked, "fields": [asked[name] for name in _FIELDS]}
         return {"asked": dict(zip(_FIELDS, typed, strict=True)), "fields": [no_update] * len(_FIELDS)}
+
+
+def _add_choices(app: Dash, explorer: Explorer) -> None:
+    """What is edited: the slider is that of the chosen file, and a click on a figure chooses a head."""
 
     @app.callback(
         Output("dose", "min"),
@@ -189,6 +197,10 @@ def _add_callbacks(app: Dash, explorer: Explorer, no_detector: str) -> None:
             return on_bars["points"][0]["y"]
         return f"{on_map['points'][0]['y']}.{on_map['points'][0]['x']}"
 
+
+def _add_results(app: Dash, explorer: Explorer, no_detector: str) -> None:
+    """What is shown, anew whenever the question, the edit or the colours change."""
+
     @app.callback(
         output={
             "message": Output("message", "children"),
@@ -214,30 +226,16 @@ def _add_callbacks(app: Dash, explorer: Explorer, no_detector: str) -> None:
     def show(
         asked: Mapping[str, str], file: str, dose: float | None, head: str | None, scale: float | None, scheme: str
     ) -> dict[str, Any]:
-        question = Asked(**asked)
         chosen = _head(head)
         try:
             # A number that is being typed is empty for a moment.
             edit = Edit(file, None if file == UNEDITED else dose, chosen, 1.0 if scale is None else scale)
-            look = explorer.look(question, edit)
+            look = explorer.look(Asked(**asked), edit)
             heads = [chosen] if chosen else _strongest(look)
-            attention = explorer.attention(question, heads) if heads else None
+            attention = explorer.attention(Asked(**asked), heads) if heads else None
         except UserError as error:
-            empty = dict.fromkeys(("kind", "answers", "detection", "prompt", "no_race", "attention_of"), no_update)
-            kept = {"figures": dict.fromkeys(_FIGURES, no_update), "styles": dict.fromkeys(_FIGURES, no_update)}
-            return {**empty, **kept, "message": str(error), "hidden": True}
-        readings = {"unedited": look.unedited} | ({"edited": look.edited} if look.edited else {})
-        figures = {"steps": answer_view({label: reading.steps for label, reading in readings.items()})}
-        if attention is not None:
-            figures["attention"] = attention_view(attention)
-        lenses = {label: reading.lens for label, reading in readings.items() if reading.lens}
-        if look.heads is not None:
-            figures["race"] = answer_race(lenses)
-            figures["head-map"] = _mark(head_map(look.heads, highlighted=look.edited_heads), chosen)
-            figures["top-heads"] = top_heads_bars(look.heads, k=_STRONGEST)
-        template = DARK_THEME if scheme == "dark" else LIGHT_THEME
-        for figure in figures.values():
-            figure.update_layout(template=template, dragmode=False)
+            return _refused(str(error))
+        figures = _figures(look, attention, chosen, DARK_THEME if scheme == "dark" else LIGHT_THEME)
         return {
             "message": "",
             "hidden": False,
@@ -253,6 +251,29 @@ def _add_callbacks(app: Dash, explorer: Explorer, no_detector: str) -> None:
                 for name in _FIGURES
             },
         }
+
+
+def _refused(message: str) -> dict[str, Any]:
+    """The message alone; what was shown is hidden, and stays as it was."""
+    kept = dict.fromkeys(("kind", "answers", "detection", "prompt", "no_race", "attention_of"), no_update)
+    figures = dict.fromkeys(_FIGURES, no_update)
+    return {**kept, "figures": figures, "styles": figures, "message": message, "hidden": True}
+
+
+def _figures(
+    look: Look, attention: PromptAttention | None, chosen: tuple[int, int] | None, theme: go.layout.Template
+) -> dict[str, go.Figure]:
+    """The figures that there are of a prompt, by name."""
+    figures = {"steps": answer_view({label: reading.steps for label, reading in look.readings.items()})}
+    if attention is not None:
+        figures["attention"] = attention_view(attention)
+    if look.heads is not None:
+        figures["race"] = answer_race({label: r.lens for label, r in look.readings.items() if r.lens})
+        figures["head-map"] = head_map(look.heads, highlighted=look.edited_heads, chosen=chosen)
+        figures["top-heads"] = top_heads_bars(look.heads, k=_STRONGEST)
+    for figure in figures.values():
+        figure.update_layout(template=theme, dragmode=False)
+    return figures
 
 
 def _layout(explorer: Explorer) -> html.Main:
@@ -392,7 +413,7 @@ def _aria(attribute: str, value: str) -> dict[str, Any]:
 
 
 def _answers(look: Look) -> list[Any]:
-    readings = {"unedited": look.unedited} | ({"edited": look.edited} if look.edited else {})
+    readings = look.readings
 
     def cell(text: str, usage: Usage) -> html.Td:
         return html.Td([html.Span(text or "(nothing)", className="answer"), html.Span(usage, className=f"tag {usage}")])
@@ -442,15 +463,6 @@ def _strongest(look: Look) -> list[tuple[int, int]]:
         return []
     ranked = [look.heads.ranked(source)[:_ATTENTION_SHOWN] for source in ("context", "memory")]
     return list(dict.fromkeys((head.layer, head.head) for side in ranked for head in side))
-
-
-def _mark(figure: go.Figure, chosen: tuple[int, int] | None) -> go.Figure:
-    if chosen is None:
-        return figure
-    marker = {"symbol": "circle-open", "size": 14, "line": {"width": 2.5}}
-    return figure.add_scatter(
-        x=[chosen[1]], y=[chosen[0]], mode="markers", marker=marker, name="chosen", hoverinfo="skip", cliponaxis=False
-    )
 
 
 def _head(name: str | None) -> tuple[int, int] | None:

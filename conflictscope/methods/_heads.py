@@ -71,7 +71,7 @@ def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:
     controls = []
     for draw in range(DRAWS):
         rng = lab.rng(chosen.name, draw)
-        places = _elsewhere(rng, lab.places, [(h.layer, h.head) for h in heads])
+        places = _elsewhere(rng, lab.anatomy.heads, [(h.layer, h.head) for h in heads])
         head_scales = dict(zip(places, (h.scale for h in heads), strict=True))
         moved = _elsewhere(rng, range(lab.anatomy.n_layers), list(layers))
         layer_scales = FeedForwardScaling(tuple(zip(moved, layers.values(), strict=True)))

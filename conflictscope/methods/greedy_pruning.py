@@ -43,7 +43,7 @@ class GreedyPruning(HeadMethod):
 
 def _removed(lab: Lab, towards: Direction) -> Heads:
     """``(layer, head)`` in the order of removal."""
-    most = min(max(COUNTS), len(lab.places))
+    most = min(max(COUNTS), len(lab.anatomy.heads))
 
     def compute() -> list[list[int]]:
         wanted = lab.scale_data["train"].wanted(towards)[:_PROMPTS]

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
 import polars as pl
 from plotly.basedatatypes import BaseFigure
 
 from conflictscope.report.runs import Run
-from conflictscope.report.words import clipped, interval, share, words
+from conflictscope.report.words import clipped, share, words
 from conflictscope.study.record import UNEDITED, Measured
-from figures.dial import dial_curve, dose_response
-from figures.gain import GUARD_LABELS, damage_fronts, front, gain_panels, with_gain_axes
+from figures.dial import dial_curve
+from figures.gain import Point, damage_fronts, gain_and_damage
 from figures.heads import head_map, top_heads_bars
-from figures.probes import auroc_by_layer
-from figures.theme import OTHER_COLOUR, SERIES_COLOURS, escape, percent
-from figures.theme import interval as error_bars
+from figures.probe_scores import auroc_of_scores
+from figures.theme import percent
 from figures.usage import usage_bars, usage_by_template
-from interp.answers import DIRECTIONS, Direction
+from interp.answers import DIRECTIONS
 from interp.attribution.scores import HeadScores
-from interp.errors import UserError
-from interp.statistics import Estimate
-from probes.quality import ProbeScore
 
 _STRONGEST = 8
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
 _GUARD = "closed_book_accuracy"
-_ON_A_LINE = ("memory_rate", "context_rate", *GUARD_LABELS)
 
 
 class Plot(NamedTuple):
@@ -77,80 +69,15 @@ def _by_method(run: Run) -> list[tuple[str, Measured]]:
 
 
 def _gain_plot(named: Sequence[tuple[str, Measured]]) -> Plot:
-    groups: dict[str, list[Measured]] = {}
-    for name, condition in named:
-        if condition.test[_GUARD] is not None:
-            groups.setdefault(name, []).append(condition)
+    groups: dict[str, list[Point]] = {}
+    for name, c in named:
+        if c.test[_GUARD] is not None:
+            kind = "control" if c.is_control else "unedited" if c.method == UNEDITED else "edit"
+            groups.setdefault(name, []).append(Point(c.name, c.test, c.towards, kind))
     return Plot(
-        gain_against_damage(groups),
+        gain_and_damage(groups),
         "Scatter chart of the wanted rate against closed-book accuracy; the table of all conditions holds its numbers",
     )
-
-
-def gain_against_damage(groups: Mapping[str, Sequence[Measured]]) -> go.Figure:
-    """The wanted rate (to the right) against closed-book accuracy, one panel per direction.
-
-    Args:
-        groups: Conditions that share a colour and a symbol, by name. What has no direction is in both panels; what is
-            unedited is open, random controls are open with a dot. The dotted steps lead along what nothing else beats
-            in both.
-    """
-    figure = gain_panels()
-    lowest = 1.0
-    for number, (name, conditions) in enumerate(groups.items()):
-        symbol, colour = _SYMBOLS[number % len(_SYMBOLS)], SERIES_COLOURS[number % len(SERIES_COLOURS)]
-        for column, direction in enumerate(DIRECTIONS, start=1):
-            shown = [c for c in conditions if c.towards in (direction, None)]
-            gained = [Estimate.from_record(c.test[f"{direction}_rate"]) for c in shown]
-            kept = [Estimate.from_record(c.test[_GUARD]) for c in shown]
-            lowest = min([lowest, *(e.low for e in kept)])
-            line = {"color": colour, "thickness": 1.2, "width": 0}
-            figure.add_scatter(
-                x=[e.value for e in gained],
-                y=[e.value for e in kept],
-                error_x=error_bars(gained) | line,
-                error_y=error_bars(kept) | line,
-                mode="markers",
-                marker={
-                    "symbol": [
-                        symbol + ("-open-dot" if c.is_control else "-open" if c.method == UNEDITED else "")
-                        for c in shown
-                    ],
-                    "size": 10,
-                    "color": colour,
-                },
-                showlegend=False,
-                cliponaxis=False,
-                hovertext=[_hover(name, c, direction) for c in shown],
-                hovertemplate="%{hovertext}<extra></extra>",
-                row=1,
-                col=column,
-            )
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", marker={"symbol": symbol, "size": 9, "color": colour}, name=escape(name)
-        )
-    edits = [c for conditions in groups.values() for c in conditions if not c.is_control]
-    for column, direction in enumerate(DIRECTIONS, start=1):
-        figure.add_scatter(
-            **front([c.test for c in edits if c.towards in (direction, None)], direction, _GUARD),
-            mode="lines",
-            line={"color": OTHER_COLOUR, "dash": "dot", "width": 1.5},
-            name="front",
-            showlegend=column == 1,
-            hoverinfo="skip",
-            row=1,
-            col=column,
-        )
-    return with_gain_axes(figure, lowest=lowest, height=360 + 22 * math.ceil(len(groups) / 2))
-
-
-def _hover(name: str, condition: Measured, direction: Direction) -> str:
-    measures = {f"{direction} rate": f"{direction}_rate", "closed-book accuracy": _GUARD}
-    values = (
-        f"{label} {share(condition.test[m])} [{interval(condition.test[m])}], n = {condition.test[m]['n']} prompts"
-        for label, m in measures.items()
-    )
-    return "<br>".join([f"<b>{escape(name)}</b>", escape(condition.name), *values, "95% intervals by subject"])
 
 
 def _usage_plots(run: Run) -> dict[str, Plot]:
@@ -171,24 +98,11 @@ def _usage_plots(run: Run) -> dict[str, Plot]:
 
 
 def _line_plot(name: str, points: Sequence[Mapping[str, Any]]) -> Plot:
-    """Measures by dose: dev's rates, or, where they have intervals, those of all measures."""
-    dose = next(key for key in points[0] if key not in (*_ON_A_LINE, "kept", "damage"))
-    if isinstance(points[0]["memory_rate"], Mapping):
-        doses = {p[dose]: {m: e for m, e in p.items() if m in _ON_A_LINE and e is not None} for p in points}
-        figure = dose_response(doses, dose=words(dose))
-    else:
-        figure = dial_curve([{**p, "trust": p[dose]} for p in points])
-        if dose != "trust":
-            figure.update_xaxes(title_text=escape(words(dose)), range=None, autorange=True)
-            figure.update_traces(hovertemplate=None, hoverinfo="x+y+name")
+    dose = next(iter(points[0]))
     said = "; ".join(
-        f"{p[dose]:g}: " + ", ".join(f"{d} {_in_words(p[f'{d}_rate'])}" for d in ("memory", "context")) for p in points
+        f"{p[dose]:g}: " + ", ".join(f"{d} {percent(p[f'{d}_rate'])}" for d in ("memory", "context")) for p in points
     )
-    return Plot(figure, f"Line chart of usage by {words(dose)}, {words(name)}. {said}")
-
-
-def _in_words(rate: float | Mapping[str, Any]) -> str:
-    return share(rate) if isinstance(rate, Mapping) else percent(rate)
+    return Plot(dial_curve(points, dose=dose), f"Line chart of usage by {words(dose)}, {words(name)}. {said}")
 
 
 def _head_plots(run: Run, scores: HeadScores) -> dict[str, Plot]:
@@ -208,36 +122,13 @@ def _head_plots(run: Run, scores: HeadScores) -> dict[str, Plot]:
 def _probe_plots(table: pl.DataFrame) -> dict[str, Plot]:
     plots = {}
     for label in table["label"].unique(maintain_order=True):
-        own = table.filter(label=label, group="test")
-        fitted = _scores(own.filter(probe="fitted"))
-        floors = _scores(own.filter(probe="floor"))
-        shuffled = {site: score.auroc for site, score in _scores(own.filter(probe="shuffled labels")).items()}
-        floor = next(iter(floors), None)
-        best = next(iter(own.filter(chosen=True, probe="fitted")["site"]), None)
-        if best not in fitted:
-            raise UserError(f"The scores of {label} lack the probe that was chosen on dev; run probe score again.")
-        plots[label] = Plot(
-            auroc_by_layer(
-                fitted,
-                shuffled=shuffled or None,
-                floor=floors[floor] if floor else None,
-                floor_label="floor" if floor == "known beforehand" else "embedding floor",
-                chosen=best,
-            ),
-            f"Line chart of AUROC by layer and kind of site; chosen on dev is {best}, AUROC "
-            f"{fitted[best].auroc.value:.2f}",
-        )
+        figure, best = auroc_of_scores(table.filter(label=label)), best_probes(table)[label]
+        said = f"chosen on dev is {best['site']}, AUROC {best['value']:.2f}"
+        plots[label] = Plot(figure, f"Line chart of AUROC by layer and kind of site; {said}")
     return plots
 
 
-def _scores(rows: pl.DataFrame) -> dict[str, ProbeScore]:
-    """Scores by site, as far as the table tells them."""
-    unknown = Estimate(math.nan, math.nan, math.nan, 0)
-    found: dict[str, dict[str, Estimate]] = {}
-    for site, measure, *numbers in rows.select("site", "measure", "value", "low", "high", "n").iter_rows():
-        found.setdefault(site, {})[measure] = Estimate(*numbers)
-    names = ("auroc", "auprc", "accuracy", "calibration_error")
-    return {
-        site: ProbeScore(*(measures.get(name, unknown) for name in names), prevalence=math.nan, reliability=())
-        for site, measures in found.items()
-    }
+def best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each label the AUROC on test of the probe that dev chose."""
+    chosen = table.filter(pl.col("chosen"), probe="fitted", group="test", measure="auroc")
+    return {row["label"]: row for row in chosen.iter_rows(named=True)}

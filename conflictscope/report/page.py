@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from conflictscope.report import words
 from conflictscope.report.answers import answers_of
-from conflictscope.report.figures import compared, plots_of
+from conflictscope.report.figures import best_probes, compared, plots_of
 from conflictscope.report.runs import Run
 from conflictscope.study.record import EXAMPLES, Measured
 from figures.theme import CONTEXT_COLOUR, DARK_THEME, LIGHT_THEME, MEMORY_COLOUR, OTHER_COLOUR, percent
@@ -75,7 +74,7 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
             prefixes=prefixes,
             differing=_differing(runs),
             strongest=_strongest(runs),
-            best_probes=_best_probes,
+            best_probes=best_probes,
             probe_table=score_table,
             directions=DIRECTIONS,
             colours={"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR},
@@ -107,12 +106,6 @@ def _strongest(runs: Sequence[Run]) -> dict[Direction, tuple[Run, Measured]]:
         d: [(run, run.winners[d]) for run in runs if d in run.winners] for d in DIRECTIONS
     }
     return {d: max(own, key=lambda of: of[1].test[f"{d}_rate"]["value"]) for d, own in won.items() if own}
-
-
-def _best_probes(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """For each label the AUROC on test of the probe that dev chose."""
-    chosen = table.filter(pl.col("chosen"), probe="fitted", group="test", measure="auroc")
-    return {row["label"]: row for row in chosen.iter_rows(named=True)}
 
 
 def _over_cards(run: Run, rate: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, NamedTuple
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -46,11 +46,55 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="ConflictScope", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
     def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         if api_key is not None and not (given and hmac.compare_digest(given.credentials.encode(), api_key.encode())):
             raise HTTPException(401, "The API key is missing or wrong; send it as a bearer token.")
 
-    guarded = [Depends(check_key)]
+    app.include_router(_routes(engine), dependencies=[Depends(check_key)])
+    _check_and_count(app, engine)
+    _explain_errors(app, engine)
+    return app
+
+
+def _routes(engine: Engine) -> APIRouter:
+    """What needs the API key."""
+    routes = APIRouter()
+
+    @routes.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(generate_latest(engine.metrics.registry).decode())
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        listed = [{"id": name, "object": "model", "owned_by": "conflictscope"} for name in engine.models()]
+        return {"object": "list", "data": listed}
+
+    @routes.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Any:
+        (prompt,) = token_ids(engine.tokenizer, [asked.prompt])
+        return await _respond(engine, request, prompt, asked, asked.max_tokens, _COMPLETION)
+
+    @routes.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Any:
+        if not engine.tokenizer.chat_template:
+            raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
+        messages = [message.model_dump() for message in asked.messages]
+        try:
+            text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
+        prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return await _respond(engine, request, prompt, asked, asked.longest, _CHAT)
+
+    return routes
+
+
+def _check_and_count(app: FastAPI, engine: Engine) -> None:
+    """Refuse bodies that are too large or of unknown length; count requests by path and status."""
 
     @app.middleware("http")
     async def measure(request: Request, call_next: Any) -> Any:
@@ -68,6 +112,10 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         route = request.scope.get("route")
         engine.metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
         return response
+
+
+def _explain_errors(app: FastAPI, engine: Engine) -> None:
+    """Answer what cannot be done with a sentence, in the shape of OpenAI's errors."""
 
     @app.exception_handler(UserError)
     async def wrong(_: Request, error: UserError) -> JSONResponse:
@@ -90,38 +138,6 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
     @app.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
         return _error(error.status_code, str(error.detail))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics", dependencies=guarded)
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(generate_latest(engine.metrics.registry).decode())
-
-    @app.get("/v1/models", dependencies=guarded)
-    async def models() -> dict[str, Any]:
-        listed = [{"id": name, "object": "model", "owned_by": "conflictscope"} for name in engine.models()]
-        return {"object": "list", "data": listed}
-
-    @app.post("/v1/completions", dependencies=guarded)
-    async def completions(asked: CompletionRequest, request: Request) -> Any:
-        (prompt,) = token_ids(engine.tokenizer, [asked.prompt])
-        return await _respond(engine, request, prompt, asked, asked.max_tokens, _COMPLETION)
-
-    @app.post("/v1/chat/completions", dependencies=guarded)
-    async def chat(asked: ChatRequest, request: Request) -> Any:
-        if not engine.tokenizer.chat_template:
-            raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
-        messages = [message.model_dump() for message in asked.messages]
-        try:
-            text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
-        prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return await _respond(engine, request, prompt, asked, asked.longest, _CHAT)
-
-    return app
 
 
 class _Shape(NamedTuple):

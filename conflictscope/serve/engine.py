@@ -24,10 +24,7 @@ from interp.errors import UserError
 from interp.inputs import most_positions
 from interp.models import decode_plainly
 from interventions.base import Patch, attach_patches
-from interventions.config import InterventionFile
-
-UNEDITED = "none"
-"""The intervention that a request names to get the model as it is."""
+from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 
 _USUAL_TOKENS = 64
 # Colder logits leave the range of float32.
@@ -61,12 +58,7 @@ class Engine:
         limits: Limits | None = None,
         journal: Path | None = None,
     ) -> None:
-        if UNEDITED in interventions:
-            raise UserError(
-                f"An intervention cannot be called {UNEDITED}: that is the unedited model; rename the file."
-            )
-        for file in interventions.values():
-            file.model.check(model, tokenizer)
+        check_choice(interventions, model, tokenizer)
         decode_plainly(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -141,10 +133,8 @@ class Engine:
         if suffix and asked.intervention is not None and asked.intervention != suffix:
             raise UserError(f"model names the intervention {suffix!r}, intervention {asked.intervention!r}; name one.")
         chosen = suffix or asked.intervention or self.default
-        if chosen != UNEDITED and chosen not in self.interventions:
-            raise UserError(
-                f"There is no intervention {chosen!r}; there are {', '.join([UNEDITED, *self.interventions])}."
-            )
+        if chosen != UNEDITED:
+            chosen_file(self.interventions, chosen)
         return chosen
 
     def models(self) -> list[str]:

@@ -25,7 +25,7 @@ from conflictscope.study.condition import Condition
 from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind, evenly
 from interp.errors import UserError
-from interp.evaluation import ANSWERS_VERSION, answer_token_ids, kl_divergence
+from interp.evaluation import ANSWERS_VERSION, answer_token_ids, divergence
 from interp.generation import gathered_logits, next_logits, tracked
 from interp.inputs import first_token_id
 from interp.reading import READING_VERSION, ReadPrompts
@@ -137,17 +137,17 @@ class Dev:
             "context" if token == context else "memory" if token == memory else "other"
             for token, (context, memory) in zip(first[:n], self._pairs, strict=True)
         ]
-        divergence = kl_divergence(self._unedited[0][n:], ends[n:])
+        moved = divergence(self._unedited[0][n:], ends[n:])
         is_right = [token == wanted for token, wanted in zip(first[n:], self._right, strict=True)]
         damage, right, start = {}, {}, 0
         for kind, some in self.guards.items():
             part = slice(start, start := start + len(some))
             # Without a context nothing is combined, and nothing can be lost.
             if kind != "none" or not condition.decoding.needs_bare:
-                damage[kind] = divergence[part].mean().item()
+                damage[kind] = moved[part].mean().item()
                 right[kind] = sum(is_right[part]) / len(some)
         if texts is not None:
-            damage["neutral"] = kl_divergence(self._unedited[1], texts).mean().item()
+            damage["neutral"] = divergence(self._unedited[1], texts).mean().item()
         return {"usages": usages, "damage": damage, "right": right}
 
     @cached_property

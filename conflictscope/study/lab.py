@@ -151,11 +151,6 @@ class Lab:
             version=PATH_PATCHING_VERSION,
         )
 
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """``(layer, head)`` of every head."""
-        return [(layer, head) for layer in range(self.anatomy.n_layers) for head in range(self.anatomy.n_heads)]
-
     @cached_property
     def mean_outputs(self) -> Tensor:
         """Each head's mean z at the end of train's closed-book prompts, ``(n_layers, n_heads, d_head)``.

@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from conflictscope.study.record import Measured, StudyRecord
+from conflictscope.tables import written
 from interp.answers import DIRECTIONS, Direction
-from interp.statistics import Estimate
 
 _LOSSES = {
     "closed-book": "closed_book_accuracy",
@@ -59,13 +59,3 @@ def _opposite(change: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if change is None or change["value"] is None:
         return None
     return {"value": -change["value"], "low": -change["high"], "high": -change["low"], "n": change["n"]}
-
-
-def written(estimate: Mapping[str, Any] | None, decimals: int = 2) -> str:
-    """An estimate with its interval, for example ``0.42 [0.35, 0.48]``; ``n/a`` where the measure does not apply."""
-    if estimate is None:
-        return "n/a"
-    if not Estimate.from_record({k: estimate[k] for k in ("value", "low", "high", "n")}).is_defined:
-        return "undefined"
-    value, low, high = (f"{estimate[name] + 0.0:.{decimals}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]".replace("-0.00 ", "0.00 ")

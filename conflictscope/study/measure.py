@@ -20,7 +20,7 @@ from torch import Tensor
 from conflictscope.study.condition import Condition
 from interp.answers import USAGES
 from interp.conflicts import ConflictSet, evenly
-from interp.evaluation import ANSWERS_VERSION, UsageReport, kl_divergence, measure_usage, neutral_texts
+from interp.evaluation import ANSWERS_VERSION, UsageReport, divergence, measure_usage, neutral_texts
 from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
 from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_mean
@@ -113,7 +113,7 @@ def measure(lab: Bench, condition: Condition) -> Result:
         unedited = lab.reading.unedited
         with applied(model, *condition.edits):
             edited = gathered_logits(lab.reading.texts.next_logits(changed), len(unedited))
-        return kl_divergence(unedited, edited).tolist()
+        return divergence(unedited, edited).tolist()
 
     version = (ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
     report = lab.records.usage("test", [digest, asked.digest], answers, version=version)

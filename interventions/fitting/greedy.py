@@ -84,7 +84,7 @@ def greedy_heads(
         raise UserError(f"Greedy selection needs a shortlist of at least 1 head, not {shortlist}.")
     if not wanted:
         raise UserError("Greedy selection needs conflict prompts with their wanted answers, but there are none.")
-    places = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
+    places = anatomy.heads
     steps: list[GreedyStep] = []
     for _ in tracked(range(count), progress):
         gone = [(step.layer, step.head) for step in steps]

@@ -146,8 +146,7 @@ def finite(gradients: Tensor) -> Tensor:
 def scale_places(model: TransformerBridge, *, feed_forward: bool) -> list[HeadOrLayer]:
     """Everything of a model that can have a scale."""
     anatomy = Anatomy(model)
-    heads: list[HeadOrLayer] = [(layer, head) for layer in range(anatomy.n_layers) for head in range(anatomy.n_heads)]
-    return heads + [(layer, None) for layer in range(anatomy.n_layers) if feed_forward]
+    return [*anatomy.heads, *((layer, None) for layer in range(anatomy.n_layers) if feed_forward)]
 
 
 @contextmanager

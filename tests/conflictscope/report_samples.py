@@ -269,13 +269,6 @@ def write_compare(folder: Path) -> Path:
     decoding = edited("context_aware_decoding", "context", len(conditions), does="ContextAware, alpha 0.5")
     test = {**decoding.test, "closed_book_accuracy": None, "neutral_kl": None}
     conditions.append(Measured(decoding.name, decoding.method, test, "context", ("within_budget",), does=decoding.does))
-    strengths = [
-        {
-            "strength": s,
-            **{m: measures("context", n)[m] for m in ("memory_rate", "context_rate", "closed_book_accuracy")},
-        }
-        for n, s in enumerate((0.5, 1.0, 2.0))
-    ]
     by_dose = [{"strength": s, "memory_rate": 0.3 - s / 10, "context_rate": 0.4 + s / 10} for s in (0.5, 1.0, 2.0)]
     return study(
         folder,
@@ -283,7 +276,7 @@ def write_compare(folder: Path) -> Path:
         conditions,
         "caa",
         not_run={"probe": "Both sources are needed."},
-        lines={"strength of caa": strengths, "strength of caa on dev": by_dose},
+        lines={"strength of caa": by_dose},
     )
 
 

@@ -114,7 +114,7 @@ FIGURES = {
     "demo": {"usage", "templates", "map", "top", "cost", "tried"},
     "dial": {"usage", "templates", "cost", "line-0"},
     "gate": {"usage", "templates", "cost"},
-    "compare": {"usage", "templates", "cost", "line-0", "line-1"},
+    "compare": {"usage", "templates", "cost", "line-0"},
     "probes": {"conflict", "source"},
 }
 
@@ -339,15 +339,13 @@ def test_the_figures_hold_the_rates_of_the_record(folders: dict[str, Path], page
     assert sorted(tried) == sorted(candidate["rate"] for candidate in record.tried)
 
 
-def test_a_line_of_measures_is_a_dose_response_and_one_of_a_dial_its_curve(pages: dict[str, Page]) -> None:
+def test_a_line_is_a_curve_over_its_dose(pages: dict[str, Page]) -> None:
     curve = figures_of(pages["dial"].scripts[-1])["line-0"]
     assert [list(trace["x"]) for trace in curve["data"]] == [[t / 4 for t in range(-4, 5)]] * 2
-    figures = figures_of(pages["compare"].scripts[-1])
-    assert figures["line-1"]["data"][0]["y"] == pytest.approx([0.25, 0.2, 0.1])
-    assert figures["line-1"]["layout"]["xaxis"]["title"]["text"] == "strength"
-    doses = figures["line-0"]
-    assert {trace["name"] for trace in doses["data"]} == {"memory rate", "context rate", "closed book"}
-    assert all(trace["x"] == [0.5, 1.0, 2.0] for trace in doses["data"])
+    line = figures_of(pages["compare"].scripts[-1])["line-0"]
+    assert line["data"][0]["x"] == [0.5, 1.0, 2.0]
+    assert line["data"][0]["y"] == pytest.approx([0.25, 0.2, 0.1])
+    assert line["layout"]["xaxis"]["title"]["text"] == "strength"
 
 
 def assert_every_plot_has_its_place(page: Page) -> dict[str, dict[str, str | None]]:

@@ -1,17 +1,18 @@
 from typing import Any
 
-from figures.gain import damage_fronts, gain_and_damage
+from figures.gain import Point, damage_fronts, gain_and_damage
 from tests.figures.samples import rates, trace
 
 
 def test_the_front_steps_between_the_edits_that_no_other_beats() -> None:
-    baseline = rates(0.27, 0.40, closed_book_accuracy=0.95)
-    edits: dict[str, Any] = {
-        "best": {"context": rates(0.0, 0.9, closed_book_accuracy=0.8)},
-        "beaten": {"context": rates(0.0, 0.7, closed_book_accuracy=0.75)},
-        "gentle": {"context": rates(0.0, 0.6, closed_book_accuracy=0.9)},
-    }
-    figure: Any = gain_and_damage(baseline, edits)
+    points = [
+        Point("unedited", rates(0.27, 0.40, closed_book_accuracy=0.95), kind="unedited"),
+        Point("best", rates(0.0, 0.9, closed_book_accuracy=0.8), "context"),
+        Point("beaten", rates(0.0, 0.7, closed_book_accuracy=0.75), "context"),
+        Point("gentle", rates(0.0, 0.6, closed_book_accuracy=0.9), "context"),
+        Point("random", rates(0.0, 0.99, closed_book_accuracy=0.99), "context", "control"),
+    ]
+    figure: Any = gain_and_damage({"edits": points})
     front = trace(figure, name="front")
     assert list(zip(front.x, front.y, strict=True)) == [
         (0.9, 0.8),
@@ -23,36 +24,41 @@ def test_the_front_steps_between_the_edits_that_no_other_beats() -> None:
 
 
 def test_less_divergence_is_better_on_the_front_of_neutral_text() -> None:
-    baseline = rates(0.27, 0.40, neutral_kl=0.0)
-    edits: dict[str, Any] = {
-        "far": {"context": rates(0.0, 0.9, neutral_kl=0.1)},
-        "worse": {"context": rates(0.0, 0.8, neutral_kl=0.2)},
-    }
-    figure: Any = gain_and_damage(baseline, edits, guard="neutral_kl")
+    points = [
+        Point("unedited", rates(0.27, 0.40, neutral_kl=0.0), kind="unedited"),
+        Point("far", rates(0.0, 0.9, neutral_kl=0.1), "context"),
+        Point("worse", rates(0.0, 0.8, neutral_kl=0.2), "context"),
+    ]
+    figure: Any = gain_and_damage({"edits": points}, guard="neutral_kl")
     front = trace(figure, name="front")
     assert list(zip(front.x, front.y, strict=True)) == [(0.9, 0.1), (0.9, 0.0), (0.4, 0.0)]
 
 
-def test_gain_and_damage_plots_the_wanted_rate_against_the_guard() -> None:
-    baseline, pruned = (rates(0.27, 0.40, closed_book_accuracy=0.95), rates(0.03, 0.93, closed_book_accuracy=0.91))
+def test_gain_and_damage_plots_the_wanted_rate_against_the_guard_in_the_panels_that_a_point_belongs_to() -> None:
+    unedited, pruned = rates(0.27, 0.40, closed_book_accuracy=0.95), rates(0.03, 0.93, closed_book_accuracy=0.91)
     random = rates(0.26, 0.41, closed_book_accuracy=0.94)
-    control: Any = {"context": random, "memory": baseline}
-    figure: Any = gain_and_damage(baseline, {"pruning": {"context": pruned}}, control=control)
-    points = [(t.name, t.x[0], t.y[0]) for t in figure.data if t.x[0] is not None and t.name != "front"]
+    pruning = [Point("pruning", pruned, "context"), Point("random heads", random, "context", "control")]
+    figure: Any = gain_and_damage({"unedited": [Point("unedited", unedited, kind="unedited")], "pruning": pruning})
+    points = [
+        (t.name, t.xaxis, *point)
+        for t in figure.data
+        if t.name != "front" and t.x and t.x[0] is not None
+        for point in zip(t.x, t.y, t.marker.symbol, strict=True)
+    ]
     assert points == [
-        ("pruning", 0.93, 0.91),
-        ("random heads", 0.41, 0.94),
-        ("unedited", 0.40, 0.95),
-        ("random heads", 0.27, 0.95),
-        ("unedited", 0.27, 0.95),
+        ("unedited", "x", 0.40, 0.95, "circle-open"),
+        ("unedited", "x2", 0.27, 0.95, "circle-open"),
+        ("pruning", "x", 0.93, 0.91, "square"),
+        ("pruning", "x", 0.41, 0.94, "square-open-dot"),
     ]
 
 
 def test_gain_and_damage_gives_divergence_in_nats() -> None:
-    record = rates(0.27, 0.40, neutral_kl=0.03)
-    figure: Any = gain_and_damage(record, {"pruning": {"memory": record}}, guard="neutral_kl")
+    point = Point("pruning", rates(0.27, 0.40, neutral_kl=0.03), "memory")
+    figure: Any = gain_and_damage({"pruning": [point]}, guard="neutral_kl")
     assert "nats" in figure.layout.yaxis.title.text
-    assert "0.030 [0.010, 0.060]" in trace(figure, name="pruning").hovertext[0]
+    hover = [text for t in figure.data if t.name == "pruning" for text in t.hovertext or ()]
+    assert "0.030 [0.010, 0.060]" in hover[0]
 
 
 def test_damage_fronts_show_each_method_s_candidates_by_rising_rate() -> None:

@@ -32,6 +32,7 @@ SCORES = {
     "blocks.2.hook_out": score(0.8),
     "blocks.2.attn.hook_out": score(0.7),
 }
+AUROC = {site: found.auroc for site, found in SCORES.items()}
 
 
 def band_of(figure: Any, name: str) -> Any:
@@ -72,7 +73,7 @@ def test_site_kind_reads_kind_and_layer_from_the_name(site: str, place: tuple[st
 
 
 def test_auroc_has_a_line_for_each_kind_in_order_of_the_layers() -> None:
-    figure: Any = auroc_by_layer(SCORES)
+    figure: Any = auroc_by_layer(AUROC)
     residual, attention = trace(figure, name="residual"), trace(figure, name="attention")
     assert (list(residual.x), list(residual.y)) == ([2, 10], [0.8, 0.9])
     assert (list(attention.x), list(attention.y)) == ([2], [0.7])
@@ -80,34 +81,34 @@ def test_auroc_has_a_line_for_each_kind_in_order_of_the_layers() -> None:
 
 
 def test_auroc_has_its_interval_as_a_band() -> None:
-    band = band_of(auroc_by_layer(SCORES), "residual")
+    band = band_of(auroc_by_layer(AUROC), "residual")
     assert list(band.x) == [2, 10, 10, 2]
     assert list(band.y) == pytest.approx([0.83, 0.93, 0.88, 0.78])
 
 
 def test_auroc_says_layer_interval_and_n_on_hover() -> None:
-    text = trace(auroc_by_layer(SCORES), name="residual").hovertext[1]
+    text = trace(auroc_by_layer(AUROC), name="residual").hovertext[1]
     assert "residual, layer 10" in text
     assert "AUROC 0.900 [0.880, 0.930]" in text
     assert "n = 120 prompts" in text
 
 
 def test_shuffled_labels_are_one_grey_line_of_the_residual_stream() -> None:
-    shuffled = {site: score(0.5 + 0.01 * i).auroc for i, site in enumerate(SCORES)}
-    figure: Any = auroc_by_layer(SCORES, shuffled=shuffled)
+    shuffled = {site: around(0.5 + 0.01 * i) for i, site in enumerate(SCORES)}
+    figure: Any = auroc_by_layer(AUROC, shuffled=shuffled)
     control = trace(figure, name="shuffled labels")
     assert (list(control.x), list(control.y)) == ([2, 10], [0.52, 0.51])
     assert control.line.color == OTHER_COLOUR
 
 
 def test_shuffled_labels_take_the_first_kind_where_there_is_no_residual_stream() -> None:
-    attention = {"blocks.2.attn.hook_out": score(0.7)}
-    figure: Any = auroc_by_layer(attention, shuffled={"blocks.2.attn.hook_out": score(0.51).auroc})
+    attention = {"blocks.2.attn.hook_out": around(0.7)}
+    figure: Any = auroc_by_layer(attention, shuffled={"blocks.2.attn.hook_out": around(0.51)})
     assert list(trace(figure, name="shuffled labels").y) == [0.51]
 
 
 def test_the_floor_is_a_labelled_dotted_line() -> None:
-    figure: Any = auroc_by_layer(SCORES, floor=score(0.55), floor_label="question alone")
+    figure: Any = auroc_by_layer(AUROC, floor=around(0.55), floor_label="question alone")
     line = trace(figure, name="question alone")
     assert (list(line.y), line.line.dash) == ([0.55, 0.55], "dot")
     assert [a.text for a in figure.layout.annotations] == ["question alone: 0.55"]
@@ -115,12 +116,12 @@ def test_the_floor_is_a_labelled_dotted_line() -> None:
 
 @pytest.mark.parametrize(("reached", "side"), [(0.55, "top"), (0.95, "bottom"), (0.88, "top")])
 def test_the_label_of_the_floor_keeps_away_from_the_lines(reached: float, side: str) -> None:
-    figure: Any = auroc_by_layer(SCORES, floor=score(reached))
+    figure: Any = auroc_by_layer(AUROC, floor=around(reached))
     assert figure.layout.annotations[0].yanchor == side
 
 
 def test_the_chosen_site_has_a_ring_and_a_label() -> None:
-    figure: Any = auroc_by_layer(SCORES, chosen="blocks.10.hook_out")
+    figure: Any = auroc_by_layer(AUROC, chosen="blocks.10.hook_out")
     ring = trace(figure, name="blocks.10.hook_out")
     assert (list(ring.x), list(ring.y), ring.marker.symbol) == ([10], [0.9], "circle-open")
     assert figure.layout.annotations[0].text == "<b>residual 10: 0.90</b>"
@@ -128,12 +129,12 @@ def test_the_chosen_site_has_a_ring_and_a_label() -> None:
 
 def test_a_chosen_site_without_score_is_refused() -> None:
     with pytest.raises(UserError, match=r"'blocks\.7\.hook_out' has no score"):
-        auroc_by_layer(SCORES, chosen="blocks.7.hook_out")
+        auroc_by_layer(AUROC, chosen="blocks.7.hook_out")
 
 
 def test_scores_of_no_layer_are_refused() -> None:
     with pytest.raises(UserError, match="None of the scores"):
-        auroc_by_layer({"embed.hook_out": score(0.5)})
+        auroc_by_layer({"embed.hook_out": around(0.5)})
 
 
 def test_reliability_holds_frequency_interval_and_calibration_error() -> None:
@@ -270,7 +271,7 @@ def test_patterns_of_no_layer_are_refused() -> None:
 @pytest.mark.parametrize(
     "figure",
     [
-        auroc_by_layer(SCORES, floor=score(0.5), chosen="blocks.2.hook_out"),
+        auroc_by_layer(AUROC, floor=around(0.5), chosen="blocks.2.hook_out"),
         reliability_curve(SCORES),
         projection_by_layer({RESIDUAL[0]: FEATURES}, probes(WEIGHT), LABELS),
         activation_patterns(patterns(["blocks.0.hook_out"])),

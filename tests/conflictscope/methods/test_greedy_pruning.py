@@ -32,7 +32,7 @@ def without(lab, heads) -> float:
 
 def test_the_first_head_is_the_best_of_all(lab, candidates):
     ((first,), *_) = (condition.edits[0].edited_heads for condition in candidates)
-    assert without(lab, [first]) == pytest.approx(max(without(lab, [place]) for place in lab.places), abs=1e-5)
+    assert without(lab, [first]) == pytest.approx(max(without(lab, [place]) for place in lab.anatomy.heads), abs=1e-5)
 
 
 def test_more_heads_hold_the_fewer_and_make_the_answers_likelier(lab, candidates):

@@ -46,7 +46,7 @@ def test_feed_forward_layers_are_drawn_as_layers(lab):
 
 
 def test_where_too_few_heads_are_left_some_are_the_chosen_ones(lab):
-    many = dict.fromkeys(lab.places[:10], 0.0)
+    many = dict.fromkeys(lab.anatomy.heads[:10], 0.0)
     for draw in random_heads(lab, Condition("pruning", "context", edits=(scaling(many),))):
         assert len(draw.edits[0].edited_heads) == 10
 
