@@ -95,7 +95,9 @@ class Batch(NamedTuple):
     tokens: list[list[int]]
 
 
-def prompt_batches(model: Any, prompts: Sequence[str], batch_size: int, *, new_tokens: int = 0) -> list[Batch]:
+def prompt_batches(
+    model: Any, prompts: Sequence[str], batch_size: int, *, new_tokens: int = 0, most_tokens: int | None = None
+) -> list[Batch]:
     """Prompts in batches of similar length, longest first.
 
     Args:
@@ -103,6 +105,8 @@ def prompt_batches(model: Any, prompts: Sequence[str], batch_size: int, *, new_t
         prompts: Full prompts.
         batch_size: Prompts per batch.
         new_tokens: How many tokens are to follow each.
+        most_tokens: Tokens per batch, padding included, that no batch of several prompts exceeds; ``None`` sets no
+            bound.
 
     Raises:
         UserError: If a prompt has no tokens, or it and what follows is longer than the model's positions.
@@ -110,10 +114,13 @@ def prompt_batches(model: Any, prompts: Sequence[str], batch_size: int, *, new_t
     tokens = token_ids(model.tokenizer, prompts)
     check_lengths(model, tokens, new_tokens=new_tokens)
     order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
-    return [
-        Batch(batch, [tokens[i] for i in batch])
-        for batch in (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    ]
+    batches: list[Batch] = []
+    while order:
+        longest = max(len(tokens[order[0]]), 1)
+        rows = batch_size if most_tokens is None else min(batch_size, max(most_tokens // longest, 1))
+        batches.append(Batch(order[:rows], [tokens[i] for i in order[:rows]]))
+        order = order[rows:]
+    return batches
 
 
 def check_lengths(

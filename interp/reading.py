@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
-from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, Answered, Continuations, gathered, generated, tracked
+from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated, tracked
 from interp.inputs import padded, prompt_batches
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ READING_VERSION = 1
 Changed = int | Literal["end", "whole"]
 """What edits change: tokens from the last one on (``end``), all tokens from a layer on, or anything (``whole``)."""
 
+# One token a prompt is left to run at a time, which pays only for many prompts.
+_BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
 _MOST_KEPT = 2**30
 
 
@@ -63,7 +65,7 @@ class ReadPrompts:
         model: The bridge, unedited.
         prompts: Full prompts.
         new_tokens: How many tokens are to follow each at most.
-        batch_size: Prompts per batch.
+        batch_size: Prompts per batch at most; fewer of long ones.
         most_kept: Bytes of residual streams that are kept at most; fewer layers are kept where all do not fit.
 
     Raises:
@@ -76,14 +78,14 @@ class ReadPrompts:
         prompts: Sequence[str],
         *,
         new_tokens: int = 0,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = _BATCH_SIZE,
         most_kept: int = _MOST_KEPT,
     ) -> None:
         self._model = model
         self._anatomy = Anatomy(model)
         self._network: Any = self._anatomy.model
         self._count = len(prompts)
-        batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens)
+        batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens, most_tokens=_TOKENS_AT_ONCE)
         tokens = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in batches)
         of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
         every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept, 1)))

@@ -173,11 +173,12 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    flat.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
+    options = [
         option
         for name, p in parameters.items()
         for option in (_options(groups[name]) if name in groups else [p.replace(kind=p.KEYWORD_ONLY)])
-    )
+    ]
+    flat.__signature__ = inspect.Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
     flat.__annotations__ = {}
     return flat
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from interp.records import Records
 
-COST_VERSION = 1
+COST_VERSION = 2
 """Version of how the cost is measured."""
 
 _GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
@@ -166,7 +166,7 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
 
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
-    """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
+    """Tokens per second relative to the unedited model: the median of rounds in turns."""
     plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
     asked = condition.asked(plain)
     rule = condition.decoding.combined if condition.decoding.needs_bare else None
@@ -181,5 +181,5 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
             continue_greedily(lab.model, prompts, **two_streams, max_new_tokens=4)
             return time.perf_counter() - start
 
-    ratios = [seconds(plain, edited=False) / seconds(asked, edited=True) for _ in range(_ROUNDS + 1)][1:]
+    ratios = [seconds(plain, edited=False) / seconds(asked, edited=True) for _ in range(_ROUNDS)]
     return {"speed": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

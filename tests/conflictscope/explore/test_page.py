@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from conflictscope.cli.explore import explore
+from conflictscope.cli.explore import Explored, explore
 from conflictscope.explore.looks import Asked, Edit, Explorer, examples
 from conflictscope.explore.page import build_app, listening
 from figures.theme import percent
@@ -303,12 +303,21 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(explorer, address):
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "studio.example"])
 def test_an_address_that_others_reach_is_refused_unless_it_is_meant(host):
     with pytest.raises(UserError, match="add --public if that is meant"):
-        explore(host=host)
+        explore(host=host, explored=Explored())
 
 
 def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, tmp_path):
-    script = "import typer; from conflictscope.cli.explore import explore; typer.run(explore)"
-    command = [sys.executable, "-c", script, str(tiny_directories["llama"]), "--port", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "conflictscope",
+        "explore",
+        str(tiny_directories["llama"]),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
         try:
             said = next(line for line in process.stderr or () if line.startswith("Open "))
