@@ -88,7 +88,7 @@ def score_probes(store: ActivationStore, folder: Path, out: Path, *, seed: int =
         UserError: If there are no probes, or the recording lacks a site or a test split.
     """
     check_finished(folder)
-    found = [label for label in LABELS if (folder / f"{label}.json").exists()]
+    found: list[Label] = [label for label in LABELS if (folder / f"{label}.json").exists()]
     labels = [_Scoring(store, folder, label, seed).result() for label in found]
     scores = Scores(pl.concat([label.frame for label in labels]), labels)
     write_parquet(out / "scores.parquet", scores.frame)
