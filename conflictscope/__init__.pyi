@@ -25,3 +25,4 @@ from probes.detector import ConflictDetector as ConflictDetector
 from probes.linear import ProbeSet as ProbeSet
 
 __version__: str
+__all__: list[str]
