@@ -44,9 +44,9 @@ from interp.facts import (
     usable_facts,
 )
 from interp.files import write_json, write_parquet
-from interp.generation import tracked
 from interp.known import KNOWN_VERSION
 from interp.models import fingerprint
+from interp.progress import tracked
 from interp.statistics import Estimate, rate
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import LinearProbe, Method, ProbeSet
