@@ -44,21 +44,17 @@ def tables(record: StudyRecord, directions: Sequence[Direction], choices: Sequen
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
     random controls; then what the edit costs. ``n`` is the number of conflict prompts.
     """
-    asked = [(d, c) for d in directions for c in choices if record.chosen(d, c)]
+    shown = [_table(record, d, c) for d in directions for c in choices if record.chosen(d, c)]
     refused = [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
     version = record.settings["versions"]["conflictscope"]
     made = f"Made by `{record.command}`, conflictscope {version}."
-    return "\n\n".join([*(_table(record, *one) for one in asked), *refused, made])
+    return "\n\n".join([*shown, *refused, made])
 
 
 def _table(record: StudyRecord, towards: Direction, choice: Choice) -> str:
-    head = [
-        f"{record.model['name']} towards {towards}, {_CHOICES[choice]}",
-        f"{towards} rate",
-        "gain",
-        "gain at random",
-    ]
-    head += [*(f"{label} loss" for label in LOSSES), "KL on text", "speed", "n"]
+    title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
+    losses = [f"{label} loss" for label in LOSSES]
+    head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
     chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
     rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen)]
     lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *rows))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from conflictscope.study.record import UNEDITED, Measured, StudyRecord
@@ -76,19 +77,15 @@ def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):
 
 
 def test_only_what_stands_between_marks_is_written_and_twice_is_as_once(record):
-    page = (
-        "Before.\n\n<!-- results of mine, towards context, within budget -->\nold\n<!-- end of results -->\n\n"
-        "<!-- results of other -->\nkept\n<!-- end of results -->\nAfter.\n"
-    )
+    after = "<!-- end of results -->\n\n<!-- results of other -->\nkept\n<!-- end of results -->\nAfter.\n"
+    page = f"Before.\n\n<!-- results of mine, towards context, within budget -->\nold\n{after}"
     once, found = filled(page, {"mine": record})
     assert found == {"mine"}
     assert "within the budget" in once
     assert "at its best" not in once
     assert "old" not in once
     assert once.startswith("Before.\n\n<!-- results of mine")
-    assert once.endswith(
-        "<!-- end of results -->\n\n<!-- results of other -->\nkept\n<!-- end of results -->\nAfter.\n"
-    )
+    assert once.endswith(after)
     assert filled(once, {"mine": record}) == (once, {"mine"})
 
 
@@ -110,11 +107,9 @@ def test_the_command_writes_pages_and_says_what_it_could_not_place(record, tmp_p
     assert [*write_results([folder], [page])] == [(page, {"mine"})]
     assert "greedy pruning" in page.read_text()
     with pytest.raises(UserError, match="No page has a mark for other"):
-        [*write_results([folder, tmp_path / "other"], [page])]
+        list(write_results([folder, tmp_path / "other"], [page]))
     with pytest.raises(UserError, match="same name"):
-        [*write_results([folder, folder], [page])]
-    import typer
-
+        list(write_results([folder, folder], [page]))
     app = typer.Typer()
     app.command()(main)
     ran = CliRunner().invoke(app, [str(tmp_path / "nothing"), "--page", str(page)])
