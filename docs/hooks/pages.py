@@ -3,7 +3,7 @@
 - ``README.md`` becomes the page ``results.md``; the schema of intervention files and the notebooks are copied. Links to
   them are mended: as they are read on a code host they lead out of docs/. What ``make notebooks`` made is copied too.
 - ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package,
-  ``<!-- map of FOLDER -->`` a table of what its modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
+  ``<!-- map of FOLDERS -->`` tables of what their modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
   names, ``<!-- rendered notebooks -->`` a list of the pages that there are.
 """
 
@@ -68,12 +68,19 @@ def _notebook_pages() -> Iterator[str]:
     yield from (f"- [{page.stem[2:].replace('_', ' ').capitalize()}](notebooks/{page.name})" for page in _rendered())
 
 
-def _map(folder: str) -> Iterator[str]:
-    yield "| file | what it does |\n| --- | --- |"
-    for path in sorted((_ROOT / folder).glob("*.py")):
-        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        if path.name != "__init__.py" and about:
-            yield f"| {_reference(path)} | {_summary(about)} |"
+def _map(folders: str) -> Iterator[str]:
+    for top in folders.split(", "):
+        for folder in sorted({path.parent for path in (_ROOT / top).rglob("*.py")}):
+            modules = {path: _docstring(path) for path in sorted(folder.glob("*.py"))}
+            about = modules.pop(folder / "__init__.py", "")
+            yield f"{'##' if folder.name == top else '###'} {folder.relative_to(_ROOT)}/\n\n{_summary(about)}\n"
+            yield "| file | what it does |\n| --- | --- |"
+            yield from (f"| {_reference(path)} | {_summary(text)} |" for path, text in modules.items())
+            yield ""
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def _reference(path: Path) -> str:
@@ -94,7 +101,7 @@ def _names() -> Iterator[str]:
 
 def _summary(docstring: str) -> str:
     """The first line of a docstring, as a cell of a table."""
-    return _bars(_text(docstring.splitlines()[0].replace("``", "`")))
+    return _bars(_text(docstring.partition("\n")[0].replace("``", "`")))
 
 
 def _modules(package: str) -> Iterator[str]:
@@ -143,7 +150,7 @@ def _bars(cell: str) -> str:
 _WRITTEN |= {
     "commands": _commands,
     r"modules of (\w+)": _modules,
-    r"map of ([\w/]+)": _map,
+    r"map of ([\w, ]+)": _map,
     "names": _names,
     "rendered notebooks": _notebook_pages,
 }
