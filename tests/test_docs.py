@@ -22,7 +22,8 @@ from conflictscope.cli import app
 pytest_plugins = ["tests.browser"]
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+WRITTEN = [*OUTSIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 # Attributes by which a page loads something without being asked to; links in <a> are followed by readers only.
 _LOADING = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",

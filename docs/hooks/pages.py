@@ -1,7 +1,8 @@
 """Pages that are written while the site is built: commands, modules, and what lies outside of docs/.
 
-- ``README.md`` becomes the page ``results.md``; the schema of intervention files and the notebooks are copied. Links to
-  them are mended: as they are read on a code host they lead out of docs/. What ``make notebooks`` made is copied too.
+- ``README.md`` becomes the page ``results.md``; ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of
+  intervention files and the notebooks are copied. Links to them are mended: as they are read on a code host they lead
+  out of docs/. What ``make notebooks`` made is copied too.
 - ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package,
   ``<!-- map of FOLDERS -->`` tables of what their modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
   names, ``<!-- rendered notebooks -->`` a list of the pages that there are.
@@ -27,6 +28,8 @@ _ROOT = Path(__file__).parents[2]
 _NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.ipynb"))
 _OUTSIDE = {
     "README.md": "results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "interventions/schema.json": "schema.json",
     **{f"notebooks/{path.name}": f"notebooks/{path.name}" for path in _NOTEBOOKS},
 }
@@ -91,12 +94,11 @@ def _reference(path: Path) -> str:
 
 
 def _names() -> Iterator[str]:
-    yield "| name | what it does | where |\n| --- | --- | --- |"
+    yield "| name | what it does |\n| --- | --- |"
     for name in conflictscope.__all__:
         named = getattr(conflictscope, name)
-        module = named.__module__
-        place = f"[{module}](../api/{module.partition('.')[0]}.md#{module}.{name})"
-        yield f"| `{name}` | {_summary(inspect.getdoc(named) or '')} | {place} |"
+        place = f"../api/{named.__module__.partition('.')[0]}.md#{named.__module__}.{name}"
+        yield f"| [`{name}`]({place}) | {_summary(inspect.getdoc(named) or '')} |"
 
 
 def _summary(docstring: str) -> str:
