@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench schema notebooks docs clean
+.PHONY: demo test lint format bench schema notebooks results docs clean
 
 demo: $(STAMP)
 	$(BIN)/conflictscope demo --out out/demo
@@ -39,6 +39,11 @@ docs: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m notebooks.render
+
+# Of the studies that are there, or of some: make results STUDIES='out/demo out/compare'.
+STUDIES ?= $(patsubst %/study.json,%,$(wildcard out/*/study.json))
+results: $(STAMP)
+	$(BIN)/python -m docs.results $(STUDIES)
 
 # torch alone first: with it in place nothing else can pull another, larger build of it. Most modules are never imported,
 # so they are compiled when they are: a third of the time.

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.activations import Collected, Position, PromptSource, collected_activations, observations, prompt_progress
+from interp.activations import Collected, Position, PromptSource, collected_activations, observations
 from interp.anatomy import Anatomy, Observation
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -36,6 +36,7 @@ from interp.evaluation import measure_usage
 from interp.files import atomic_directory, read_json, write_json, write_parquet
 from interp.generation import BATCH_SIZE
 from interp.models import DTYPES, fingerprint
+from interp.progress import counted
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -253,7 +254,7 @@ class ActivationStore(Mapping[str, Tensor]):
         first, number = self._recorded(), len(self._shards())
         bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in where.values())
         pending: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer, prompt_progress(progress, len(source), first) as advance:
+        with ThreadPoolExecutor(1) as writer, counted(progress, len(source), first) as advance:
             while first < len(source):
                 numbers = _next_shard(source, first, bytes_per_row)
                 collected = collected_activations(model, source, numbers, where, dtype, batch_size, advance)

@@ -15,8 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Observation, transformers_model
@@ -24,6 +22,7 @@ from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE
 from interp.inputs import check_lengths, continuation_ids, joined, most_positions, padded, token_ids, token_spans
+from interp.progress import counted
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -154,7 +153,7 @@ def record(
     source = PromptSource(model, prompts, positions)
     source.check()
     where = observations(model, sites)
-    with prompt_progress(progress, len(source)) as advance:
+    with counted(progress, len(source)) as advance:
         return collected_activations(model, source, range(len(source)), where, dtype, batch_size, advance).result()
 
 
@@ -409,23 +408,3 @@ def collected_activations(
             collected.add(values, [i for _, i, _ in places], [p for _, _, p in places])
         advance(len(batch))
     return collected
-
-
-class prompt_progress:
-    """A progress bar on standard error that counts prompts; none without a label."""
-
-    def __init__(self, label: str | None, total: int, done: int = 0) -> None:
-        self._bar = None if label is None else Progress(console=Console(stderr=True), transient=True)
-        self._label, self._total, self._done = label or "", total, done
-
-    def __enter__(self) -> Any:
-        if self._bar is None:
-            return lambda _: None
-        bar = self._bar
-        bar.start()
-        task = bar.add_task(self._label, total=self._total, completed=self._done)
-        return lambda count: bar.advance(task, count)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -21,9 +21,9 @@ from interp.conflicts import Split, split_of
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.files import read_json, write_json
-from interp.generation import tracked
 from interp.inputs import check_lengths, padded, padding_id, token_ids
 from interp.models import fingerprint
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -206,7 +206,7 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
 def known_facts(
     model: TransformerBridge, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
 ) -> tuple[Fact, ...]:
-    """The facts that the model knows, by the rule of ``interp.known``.
+    """Find the facts of a relation that the model knows, by the rule of ``interp.known``.
 
     Args:
         model: The bridge.
@@ -237,7 +237,7 @@ def build_conflicts(
     kinds: Sequence[ContextKind] = CONTEXT_KINDS,
     phrasings: Sequence[str] = STUDY_PHRASINGS,
 ) -> ConflictSet:
-    """Prompts for every fact, phrasing family and context kind.
+    """Build prompts for every fact, phrasing family and context kind.
 
     Args:
         facts: Facts by relation, for example from ``known_facts``.

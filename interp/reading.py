@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
-from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated, tracked
+from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
 from interp.inputs import padded, prompt_batches
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

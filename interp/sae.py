@@ -280,7 +280,7 @@ class SparseAutoencoder:
 
 
 def load_saes(source: str | Path, *, dtype: torch.dtype = torch.float32) -> list[SparseAutoencoder]:
-    """Every autoencoder of a source, by ascending layer.
+    """Load every autoencoder of a source, by ascending layer.
 
     Args:
         source: The name of a model for which the package ships autoencoders; a folder that holds one, in the format

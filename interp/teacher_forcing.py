@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.generation import tracked
 from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -117,7 +117,9 @@ class Provenance(Strict):
 
 
 class InterventionFile(Strict):
-    """A whole file. It is itself an intervention: ``attach`` checks the model, then applies every entry in order.
+    """What to change in which model, as a file.
+
+    It is itself an intervention: ``attach`` checks the model, then applies every entry in order.
 
     Attributes:
         name: A name for people.

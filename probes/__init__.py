@@ -1,1 +1,1 @@
-"""Read a signal from recorded activations. Empty in this version; linear probes are next."""
+"""Read a signal from recorded activations: linear probes, conflict detectors, features of autoencoders."""

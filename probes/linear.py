@@ -17,8 +17,8 @@ from torch import Tensor
 
 from interp.errors import UserError
 from interp.files import atomic_path, read_json, write_json
-from interp.generation import tracked
 from interp.models import resolve_device
+from interp.progress import tracked
 from probes.quality import ProbeScore, auroc, score_probabilities
 from probes.training import Fits, balanced_weights, fit_discriminant, fit_logistic, log_probabilities
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from interp.activations import observations, watching
 from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
-from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
+from interp.progress import tracked
 from interp.sae import SparseAutoencoder
 from interp.statistics import Estimate, bootstrap_mean, rate
 from probes.sae_data import held_out_prompts, held_out_texts

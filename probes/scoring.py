@@ -18,7 +18,7 @@ from interp.activation_store import ActivationStore
 from interp.activations import site_kind
 from interp.errors import UserError
 from interp.files import write_json, write_parquet
-from interp.generation import tracked
+from interp.progress import tracked
 from interp.statistics import Estimate, rate
 from probes.detector import ConflictDetector
 from probes.fitting import EMBEDDING, KNOWN_BEFOREHAND, LABELS, Label, check_finished, examples_of, one_hot

@@ -58,7 +58,7 @@ from tests.tiny import tiny_conflicts, tiny_tokenizer
 # What the command line complains with; typer does not name it itself.
 UsageError: Any = typer.BadParameter.__base__
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FACTS = 30
 
 _RUN = {

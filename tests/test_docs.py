@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
@@ -15,12 +16,14 @@ from markdown_it import MarkdownIt
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+import conflictscope
 from conflictscope.cli import app
 
 pytest_plugins = ["tests.browser"]
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+WRITTEN = [*OUTSIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 # Attributes by which a page loads something without being asked to; links in <a> are followed by readers only.
 _LOADING = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
@@ -140,6 +143,28 @@ def test_every_public_module_is_in_the_reference(site, pages):
             if not path.name.startswith("_")
         }
         assert modules <= documented
+
+
+def test_every_module_is_on_the_map_and_says_what_it_does(site, pages):
+    rows = [[cell.get_text() for cell in row.find_all("td")] for row in pages[site / "map.html"].find_all("tr")]
+    modules = {
+        path.name
+        for package in ("interp", "probes", "interventions", "figures", "conflictscope")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules - {"__init__.py"} <= {row[0] for row in rows if row}
+    assert [row for row in rows if row and not row[1]] == []
+
+
+def test_every_name_of_the_package_is_in_its_reference(site, pages):
+    rows = pages[site / "api" / "conflictscope.html"].find("table").find_all("tr")[1:]
+    assert [row.find("code").get_text() for row in rows] == conflictscope.__all__
+
+
+def test_every_extra_is_on_the_page_about_installing():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert {*project["optional-dependencies"]} == {*re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("document", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))

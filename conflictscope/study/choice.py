@@ -26,8 +26,9 @@ from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind, evenly
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, answer_token_ids, divergence
-from interp.generation import gathered_logits, next_logits, tracked
+from interp.generation import gathered_logits, next_logits
 from interp.inputs import first_token_id
+from interp.progress import tracked
 from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_means
 from interventions.base import EDITS_VERSION, applied, changed_by

@@ -11,11 +11,12 @@ from conflictscope.study.record import Measured, StudyRecord
 from conflictscope.tables import written
 from interp.answers import DIRECTIONS, Direction
 
-_LOSSES = {
+LOSSES = {
     "closed-book": "closed_book_accuracy",
     "aligned": "aligned_accuracy",
     "irrelevant": "irrelevant_accuracy",
 }
+"""What an edit may cost, by what it is called."""
 
 
 def leaderboard(record: StudyRecord) -> list[pl.DataFrame]:
@@ -48,14 +49,14 @@ def _row(condition: Measured, towards: Direction, method: str, *, chosen: str) -
         "chosen": chosen,
         "moved": str(condition.moved),
         "rate": written(test[f"{towards}_rate"]),
-        **{f"{label} loss": written(_opposite(change.get(m))) if change else "" for label, m in _LOSSES.items()},
+        **{f"{label} loss": written(lost(change.get(m))) if change else "" for label, m in LOSSES.items()},
         "text KL": written(test["neutral_kl"], 3),
         "speed": "1" if not change else "n/a" if cost is None else f"{cost['speed']:.2f}",
     }
 
 
-def _opposite(change: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What is lost: the change with its sign turned round."""
+def lost(change: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Say what is lost: the change with its sign turned round."""
     if change is None or change["value"] is None:
         return None
     return {"value": -change["value"], "low": -change["high"], "high": -change["low"], "n": change["n"]}

@@ -1,16 +1,20 @@
 """Pages that are written while the site is built: commands, modules, and what lies outside of docs/.
 
-- ``README.md`` becomes the page ``results.md``; the schema of intervention files and the notebooks are copied. Links to
-  them are mended: as they are read on a code host they lead out of docs/.
-- ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package.
+- ``README.md`` becomes the page ``results.md``; ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of
+  intervention files and the notebooks are copied. Links to them are mended: as they are read on a code host they lead
+  out of docs/. What ``make notebooks`` made is copied too.
+- ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package,
+  ``<!-- map of FOLDERS -->`` tables of what their modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
+  names, ``<!-- rendered notebooks -->`` a list of the pages that there are.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,18 @@ from typing import Any
 import typer
 from mkdocs.structure.files import File, Files
 
+import conflictscope
+
 _ROOT = Path(__file__).parents[2]
+_NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.ipynb"))
 _OUTSIDE = {
     "README.md": "results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "interventions/schema.json": "schema.json",
-    **{f"notebooks/{path.name}": f"notebooks/{path.name}" for path in sorted((_ROOT / "notebooks").glob("*.ipynb"))},
+    **{f"notebooks/{path.name}": f"notebooks/{path.name}" for path in _NOTEBOOKS},
 }
+_WRITTEN: dict[str, Callable[..., Iterator[str]]] = {}
 
 
 def on_files(files: Files, config: Any) -> None:
@@ -35,6 +45,8 @@ def on_files(files: Files, config: Any) -> None:
             for other, page in _OUTSIDE.items():
                 text = text.replace(f"]({other}", f"]({page}")
         files.append(File.generated(config, name, content=text))
+    for path in _rendered():
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -42,8 +54,56 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
     for source, name in _OUTSIDE.items():
         markdown = markdown.replace(f"]({up}../{source}", f"]({up}{name}")
-    markdown = re.sub("<!-- commands -->", lambda _: "\n".join(_commands()), markdown)
-    return re.sub(r"<!-- modules of (\w+) -->", lambda found: "\n".join(_modules(found[1])), markdown)
+    for mark, write in _WRITTEN.items():
+        markdown = re.sub(f"<!-- {mark} -->", lambda found, write=write: "\n".join(write(*found.groups())), markdown)
+    return markdown
+
+
+def _rendered() -> list[Path]:
+    """The notebooks' pages with their outputs that ``make notebooks`` left."""
+    pages = [_ROOT / "out/notebooks" / f"{path.stem}.html" for path in _NOTEBOOKS]
+    return [page for page in pages if page.exists()]
+
+
+def _notebook_pages() -> Iterator[str]:
+    if not _rendered():
+        yield "None was there when this site was built: run `make notebooks` before `make docs`."
+    yield from (f"- [{page.stem[2:].replace('_', ' ').capitalize()}](notebooks/{page.name})" for page in _rendered())
+
+
+def _map(folders: str) -> Iterator[str]:
+    for top in folders.split(", "):
+        for folder in sorted({path.parent for path in (_ROOT / top).rglob("*.py")}):
+            modules = {path: _docstring(path) for path in sorted(folder.glob("*.py"))}
+            about = modules.pop(folder / "__init__.py", "")
+            yield f"{'##' if folder.name == top else '###'} {folder.relative_to(_ROOT)}/\n\n{_summary(about)}\n"
+            yield "| file | what it does |\n| --- | --- |"
+            yield from (f"| {_reference(path)} | {_summary(text)} |" for path, text in modules.items())
+            yield ""
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def _reference(path: Path) -> str:
+    """The name of a module's file, with a link to its reference if it has one."""
+    package, *_ = parts = path.relative_to(_ROOT).with_suffix("").parts
+    has_reference = (_ROOT / "docs/api" / f"{package}.md").exists() and not path.name.startswith("_")
+    return f"[{path.name}](api/{package}.md#{'.'.join(parts)})" if has_reference else f"`{path.name}`"
+
+
+def _names() -> Iterator[str]:
+    yield "| name | what it does |\n| --- | --- |"
+    for name in conflictscope.__all__:
+        named = getattr(conflictscope, name)
+        place = f"../api/{named.__module__.partition('.')[0]}.md#{named.__module__}.{name}"
+        yield f"| [`{name}`]({place}) | {_summary(inspect.getdoc(named) or '')} |"
+
+
+def _summary(docstring: str) -> str:
+    """The first line of a docstring, as a cell of a table."""
+    return _bars(_text(docstring.partition("\n")[0].replace("``", "`")))
 
 
 def _modules(package: str) -> Iterator[str]:
@@ -87,3 +147,12 @@ def _text(help_text: str) -> str:
 
 def _bars(cell: str) -> str:
     return cell.replace("|", r"\|")
+
+
+_WRITTEN |= {
+    "commands": _commands,
+    r"modules of (\w+)": _modules,
+    r"map of ([\w, ]+)": _map,
+    "names": _names,
+    "rendered notebooks": _notebook_pages,
+}

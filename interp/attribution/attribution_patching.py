@@ -18,8 +18,8 @@ from interp.attribution.examples import check_attributed, corrupted_partners, sc
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
-from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

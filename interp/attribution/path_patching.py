@@ -30,7 +30,7 @@ from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
-from interp.generation import tracked
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -160,7 +160,7 @@ def patching_scores(
     rows_at_once = max(64, half_budget // widest)
     starts = range(0, len(clean.z), examples_at_once)
     scores: dict[Metric, list[Tensor]] = {metric: [] for metric in metrics}
-    for start in tracked(starts, progress, total=len(starts)):
+    for start in tracked(starts, progress):
         rows = slice(start, start + examples_at_once)
         streams = patched_streams(anatomy, clean[rows], replacement[rows], mlps=mlps, rows_at_once=rows_at_once)
         for metric, values in _scores(anatomy, streams, token_ids[rows], metrics, rows_at_once).items():

@@ -178,5 +178,5 @@ class HeadScores:
 
 
 def top_heads(ranked: Sequence[RankedHead], k: int) -> list[tuple[int, int]]:
-    """``(layer, head)`` of the first ``k`` heads."""
+    """Give the first ``k`` heads of a ranking as ``(layer, head)``."""
     return [(head.layer, head.head) for head in ranked[:k]]

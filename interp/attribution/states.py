@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from interp.anatomy import Anatomy
-from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
+from interp.progress import tracked
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

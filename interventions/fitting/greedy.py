@@ -21,7 +21,7 @@ import torch
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import tracked
+from interp.progress import tracked
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import answer_losses, log_probabilities, scaled
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from interp.answers import Direction
 from interp.files import atomic_path
-from interp.generation import tracked
+from interp.progress import tracked
 from interp.teacher_forcing import Continued
 from interventions.fitting.gauss_newton import GaussNewton
 from interventions.fitting.hard_concrete import HardConcrete
@@ -113,7 +113,7 @@ def learn_scales(
     learner: Learner = _LEARNERS[settings.learner](model, settings)
     best = None if checkpoint is None else _resume(checkpoint, learner, settings)
     checks = _checked_after(settings.steps)
-    for _ in tracked(range(learner.step, settings.steps), progress, total=settings.steps - learner.step):
+    for _ in tracked(range(learner.step, settings.steps), progress):
         learner.descend(model, wanted, train.guards)
         if learner.step in checks:
             found = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)

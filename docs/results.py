@@ -1,0 +1,143 @@
+"""Write tables of results into pages, from the records that studies left: no number is copied by hand.
+
+    python -m docs.results out/compare out/demo
+
+A page says where a table belongs, what the study's folder is called, and, if it does not want all, for which source and
+by which of dev's choices. What stands between the two marks is written anew:
+
+    <!-- results of compare, towards context, within budget -->
+    <!-- end of results -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from conflictscope.report.words import edit, words
+from conflictscope.study.leaderboard import LOSSES, lost, written
+from conflictscope.study.record import Choice, Measured, StudyRecord
+from interp.answers import DIRECTIONS, Direction
+from interp.errors import UserError
+from interp.files import write_text
+
+ROOT = Path(__file__).parents[1]
+_MARK = re.compile(
+    r"(<!-- results of ([^,\n]+?)((?:, [^,\n]+)*) -->\n)(?:(?!<!-- results of).)*?(<!-- end of results -->)", re.DOTALL
+)
+_CHOICES: dict[Choice, str] = {"best": "at its best", "within_budget": "within the budget"}
+_WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
+    **{f"towards {direction}": (direction, None) for direction in DIRECTIONS},
+    "best": (None, "best"),
+    "within budget": (None, "within_budget"),
+}
+
+
+def tables(record: StudyRecord, directions: Sequence[Direction], choices: Sequence[Choice]) -> str:
+    """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
+
+    Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
+    random controls; then what the edit costs. ``n`` is the number of conflict prompts.
+    """
+    shown = [_table(record, d, c) for d in directions for c in choices if record.chosen(d, c)]
+    refused = [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
+    version = record.settings["versions"]["conflictscope"]
+    made = f"Made by `{record.command}`, conflictscope {version}."
+    return "\n\n".join([*shown, *refused, made])
+
+
+def _table(record: StudyRecord, towards: Direction, choice: Choice) -> str:
+    title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
+    losses = [f"{label} loss" for label in LOSSES]
+    head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
+    chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
+    rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen)]
+    lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterator[str]:
+    test, rate = condition.test, f"{towards}_rate"
+    name = ": ".join(filter(None, (words(condition.method), edit(condition))))
+    yield f"**{name}**" if condition is record.winner(towards) else name
+    yield written(test[rate])
+    if (change := test.get("change")) is None:
+        yield from ("", "", *("" for _ in LOSSES))
+    else:
+        yield written(change[rate])
+        controls = (written(control.test["change"][rate]) for control in record.controls_of(condition))
+        yield ", ".join(controls) or "not drawn"
+        yield from (written(lost(change.get(measure))) for measure in LOSSES.values())
+    yield written(test["neutral_kl"], 3)
+    yield "1" if change is None else "n/a" if condition.cost is None else f"{condition.cost['speed']:.2f}"
+    yield str(test[rate]["n"])
+
+
+def filled(page: str, records: Mapping[str, StudyRecord]) -> tuple[str, set[str]]:
+    """Write the tables of the given studies anew in a page; which of them it has is the second that is returned.
+
+    Raises:
+        UserError: If a mark asks for something that there is not.
+    """
+    found: set[str] = set()
+
+    def fill(mark: re.Match[str]) -> str:
+        start, name, wanted, end = mark.groups()
+        if name not in records:
+            return mark[0]
+        found.add(name)
+        # Empty lines, or what follows a mark would be read as part of it.
+        return f"{start}\n{tables(records[name], *_wanted(wanted))}\n\n{end}"
+
+    return _MARK.sub(fill, page), found
+
+
+def _wanted(said: str) -> tuple[Sequence[Direction], Sequence[Choice]]:
+    asked = said.split(", ")[1:]
+    if unknown := [one for one in asked if one not in _WANTED]:
+        raise UserError(f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}.")
+    directions, choices = zip(*(_WANTED[one] for one in asked), strict=True) if asked else ((), ())
+    return [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES]
+
+
+def main(
+    studies: Annotated[list[Path], typer.Argument(help="Folders that hold a study.json.")],
+    page: Annotated[
+        list[Path] | None, typer.Option(help="A page to write into; by default README.md and all of docs/.")
+    ] = None,
+) -> None:
+    """Write tables of results into the pages that have marks for them."""
+    try:
+        for path, names in write_results(studies, page or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]):
+            Console().print(f"{path}: {', '.join(sorted(names))}", markup=False)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
+    """Write the tables of studies into pages; gives each page that has some, with the names of the studies.
+
+    Raises:
+        UserError: If a folder holds no study, has the name of another, or no page has a mark for it.
+    """
+    records = {folder.resolve().name: StudyRecord.load(folder) for folder in studies}
+    if len(records) < len(studies):
+        raise UserError("Two of the folders have the same name, which is what a page knows them by; rename one.")
+    shown: set[str] = set()
+    for path in pages:
+        after, found = filled(path.read_text(encoding="utf-8"), records)
+        if found:
+            write_text(path, after)
+            yield path, found
+        shown |= found
+    if missing := records.keys() - shown:
+        raise UserError(f"No page has a mark for {', '.join(sorted(missing))}; docs/results.py says how one looks.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,116 @@
+"""Tables of results in pages: what stands there is what the record says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from conflictscope.study.record import UNEDITED, Measured, StudyRecord
+from docs.results import filled, main, tables, write_results
+from interp.errors import UserError
+
+
+def estimate(value: float, low: float, high: float, n: int = 68) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def measured(name: str, rate: float, gain: float | None, **about: Any) -> Measured:
+    """Of 68 conflict prompts; with an edit, half of what is known closed-book is lost."""
+    test: dict[str, Any] = {
+        "context_rate": estimate(rate, rate - 0.1, rate + 0.1),
+        "neutral_kl": estimate(0.0125, 0.01, 0.015, 40),
+    }
+    if gain is not None:
+        test["change"] = {
+            "context_rate": estimate(gain, gain - 0.2, gain + 0.2),
+            "closed_book_accuracy": estimate(-0.5, -0.75, -0.25, 34),
+            "aligned_accuracy": estimate(0.0, -0.1, 0.1, 34),
+        }
+    return Measured(name, name.split(",")[0].replace(" ", "_"), test, **about)
+
+
+@pytest.fixture
+def record() -> StudyRecord:
+    """Two methods chosen at their best, one of them within the budget too; one control; one that cannot run."""
+    pruning = measured(
+        "greedy pruning, towards context",
+        0.75,
+        0.35,
+        towards="context",
+        choices=("best", "within_budget"),
+        heads=((3, 1, 0.0), (2, 4, 0.0)),
+        moved=2,
+        cost={"speed": 0.985, "low": 0.9, "high": 1.0},
+    )
+    random = measured("random heads", 0.45, 0.05, towards="context", control_of=pruning.name, does="2 heads")
+    caa = measured("caa, towards context", 0.85, 0.45, towards="context", choices=("best",), does="layer 3 | x 2")
+    return StudyRecord(
+        kind="compare",
+        command="conflictscope compare --seed 7",
+        model={"name": "tiny"},
+        data={},
+        settings={"winners": {"context": pruning.name, "memory": None}, "versions": {"conflictscope": "0.9.0"}},
+        conditions=(measured(UNEDITED, 0.4, None), pruning, random, caa),
+        not_run={"spare": "There is no autoencoder."},
+    )
+
+
+def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):
+    assert tables(record, ["context", "memory"], ["best"]).splitlines() == [
+        "| tiny towards context, at its best | context rate | gain | gain at random | closed-book loss | aligned loss "
+        "| irrelevant loss | KL on text | speed | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| unedited | 0.40 [0.30, 0.50] |  |  |  |  |  | 0.013 [0.010, 0.015] | 1 | 68 |",
+        r"| caa: layer 3 \| x 2 | 0.85 [0.75, 0.95] | 0.45 [0.25, 0.65] | not drawn | 0.50 [0.25, 0.75] "
+        "| 0.00 [-0.10, 0.10] | n/a | 0.013 [0.010, 0.015] | n/a | 68 |",
+        "| **greedy pruning: 2 heads pruned** | 0.75 [0.65, 0.85] | 0.35 [0.15, 0.55] | 0.05 [-0.15, 0.25] "
+        "| 0.50 [0.25, 0.75] | 0.00 [-0.10, 0.10] | n/a | 0.013 [0.010, 0.015] | 0.98 | 68 |",
+        "",
+        "spare was not measured: There is no autoencoder.",
+        "",
+        "Made by `conflictscope compare --seed 7`, conflictscope 0.9.0.",
+    ]
+
+
+def test_only_what_stands_between_marks_is_written_and_twice_is_as_once(record):
+    after = "<!-- end of results -->\n\n<!-- results of other -->\nkept\n<!-- end of results -->\nAfter.\n"
+    page = f"Before.\n\n<!-- results of mine, towards context, within budget -->\nold\n{after}"
+    once, found = filled(page, {"mine": record})
+    assert found == {"mine"}
+    assert "within the budget" in once
+    assert "at its best" not in once
+    assert "old" not in once
+    assert once.startswith("Before.\n\n<!-- results of mine")
+    assert once.endswith(after)
+    assert filled(once, {"mine": record}) == (once, {"mine"})
+
+
+def test_a_mark_without_an_end_takes_nothing_of_the_next(record):
+    page = "<!-- results of mine -->\ntext\n<!-- results of mine -->\nold\n<!-- end of results -->\n"
+    assert filled(page, {"mine": record})[0].startswith("<!-- results of mine -->\ntext\n<!-- results of mine -->\n\n|")
+
+
+def test_a_mark_that_asks_for_what_there_is_not_is_an_error(record):
+    with pytest.raises(UserError, match="'towards both'"):
+        filled("<!-- results of mine, towards both -->\n<!-- end of results -->", {"mine": record})
+
+
+def test_the_command_writes_pages_and_says_what_it_could_not_place(record, tmp_path: Path):
+    page, folder = tmp_path / "page.md", tmp_path / "mine"
+    page.write_text("<!-- results of mine -->\n<!-- end of results -->\n")
+    record.save(folder)
+    record.save(tmp_path / "other")
+    assert [*write_results([folder], [page])] == [(page, {"mine"})]
+    assert "greedy pruning" in page.read_text()
+    with pytest.raises(UserError, match="No page has a mark for other"):
+        list(write_results([folder, tmp_path / "other"], [page]))
+    with pytest.raises(UserError, match="same name"):
+        list(write_results([folder, folder], [page]))
+    app = typer.Typer()
+    app.command()(main)
+    ran = CliRunner().invoke(app, [str(tmp_path / "nothing"), "--page", str(page)])
+    assert ran.exit_code == 2
