@@ -1,4 +1,3 @@
-import numpy as np
 import polars as pl
 import torch
 
@@ -16,14 +15,14 @@ from tests.tiny import tiny_conflicts
 def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_path, monkeypatch):
     asked, measured = tiny_conflicts(), []
 
-    def measure(_, conflicts, *, combined, progress):
+    def measure(_, conflicts, *, combined, read, progress):
         assert combined is None
+        assert read is not None
         measured.append(progress)
         rows = {"id": [e.id for e in conflicts], "subject": [e.subject for e in conflicts]}
         return UsageReport(pl.DataFrame(rows))
 
     monkeypatch.setattr(study, "measure_usage", measure)
-    monkeypatch.setattr(study, "neutral_kl", lambda *_, **__: np.zeros(2))
     monkeypatch.setattr(study, "_cost", lambda *_: {})
     bench = UnitBench(tiny_llama, asked, Records(tmp_path), 0)
     steered = Steering(1, torch.ones(32), 2.0)
