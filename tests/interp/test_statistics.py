@@ -13,6 +13,7 @@ from interp.statistics import (
     bootstrap_means,
     bootstrap_weights,
     cluster_wilson,
+    kept_share,
     paired_difference,
     rate,
 )
@@ -183,3 +184,21 @@ def test_what_is_undefined_is_null_in_json_and_said_in_words(tmp_path):
     assert record == {"value": None, "low": None, "high": None, "n": 12}
     assert math.isnan(Estimate.from_record(record).value)
     assert str(Estimate.from_record(record)) == "undefined"
+
+
+def test_of_a_change_one_way_the_kept_share_is_the_rate_among_what_changed():
+    before, after, in_part = np.zeros(12), np.repeat([1.0, 0.0], [8, 4]), np.repeat([1.0, 0.0], [6, 6])
+    found = kept_share(np.stack([before, after, in_part], axis=1), range(12))
+    assert found == rate(np.repeat([1.0, 0.0], [6, 2]), range(8))
+
+
+def test_where_changes_go_both_ways_the_kept_share_is_the_ratio_of_the_mean_changes():
+    before, after, in_part = (np.array(hits, dtype=float) for hits in ([0, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 1]))
+    found = kept_share(np.stack([before, after, in_part], axis=1), range(4))
+    assert found.value == pytest.approx((2 / 4 - 1 / 4) / (3 / 4 - 1 / 4))
+    assert found.n == 4
+
+
+def test_of_what_does_not_change_there_is_no_share_to_keep():
+    hits = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    assert not kept_share(hits, "ab").is_defined
