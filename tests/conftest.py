@@ -7,10 +7,13 @@ import os
 # Read when huggingface_hub is imported: no test may ask the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
@@ -34,15 +37,36 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tiny_directories: dict[str, Path]) -> TransformerBridge:
+def tiny_model(tiny_directories: dict[str, Path]) -> Callable[[str], TransformerBridge]:
+    """Loads the tiny model of an architecture on the CPU, once: no test may leave one changed.
+
+    Of a fixture with parameters pytest itself keeps only the latest.
+    """
+    return cache(lambda architecture: load_model(str(tiny_directories[architecture]), device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_plain(tiny_directories: dict[str, Path]) -> Callable[[str], Any]:
+    """Loads the same as a plain transformers model, once."""
+
+    @cache
+    def load(architecture: str) -> Any:
+        directory = tiny_directories[architecture]
+        return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
     """A tiny Llama on the CPU."""
-    return load_model(str(tiny_directories["llama"]), device="cpu")
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))
-def tiny_bridge(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> TransformerBridge:
-    """Each architecture in turn, on the CPU."""
-    return load_model(str(tiny_directories[request.param]), device="cpu")
+def tiny_bridge(request: pytest.FixtureRequest, tiny_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
+    """Each architecture in turn."""
+    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,10 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+FEW = ("gpt-neox", "mistral", "gemma2")
+"""Blocks in parallel and with biases; k, v heads that are shared and a sliding window; norms after each part."""
+
+
 def tiny_conflicts() -> ConflictSet:
     """Conflict prompts of different lengths about eight countries."""
     examples = []
