@@ -13,7 +13,9 @@ from interp.models import cached_path
 from interventions.base import applied
 from interventions.steering import Steering
 from tests.interp.two_streams import two_passes_a_token
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
 
 
 def test_batched_answers_equal_those_of_plain_transformers_one_by_one(smollm2, capital_conflicts):

@@ -20,7 +20,7 @@ from interventions.base import Handle, applied, attach_patches
 from interventions.residual import residual_patches
 from interventions.steering import Steering
 from interventions.tokens import TOKENS, TokenTracker
-from tests.tiny import FEW, tiny_conflicts
+from tests.tiny import FEW, architecture_of, tiny_conflicts
 
 STEPS = 4
 PROMPTS = [e.prompt for e in tiny_conflicts()][:4]
@@ -179,7 +179,7 @@ def inputs(tiny_bridge):
 @pytest.fixture
 def plain(tiny_bridge, tiny_plain):
     """The same weights as a plain transformers model."""
-    return tiny_plain(tiny_bridge.original_model.config._name_or_path.rpartition("/")[2])
+    return tiny_plain(architecture_of(tiny_bridge))
 
 
 # One pass

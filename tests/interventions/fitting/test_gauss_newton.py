@@ -22,7 +22,9 @@ from interventions.fitting.gauss_newton import (
 from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scale_places, scaled
 from interventions.fitting.scale_training import ScaleTraining
 from tests.interventions.fitting.test_scale_data import TEXTS, examples
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
 
 
 def random_curvature(size, seed):
