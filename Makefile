@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench schema notebooks docs clean
+.PHONY: demo test faults lint format bench schema notebooks docs clean
 
 demo: $(STAMP)
 	$(BIN)/conflictscope demo --out out/demo
@@ -13,6 +13,9 @@ demo: $(STAMP)
 # for each process. Who is done with his half of the tests takes over some of the other's.
 test: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
