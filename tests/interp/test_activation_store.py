@@ -285,9 +285,9 @@ def test_answers_put_the_measured_usage_into_conflict_rows_only(smollm2, capital
 
 KILLS = 20
 
-# Loads the model once, a plain one, and forks a child for each run. Before a fork nothing runs that keeps threads: no polars, no
-# recording. Each child is killed after a random time, or once the store has the child's share of the shards: else a
-# machine that becomes faster meanwhile would finish before the last kill.
+# Loads the model once and forks a child for each run. Before a fork nothing runs that keeps threads: no polars, no
+# recording, no bridge. Each child is killed after a random time, or once the store has the child's share of the shards:
+# else a machine that becomes faster meanwhile would finish before the last kill.
 KILLER = f"""
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
