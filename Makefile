@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench schema notebooks results docs clean
+.PHONY: demo test faults lint format bench schema notebooks results docs clean
 
 demo: $(STAMP)
 	$(BIN)/conflictscope demo --out out/demo
 
+# What a test process imports is compiled once for all, also where PYTHONDONTWRITEBYTECODE is set: a quarter of a minute
+# for each process. Who is done with his half of the tests takes over some of the other's.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

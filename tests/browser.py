@@ -6,6 +6,7 @@ locators: a page's security policy may forbid ``wait_for_function``.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-SCREENSHOTS = Path(__file__).parents[1] / "out" / "screenshots"
+SCREENSHOTS = os.environ.get("SCREENSHOTS")
+"""Folder in which pages are kept as pictures, to look at; drawing them takes longer than all else in a browser."""
 WIDTHS = (1280, 390)
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -77,7 +79,7 @@ def check_fits(page: Page, width: int) -> None:
 
 
 def screenshots(page: Page, name: str, ready: Callable[[Page], None]) -> None:
-    """Keep the whole page at every width, light and dark, as ``out/screenshots/NAME-WIDTH-SCHEME.png``.
+    """See that the page fits at every width, light and dark, and keep it as ``$SCREENSHOTS/NAME-WIDTH-SCHEME.png``.
 
     Args:
         page: The page; it is loaded again each time.
@@ -92,4 +94,5 @@ def screenshots(page: Page, name: str, ready: Callable[[Page], None]) -> None:
             page.reload()
             ready(page)
             check_fits(page, width)
-            page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+            if SCREENSHOTS:
+                page.screenshot(path=Path(SCREENSHOTS, f"{name}-{width}-{scheme}.png"), full_page=True)

@@ -7,22 +7,28 @@ import os
 # Read when huggingface_hub is imported: no test may ask the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
-from interp.models import load_model
+from interp.models import fingerprint, load_model
 from tests.tiny import CONFIGS, save_tiny
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+_SHARED: list[tuple[Any, object]] = []
+"""Models that tests share, and their states when they were loaded."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: at the end, one worker would run it while the others wait."""
+    """The longest tests first: at the end, one worker would run them while the other waits."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
@@ -33,22 +39,57 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return {name: save_tiny(name, root / name) for name in CONFIGS}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_models_are_left_as_they_were() -> Iterator[None]:
+    yield
+    assert [model for model, before in _SHARED if _state(model) != before] == []
+
+
+def _state(model: Any) -> object:
+    return fingerprint(model), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def _shared(model: Any) -> Any:
+    _SHARED.append((model, _state(model)))
+    return model
+
+
 @pytest.fixture(scope="session")
-def tiny_llama(tiny_directories: dict[str, Path]) -> TransformerBridge:
+def tiny_model(tiny_directories: dict[str, Path]) -> Callable[[str], TransformerBridge]:
+    """Loads the tiny model of an architecture on the CPU, once. Of a fixture with parameters pytest keeps the last."""
+    return cache(lambda architecture: _shared(load_model(str(tiny_directories[architecture]), device="cpu")))
+
+
+@pytest.fixture(scope="session")
+def tiny_plain(tiny_directories: dict[str, Path]) -> Callable[[str], Any]:
+    """Loads the same as a plain transformers model with a tokenizer, once."""
+
+    @cache
+    def load(architecture: str) -> Any:
+        directory = tiny_directories[architecture]
+        network = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        network.tokenizer = AutoTokenizer.from_pretrained(directory)
+        return _shared(network)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
     """A tiny Llama on the CPU."""
-    return load_model(str(tiny_directories["llama"]), device="cpu")
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))
-def tiny_bridge(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> TransformerBridge:
-    """Each architecture in turn, on the CPU."""
-    return load_model(str(tiny_directories[request.param]), device="cpu")
+def tiny_bridge(request: pytest.FixtureRequest, tiny_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
+    """Each architecture in turn."""
+    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> TransformerBridge:
     """The real default model, on the CPU in float32."""
-    return load_model(device="cpu")
+    return _shared(load_model(device="cpu"))
 
 
 @pytest.fixture(scope="session")

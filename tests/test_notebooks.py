@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
+import plotly.io
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
 
+from interp import facts, models
+from interp.facts import Fact, load_facts
+from interp.models import DEFAULT_MODEL, fingerprint
 from notebooks.render import FOLDER, PLOTLY, executed, page
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# As a user runs it. A kernel, in which all is loaded anew, takes longer than most notebooks: the others run in this
+# process, and take it that the model knows a few capitals.
+IN_A_KERNEL = "1_do_they_conflict"
+KNOWN = ("France", "Italy", "Germany", "Spain", "Japan", "Russia", "Portugal")  # three of train, two of dev and test
 # What makes a notebook short, by the names of its parameters.
 SMALL: dict[str, dict[str, Any]] = {
-    "1_do_they_conflict": {"n_facts": 12},
-    "2_which_heads_decide": {"n_facts": 40},
-    "3_when_does_the_model_know": {"n_facts": 24},
-    "4_which_features_carry_it": {"relations": ["capital"], "n_facts": 24},
-    "5_change_its_mind": {"n_facts": 40, "doses": [0.0, 1.0], "n_texts": 4},
+    "1_do_they_conflict": {"n_facts": 8},
+    "2_which_heads_decide": {},
+    "3_when_does_the_model_know": {},
+    "4_which_features_carry_it": {"relations": ["capital"]},
+    "5_change_its_mind": {"doses": [0.0, 1.0], "n_texts": 2},
     "6_ship_it": {},
 }
 
@@ -34,6 +48,32 @@ def small(path: Path) -> Any:
     return notebook
 
 
+def few_facts() -> tuple[Fact, ...]:
+    return tuple(fact for fact in load_facts("capital") if fact.subject in KNOWN)
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """What a kernel runs its cells with, in this process."""
+    monkeypatch.setattr(plotly.io.renderers, "default", "plotly_mimetype")
+    monkeypatch.setitem(sys.modules, "a_notebook", ModuleType("a_notebook"))
+    without_history = Config({"HistoryManager": {"enabled": False}})
+    yield InteractiveShell.instance(config=without_history, user_module=sys.modules["a_notebook"])
+    InteractiveShell.clear_instance()
+
+
+def run_here(notebook: Any, shell: InteractiveShell) -> Any:
+    """The notebook with its outputs. Without a kernel widgets show outside of themselves what they show at first."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            with capture_output() as shown:
+                result = shell.run_cell(cell.source)
+            result.raise_error()
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=shown.stdout)]
+            cell.outputs += [nbformat.v4.new_output("display_data", data=output.data) for output in shown.outputs]
+    return notebook
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_is_kept_without_outputs(path: Path) -> None:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
@@ -42,9 +82,18 @@ def test_it_is_kept_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_its_page_shows_every_figure_and_loads_nothing(path: Path, tmp_path: Path) -> None:
-    nbformat.write(small(path), tmp_path / path.name)
-    notebook = executed(tmp_path / path.name)
+def test_it_runs_and_its_page_shows_every_figure_and_loads_nothing(
+    path: Path, smollm2: Any, shell: InteractiveShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path.stem == IN_A_KERNEL:
+        nbformat.write(small(path), tmp_path / path.name)
+        notebook = executed(tmp_path / path.name)
+    else:
+        before = fingerprint(smollm2)
+        monkeypatch.setattr(models, "load_model", {DEFAULT_MODEL: smollm2}.__getitem__)
+        monkeypatch.setattr(facts, "known_facts", lambda *_, **__: few_facts())
+        notebook = run_here(small(path), shell)
+        assert fingerprint(smollm2) == before
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [output for output in outputs if output.output_type == "error"]
     figures = [output.data[PLOTLY] for output in outputs if PLOTLY in output.get("data", {})]

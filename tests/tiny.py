@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -22,6 +24,9 @@ from transformers import (
 
 from interp.conflicts import ConflictExample, ConflictSet, split_of
 from interp.facts import load_facts
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 _SHARED: dict[str, Any] = {
     "hidden_size": 32,
@@ -53,6 +58,21 @@ CONFIGS: dict[str, Any] = {
     "gemma2": lambda size: Gemma2Config(**_SHARED, head_dim=16, vocab_size=size, sliding_window=6),
     "gemma3": lambda size: Gemma3TextConfig(**_SHARED, head_dim=16, vocab_size=size, sliding_window=6),
 }
+
+
+FEW = ("gpt-neox", "mistral", "gemma2")
+"""Blocks in parallel and with biases; k, v heads that are shared and a sliding window; norms after each part."""
+
+
+@pytest.fixture(scope="session", params=FEW)
+def few_bridges(request: pytest.FixtureRequest, tiny_model: Callable[[str], TransformerBridge]) -> TransformerBridge:
+    """A few architectures in turn, for modules whose tests need no more: ``tiny_bridge = few_bridges``."""
+    return tiny_model(request.param)
+
+
+def architecture_of(bridge: TransformerBridge) -> str:
+    """The name in ``CONFIGS`` of a tiny model."""
+    return Path(bridge.original_model.config._name_or_path).name
 
 
 def tiny_conflicts() -> ConflictSet:

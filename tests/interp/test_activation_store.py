@@ -286,8 +286,8 @@ def test_answers_put_the_measured_usage_into_conflict_rows_only(smollm2, capital
 KILLS = 20
 
 # Loads the model once and forks a child for each run. Before a fork nothing runs that keeps threads: no polars, no
-# recording. Each child is killed after a random time, or once the store has the child's share of the shards: else a
-# machine that becomes faster meanwhile would finish before the last kill.
+# recording, no bridge. Each child is killed after a random time, or once the store has the child's share of the shards:
+# else a machine that becomes faster meanwhile would finish before the last kill.
 KILLER = f"""
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
@@ -296,11 +296,11 @@ import torch
 
 from interp import activation_store
 from interp.activations import sites_of
-from interp.models import load_model
+from interp.models import load_checkpoint
 
 torch.set_num_threads(1)
 activation_store.SHARD_PROMPTS = 64
-model = load_model(sys.argv[1], device="cpu")
+model, model.tokenizer = load_checkpoint(sys.argv[1])
 root = Path(sys.argv[2])
 texts = [f"The capital of {{land}}, we hear, is number {{i}} of" for i in range(600) for land in
          ("Italy", "France", "Japan", "Egypt", "Peru")]

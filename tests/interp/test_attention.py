@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM
 from interp.attention import attention_from_last
 from interp.errors import UserError
 from interp.models import cached_path
-from tests.tiny import CONFIGS
 
 PROMPT = "The capital of Italy is Lima. The capital of Italy is"
 
@@ -20,14 +19,10 @@ def plain_attention(folder: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     return torch.stack([weights[0, :, -1] for weights in attentions])
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_weights_are_those_that_transformers_gives(name, request, tiny_directories):
-    from interp.models import load_model
-
-    bridge = load_model(str(tiny_directories[name]), device="cpu")
-    expected = plain_attention(tiny_directories[name], bridge.tokenizer, PROMPT)
+def test_weights_are_those_that_transformers_gives(tiny_bridge):
+    expected = plain_attention(tiny_bridge.original_model.config._name_or_path, tiny_bridge.tokenizer, PROMPT)
     heads = [(2, 3), (0, 1), (2, 0)]
-    found = attention_from_last(bridge, PROMPT, heads)
+    found = attention_from_last(tiny_bridge, PROMPT, heads)
     for row, (layer, head) in zip(found.weights, heads, strict=True):
         torch.testing.assert_close(row, expected[layer, head], rtol=1e-4, atol=1e-5)
 

@@ -10,7 +10,9 @@ from interp.generation import answer_steps, continue_greedily
 from interp.inputs import first_token_id
 from interp.models import cached_path
 from tests.interp.two_streams import two_passes_a_token
-from tests.tiny import tiny_conflicts
+from tests.tiny import architecture_of, few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
 
 
 def test_batched_answers_equal_those_of_plain_transformers_one_by_one(smollm2, capital_conflicts):
@@ -71,13 +73,13 @@ def mixed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return first.softmax(-1) + 2 * second.softmax(-1)
 
 
-def test_two_streams_in_padded_batches_answer_as_two_passes_a_token(tiny_bridge):
+def test_two_streams_in_padded_batches_answer_as_two_passes_a_token(tiny_bridge, tiny_plain):
     """Prompts of different lengths, each pair too; some have no context and are left alone."""
     pairs = [(e.prompt, str(e.bare_prompt)) for e in tiny_conflicts()]
     pairs += [(bare, bare) for _, bare in pairs[::5]]
+    plain = tiny_plain(architecture_of(tiny_bridge))
     expected = [
-        two_passes_a_token(tiny_bridge, *pair, mixed if pair[0] != pair[1] else lambda first, _: first)
-        for pair in pairs
+        two_passes_a_token(plain, *pair, mixed if pair[0] != pair[1] else lambda first, _: first) for pair in pairs
     ]
     prompts, without = zip(*pairs, strict=True)
     found = continue_greedily(tiny_bridge, prompts, without=without, combined=mixed, batch_size=7)

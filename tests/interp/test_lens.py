@@ -11,7 +11,7 @@ from interp.lens import LogitLens, logit_lens
 from interp.models import cached_path
 from interventions.base import applied
 from interventions.heads import HeadScaling
-from tests.tiny import CONFIGS, tiny_conflicts
+from tests.tiny import tiny_conflicts
 
 
 def by_hidden_states(plain: Any, tokenizer: Any, prompt: str, norm: Any) -> torch.Tensor:
@@ -33,7 +33,6 @@ def test_every_layer_is_read_with_the_models_own_norm_and_unembedding(smollm2, c
         torch.testing.assert_close(lens.log_probabilities[row], expected[:, list(ids)], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("tiny_bridge", sorted(CONFIGS), indirect=True)
 def test_after_the_last_layer_it_is_what_the_model_says(tiny_bridge):
     conflicts = tiny_conflicts()
     lens = logit_lens(tiny_bridge, conflicts, batch_size=3)

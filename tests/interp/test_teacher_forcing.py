@@ -13,7 +13,9 @@ from interp.teacher_forcing import (
     text_tokens,
     token_batches,
 )
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
 
 
 def prompts():

@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 
+from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.generation import MAX_NEW_TOKENS, Combined
 
 
 def two_passes_a_token(model: Any, prompt: str, bare: str, rule: Combined, longest: int = MAX_NEW_TOKENS) -> str:
-    """Answer one pair of prompts without caches and padding: two forward passes for each token."""
-    tokenizer, network = model.tokenizer, model.original_model
+    """Answer one pair of prompts without caches and padding: two forward passes for each token.
+
+    The model is a bridge, or a transformers model with a ``tokenizer``, which is much faster.
+    """
+    tokenizer: Any = model.tokenizer
+    network: Any = transformers_model(model)
     streams = [tokenizer(text)["input_ids"] for text in (prompt, bare)]
     new: list[int] = []
     while len(new) < longest:

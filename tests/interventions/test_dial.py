@@ -7,8 +7,9 @@ from interventions.base import applied
 from interventions.dial import DialPoint, DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
 from interventions.heads import HeadScaling, ScaledHead
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 SCALES = (
     DialScale(0, 1, memory=0.5, context=2.0),
     DialScale(2, 3, memory=3.0, context=-1.0),

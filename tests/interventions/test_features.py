@@ -13,8 +13,9 @@ from interp.sae import ARCHITECTURES, load_sae
 from interventions.base import applied
 from interventions.features import ALPHA_FORMS, EditedFeatures, FeatureEdit
 from tests.interp.test_sae import D_SAE, decode, random_sae
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 WIDTH = 32
 CONTEXT = [7, 0, 31, 12, 22, 18, 5, 36]
 MEMORY = [39, 3, 25, 14, 9, 28]

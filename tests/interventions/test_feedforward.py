@@ -1,21 +1,20 @@
+import copy
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.feedforward import FeedForwardScaling
-from tests.tiny import tiny_conflicts
+from tests.tiny import architecture_of, few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 LAST_LINEAR = {
-    "GPT2LMHeadModel": "mlp.c_proj",
     "GPTNeoXForCausalLM": "mlp.dense_4h_to_h",
     "Gemma2ForCausalLM": "post_feedforward_layernorm",
-    "Gemma3ForCausalLM": "post_feedforward_layernorm",
 }
 
 
@@ -30,10 +29,10 @@ def logits(model, inputs):
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
-def test_scaling_a_layer_equals_scaling_the_weights_that_write_to_the_stream(tiny_bridge, inputs, scale):
+def test_scaling_a_layer_equals_scaling_the_weights_that_write_to_the_stream(tiny_bridge, tiny_plain, inputs, scale):
     """In Gemma these are the post norm's gains, 1 + weight; elsewhere the last linear map's weight and bias."""
-    directory = tiny_bridge.original_model.config._name_or_path
-    plain, edited = (AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval() for _ in "12")
+    plain = tiny_plain(architecture_of(tiny_bridge))
+    edited = copy.deepcopy(plain)
     anatomy = Anatomy(edited)
     path = LAST_LINEAR.get(anatomy.architecture, "mlp.down_proj")
     writer: Any = edited.get_submodule(f"{anatomy.path('block', 1)}.{path}")

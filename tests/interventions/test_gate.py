@@ -13,8 +13,9 @@ from interventions.feedforward import FeedForwardScaling
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 PROMPTS = [e.prompt for e in tiny_conflicts()]
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0))
 EDITS = (

@@ -1,16 +1,17 @@
+import copy
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.heads import HeadScaling, ScaledHead
-from tests.tiny import tiny_conflicts
+from tests.tiny import architecture_of, few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 HEADS = [(0, 1), (1, 0), (1, 3), (2, 2)]
 
 
@@ -20,10 +21,9 @@ def inputs(tiny_bridge):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_bridge):
-    """The same weights as a plain transformers model, freshly loaded."""
-    directory = tiny_bridge.original_model.config._name_or_path
-    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+def plain(tiny_bridge, tiny_plain):
+    """The same weights as a plain transformers model."""
+    return tiny_plain(architecture_of(tiny_bridge))
 
 
 def logits(model, inputs):
@@ -34,7 +34,7 @@ def logits(model, inputs):
 def with_scaled_weights(plain, heads, scale):
     """Logits of the plain model with these heads' rows of W_O multiplied in the weights themselves."""
     anatomy = Anatomy(plain)
-    edited = AutoModelForCausalLM.from_pretrained(plain.config._name_or_path, attn_implementation="eager").eval()
+    edited = copy.deepcopy(plain)
     for layer, head in heads:
         projection: Any = edited.get_submodule(anatomy.path("output_projection", layer))
         columns = slice(head * anatomy.d_head, (head + 1) * anatomy.d_head)

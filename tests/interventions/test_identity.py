@@ -7,11 +7,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.errors import UserError
-from interp.models import load_checkpoint, load_model
+from interp.models import load_checkpoint
 from interventions.bake import fold
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity, tokenizer_hash
-from tests.tiny import CONFIGS
+from tests.tiny import architecture_of
 
 
 @pytest.fixture
@@ -24,12 +24,9 @@ def identity(llama) -> ModelIdentity:
     return ModelIdentity.of(llama, "tiny")
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_bridge_and_plain_model_are_the_same_and_so_is_any_half_precision_copy(tiny_directories, architecture):
-    folder = str(tiny_directories[architecture])
-    bridge = load_model(folder, device="cpu")
-    model, tokenizer = load_checkpoint(folder)
-    identity = ModelIdentity.of(bridge, "tiny")
+def test_bridge_and_plain_model_are_the_same_and_so_is_any_half_precision_copy(tiny_directories, tiny_bridge):
+    model, tokenizer = load_checkpoint(str(tiny_directories[architecture_of(tiny_bridge)]))
+    identity = ModelIdentity.of(tiny_bridge, "tiny")
     assert identity == ModelIdentity.of(model, "tiny", tokenizer)
     for dtype in (torch.bfloat16, torch.float16):
         rounded = copy.deepcopy(model).to(dtype)

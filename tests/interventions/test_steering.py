@@ -9,8 +9,9 @@ from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.steering import Steering
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
 

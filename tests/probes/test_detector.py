@@ -156,18 +156,15 @@ def detector_of(model: Any, conflict_site: str, source_site: str | None) -> Conf
 @pytest.fixture(
     scope="module",
     params=[
-        ("tiny_llama", "blocks.1.hook_out", "blocks.0.attn.hook_out"),
-        ("tiny_llama", "blocks.1.hook_out", "blocks.1.hook_out"),
-        ("tiny_llama", "blocks.0.attn.o.hook_in", None),
-        ("smollm2", "blocks.6.hook_out", "blocks.4.mlp.hook_out"),
+        ("blocks.1.hook_out", "blocks.0.attn.hook_out"),
+        ("blocks.1.hook_out", "blocks.1.hook_out"),
+        ("blocks.0.attn.o.hook_in", None),
     ],
-    ids=lambda p: f"{p[0]} {p[1]}",
+    ids=lambda sites: sites[0],
 )
-def judged(request: pytest.FixtureRequest) -> tuple[Any, ConflictDetector]:
+def judged(request: pytest.FixtureRequest, tiny_llama: Any) -> tuple[Any, ConflictDetector]:
     """A model and a detector for it."""
-    name, *sites = request.param
-    model = request.getfixturevalue(name)
-    return model, detector_of(model, *sites)
+    return tiny_llama, detector_of(tiny_llama, *request.param)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ from interp.conflicts import ConflictSet
 from interventions.config import InterventionFile
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
+from tests.conflictscope import small_studies
 from tests.tiny import tiny_conflicts
+
+small = small_studies.small
 
 
 @pytest.fixture
@@ -168,9 +171,9 @@ def test_inspect_reads_a_file_with_a_byte_order_mark(run, tmp_path, data):
     assert run("data", "inspect", data)[0] == 0
 
 
-def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatch):
+def test_a_disk_that_is_full_at_the_end_of_a_run(small, run, tmp_path, tiny, monkeypatch):
     """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
-    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
+    study = ["compare", "--model", tiny, "--method", "pruning", "--quick", "--subjects", 5, "--out", "out"]
     really_fsync, at_the_end = os.fsync, []
 
     def full(descriptor):
@@ -186,13 +189,11 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(run, tmp_path, tiny, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         patched.setattr(run_module, "write_examples", examples)
-        assert_one_sentence(
-            run("demo", "--quick", "--model", tiny, "--out", "out"), "No space left on device", "run again"
-        )
+        assert_one_sentence(run(*study), "No space left on device", "run again")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"records", "interventions"}
     assert not [path for path in (tmp_path / "out").rglob(".*")]
-    code, _, error = run("demo", "--quick", "--model", tiny, "--out", "out")
+    code, _, error = run(*study)
     assert code == 0
     assert "report.html" in error
 

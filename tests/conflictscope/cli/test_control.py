@@ -3,19 +3,11 @@
 import pytest
 
 from conflictscope.study.record import StudyRecord
-from interp.evaluation import neutral_texts
+from tests.conflictscope import small_studies
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
-run = test_cli.run
-
-
-@pytest.fixture
-def knows_all(monkeypatch):
-    """The tiny model is taken to know all that it is asked, and little text is read."""
-    few = neutral_texts()[:2]
-    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
-    monkeypatch.setattr("interp.evaluation.neutral_texts", lambda: few)
+run, small = test_cli.run, small_studies.small
 
 
 @pytest.mark.parametrize(
@@ -34,7 +26,7 @@ def test_a_wrong_input_is_one_sentence(run, command, message):
     assert_one_sentence(run(*command), message)
 
 
-def test_steer_fit_measures_what_can_run_and_says_why_the_rest_cannot(run, knows_all, tiny_directories, tmp_path):
+def test_steer_fit_measures_what_can_run_and_says_why_the_rest_cannot(run, small, tiny_directories, tmp_path):
     """A random model follows no source; the contrast of answers needs none to be followed."""
     arguments = ("--model", tiny_directories["llama"], "--subjects", "5", "--quick", "--out", "s")
     assert_one_sentence(run("steer", "fit", *arguments, "--method", "actadd"), "both sources are needed")
@@ -56,6 +48,6 @@ def test_steer_fit_measures_what_can_run_and_says_why_the_rest_cannot(run, knows
     }
 
 
-def test_spare_of_another_model_is_refused(run, knows_all, tiny_directories):
+def test_spare_of_another_model_is_refused(run, small, tiny_directories):
     arguments = ("--model", tiny_directories["llama"], "--subjects", "5", "--quick")
     assert_one_sentence(run("spare", "fit", *arguments), "give an SAE of this model")

@@ -2,30 +2,17 @@
 
 import json
 
-import pytest
-
 from conflictscope.methods.learned_scales import ENDS
 from conflictscope.study.record import StudyRecord
 from interp.conflicts import ConflictSet
-from interp.evaluation import neutral_texts
 from interventions.config import InterventionFile
+from tests.conflictscope import small_studies
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
-run = test_cli.run
+run, small = test_cli.run, small_studies.small
 SETTINGS = "--relation capital --relation language --subjects 5 --steps 3 --max-scales 3"
 BUDGETS = "--budget 0.5 --context-budget 0.4 --seed 3"
-
-
-@pytest.fixture
-def small(monkeypatch):
-    few = neutral_texts()[:4]
-    for module in ("interp.evaluation", "conflictscope.study.measure"):
-        monkeypatch.setattr(f"{module}.neutral_texts", lambda: few)
-    monkeypatch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
-    monkeypatch.setattr("conflictscope.study.lab._TEXTS", {"train": 6, "dev": 4})
-    monkeypatch.setattr("conflictscope.study.lab._TEXT_TOKENS", 8)
-    monkeypatch.setattr("conflictscope.methods.dial.SETTINGS", (-1.0, 0.0, 1.0))
 
 
 def test_a_dial_is_fitted_and_tested_on_what_it_was_not_learned_from(small, run, tiny_directories, tmp_path):

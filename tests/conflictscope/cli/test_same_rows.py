@@ -8,9 +8,10 @@ import polars as pl
 
 from conflictscope.study.record import UNEDITED, StudyRecord, read_examples
 from interventions.config import InterventionFile, effect_digest
-from tests.conflictscope.cli import test_cli, test_dial
+from tests.conflictscope import small_studies
+from tests.conflictscope.cli import test_cli
 
-run, small = test_cli.run, test_dial.small
+run, small = test_cli.run, small_studies.small
 
 SHARED = "--relation capital --relation language --subjects 5 --seed 3"
 

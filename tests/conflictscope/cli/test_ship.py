@@ -21,7 +21,7 @@ from interventions.runtime import apply
 from interventions.steering import Steering
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
-from tests.tiny import tiny_conflicts
+from tests.tiny import FEW, tiny_conflicts
 
 run = test_cli.run
 PROMPTS = [e.prompt for e in tiny_conflicts()][:5]
@@ -64,7 +64,7 @@ def four_places(folder, model_name, path, prompts, out, tokens):
     return {"hooked": hooked, "applied": applied_texts, "baked": baked_texts, "served": served}, float(distance)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt-neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("architecture", FEW)
 def test_four_places_give_the_same_tokens(run, tiny_directories, tmp_path, architecture):
     name = str(tiny_directories[architecture])
     path = saved(tmp_path, load_checkpoint(name)[0], DIAL, HeadScaling.of([(0, 0)], 0.0))
@@ -80,11 +80,8 @@ def test_four_places_give_the_same_tokens_on_the_real_model(run, smollm2, tmp_pa
     heads = HeadScaling((ScaledHead(23, 4, 0.0), ScaledHead(23, 5, 0.0), ScaledHead(24, 4, 0.0), ScaledHead(5, 1, 1.3)))
     path = saved(tmp_path, smollm2, heads, FeedForwardScaling(((20, 1.1),)))
     assert run("export", "smollm2-135m", path, tmp_path / "baked", "--bake")[0] == 0
-    prompts = [
-        "Fact: the capital of Japan is Lima. Fact: the capital of Japan is",
-        "Question: What is the capital of France? Answer:",
-    ]
-    texts, distance = four_places(tmp_path, "smollm2-135m", path, prompts, tmp_path / "baked", 8)
+    prompts = ["Fact: the capital of Japan is Lima. Fact: the capital of Japan is"]
+    texts, distance = four_places(tmp_path, "smollm2-135m", path, prompts, tmp_path / "baked", 4)
     assert texts["applied"] == texts["hooked"] == texts["baked"] == texts["served"]
     assert "Lima" in texts["hooked"][0]
     assert distance < 1e-4

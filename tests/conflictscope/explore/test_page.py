@@ -3,11 +3,9 @@ from __future__ import annotations
 import http.client
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,7 +13,7 @@ import pytest
 
 from conflictscope.cli.explore import Explored, explore
 from conflictscope.explore.looks import Asked, Edit, Explorer, examples
-from conflictscope.explore.page import build_app, listening
+from conflictscope.explore.page import Listening, build_app, listening
 from figures.theme import percent
 from interp.errors import UserError
 from tests.browser import requests_of, screenshots
@@ -306,22 +304,29 @@ def test_an_address_that_others_reach_is_refused_unless_it_is_meant(host):
         explore(host=host, explored=Explored())
 
 
-def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "conflictscope",
-        "explore",
-        str(tiny_directories["llama"]),
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as process:
+def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, monkeypatch):
+    found: list[str] = []
+    waits, wait = threading.Event(), Listening.wait
+
+    def ask_and_interrupt(said: str) -> None:
         try:
-            said = next(line for line in process.stderr or () if line.startswith("Open "))
-            assert "ConflictScope" in httpx.get(said.split()[1]).text
+            found.append(httpx.get(said.split()[1]).text)
         finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
+            waits.wait(60)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def say(said: str) -> None:
+        threading.Thread(target=ask_and_interrupt, args=(said,)).start()
+
+    def waiting(server: Listening) -> None:
+        waits.set()
+        wait(server)
+
+    monkeypatch.setattr("conflictscope.cli.explore.say", say)
+    monkeypatch.setattr(Listening, "wait", waiting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        explore(port=0, explored=Explored(str(tiny_directories["llama"]), device="cpu"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "ConflictScope" in found[0]

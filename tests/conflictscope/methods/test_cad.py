@@ -23,11 +23,11 @@ def answered(model, alpha: float) -> list[str]:
 
 
 @pytest.mark.parametrize("alpha", [-1.0, -0.5, 0.5, 1.0])
-def test_answers_are_those_of_two_forward_passes_a_token(tiny_llama, alpha):
+def test_answers_are_those_of_two_forward_passes_a_token(tiny_llama, tiny_plain, alpha):
     def rule(with_context, without):
         return with_context + alpha * (with_context - without)
 
-    expected = [two_passes_a_token(tiny_llama, e.prompt, str(e.bare_prompt), rule) for e in EXAMPLES]
+    expected = [two_passes_a_token(tiny_plain("llama"), e.prompt, str(e.bare_prompt), rule) for e in EXAMPLES]
     assert answered(tiny_llama, alpha) == expected
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import NonlinearConstraint, minimize
 
+from interp import teacher_forcing
 from interp.teacher_forcing import continued
 from interventions.fitting.gauss_newton import (
     Average,
@@ -22,7 +23,9 @@ from interventions.fitting.gauss_newton import (
 from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scale_places, scaled
 from interventions.fitting.scale_training import ScaleTraining
 from tests.interventions.fitting.test_scale_data import TEXTS, examples
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
 
 
 def random_curvature(size, seed):
@@ -50,8 +53,9 @@ def test_each_row_s_gradient_is_that_of_its_prompt_alone(tiny_bridge):
 
 
 @pytest.mark.parametrize("draws", [1, 2])
-def test_drawn_scores_average_to_the_curvature_of_the_divergence(tiny_llama, draws):
+def test_drawn_scores_average_to_the_curvature_of_the_divergence(tiny_llama, monkeypatch, draws):
     """The Hessian of KL(p(s) || p(s + d)) at d = 0, by autograd, is the Fisher information."""
+    monkeypatch.setattr(teacher_forcing, "_TOKENS_AT_ONCE", 20_000)
     item = continued(tiny_llama, next(iter(tiny_conflicts())).prompt, "Rome is old and")
     places = [(0, 0), (1, 2)]
     scales = torch.tensor([0.8, 1.3])

@@ -15,14 +15,14 @@ from interventions.base import applied
 from interventions.fitting import greedy
 from interventions.fitting.greedy import greedy_heads
 from interventions.heads import HeadScaling, ScaledHead
-from tests.tiny import tiny_conflicts
+from tests.tiny import architecture_of, few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 CONFLICTS = list(tiny_conflicts())[1:4]
 # Of different lengths, and one with an answer of several tokens.
 PROMPTS = [(e.prompt, e.context_answers[0]) for e in CONFLICTS[1:]]
 PROMPTS.append((CONFLICTS[0].prompt, f"{CONFLICTS[0].context_answers[0]} of the land"))
-THREE = pytest.mark.parametrize("tiny_bridge", ["gpt-neox", "gpt2", "llama"], indirect=True)
 
 
 @pytest.fixture
@@ -35,10 +35,9 @@ def wanted(tiny_bridge, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def brute_force(tiny_bridge):
+def brute_force(tiny_bridge, tiny_plain):
     """The mean log p of the answers when heads are scaled: by plain transformers, prompt by prompt, all logits."""
-    directory = tiny_bridge.original_model.config._name_or_path
-    plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    plain = tiny_plain(architecture_of(tiny_bridge))
     tokens = tiny_bridge.tokenizer
     pairs = [(tokens(prompt)["input_ids"], tokens(f"{prompt} {answer}")["input_ids"]) for prompt, answer in PROMPTS]
 
@@ -97,7 +96,6 @@ def test_never_more_heads_than_asked_for_are_removed(tiny_llama):
     assert greedy_heads(tiny_llama, items, count=1) == more[:1]
 
 
-@THREE
 def test_the_shortlist_holds_the_heads_with_the_largest_slope_given_those_that_are_gone(
     tiny_bridge, wanted, brute_force, monkeypatch
 ):
@@ -116,7 +114,6 @@ def test_the_shortlist_holds_the_heads_with_the_largest_slope_given_those_that_a
             gone[steps[number].layer, steps[number].head] = 0.0
 
 
-@THREE
 def test_the_first_order_effects_are_those_of_finite_differences(tiny_bridge, wanted, brute_force):
     gone, small = [(0, 1), (2, 3)], 1e-2
     present, effects = greedy._first_order(tiny_bridge, wanted, HEADS, gone)
@@ -153,7 +150,6 @@ def test_of_each_batch_every_block_runs_only_for_heads_at_or_below_it_and_once_m
     assert runs == [2, 3, 4]
 
 
-@THREE
 def test_the_model_is_as_before_afterwards(tiny_bridge, wanted):
     inputs = encode(tiny_bridge, [prompt for prompt, _ in PROMPTS])
 

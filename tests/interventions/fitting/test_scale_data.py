@@ -26,8 +26,9 @@ from interventions.fitting.scale_data import (
     to_budget,
 )
 from interventions.heads import HeadScaling, ScaledHead
-from tests.tiny import tiny_conflicts
+from tests.tiny import few_bridges, tiny_conflicts
 
+tiny_bridge = few_bridges
 TEXTS = ["Rome is old and Paris is larger", "The capital", "Lima is in Peru and Cairo is in Egypt"]
 
 

@@ -16,7 +16,10 @@ from tests.interventions.fitting.test_scale_data import TEXTS, examples
 
 NEWTON = ScaleTraining(max_scales=5, feed_forward=True, steps=6, conflicts=6, guards=6)
 NOISY = replace(NEWTON, learner="hard_concrete", steps=60, conflicts=4, guards=4)
-LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=["gauss_newton", "hard_concrete"])
+NAMES = ["gauss_newton", "hard_concrete"]
+LEARNERS = pytest.mark.parametrize("settings", [NEWTON, NOISY], ids=NAMES)
+# Where it does not matter what is learned.
+HASTY = pytest.mark.parametrize("settings", [replace(settings, steps=4) for settings in (NEWTON, NOISY)], ids=NAMES)
 
 
 @pytest.mark.parametrize("location", [-2.0, 0.0, 1.5])
@@ -50,7 +53,7 @@ def test_learned_scales_are_few_within_the_budget_and_do_more_than_nothing(tiny_
             assert answer_losses(log_probabilities(tiny_llama, wanted), wanted).mean() < before - 0.05
 
 
-@LEARNERS
+@HASTY
 def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_path, monkeypatch, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
     settings = replace(settings, budget=0.5)
@@ -74,7 +77,7 @@ def test_a_training_that_was_killed_ends_with_the_same_numbers(tiny_llama, tmp_p
     assert (found.places, found.scales, found.dev) == (expected.places, expected.scales, expected.dev)
 
 
-@LEARNERS
+@HASTY
 def test_another_training_s_or_a_damaged_checkpoint_is_not_used(tiny_llama, tmp_path, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
     checkpoint = tmp_path / "scales.safetensors"
