@@ -8,7 +8,6 @@ Commands    ``conflictscope``, ``python -m`` and ``make`` lines must parse: thei
             others take minutes, a server or a browser, and are not run. Bodies for the server are read by its own
             models, extras of ``pip install`` must exist.
 JSON        Is read by the project's own readers.
-Text        Folders and files that the map of the README names must exist.
 """
 
 from __future__ import annotations
@@ -277,18 +276,6 @@ def check_json(block: Block, folder: Path) -> None:
             TypeAdapter(AnyEntry).validate_json(line)
 
 
-def check_map(block: Block) -> None:
-    """In a tree of folders and files, two columns deep, everything must exist."""
-    if not re.match(r"interp/ ", block.text):
-        return
-    folder = ""
-    for line in block.text.splitlines():
-        if entry := re.match(r"( {2})?([\w.]+/?)  ", line):
-            folder = folder if entry[1] else entry[2]
-            place = folder + entry[2] if entry[1] else folder
-            assert (ROOT / place).exists(), f"the map names {place}, which does not exist"
-
-
 @pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch):
     def run(arguments: list[str], piped: str) -> None:
@@ -313,7 +300,6 @@ def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch
                 check_json(block, reader)
             else:
                 assert block.language == "text", f"nothing checks blocks of {block.language}"
-                check_map(block)
         except BaseException as error:
             error.add_note(f"in the block at {document.relative_to(ROOT)}, line {block.line}")
             raise

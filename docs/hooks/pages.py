@@ -1,8 +1,7 @@
 """Pages that are written while the site is built: commands, modules, and what lies outside of docs/.
 
-- ``README.md`` becomes the page ``results.md``; ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of
-  intervention files and the notebooks are copied. Links to them are mended: as they are read on a code host they lead
-  out of docs/. What ``make notebooks`` made is copied too.
+- ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of intervention files and the notebooks are copied. Links
+  to them are mended: as they are read on a code host they lead out of docs/. What ``make notebooks`` made is copied too.
 - ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package,
   ``<!-- map of FOLDERS -->`` tables of what their modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
   names, ``<!-- rendered notebooks -->`` a list of the pages that there are.
@@ -27,7 +26,6 @@ import conflictscope
 _ROOT = Path(__file__).parents[2]
 _NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.ipynb"))
 _OUTSIDE = {
-    "README.md": "results.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "interventions/schema.json": "schema.json",
