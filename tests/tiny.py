@@ -72,7 +72,8 @@ def few_bridges(request: pytest.FixtureRequest, tiny_model: Callable[[str], Tran
 
 def architecture_of(bridge: TransformerBridge) -> str:
     """The name in ``CONFIGS`` of a tiny model."""
-    return Path(bridge.original_model.config._name_or_path).name
+    network: Any = bridge.original_model
+    return Path(network.config._name_or_path).name
 
 
 def tiny_conflicts() -> ConflictSet:

@@ -1,7 +1,8 @@
 """Pages that are written while the site is built: commands, modules, and what lies outside of docs/.
 
-- ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of intervention files and the notebooks are copied. Links
-  to them are mended: as they are read on a code host they lead out of docs/. What ``make notebooks`` made is copied too.
+- ``CONTRIBUTING.md`` and ``CHANGELOG.md`` become pages, the schema of intervention files and the notebooks are copied.
+  Links to them are mended: as they are read on a code host they lead out of docs/. What ``make notebooks`` made is
+  copied too.
 - ``<!-- commands -->`` becomes the reference of the command line, ``<!-- modules of PACKAGE -->`` that of a package,
   ``<!-- map of FOLDERS -->`` tables of what their modules do, ``<!-- names -->`` one of what ``conflictscope`` itself
   names, ``<!-- rendered notebooks -->`` a list of the pages that there are.
