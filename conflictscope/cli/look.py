@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,22 +143,16 @@ def record(
     closed-book first; what it knows is kept in OUT-records.
     """
     from interp.activation_store import ActivationStore
-    from interp.activations import SITE_KINDS, observations, sites_of
+    from interp.activations import observations
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES
-    from probes.fitting import EMBEDDING, conflicts_for_probes
+    from probes.fitting import conflicts_for_probes
 
-    relations = source.relations()
-    chosen = site or ["residual", "attention", "mlp"]
+    relations, chosen = source.relations(), site or ["residual", "attention", "mlp"]
+    _check_layers(chosen, layers)
     conflicts = None if source.data is None else ConflictSet.load(source.data)
-    kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
-    sites = [name for name in chosen if name not in SITE_KINDS]
-    if layers is not None and not kinds:
-        raise UserError(
-            "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
-        )
     model = source.bridge()
-    sites = [EMBEDDING, *sites_of(model, kinds, layers_of(layers)), *sites] if kinds else sites
+    sites = _sites(model, chosen, layers_of(layers))
     observations(model, sites)
     if conflicts is None:
         folder = out.resolve().with_name(f"{out.resolve().name}-records")
@@ -167,7 +162,7 @@ def record(
         out,
         model,
         conflicts,
-        list(dict.fromkeys(sites)),
+        sites,
         position,
         name=source.model,
         seed=source.seed,
@@ -177,6 +172,25 @@ def record(
         progress="Recording",
     )
     say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
+
+
+def _check_layers(chosen: Sequence[str], layers: str | None) -> None:
+    from interp.activations import SITE_KINDS
+
+    if layers is not None and not set(chosen) & set(SITE_KINDS):
+        raise UserError(
+            "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
+        )
+
+
+def _sites(model: Any, chosen: Sequence[str], layers: Sequence[int] | None) -> list[str]:
+    """The sites of the kinds that are chosen, the embedding first, and those that are chosen by name."""
+    from interp.activations import SITE_KINDS, sites_of
+    from probes.fitting import EMBEDDING
+
+    kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
+    named = [name for name in chosen if name not in SITE_KINDS]
+    return list(dict.fromkeys([EMBEDDING, *sites_of(model, kinds, layers), *named] if kinds else named))
 
 
 def models() -> None:
