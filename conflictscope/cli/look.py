@@ -143,7 +143,6 @@ def record(
     closed-book first; what it knows is kept in OUT-records.
     """
     from interp.activation_store import ActivationStore
-    from interp.activations import observations
     from interp.conflicts import ConflictSet
     from interp.models import DTYPES
     from probes.fitting import conflicts_for_probes
@@ -153,11 +152,11 @@ def record(
     conflicts = None if source.data is None else ConflictSet.load(source.data)
     model = source.bridge()
     sites = _sites(model, chosen, layers_of(layers))
-    observations(model, sites)
     if conflicts is None:
         folder = out.resolve().with_name(f"{out.resolve().name}-records")
-        kinds_asked = ("conflict", "aligned")
-        conflicts = conflicts_for_probes(model, relations, folder=folder, seed=source.seed, kinds=kinds_asked)
+        conflicts = conflicts_for_probes(
+            model, relations, folder=folder, seed=source.seed, kinds=("conflict", "aligned")
+        )
     store = ActivationStore.record(
         out,
         model,
@@ -184,13 +183,15 @@ def _check_layers(chosen: Sequence[str], layers: str | None) -> None:
 
 
 def _sites(model: Any, chosen: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    """The sites of the kinds that are chosen, the embedding first, and those that are chosen by name."""
-    from interp.activations import SITE_KINDS, sites_of
+    """The sites of the kinds that are chosen, the embedding first, and those that are chosen by name; all exist."""
+    from interp.activations import SITE_KINDS, observations, sites_of
     from probes.fitting import EMBEDDING
 
     kinds: list[Any] = [kind for kind in chosen if kind in SITE_KINDS]
     named = [name for name in chosen if name not in SITE_KINDS]
-    return list(dict.fromkeys([EMBEDDING, *sites_of(model, kinds, layers), *named] if kinds else named))
+    sites = list(dict.fromkeys([EMBEDDING, *sites_of(model, kinds, layers), *named] if kinds else named))
+    observations(model, sites)
+    return sites
 
 
 def models() -> None:
