@@ -154,9 +154,8 @@ def record(
     sites = _sites(model, chosen, layers_of(layers))
     if conflicts is None:
         folder = out.resolve().with_name(f"{out.resolve().name}-records")
-        conflicts = conflicts_for_probes(
-            model, relations, folder=folder, seed=source.seed, kinds=("conflict", "aligned")
-        )
+        kinds = ("conflict", "aligned")
+        conflicts = conflicts_for_probes(model, relations, folder=folder, seed=source.seed, kinds=kinds)
     store = ActivationStore.record(
         out,
         model,
