@@ -23,15 +23,9 @@ from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
 from interp.files import assets_directory, write_parquet
-from interp.generation import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    Combined,
-    ReadPrompts,
-    continue_greedily,
-    tracked,
-)
+from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, ReadPrompts, continue_greedily, tracked
 from interp.inputs import first_token_id, padded, prompt_batches
+from interp.pairs import Combined
 from interp.statistics import Difference, Estimate, bootstrap_mean, paired_difference, rate
 
 ANSWERS_VERSION = 1

@@ -6,19 +6,20 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
 from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
+from interp.pairs import Combined, generate_pairs
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,9 +28,6 @@ BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8
 
 _T = TypeVar("_T")
-
-Combined = Callable[[Tensor, Tensor], Tensor]
-"""A rule for the next token: its scores from the logits of two prompts, with and without context, ``(n, d_vocab)``."""
 
 
 class Continuations(NamedTuple):
@@ -94,20 +92,6 @@ class _AllAnswered(StoppingCriteria):
         return torch.tensor([is_complete(text) for text in texts], device=input_ids.device)
 
 
-class _TwoStreams(LogitsProcessor):
-    """Chooses one token for both prompts of each pair; rows are the first prompts, then the second ones."""
-
-    def __init__(self, combined: Combined, is_pair: Tensor) -> None:
-        self.combined = combined
-        self.is_pair = is_pair[:, None]
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002 (transformers' signature)
-        first, second = scores.float().chunk(2)
-        # Where both are the same prompt there is nothing to weigh.
-        chosen = torch.where(self.is_pair.to(first.device), self.combined(first, second), first)
-        return torch.cat([chosen, chosen])
-
-
 def continue_greedily(
     model: TransformerBridge,
     prompts: Sequence[str],
@@ -145,10 +129,8 @@ def continue_greedily(
             sequences, logits = _answered(model, batch.tokens, max_new_tokens)
         else:
             second = token_ids(model.tokenizer, [without[i] for i in batch.numbers])
-            is_pair = torch.tensor([without[i] != prompts[i] for i in batch.numbers])
-            rule = _TwoStreams(combined, is_pair)
+            rule = _where(combined, [without[i] != prompts[i] for i in batch.numbers])
             sequences, logits = _answered(model, [*batch.tokens, *second], max_new_tokens, rule)
-            sequences, logits = sequences[: len(second)], [step[: len(second)] for step in logits]
         texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         first_tokens[batch.numbers] = sequences[:, 0].cpu()
         first_logits[batch.numbers] = logits[0].float().cpu().gather(1, watched[batch.numbers])
@@ -157,29 +139,40 @@ def continue_greedily(
     return Continuations(answers, first_tokens, first_logits)
 
 
+def _where(combined: Combined, is_pair: Sequence[bool]) -> Combined:
+    """The rule where a row's prompts differ; where both are the same there is nothing to weigh."""
+    pairs = torch.tensor(is_pair)[:, None]
+    return lambda first, second: torch.where(pairs.to(first.device), combined(first, second), first)
+
+
 def _answered(
     model: TransformerBridge,
     tokens: Sequence[Sequence[int]],
     max_new_tokens: int,
-    rule: LogitsProcessor | None = None,
+    rule: Combined | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's scores."""
+    """What the model goes on with until first sentences are complete: ``(n, n_new)``, and each step's scores.
+
+    With a rule, tokens are those of pairs: of their first prompts, then of their second ones.
+    """
     inputs = padded(model, tokens)
     prompt_length = inputs["input_ids"].shape[1]
     network: Any = transformers_model(model)
+    # transformers derives position ids from the mask itself here
+    prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": padding_id(model),
+        "stopping_criteria": StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     with torch.inference_mode():
-        # transformers derives position ids from the mask itself here
-        output = network.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=padding_id(model),
-            stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
-            logits_processor=LogitsProcessorList([] if rule is None else [rule]),
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+        if rule is None:
+            output = network.generate(**prompts, **options)
+        else:
+            output = generate_pairs(network, prompts, rule, **options)
     return output.sequences[:, prompt_length:], output.scores
 
 
