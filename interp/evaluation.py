@@ -7,6 +7,7 @@ Intervals are by subject: see ``interp.statistics``.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -58,8 +59,8 @@ class UsageReport:
 
     Attributes:
         frame: Columns ``id, subject, relation, template, kind, split, prompt, answer, usage`` (text),
-            ``logit_difference`` (first answer tokens, context minus memory, null where one is missing), and
-            for each source ``{memory,context}_{exact_match,span_match,f1}``.
+            ``logit_difference`` (first answer tokens, context minus memory, null where one is missing or may not be
+            said), and for each source ``{memory,context}_{exact_match,span_match,f1}``.
     """
 
     frame: pl.DataFrame
@@ -251,7 +252,7 @@ def measure_usage(
             "prompt": example.prompt,
             "answer": answer,
             "usage": usage_of(answer, example.memory_answers, example.context_answers),
-            "logit_difference": difference if pair else None,
+            "logit_difference": difference if pair and math.isfinite(difference) else None,
             **_match_scores("memory", answer, example.memory_answers),
             **_match_scores("context", answer, example.context_answers),
         }

@@ -145,7 +145,7 @@ class Dev:
         for kind, some in self.guards.items():
             part = slice(start, start := start + len(some))
             # Without a context nothing is combined, and nothing can be lost.
-            if kind != "none" or not condition.decoding.needs_bare:
+            if kind != "none" or condition.decoding is None:
                 damage[kind] = divergence[part].mean().item()
                 right[kind] = sum(is_right[part]) / len(some)
         if texts is not None:
@@ -184,9 +184,11 @@ class Dev:
         with applied(self.model, *condition.edits):
             batches = next_logits(self.model, prompts) if read is None else read.next_logits()
             logits = _gathered(batches, len(prompts))
-            if condition.decoding.needs_bare:
+            if condition.combined is not None:
                 bare = [example.bare_prompt or example.prompt for example in examples]
-                logits = condition.decoding.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))
+                chosen = condition.combined(logits, _gathered(next_logits(self.model, bare), len(bare)))
+                is_pair = torch.tensor([prompt != other for prompt, other in zip(prompts, bare, strict=True)])
+                logits = torch.where(is_pair.to(logits.device)[:, None], chosen, logits)
         count = len(self.examples)
         return logits[:count], logits[count:] if condition.changes_text else None
 
@@ -267,6 +269,11 @@ def _gathered(batches: Any, count: int) -> Tensor:
 
 
 def _divergence(unedited: Tensor, edited: Tensor) -> Tensor:
-    """KL(unedited || edited) of each row's distribution in nats, ``(n,)``."""
-    clean, changed = unedited.log_softmax(-1), edited.log_softmax(-1)
-    return (clean.exp() * (clean - changed)).sum(-1)
+    """KL(unedited || edited) of each row's distribution in nats, ``(n,)``.
+
+    Where a rule leaves tokens out the divergence is infinite; it is taken over the others.
+    """
+    possible = edited != -torch.inf
+    clean = unedited.masked_fill(~possible, -torch.inf).log_softmax(-1)
+    changed = edited.log_softmax(-1)
+    return torch.where(possible, clean.exp() * (clean - changed), 0.0).sum(-1)

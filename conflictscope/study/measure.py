@@ -75,12 +75,11 @@ class Bench(Protocol):
 def measure(lab: Bench, condition: Condition) -> Result:
     """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
     asked, digest = lab.asked, condition.digest
-    rule = condition.decoding.combined if condition.decoding.needs_bare else None
 
     def answers() -> UsageReport:
         with applied(lab.model, *condition.edits):
             return measure_usage(
-                lab.model, condition.asked(asked), combined=rule, progress=f"On test: {condition.name}"
+                lab.model, condition.asked(asked), combined=condition.combined, progress=f"On test: {condition.name}"
             )
 
     def divergences() -> list[float]:
@@ -94,7 +93,7 @@ def measure(lab: Bench, condition: Condition) -> Result:
     cost = None
     if digest is not None:
         cost = lab.records.json("cost", [digest, asked.digest], lambda: _cost(lab, condition), version=COST_VERSION)
-    return Result(report, kl, cost, closed_book=not condition.decoding.needs_bare)
+    return Result(report, kl, cost, closed_book=condition.decoding is None)
 
 
 def pooled(results: Sequence[Result]) -> Result:
@@ -140,7 +139,7 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
     plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
     asked = condition.asked(plain)
-    rule = condition.decoding.combined if condition.decoding.needs_bare else None
+    rule = condition.combined
 
     def seconds(examples: ConflictSet, *, edited: bool) -> float:
         prompts = [example.prompt for example in examples]
