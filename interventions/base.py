@@ -9,18 +9,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import Caution, UserError
-from interp.pairs import Combined
 from interventions.folding import Folding
 from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
 from interventions.tokens import Tokens, TokenTracker
+
+if TYPE_CHECKING:
+    from interp.pairs import Combined
 
 EDITS_VERSION = 1
 """Version of what interventions do: raise it when one of them would change a model in another way."""

@@ -4,7 +4,7 @@ A rule makes scores, whose softmax is the next token's distribution, from the lo
 prompt without its context. With l their log probabilities, H their entropies and D the Jensen-Shannon divergence of the
 two distributions, in nats:
 
-    CAD      z_c + a (z_c - z_p)                                   Shi et al. 2023, arXiv 2305.14739
+    CAD      (1 + a) z_c - a z_p                                   Shi et al. 2023, arXiv 2305.14739
     AdaCAD   the same with a = max(D, threshold)                   Wang et al. 2024, 2409.07394
     COIECD   l_c + a (l_c - l_p), in a band of information         Yuan et al. 2024, 2402.11893
              l_p + a (l_c - l_p)
@@ -80,7 +80,7 @@ class DecodingRule(Intervention):
 
 @dataclass(frozen=True)
 class CAD(DecodingRule):
-    """Context-aware decoding: ``z_c + alpha (z_c - z_p)``.
+    """Context-aware decoding: ``(1 + alpha) z_c - alpha z_p``.
 
     Attributes:
         alpha: 0 is the model with the context, -1 that without; above 0 what it would have said anyway is taken away.
@@ -93,7 +93,7 @@ class CAD(DecodingRule):
 
     def scores(self, with_context: Tensor, without: Tensor) -> Tensor:
         """Scores of the next token, ``(n, d_vocab)``."""
-        return with_context + self.alpha * (with_context - without)
+        return (1 + self.alpha) * with_context - self.alpha * without
 
     def scaled(self, strength: float) -> CAD:
         """The same with ``strength`` times the alpha."""
@@ -122,8 +122,9 @@ class AdaCAD(DecodingRule):
 
     def scores(self, with_context: Tensor, without: Tensor) -> Tensor:
         """Scores of the next token, ``(n, d_vocab)``."""
-        alpha = jensen_shannon(with_context, without).clamp(min=self.threshold)
-        return with_context + self.strength * alpha[:, None] * (with_context - without)
+        divergence = jensen_shannon(with_context, without).clamp(min=self.threshold)
+        alpha = self.strength * divergence[:, None]
+        return (1 + alpha) * with_context - alpha * without
 
     def scaled(self, strength: float) -> AdaCAD:
         """The same with its strength multiplied."""

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import UserError
-from interp.pairs import Combined
 from interventions.base import Acting, Entry, Intervention, Patch, Place, Placed
 from interventions.entries import EditEntry
 from interventions.fields import TensorName, check_width, named_tensor
 from interventions.identity import Layer, ModelIdentity
 from interventions.tokens import TokenTracker
+
+if TYPE_CHECKING:
+    from interp.pairs import Combined
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Adaptive context-aware decoding: the further apart what the model says with the context and without, the more of CAD.
 
-Wang et al. 2024 (arXiv 2409.07394). Each next token is the one with the highest ``z_c + a (z_c - z_p)``, where a is the
+Wang et al. 2024 (arXiv 2409.07394). Each next token is the one with the highest ``(1 + a) z_c - a z_p``, where a is the
 Jensen-Shannon divergence of both distributions in nats, from 0 to ln 2, or a threshold if the divergence is lower: 0
 for questions, 0.3 for summaries. Of the way to memory the paper says nothing: here a is taken negative then.
 """

@@ -3,7 +3,7 @@
 Shi et al. 2023 (arXiv 2305.14739). With the logits z_c of the prompt and z_p of the same prompt without its context,
 each next token is the one with the highest
 
-    z_c + a (z_c - z_p)
+    (1 + a) z_c - a z_p
 
 where a > 0 takes away what the model would have said anyway. Of the way to memory the paper says nothing: here a is
 negative then, down to a = -1, which answers as if there were no context.

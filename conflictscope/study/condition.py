@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json
-from interp.pairs import Combined
 from interventions.base import Intervention
 from interventions.config import InterventionFile, effect_digest
 from interventions.decoding import DecodingRule
 from interventions.identity import ModelIdentity
+
+if TYPE_CHECKING:
+    from interp.pairs import Combined
 
 _T = TypeVar("_T")
 

@@ -91,6 +91,10 @@ def test_an_alpha_of_0_is_the_model_bit_for_bit():
     assert torch.equal(COIECD(1.0, 0.0).scores(WITH, WITHOUT), WITH.log_softmax(-1))
 
 
+def test_cad_with_an_alpha_of_minus_1_is_the_model_without_the_context_bit_for_bit():
+    assert torch.equal(CAD(-1.0).scores(WITH, WITHOUT), WITHOUT)
+
+
 def test_adacad_leaves_prompts_without_a_conflict_as_they_are():
     torch.testing.assert_close(AdaCAD().scores(WITH, WITH + 2.0), WITH)
 
