@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from conflictscope.cli import app
 from conflictscope.methods._two_streams import OtherContext, random_contexts
 from conflictscope.methods.adacad import AdaptiveContextAwareDecoding
 from conflictscope.methods.cad import ContextAwareDecoding
@@ -136,6 +138,7 @@ def test_a_study_writes_the_rule_into_a_file(lab, tmp_path):
     assert best.file is not None
     assert InterventionFile.load(tmp_path / best.file).build() == [CAD(best.settings["alpha"])]
     assert best.does == f"next token by CAD, alpha {best.settings['alpha']}"
+    assert best.does in CliRunner().invoke(app, ["inspect", str(tmp_path / best.file)]).output
     (control,) = record.controls_of(best)
     assert (control.name, control.draws, control.file) == ("random contexts for cad, towards context", 2, None)
 
