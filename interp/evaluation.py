@@ -7,6 +7,7 @@ Intervals are by subject: see ``interp.statistics``.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -24,8 +25,9 @@ from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
 from interp.files import assets_directory, write_parquet
-from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, Combined, continue_greedily
+from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, continue_greedily
 from interp.inputs import first_token_id, padded, prompt_batches
+from interp.pairs import Combined
 from interp.progress import tracked
 from interp.reading import Changed, ReadPrompts
 from interp.statistics import Difference, Estimate, bootstrap_mean, paired_difference, rate
@@ -60,8 +62,8 @@ class UsageReport:
 
     Attributes:
         frame: Columns ``id, subject, relation, template, kind, split, prompt, answer, usage`` (text),
-            ``logit_difference`` (first answer tokens, context minus memory, null where one is missing), and
-            for each source ``{memory,context}_{exact_match,span_match,f1}``.
+            ``logit_difference`` (first answer tokens, context minus memory, null where one is missing or may not be
+            said), and for each source ``{memory,context}_{exact_match,span_match,f1}``.
     """
 
     frame: pl.DataFrame
@@ -254,7 +256,7 @@ def measure_usage(
             "prompt": example.prompt,
             "answer": answer,
             "usage": usage_of(answer, example.memory_answers, example.context_answers),
-            "logit_difference": difference if pair else None,
+            "logit_difference": difference if pair and math.isfinite(difference) else None,
             **_match_scores("memory", answer, example.memory_answers),
             **_match_scores("context", answer, example.context_answers),
         }
@@ -380,6 +382,11 @@ def neutral_kl(
 
 
 def divergence(unedited: Tensor, edited: Tensor) -> Tensor:
-    """KL(unedited || edited) in nats of next-token distributions, from logits ``(..., d_vocab)`` to ``(...)``."""
-    clean, changed = unedited.float().log_softmax(-1), edited.float().log_softmax(-1)
-    return (clean.exp() * (clean - changed)).sum(-1)
+    """KL(unedited || edited) in nats of next-token distributions, from logits ``(..., d_vocab)`` to ``(...)``.
+
+    Where a rule leaves tokens out the divergence is infinite; it is taken over the others.
+    """
+    possible = edited != -torch.inf
+    clean = unedited.float().masked_fill(~possible, -torch.inf).log_softmax(-1)
+    changed = edited.float().log_softmax(-1)
+    return torch.where(possible, clean.exp() * (clean - changed), 0.0).sum(-1)

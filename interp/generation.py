@@ -5,17 +5,18 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
 from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
+from interp.pairs import Combined, generate_pairs
 from interp.progress import tracked
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8
-
-Combined = Callable[[Tensor, Tensor], Tensor]
-"""A rule for the next token: its scores from the logits of two prompts, with and without context, ``(n, d_vocab)``."""
 
 
 class Continuations(NamedTuple):
@@ -83,20 +81,6 @@ class _AllAnswered(StoppingCriteria):
         return torch.tensor([is_complete(text) for text in texts], device=input_ids.device)
 
 
-class _TwoStreams(LogitsProcessor):
-    """Chooses one token for both prompts of each pair; rows are the first prompts, then the second ones."""
-
-    def __init__(self, combined: Combined, is_pair: Tensor) -> None:
-        self.combined = combined
-        self.is_pair = is_pair[:, None]
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002 (transformers' signature)
-        first, second = scores.float().chunk(2)
-        # Where both are the same prompt there is nothing to weigh.
-        chosen = torch.where(self.is_pair.to(first.device), self.combined(first, second), first)
-        return torch.cat([chosen, chosen])
-
-
 def continue_greedily(
     model: TransformerBridge,
     prompts: Sequence[str],
@@ -132,9 +116,8 @@ def continue_greedily(
                 yield Answered(numbers, *generated(model, tokens, max_new_tokens))
                 continue
             second = token_ids(model.tokenizer, [without[i] for i in numbers])
-            rule = _TwoStreams(combined, torch.tensor([without[i] != prompts[i] for i in numbers]))
-            sequences, scores = generated(model, [*tokens, *second], max_new_tokens, rule=rule)
-            yield Answered(numbers, sequences[: len(second)], [step[: len(second)] for step in scores])
+            rule = _where(combined, [without[i] != prompts[i] for i in numbers])
+            yield Answered(numbers, *generated(model, [*tokens, *second], max_new_tokens, rule=rule))
 
     return gathered(model, answered(), len(prompts), watch)
 
@@ -169,43 +152,51 @@ def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor 
     return Continuations(answers, first_tokens, first_logits)
 
 
+def _where(combined: Combined, is_pair: Sequence[bool]) -> Combined:
+    """The rule where a row's prompts differ; where both are the same there is nothing to weigh."""
+    pairs = torch.tensor(is_pair)[:, None]
+    return lambda first, second: torch.where(pairs.to(first.device), combined(first, second), first)
+
+
 def generated(
     model: Any,
     tokens: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    rule: LogitsProcessor | None = None,
+    rule: Combined | None = None,
     cache: Any = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Let the model go on until first sentences are complete.
 
     Args:
         model: The bridge, or a transformers model with a ``tokenizer`` attribute.
-        tokens: The ids of each prompt's tokens.
+        tokens: The ids of each prompt's tokens; with a rule those of the first prompts of all pairs, then the second.
         max_new_tokens: Longest answer, in tokens.
-        rule: Chooses the next token otherwise than greedily.
+        rule: Chooses the next token of both prompts of each pair; ``None`` takes the most probable one.
         cache: Keys and values of all tokens but the last; ``None`` reads the prompts.
 
     Returns:
-        The tokens of each answer, ``(n, n_new)``, and each step's scores, ``(n, d_vocab)``.
+        The tokens of each answer, ``(n, n_new)``, and each step's scores, ``(n, d_vocab)``; ``n`` counts pairs, if any.
     """
     inputs = padded(model, tokens)
     prompt_length = inputs["input_ids"].shape[1]
     network: Any = transformers_model(model)
+    # transformers derives position ids from the mask itself here
+    prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = {
+        "past_key_values": cache,
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": padding_id(model),
+        "stopping_criteria": StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     with torch.inference_mode():
-        # transformers derives position ids from the mask itself here
-        output = network.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=padding_id(model),
-            stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
-            logits_processor=LogitsProcessorList([] if rule is None else [rule]),
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+        if rule is None:
+            output = network.generate(**prompts, **options)
+        else:
+            output = generate_pairs(network, prompts, rule, **options)
     return output.sequences[:, prompt_length:], output.scores
 
 

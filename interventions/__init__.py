@@ -1,4 +1,4 @@
-"""Change a forward pass (scale heads, steer, edit features); save such changes, apply them to a transformers model.
+"""Change a model's forward pass (scale heads, steer, edit features) or its choice of the next token, and save that.
 
 Import from the submodules. Nothing here imports transformer_lens or sae_lens: serving needs only torch,
 transformers, safetensors and pydantic.

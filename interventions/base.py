@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
@@ -22,6 +22,7 @@ from interventions.replaced import Replaced
 from interventions.tokens import Tokens, TokenTracker
 
 if TYPE_CHECKING:
+    from interp.pairs import Combined
     from interp.reading import Changed
 
 EDITS_VERSION = 1
@@ -116,6 +117,31 @@ class Place(NamedTuple):
     layer: int
 
 
+class Acting(NamedTuple):
+    """What interventions do to a model.
+
+    Attributes:
+        patches: What they read and change in its forward pass, in order.
+        rule: How they choose the next token from a prompt with and without its context, if they do.
+    """
+
+    patches: list[Patch]
+    rule: Combined | None = None
+
+    @classmethod
+    def together(cls, parts: Iterable[Acting]) -> Acting:
+        """One after the other.
+
+        Raises:
+            UserError: If there are several rules for the next token.
+        """
+        every = list(parts)
+        rules = [part.rule for part in every if part.rule is not None]
+        if len(rules) > 1:
+            raise UserError(f"A next token is chosen by one rule, not by {len(rules)}; give one.")
+        return cls([patch for part in every for patch in part.patches], *rules)
+
+
 class Entry(Strict, ABC):
     """What the intervention file says of one intervention: a ``kind``, and a bound on every number.
 
@@ -140,7 +166,7 @@ class Entry(Strict, ABC):
 
 
 class Intervention(ABC):
-    """A change of the forward pass that can be attached to a model and taken off again.
+    """A change of the forward pass that can be attached to a model and taken off again, or of the next token's choice.
 
     A kind has to say what it patches, and where; whatever else it does not define, it refuses. Kinds are immutable.
     """
@@ -183,6 +209,14 @@ class Intervention(ABC):
     def parts(self) -> tuple[Intervention, ...]:
         """The edits that it consists of: itself, or what it lets through."""
         return (self,)
+
+    def acting(self, model: nn.Module) -> Acting:
+        """All that it does to a transformers model or a ``TransformerBridge``: ``patches``, unless it says otherwise.
+
+        Raises:
+            UserError: As ``patches``.
+        """
+        return Acting(self.patches(model))
 
     def attach(self, model: nn.Module) -> Handle:
         """Apply to a transformers model or a ``TransformerBridge`` until the handle is removed.

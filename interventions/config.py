@@ -10,6 +10,8 @@
     "calibration": [{"trust", "memory_rate", "context_rate"}]},
    {"kind": "steering", "layer", "vector", "strength", "tokens", "mode"},
    {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]},
+   {"kind": "cad", "alpha"}, {"kind": "adacad", "threshold", "strength"}, {"kind": "coiecd", "alpha", "strength"},
+   {"kind": "ck_plug", "alpha" | null, "gate": "paper" | "released"},
    {"kind": "conflict_gate", "part", "layer", "weight", "bias", "threshold", "interventions": [any of the above]}],
  "tensors": {"file", "sha256"} | null,
  "provenance": {"method", "data", "chosen_on", "seed", "versions", "details"}, "measured": {...}}

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from interventions.decoding import AdaCADEntry, CADEntry, CKPlugEntry, COIECDEntry
 from interventions.dial import TrustDialEntry
 from interventions.features import FeatureEditEntry
 from interventions.feedforward import FeedForwardScalingEntry
@@ -16,6 +17,14 @@ from interventions.heads import HeadScalingEntry
 from interventions.steering import SteeringEntry
 
 EditEntry = Annotated[
-    HeadScalingEntry | FeedForwardScalingEntry | TrustDialEntry | SteeringEntry | FeatureEditEntry,
+    HeadScalingEntry
+    | FeedForwardScalingEntry
+    | TrustDialEntry
+    | SteeringEntry
+    | FeatureEditEntry
+    | CADEntry
+    | AdaCADEntry
+    | COIECDEntry
+    | CKPlugEntry,
     Field(discriminator="kind"),
 ]

@@ -5,16 +5,17 @@
    goes on with the same text. In all others they do nothing.
 
 One pass both decides and answers, so an edit must lie above the layer that the probe reads. A row that is open gets
-what the edits alone would give it; one that is not, what the unedited model would.
+what the edits alone would give it; one that is not, what the unedited model would. A rule for the next token is let
+through for prompts whose row with the context is open.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import UserError
-from interventions.base import Entry, Intervention, Patch, Place, Placed
+from interventions.base import Acting, Entry, Intervention, Patch, Place, Placed
 from interventions.entries import EditEntry
 from interventions.fields import TensorName, check_width, named_tensor
 from interventions.identity import Layer, ModelIdentity
 from interventions.tokens import TokenTracker
+
+if TYPE_CHECKING:
+    from interp.pairs import Combined
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,23 @@ class ConflictGate(Intervention):
         Raises:
             UserError: If the model lacks what is read or changed, or is of another width.
         """
+        reader = self._reader(model)
+        return reader.around([patch for edit in self.edits for patch in edit.patches(model)])
+
+    def acting(self, model: nn.Module) -> Acting:
+        """The same, and the rule for the next token that it lets through, if there is one.
+
+        The next tokens of a prompt that does not open the gate are those of the model.
+
+        Raises:
+            UserError: As ``patches``, or if there are several rules.
+        """
+        reader = self._reader(model)
+        inside = Acting.together(edit.acting(model) for edit in self.edits)
+        rule = None if inside.rule is None else reader.rule_where_open(inside.rule)
+        return Acting(reader.around(inside.patches), rule)
+
+    def _reader(self, model: nn.Module) -> _Reader:
         anatomy = Anatomy(model)
         anatomy.site(self.part, self.layer)
         width = anatomy.n_heads * anatomy.d_head if self.part == "output_projection" else anatomy.d_model
@@ -109,13 +130,7 @@ class ConflictGate(Intervention):
                 f"The gate's probe reads {len(self.weight)} numbers, but this model has {width} there; fit it on this "
                 "model."
             )
-        tracker = TokenTracker("last_prompt")
-        reader = _Reader(self, tracker)
-        edits = [patch for edit in self.edits for patch in edit.patches(model)]
-        return [
-            Patch(self.part, self.layer, reader.read, tracker),
-            *(patch._replace(change=reader.where_open(patch.change)) for patch in edits),
-        ]
+        return _Reader(self)
 
     def scaled(self, strength: float) -> ConflictGate:
         """The same gate around edits that are ``strength`` times as far.
@@ -158,11 +173,16 @@ class ConflictGate(Intervention):
 class _Reader:
     """The probe at work; what it decided is kept until the next prompts, for each thread by itself."""
 
-    def __init__(self, gate: ConflictGate, tracker: TokenTracker) -> None:
+    def __init__(self, gate: ConflictGate) -> None:
         self._gate = gate
-        self._tracker = tracker
+        self._tracker = TokenTracker("last_prompt")
         self._decided = threading.local()
         self._weight = Placed(gate.weight)
+
+    def around(self, patches: Sequence[Patch]) -> list[Patch]:
+        """A patch that reads the probe, and the given ones where it opens."""
+        reading = Patch(self._gate.part, self._gate.layer, self.read, self._tracker)
+        return [reading, *(patch._replace(change=self.where_open(patch.change)) for patch in patches)]
 
     def read(self, values: Tensor) -> Tensor:
         """Decide about the rows of ``(n_rows, n_tokens, width)``, if these are new prompts; the values stay."""
@@ -188,6 +208,15 @@ class _Reader:
             return torch.where(self._decided.rows.to(values.device)[:, None, None], edited, values)
 
         return change_some
+
+    def rule_where_open(self, rule: Combined) -> Combined:
+        """The same rule, for pairs of rows of which the first one, with the context, is open."""
+
+        def choose_some(with_context: Tensor, without: Tensor) -> Tensor:
+            is_open = self._decided.rows[: len(with_context), None].to(with_context.device)
+            return torch.where(is_open, rule(with_context, without), with_context)
+
+        return choose_some
 
 
 class ConflictGateEntry(Entry):

@@ -1,8 +1,11 @@
 """Methods that move a model towards its memory or its context, a file each; see ``conflictscope.study.method``."""
 
 from conflictscope.methods.actadd import ActAdd
+from conflictscope.methods.adacad import AdaptiveContextAwareDecoding
 from conflictscope.methods.caa import CAA
 from conflictscope.methods.cad import ContextAwareDecoding
+from conflictscope.methods.ck_plug import KnowledgePlug
+from conflictscope.methods.coiecd import EntropyConstraintDecoding
 from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
 from conflictscope.methods.hard_concrete import HardConcrete
@@ -34,5 +37,8 @@ ALL: tuple[type[Method], ...] = (
     SpareAddOnly,
     SpareConstant,
     ContextAwareDecoding,
+    AdaptiveContextAwareDecoding,
+    EntropyConstraintDecoding,
+    KnowledgePlug,
     Gate,
 )

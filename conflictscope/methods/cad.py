@@ -15,32 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from conflictscope.study.condition import Condition, Decoding
+from conflictscope.methods._two_streams import random_contexts
+from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import Method
 from interp.answers import Direction
-
-
-@dataclass(frozen=True)
-class ContextAware(Decoding):
-    """Weigh both prompts' logits against each other.
-
-    Attributes:
-        alpha: a of the rule; 0 is greedy decoding, -1 that without the context.
-    """
-
-    needs_bare: ClassVar[bool] = True
-    alpha: float
-
-    def combined(self, with_context: Tensor, without: Tensor) -> Tensor:
-        """``(1 + a) z_c - a z_p``, ``(n, d_vocab)``."""
-        return (1 + self.alpha) * with_context - self.alpha * without
-
-    def scaled(self, strength: float) -> ContextAware:
-        """The same rule with ``strength`` times the alpha."""
-        return ContextAware(self.alpha * strength)
+from interventions.decoding import CAD
 
 
 @dataclass(frozen=True)
@@ -58,4 +38,8 @@ class ContextAwareDecoding(Method):
         """A condition for each alpha."""
         del lab
         alphas = [alpha if towards == "context" else -alpha for alpha in self.alphas]
-        return [Condition(self.name, towards, {"alpha": a}, decoding=ContextAware(a)) for a in alphas]
+        return [Condition(self.name, towards, {"alpha": a}, decoding=CAD(a)) for a in alphas]
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        """The same alpha, against another prompt's context instead of none."""
+        return random_contexts(lab, chosen)

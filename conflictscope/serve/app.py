@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from conflictscope.serve.engine import Engine
 from conflictscope.serve.jobs import Done, Job, QueueFull
-from conflictscope.serve.requests import AnswerRequest, ChatRequest, CompletionRequest
+from conflictscope.serve.requests import AnswerRequest, ChatRequest, CompletionRequest, Message
 from interp.errors import UserError
 from interp.inputs import token_ids
 
@@ -75,20 +75,14 @@ def _routes(engine: Engine) -> APIRouter:
 
     @routes.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Any:
-        (prompt,) = token_ids(engine.tokenizer, [asked.prompt])
-        return await _respond(engine, request, prompt, asked, asked.max_tokens, _COMPLETION)
+        texts = [asked.prompt] if asked.without_context is None else [asked.prompt, asked.without_context]
+        return await _respond(engine, request, token_ids(engine.tokenizer, texts), asked, asked.max_tokens, _COMPLETION)
 
     @routes.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Any:
-        if not engine.tokenizer.chat_template:
-            raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
-        messages = [message.model_dump() for message in asked.messages]
-        try:
-            text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
-        prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return await _respond(engine, request, prompt, asked, asked.longest, _CHAT)
+        chats = [asked.messages] if asked.without_context is None else [asked.messages, asked.without_context]
+        prompts = [_chat_tokens(engine, messages) for messages in chats]
+        return await _respond(engine, request, prompts, asked, asked.longest, _CHAT)
 
     return routes
 
@@ -140,6 +134,18 @@ def _explain_errors(app: FastAPI, engine: Engine) -> None:
         return _error(error.status_code, str(error.detail))
 
 
+def _chat_tokens(engine: Engine, messages: Sequence[Message]) -> list[int]:
+    """A chat as the model reads it."""
+    if not engine.tokenizer.chat_template:
+        raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
+    turns = [message.model_dump() for message in messages]
+    try:
+        text = engine.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
+    return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 class _Shape(NamedTuple):
     """How answers of an endpoint are written.
 
@@ -168,8 +174,15 @@ _CHAT = _Shape(
 
 
 async def _respond(
-    engine: Engine, request: Request, prompt: list[int], asked: AnswerRequest, max_tokens: int | None, shape: _Shape
+    engine: Engine,
+    request: Request,
+    prompts: list[list[int]],
+    asked: AnswerRequest,
+    max_tokens: int | None,
+    shape: _Shape,
 ) -> Any:
+    """Answer a prompt, after which there may be the same without its context."""
+    prompt, bare = prompts[0], prompts[1] if len(prompts) > 1 else None
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[str | Done | Exception] = asyncio.Queue()
 
@@ -178,7 +191,7 @@ async def _respond(
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = engine.job(prompt, asked, max_tokens, send)
+    job = engine.job(prompt, asked, max_tokens, send, bare=bare)
     engine.submit(job)
     about = {
         "id": job.id,

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from conflictscope.serve.metrics import Metrics
 from conflictscope.serve.requests import AnswerRequest, Limits
 from conflictscope.serve.streaming import Streamer
 from interp.errors import UserError
-from interp.inputs import most_positions
+from interp.inputs import most_positions, padded
 from interp.models import decode_plainly
-from interventions.base import Patch, attach_patches
+from interp.pairs import generate_pairs
+from interventions.base import Acting, attach_patches
 from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 
 _USUAL_TOKENS = 64
@@ -66,7 +67,7 @@ class Engine:
         self.interventions = interventions
         self.limits = limits or Limits()
         self.metrics = Metrics()
-        self.patches = lru_cache(maxsize=8)(self._patches)
+        self.acting = lru_cache(maxsize=8)(self._acting)
         self._journal = None if journal is None else Journal(journal)
         self._jobs: queue.Queue[Job | None] = queue.Queue(self.limits.waiting)
         self._thread = threading.Thread(target=self._work, name="conflictscope-generate", daemon=True)
@@ -82,29 +83,36 @@ class Engine:
         """How many tokens prompt and answer may have together."""
         return most_positions(self.model) or 2**62
 
-    def job(self, prompt: list[int], asked: AnswerRequest, max_tokens: int | None, send: Callable[..., None]) -> Job:
+    def job(
+        self,
+        prompt: list[int],
+        asked: AnswerRequest,
+        max_tokens: int | None,
+        send: Callable[..., None],
+        *,
+        bare: list[int] | None = None,
+    ) -> Job:
         """A job for a request, or what is wrong with it; without ``max_tokens`` an answer has 64 at most.
 
+        Args:
+            prompt: Token ids.
+            asked: What was asked.
+            max_tokens: Longest answer.
+            send: Takes new text, the end, or an error; called in the generating thread.
+            bare: Token ids of the prompt without its context, for a rule for the next token.
+
         Raises:
-            UserError: If it names another model or intervention, sets what that does not have, or is too long.
+            UserError: If it names another model or intervention, sets what that does not have, is too long, or gives
+                no prompt without a context where one is needed, or one where none is.
         """
         intervention = self._chosen(asked)
         max_tokens = min(_USUAL_TOKENS, self.limits.new_tokens) if max_tokens is None else max_tokens
-        if not prompt:
-            raise UserError("The prompt has no tokens; give some text.")
-        if len(prompt) > self.limits.prompt_tokens:
-            raise UserError(
-                f"The prompt has {len(prompt)} tokens, but this server takes {self.limits.prompt_tokens} at most."
-            )
         if max_tokens > self.limits.new_tokens:
             raise UserError(f"max_tokens is {max_tokens}, but this server gives {self.limits.new_tokens} at most.")
-        if len(prompt) + max_tokens > self.longest:
-            raise UserError(
-                f"The prompt's {len(prompt)} tokens and {max_tokens} new ones are more than the {self.longest} that "
-                "the model can take; ask for fewer."
-            )
-        self.patches(intervention, asked.trust, asked.strength)
-        return Job(prompt, asked, intervention, send, max_tokens)
+        for tokens in (prompt,) if bare is None else (prompt, bare):
+            self._check_length(tokens, max_tokens)
+        self._check_pair(intervention, self.acting(intervention, asked.trust, asked.strength), prompt, bare)
+        return Job(prompt, asked, intervention, send, max_tokens, bare)
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue.
@@ -126,6 +134,29 @@ class Engine:
         if self._journal is not None:
             self._journal.close()
 
+    def _check_length(self, prompt: list[int], max_tokens: int) -> None:
+        if not prompt:
+            raise UserError("The prompt has no tokens; give some text.")
+        if len(prompt) > self.limits.prompt_tokens:
+            raise UserError(
+                f"The prompt has {len(prompt)} tokens, but this server takes {self.limits.prompt_tokens} at most."
+            )
+        if len(prompt) + max_tokens > self.longest:
+            raise UserError(
+                f"The prompt's {len(prompt)} tokens and {max_tokens} new ones are more than the {self.longest} that "
+                "the model can take; ask for fewer."
+            )
+
+    def _check_pair(self, intervention: str, acting: Acting, prompt: list[int], bare: list[int] | None) -> None:
+        if acting.rule is None:
+            if bare is not None:
+                raise UserError(f"{intervention} asks the prompt alone; leave out without_context.")
+        elif bare is None or bare == prompt:
+            raise UserError(
+                f"{intervention} weighs the prompt against the same without its context; give that as without_context, "
+                f"or ask a prompt that has none with the intervention {UNEDITED}."
+            )
+
     def _chosen(self, asked: AnswerRequest) -> str:
         base, _, suffix = (asked.model or self.name).partition(":") if asked.model != self.name else (self.name, "", "")
         if base != self.name:
@@ -141,13 +172,13 @@ class Engine:
         """What a request may name as its model: with the default intervention, with each, and unedited."""
         return [self.name, *(f"{self.name}:{name}" for name in (UNEDITED, *self.interventions))]
 
-    def _patches(self, intervention: str, trust: float | None, strength: float) -> Sequence[Patch] | None:
+    def _acting(self, intervention: str, trust: float | None, strength: float) -> Acting:
         if intervention == UNEDITED:
             if trust is not None or strength != 1:
                 raise UserError("The unedited model has no trust and no strength; name an intervention.")
-            return None
+            return Acting([])
         chosen = self.interventions[intervention].at(trust=trust, strength=strength)
-        return [patch for part in chosen.build() for patch in part.patches(self.model)]
+        return Acting.together(part.acting(self.model) for part in chosen.build())
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -169,23 +200,20 @@ class Engine:
 
     def _answer(self, job: Job) -> Done:
         asked = job.asked
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.tensor([job.prompt], device=device)
+        acting = self.acting(job.intervention, asked.trust, asked.strength)
         streamer = Streamer(self.tokenizer, asked.stops, job)
-        sampling: dict[str, Any] = {"do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": job.max_tokens, "streamer": streamer, "do_sample": False}
+        options["stopping_criteria"] = StoppingCriteriaList([streamer.stopping])
         if asked.temperature >= _COLDEST:
-            sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
+            options |= {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
             torch.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1 if asked.seed is None else asked.seed)
-        patches = self.patches(job.intervention, asked.trust, asked.strength)
-        with attach_patches(self.model, patches or []), torch.inference_mode():
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=job.max_tokens,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([streamer.stopping]),
-                **sampling,
-            )
+        inputs = padded(self.model, [job.prompt] if job.bare is None else [job.prompt, job.bare])
+        prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with attach_patches(self.model, acting.patches), torch.inference_mode():
+            if acting.rule is None:
+                self.model.generate(**prompts, **options)
+            else:
+                generate_pairs(self.model, prompts, acting.rule, **options)
         own = self.model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         return streamer.done(job.max_tokens, ends)

@@ -34,6 +34,8 @@ class Job:
         asked: What was asked.
         intervention: The name of what is applied.
         send: Takes new text, the end, or an error; called in the generating thread.
+        max_tokens: Longest answer.
+        bare: Token ids of the prompt without its context, for a rule for the next token.
         cancelled: Set by whoever no longer wants the answer.
     """
 
@@ -42,6 +44,7 @@ class Job:
     intervention: str
     send: Callable[[str | Done | Exception], None]
     max_tokens: int
+    bare: list[int] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     cancelled: threading.Event = field(default_factory=threading.Event)
 

@@ -53,9 +53,10 @@ class AnswerRequest(BaseModel):
 
 
 class CompletionRequest(AnswerRequest):
-    """The body of ``/v1/completions``."""
+    """The body of ``/v1/completions``; a rule for the next token needs the prompt ``without_context`` too."""
 
     prompt: str
+    without_context: str | None = None
 
 
 class Message(BaseModel):
@@ -67,10 +68,14 @@ class Message(BaseModel):
     content: str
 
 
-class ChatRequest(AnswerRequest):
-    """The body of ``/v1/chat/completions``."""
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+
+class ChatRequest(AnswerRequest):
+    """The body of ``/v1/chat/completions``; a rule for the next token needs the messages ``without_context`` too."""
+
+    messages: Messages
+    without_context: Messages | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property

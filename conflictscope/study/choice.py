@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from conflictscope.study.condition import Condition
@@ -144,7 +145,7 @@ class Dev:
         for kind, some in self.guards.items():
             part = slice(start, start := start + len(some))
             # Without a context nothing is combined, and nothing can be lost.
-            if kind != "none" or not condition.decoding.needs_bare:
+            if kind != "none" or condition.decoding is None:
                 damage[kind] = moved[part].mean().item()
                 right[kind] = sum(is_right[part]) / len(some)
         if texts is not None:
@@ -184,9 +185,11 @@ class Dev:
                 next_logits(self.model, prompts) if read is None else read.next_logits(changed_by(condition.edits))
             )
             logits = gathered_logits(batches, len(prompts))
-            if condition.decoding.needs_bare:
+            if condition.combined is not None:
                 bare = [example.bare_prompt or example.prompt for example in examples]
-                logits = condition.decoding.combined(logits, gathered_logits(next_logits(self.model, bare), len(bare)))
+                chosen = condition.combined(logits, gathered_logits(next_logits(self.model, bare), len(bare)))
+                is_pair = torch.tensor([prompt != other for prompt, other in zip(prompts, bare, strict=True)])
+                logits = torch.where(is_pair.to(logits.device)[:, None], chosen, logits)
         count = len(self.examples)
         return logits[:count], logits[count:] if condition.changes_text else None
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet
@@ -17,71 +15,29 @@ from interp.errors import UserError
 from interp.files import read_json, write_json
 from interventions.base import Intervention
 from interventions.config import InterventionFile, effect_digest
+from interventions.decoding import DecodingRule
 from interventions.identity import ModelIdentity
 
+if TYPE_CHECKING:
+    from interp.pairs import Combined
 
-class _Recorded:
-    """A frozen dataclass that can be written down by the name of its class, and read again."""
-
-    _kinds: ClassVar[dict[str, type[Any]]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if _Recorded in cls.__bases__:
-            cls._kinds = {}
-        cls._kinds[cls.__name__] = cls
-
-    def to_record(self) -> dict[str, Any]:
-        """Its kind and its settings, for JSON."""
-        return {"kind": type(self).__name__, **asdict(self)}  # pyright: ignore[reportArgumentType]
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Any:
-        """What ``to_record`` gave.
-
-        Raises:
-            UserError: If there is no such kind.
-        """
-        settings = dict(record)
-        if (kind := settings.pop("kind", None)) not in cls._kinds:
-            raise UserError(f"There is no {cls.__name__} {kind!r}; known are {', '.join(cls._kinds)}.")
-        return cls._kinds[kind](**settings)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Prompting(_Recorded):
-    """Ask an example as it is; subclasses ask it in another way."""
+class Prompting:
+    """Ask examples as they are; subclasses ask them in another way."""
 
     def prompt(self, example: ConflictExample) -> str:
         """The text that the model continues."""
         return example.prompt
 
-
-@dataclass(frozen=True)
-class Decoding(_Recorded):
-    """Take the most probable next token; subclasses weigh it against what the model says without the context.
-
-    Both prompts of an example, with and without its context, are then read side by side, and go on with the same token.
-    """
-
-    needs_bare: ClassVar[bool] = False
-
-    def combined(self, with_context: Tensor, without: Tensor) -> Tensor:
-        """Scores of the next token from both prompts' logits, each ``(n, d_vocab)``; the highest is taken."""
-        del without
-        return with_context
-
-    def scaled(self, strength: float) -> Decoding:
-        """The same rule, ``strength`` times as far from taking the most probable token.
-
-        Raises:
-            UserError: If it has no strength.
-        """
-        del strength
-        raise UserError(f"{type(self).__name__} has no strength to be scaled; leave it as it is.")
+    def asked(self, examples: Sequence[ConflictExample]) -> list[ConflictExample]:
+        """The examples with the prompts that are really asked."""
+        return [replace(example, prompt=self.prompt(example)) for example in examples]
 
 
-AS_IS, GREEDY = Prompting(), Decoding()
+AS_IS = Prompting()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +50,8 @@ class Condition:
         settings: What tells it from the method's other candidates, as JSON.
         edits: Changes of the forward pass, in order.
         prompting: How examples are asked.
-        decoding: How the next token is chosen.
+        decoding: The rule for the next token, from the prompts with and without their contexts; ``None`` takes the most
+            probable one.
         control_of: The method that it is a random control of.
     """
 
@@ -103,7 +60,7 @@ class Condition:
     settings: Mapping[str, Any] = field(default_factory=dict)
     edits: tuple[Intervention, ...] = ()
     prompting: Prompting = AS_IS
-    decoding: Decoding = GREEDY
+    decoding: DecodingRule | None = None
     control_of: str | None = None
 
     @property
@@ -115,14 +72,24 @@ class Condition:
     @property
     def digest(self) -> str | None:
         """A hash of what it does, whatever it is called; ``None`` if that is nothing."""
-        around = [part.to_record() for part in (self.prompting, self.decoding) if part not in (AS_IS, GREEDY)]
+        around = [_record(part) for part in self._around]
         edited = effect_digest(self.edits)
         return _hash([edited, *around]) if around else edited
 
     @property
     def changes_text(self) -> bool:
         """Whether it says what happens to a text that is no example: prompting and decoding do not."""
-        return self.prompting == AS_IS and not self.decoding.needs_bare
+        return not self._around
+
+    @property
+    def combined(self) -> Combined | None:
+        """How the next token is chosen from both prompts' logits; ``None`` reads one prompt alone."""
+        return None if self.decoding is None else self.decoding.scores
+
+    @property
+    def parts(self) -> tuple[Intervention, ...]:
+        """What an intervention file says of it: the edits, and the rule for the next token."""
+        return self.edits if self.decoding is None else (*self.edits, self.decoding)
 
     @property
     def moved(self) -> int:
@@ -137,9 +104,8 @@ class Condition:
     @property
     def does(self) -> str:
         """What it does, in words."""
-        around = [part.to_record() for part in (self.prompting, self.decoding) if part not in (AS_IS, GREEDY)]
-        said = [line for edit in self.edits for line in edit.described()]
-        return "; ".join([*said, *(_said(record) for record in around)])
+        said = [line for part in self.parts for line in part.described()]
+        return "; ".join(said if self.prompting == AS_IS else [*said, _said(_record(self.prompting))])
 
     def scaled(self, strength: float) -> Condition:
         """The same edits and rule for the next token, ``strength`` times as far.
@@ -151,15 +117,14 @@ class Condition:
             raise UserError(f"{self.name} asks in other words, which have no strength; leave it as it is.")
         settings = {**self.settings, "strength of it": round(strength, 4)}
         edits = tuple(edit.scaled(strength) for edit in self.edits)
-        decoding = self.decoding if self.decoding == GREEDY else self.decoding.scaled(strength)
+        decoding = None if self.decoding is None else self.decoding.scaled(strength)
         return replace(self, settings=settings, edits=edits, decoding=decoding)
 
     def asked(self, examples: ConflictSet) -> ConflictSet:
         """The examples with the prompts that are really asked."""
         if self.prompting == AS_IS:
             return examples
-        prompts = (replace(example, prompt=self.prompting.prompt(example)) for example in examples)
-        return ConflictSet(examples.name, tuple(prompts))
+        return ConflictSet(examples.name, tuple(self.prompting.asked(examples.examples)))
 
     def save(self, folder: Path, model: ModelIdentity) -> None:
         """Write ``condition.json`` and, with edits, the intervention file ``edits.json`` to a folder."""
@@ -169,7 +134,10 @@ class Condition:
             )
         about = {name: getattr(self, name) for name in ("method", "towards", "control_of")}
         about |= {"settings": dict(self.settings), "edits": "edits.json" if self.edits else None}
-        around = {"prompting": self.prompting.to_record(), "decoding": self.decoding.to_record()}
+        around = {
+            "prompting": _record(self.prompting),
+            "decoding": None if self.decoding is None else _record(self.decoding),
+        }
         write_json(folder / "condition.json", {**about, **around})
 
     @classmethod
@@ -180,13 +148,37 @@ class Condition:
             UserError: If it cannot be read.
         """
         record = read_json(folder / "condition.json")
-        edits = record["edits"]
+        edits, decoding = record["edits"], record["decoding"]
         return cls(
             **{name: record[name] for name in ("method", "towards", "control_of", "settings")},
             edits=() if edits is None else tuple(InterventionFile.load(folder / edits).build()),
-            prompting=Prompting.from_record(record["prompting"]),
-            decoding=Decoding.from_record(record["decoding"]),
+            prompting=_read(Prompting, record["prompting"]),
+            decoding=None if decoding is None else _read(DecodingRule, decoding),
         )
+
+    @property
+    def _around(self) -> list[Prompting | DecodingRule]:
+        """What it does besides edits."""
+        around: list[Prompting | DecodingRule] = [] if self.prompting == AS_IS else [self.prompting]
+        return around if self.decoding is None else [*around, self.decoding]
+
+
+def _record(part: Prompting | DecodingRule) -> dict[str, Any]:
+    """The name of its class, and its settings, for JSON."""
+    return {"kind": type(part).__name__, **asdict(part)}  # pyright: ignore[reportArgumentType]
+
+
+def _read(base: type[_T], record: Mapping[str, Any]) -> _T:
+    """What ``_record`` gave, of a class that is ``base`` or was derived from it wherever."""
+    settings = dict(record)
+    kinds, found = {}, [base]
+    while found:
+        kind = found.pop()
+        kinds[kind.__name__] = kind
+        found += kind.__subclasses__()
+    if (name := settings.pop("kind", None)) not in kinds:
+        raise UserError(f"There is no {base.__name__} {name!r}; known are {', '.join(kinds)}.")
+    return kinds[name](**settings)
 
 
 def _hash(parts: Any) -> str:

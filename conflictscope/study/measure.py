@@ -101,13 +101,12 @@ def measure(lab: Bench, condition: Condition) -> Result:
     """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
     asked, digest, model = lab.asked, condition.digest, lab.model
     changed = changed_by(condition.edits)
-    rule = condition.decoding.combined if condition.decoding.needs_bare else None
 
     def answers() -> UsageReport:
         read = (lab.reading.prompts, changed) if condition.changes_text else None
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
-            return measure_usage(model, condition.asked(asked), combined=rule, read=read, progress=label)
+            return measure_usage(model, condition.asked(asked), combined=condition.combined, read=read, progress=label)
 
     def divergences() -> list[float]:
         unedited = lab.reading.unedited
@@ -123,7 +122,7 @@ def measure(lab: Bench, condition: Condition) -> Result:
     cost = None
     if digest is not None:
         cost = lab.records.json("cost", [digest, asked.digest], lambda: _cost(lab, condition), version=COST_VERSION)
-    return Result(report, kl, cost, closed_book=not condition.decoding.needs_bare)
+    return Result(report, kl, cost, closed_book=condition.decoding is None)
 
 
 def pooled(results: Sequence[Result]) -> Result:
@@ -169,7 +168,7 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns."""
     plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
     asked = condition.asked(plain)
-    rule = condition.decoding.combined if condition.decoding.needs_bare else None
+    rule = condition.combined
 
     def seconds(examples: ConflictSet, *, edited: bool) -> float:
         prompts = [example.prompt for example in examples]

@@ -18,7 +18,7 @@ import polars as pl
 
 from conflictscope import __version__
 from conflictscope.study.choice import Chosen, Tried, best_of
-from conflictscope.study.condition import Condition
+from conflictscope.study.condition import AS_IS, Condition
 from conflictscope.study.executor import Executor, serial
 from conflictscope.study.lab import Lab
 from conflictscope.study.measure import Result, measure, measures_of, pooled
@@ -29,6 +29,7 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport
 from interp.models import fingerprint
+from interventions.base import Intervention
 from interventions.config import InterventionFile
 
 _ChosenBy = dict[tuple[Method, Direction], Chosen]
@@ -164,10 +165,12 @@ class Study:
     ) -> str | None:
         """Write the row's intervention file, if files can hold it; gives its path from the record."""
         (condition, *others) = row.conditions
-        if others or not condition.edits or not condition.changes_text:
+        # Rules of other packages have no entry.
+        is_foreign = condition.decoding is not None and type(condition.decoding).entry is Intervention.entry
+        if others or not condition.parts or condition.prompting != AS_IS or is_foreign:
             return None
         file = InterventionFile.of(
-            condition.edits,
+            condition.parts,
             name=f"{lab.name}: {row.name}",
             towards=condition.towards,
             model=lab.identity,

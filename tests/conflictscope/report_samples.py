@@ -266,7 +266,7 @@ def write_compare(folder: Path) -> Path:
             ),
         ]
         conditions.append(control(conditions[-1], "random features", does="40 features as frequent"))
-    decoding = edited("context_aware_decoding", "context", len(conditions), does="ContextAware, alpha 0.5")
+    decoding = edited("context_aware_decoding", "context", len(conditions), does="next token by CAD, alpha 0.5")
     test = {**decoding.test, "closed_book_accuracy": None, "neutral_kl": None}
     conditions.append(Measured(decoding.name, decoding.method, test, "context", ("within_budget",), does=decoding.does))
     by_dose = [{"strength": s, "memory_rate": 0.3 - s / 10, "context_rate": 0.4 + s / 10} for s in (0.5, 1.0, 2.0)]

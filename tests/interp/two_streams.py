@@ -8,7 +8,8 @@ import torch
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
-from interp.generation import MAX_NEW_TOKENS, Combined
+from interp.generation import MAX_NEW_TOKENS
+from interp.pairs import Combined
 
 
 def two_passes_a_token(model: Any, prompt: str, bare: str, rule: Combined, longest: int = MAX_NEW_TOKENS) -> str:

@@ -20,12 +20,14 @@ from interp.errors import UserError
 from interp.generation import greedy_texts
 from interp.models import load_checkpoint
 from interventions.config import InterventionFile, named
+from interventions.decoding import CAD
 from interventions.dial import DialScale, TrustDial
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.runtime import apply
 from interventions.steering import Steering
+from interventions.two_streams import generate
 from tests.tiny import tiny_conflicts
 
 PROMPTS = [e.prompt for e in tiny_conflicts()]
@@ -37,6 +39,7 @@ KINDS: dict[str, list[Any]] = {
     "gate": [ConflictGate("block", 0, VECTOR, 0.0, 0.0, (HEADS,))],
     "dial": [TrustDial((DialScale(1, 1, -1.0, 3.0), DialScale(2, 2, 2.0, -2.0)))],
 }
+PAIR = (PROMPTS[0], tiny_conflicts().examples[0].bare_prompt)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -91,6 +94,62 @@ def streamed(response) -> list[dict[str, Any]]:
 
 
 # What is answered
+
+
+@pytest.fixture(scope="module")
+def weighing(tiny_directories, tmp_path_factory):
+    """A server of a rule for the next token, and the model that it has."""
+    model, tokenizer = load_checkpoint(str(tiny_directories["llama"]))
+    tokenizer.chat_template = TEMPLATE
+    place = tmp_path_factory.mktemp("rules") / "cad.json"
+    InterventionFile.of([HEADS, CAD(1.0)], name="cad", model=ModelIdentity.of(model, "tiny", tokenizer)).save(place)
+    with TestClient(build_app(engine_of(tiny_directories["llama"], [place]))) as client:
+        yield client, model.eval(), tokenizer, place
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
+def test_a_rule_weighs_a_request_s_prompt_against_the_same_without_its_context(weighing, chat, asked):
+    client, model, tokenizer, place = weighing
+    texts = PAIR
+    body: dict[str, Any] = {"prompt": texts[0], "without_context": texts[1], "max_tokens": 8, **asked}
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        body |= {"messages": turns[0], "without_context": turns[1]}
+        del body["prompt"]
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    prompts, bare = (tokenizer(text, return_tensors="pt") for text in texts)
+    ids = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = {"do_sample": False}
+    if asked:
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+        torch.manual_seed(5)
+    written = generate(model, place, **ids, without=bare, max_new_tokens=8, **options)
+    expected = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    (choice,) = client.post(path, json=body).json()["choices"]
+    assert (choice["message"]["content"] if chat else choice["text"]) == expected
+    parts = streamed(client.post(path, json={**body, "stream": True}))
+    said = [part["choices"][0]["delta"].get("content", "") if chat else part["choices"][0]["text"] for part in parts]
+    assert "".join(said) == expected
+
+
+def test_a_rule_needs_the_prompt_without_its_context_and_nothing_else_does(weighing, client):
+    rules = weighing[0]
+    for client_, asked, message in (
+        (rules, {"prompt": PAIR[0]}, "give that as without_context"),
+        (
+            rules,
+            {"prompt": PAIR[1], "without_context": PAIR[1]},
+            "or ask a prompt that has none",
+        ),
+        (rules, {"prompt": PAIR[0], "without_context": ""}, "no tokens"),
+        (rules, {"prompt": PAIR[0], "without_context": PAIR[1], "intervention": "none"}, "none asks the prompt alone"),
+        (client, {"prompt": PAIR[0], "without_context": PAIR[1]}, "heads asks the prompt alone"),
+    ):
+        response = client_.post("/v1/completions", json=asked)
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("intervention", ["none", "heads", "steering", "gate"])

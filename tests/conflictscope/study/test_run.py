@@ -16,7 +16,7 @@ from polars.testing import assert_frame_equal
 
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study import measure as measure_module
-from conflictscope.study.condition import Condition, Decoding, Prompting
+from conflictscope.study.condition import Condition, Prompting
 from conflictscope.study.data import fact_prompts
 from conflictscope.study.executor import in_processes, run_unit, write_unit
 from conflictscope.study.lab import Lab
@@ -31,17 +31,16 @@ from interp.evaluation import measure_usage
 from interp.models import fingerprint
 from interp.records import Records
 from interventions.base import applied
+from interventions.decoding import DecodingRule
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
 
 
 @dataclass(frozen=True)
-class Doubled(Decoding):
-    """Scores that are those of the context twice less those without: a rule of two streams."""
+class Doubled(DecodingRule):
+    """Scores that are those of the context twice less those without: a rule that files cannot hold."""
 
-    needs_bare = True
-
-    def combined(self, with_context: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    def scores(self, with_context: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
         return 2 * with_context - without
 
 
@@ -261,9 +260,7 @@ def test_what_does_not_apply_is_none_and_not_zero(lab: Lab) -> None:
 
 def test_prompts_without_a_context_are_answered_as_ever_by_a_rule_of_two_streams(lab: Lab) -> None:
     bare = lab.asked.select(kind="none")
-    assert measure_usage(lab.model, bare, combined=Doubled().combined).frame.equals(
-        measure_usage(lab.model, bare).frame
-    )
+    assert measure_usage(lab.model, bare, combined=Doubled().scores).frame.equals(measure_usage(lab.model, bare).frame)
 
 
 def test_a_study_without_a_method_that_can_run_says_why(lab: Lab, tmp_path: Path) -> None:
