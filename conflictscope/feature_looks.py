@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
+from torch import nn
 
 from conflictscope.saes import check_recording
 from figures.features import feature_view
@@ -19,12 +19,9 @@ from interp.sae import SparseAutoencoder
 from probes.feature_selection import FeatureStatistics
 from probes.feature_views import view_features
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 
 def look_at_features(
-    model: TransformerBridge,
+    model: nn.Module,
     sae: SparseAutoencoder,
     recording: ActivationStore,
     out: Path,
@@ -35,7 +32,7 @@ def look_at_features(
     """Views of features, as ``features.json`` and a figure of each; see ``probes.feature_views``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         sae: The autoencoder.
         recording: Last tokens of conflict prompts at the autoencoder's site, with answers.
         out: The folder.

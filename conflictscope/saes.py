@@ -12,10 +12,11 @@ import importlib.metadata
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
+from torch import nn
 
 from conflictscope import __version__
 from interp.activation_store import ActivationStore, texts_digest
@@ -37,9 +38,6 @@ from interp.sae import SparseAutoencoder, load_sae
 from probes.sae_quality import SAEQuality, evaluate_saes
 from probes.sae_training import SAETraining, save_trained, settings_record, train_sae
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 CARD = "card.json"
 
 _HELD_OUT_TEXTS = 128
@@ -47,7 +45,7 @@ _HELD_OUT_PROMPTS = 128
 
 
 def train_saes(
-    model: TransformerBridge,
+    model: nn.Module,
     name: str,
     layers: Sequence[int],
     out: Path,
@@ -63,7 +61,7 @@ def train_saes(
     """Train one autoencoder for each layer, and measure it; what an earlier call finished is kept.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         name: What the model was loaded by.
         layers: The blocks whose outputs are to be explained.
         out: Folder for ``layer_N/`` (the autoencoder in sae_lens's format, and its card), the sampled ``texts/`` and
@@ -135,7 +133,7 @@ def train_saes(
     return [load_sae(out / f"layer_{layer}") for layer in layers]
 
 
-def _recorded_data(recording: ActivationStore, model: TransformerBridge, sites: Sequence[str]) -> dict[str, Any]:
+def _recorded_data(recording: ActivationStore, model: nn.Module, sites: Sequence[str]) -> dict[str, Any]:
     """What the card says about a recording that is trained on; refuses one that does not serve."""
     if recording.basis["positions"] != "all":
         raise UserError(f"{recording.path} is no recording of all tokens; record with --position all.")
@@ -160,7 +158,7 @@ def _training_rows(recording: ActivationStore) -> torch.Tensor | None:
     return torch.tensor(recording.index.select(usable.fill_null(False)).to_series().to_list())
 
 
-def check_recording(recording: ActivationStore, model: TransformerBridge) -> None:
+def check_recording(recording: ActivationStore, model: nn.Module) -> None:
     """Refuse a recording that has not finished, or is of another model.
 
     Raises:
@@ -176,7 +174,7 @@ def check_recording(recording: ActivationStore, model: TransformerBridge) -> Non
 
 
 def training_texts(
-    model: TransformerBridge, out: Path, *, n_texts: int, n_prompts: int, texts: Sequence[str] | None, seed: int
+    model: nn.Module, out: Path, *, n_texts: int, n_prompts: int, texts: Sequence[str] | None, seed: int
 ) -> list[str]:
     """Sampled (or given) texts and conflict prompts of the train split, shuffled together."""
     prompts = [example.prompt for example in _prompts("train", LEARNED_PHRASINGS, seed)]
@@ -192,12 +190,12 @@ def training_texts(
 
 
 def measure_saes(
-    model: TransformerBridge, saes: Sequence[SparseAutoencoder], folder: Path, *, seed: int = 0
+    model: nn.Module, saes: Sequence[SparseAutoencoder], folder: Path, *, seed: int = 0
 ) -> dict[str, list[SAEQuality]]:
     """Measure autoencoders on text that nobody trained on: sampled, and conflict prompts about held-out subjects.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         saes: The autoencoders.
         folder: Where sampled texts are kept.
         seed: Decides the split and what is sampled.

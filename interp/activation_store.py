@@ -19,14 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activations import Collected, Position, PromptSource, collected_activations, observations, prompt_progress
 from interp.anatomy import Anatomy, Observation
@@ -36,9 +36,6 @@ from interp.evaluation import measure_usage
 from interp.files import atomic_directory, read_json, write_json, write_parquet
 from interp.generation import BATCH_SIZE
 from interp.models import DTYPES, fingerprint
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 SHARD_PROMPTS = 256
 SHARD_BYTES = 256 * 2**20
@@ -157,7 +154,7 @@ class ActivationStore(Mapping[str, Tensor]):
     def record(
         cls,
         path: str | Path,
-        model: TransformerBridge,
+        model: nn.Module,
         prompts: Sequence[str] | ConflictSet,
         sites: Sequence[str],
         positions: Position = "last",
@@ -176,7 +173,7 @@ class ActivationStore(Mapping[str, Tensor]):
 
         Args:
             path: The folder.
-            model: The bridge.
+            model: The model, or a bridge around it.
             prompts: Texts, or conflict examples.
             sites: Names of sites, for example from ``sites_of``.
             positions: See ``record``.
@@ -228,7 +225,7 @@ class ActivationStore(Mapping[str, Tensor]):
 
     def _continue(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         source: PromptSource,
         where: Mapping[str, Observation],
         dtype: torch.dtype,

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
-from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids, tokenizer_of
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8
@@ -109,7 +106,7 @@ class _TwoStreams(LogitsProcessor):
 
 
 def continue_greedily(
-    model: TransformerBridge,
+    model: nn.Module,
     prompts: Sequence[str],
     *,
     watch: Tensor | None = None,
@@ -122,7 +119,7 @@ def continue_greedily(
     """Continue each prompt greedily, with a KV cache, until its first sentence is complete.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         prompts: Full prompts.
         watch: Token ids ``(n_prompts, n_watched)`` whose first-step logits are wanted; ``None`` watches nothing.
         without: The same prompts without their contexts, for ``combined``; where one is the same nothing is combined.
@@ -136,6 +133,7 @@ def continue_greedily(
     """
     if (without is None) != (combined is None):
         raise UserError("A rule for the next token needs the prompts without their contexts, and these need a rule.")
+    tokenizer = tokenizer_of(model)
     answers = [""] * len(prompts)
     watched = torch.zeros(len(prompts), 0, dtype=torch.long) if watch is None else watch.cpu()
     first_tokens = torch.zeros(len(prompts), dtype=torch.long)
@@ -144,12 +142,12 @@ def continue_greedily(
         if without is None or combined is None:
             sequences, logits = _answered(model, batch.tokens, max_new_tokens)
         else:
-            second = token_ids(model.tokenizer, [without[i] for i in batch.numbers])
+            second = token_ids(tokenizer, [without[i] for i in batch.numbers])
             is_pair = torch.tensor([without[i] != prompts[i] for i in batch.numbers])
             rule = _TwoStreams(combined, is_pair)
             sequences, logits = _answered(model, [*batch.tokens, *second], max_new_tokens, rule)
             sequences, logits = sequences[: len(second)], [step[: len(second)] for step in logits]
-        texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
         first_tokens[batch.numbers] = sequences[:, 0].cpu()
         first_logits[batch.numbers] = logits[0].float().cpu().gather(1, watched[batch.numbers])
         for index, text in zip(batch.numbers, texts, strict=True):
@@ -158,7 +156,7 @@ def continue_greedily(
 
 
 def _answered(
-    model: TransformerBridge,
+    model: nn.Module,
     tokens: Sequence[Sequence[int]],
     max_new_tokens: int,
     rule: LogitsProcessor | None = None,
@@ -175,7 +173,7 @@ def _answered(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=padding_id(model),
-            stopping_criteria=StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+            stopping_criteria=StoppingCriteriaList([_AllAnswered(tokenizer_of(model), prompt_length)]),
             logits_processor=LogitsProcessorList([] if rule is None else [rule]),
             return_dict_in_generate=True,
             output_scores=True,
@@ -198,12 +196,12 @@ class AnswerStep(NamedTuple):
 
 
 def answer_steps(
-    model: TransformerBridge, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, alternatives: int = 3
+    model: nn.Module, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, alternatives: int = 3
 ) -> list[AnswerStep]:
     """How a greedy answer comes about, token by token, until its first sentence is complete.
 
     Args:
-        model: The bridge; interventions that are applied to it are seen.
+        model: The model, or a bridge around it; interventions that are applied to it are seen.
         prompt: The whole prompt.
         max_new_tokens: Longest answer, in tokens.
         alternatives: How many tokens that were not chosen to tell of at each step.
@@ -216,7 +214,7 @@ def answer_steps(
         others = probabilities.clone()
         others[token] = -1
         next_best = others.topk(alternatives)
-        decoded = [model.tokenizer.decode([i]) for i in (token, *next_best.indices.tolist())]
+        decoded = [tokenizer_of(model).decode([i]) for i in (token, *next_best.indices.tolist())]
         ranked = zip(decoded[1:], next_best.values.tolist(), strict=True)
         steps.append(AnswerStep(decoded[0], probabilities[token].item(), tuple(ranked)))
     return steps
@@ -229,7 +227,7 @@ class ReadPrompts:
     are read as the model is when this is made: without edits.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         prompts: Full prompts of two tokens or more.
         batch_size: Prompts per batch.
 
@@ -237,7 +235,7 @@ class ReadPrompts:
         UserError: If a prompt has one token only, or more than the model has positions.
     """
 
-    def __init__(self, model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> None:
         self._network: Any = transformers_model(model)
         self._count = len(prompts)
         self._batches: list[tuple[list[int], dict[str, Tensor], Any]] = []
@@ -268,7 +266,7 @@ class ReadPrompts:
 
 
 def next_logits(
-    model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
+    model: nn.Module, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Read prompts to their ends: for each batch the numbers of its prompts and their next logits ``(n, d_vocab)``.
 

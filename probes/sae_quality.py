@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from interp.generation import tracked
 from interp.inputs import padded, prompt_batches
 from interp.sae import SparseAutoencoder
 from interp.statistics import Estimate, bootstrap_mean, rate
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class SAEQuality:
 
 
 def evaluate_saes(
-    model: TransformerBridge,
+    model: nn.Module,
     saes: Sequence[SparseAutoencoder],
     texts: Sequence[str],
     *,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from interp.bridges import load_bridge
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
-from interp.models import load_model
 from tests.tiny import CONFIGS, save_tiny
 
 if TYPE_CHECKING:
@@ -36,19 +36,19 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_directories: dict[str, Path]) -> TransformerBridge:
     """A tiny Llama on the CPU."""
-    return load_model(str(tiny_directories["llama"]), device="cpu")
+    return load_bridge(str(tiny_directories["llama"]), device="cpu")
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))
 def tiny_bridge(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> TransformerBridge:
     """Each architecture in turn, on the CPU."""
-    return load_model(str(tiny_directories[request.param]), device="cpu")
+    return load_bridge(str(tiny_directories[request.param]), device="cpu")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> TransformerBridge:
     """The real default model, on the CPU in float32."""
-    return load_model(device="cpu")
+    return load_bridge(device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
@@ -30,9 +30,6 @@ from interventions.fitting.scale_data import ScaleData
 from interventions.identity import ModelIdentity
 from probes.detector import SOURCE_CLASSES
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 """The damage that is allowed on dev: mean nats of KL divergence by guard."""
 
@@ -49,7 +46,7 @@ class Lab:
     """A model and a study's prompts, with what methods make of them; finished steps are kept in ``records``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         name: What it was loaded by.
         prompts: The prompts.
         records: Where results are kept.
@@ -61,7 +58,7 @@ class Lab:
 
     def __init__(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         name: str,
         prompts: Prompts,
         records: Records,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
+from torch import nn
 
 from conflictscope.study.condition import Condition
 from interp.answers import USAGES
@@ -31,8 +32,6 @@ from interp.statistics import bootstrap_mean
 from interventions.base import EDITS_VERSION, applied
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from conflictscope.study.records import Records
 
 COST_VERSION = 1
@@ -62,7 +61,7 @@ class Result:
 class Bench(Protocol):
     """What conditions are measured on, for example a ``Lab``: a model, what is asked, and where results are kept."""
 
-    model: TransformerBridge
+    model: nn.Module
     records: Records
     seed: int
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from interp.attention import attention_from_last
+from interp.bridges import load_bridge
 from interp.errors import UserError
-from interp.models import cached_path
+from interp.models import cached_path, load_model
 from tests.tiny import CONFIGS
 
 PROMPT = "The capital of Italy is Lima. The capital of Italy is"
@@ -20,14 +21,13 @@ def plain_attention(folder: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     return torch.stack([weights[0, :, -1] for weights in attentions])
 
 
+@pytest.mark.parametrize("load", [load_model, load_bridge])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_weights_are_those_that_transformers_gives(name, request, tiny_directories):
-    from interp.models import load_model
-
-    bridge = load_model(str(tiny_directories[name]), device="cpu")
-    expected = plain_attention(tiny_directories[name], bridge.tokenizer, PROMPT)
+def test_weights_are_those_that_transformers_gives(name, load, tiny_directories):
+    model: Any = load(str(tiny_directories[name]), device="cpu")
+    expected = plain_attention(tiny_directories[name], model.tokenizer, PROMPT)
     heads = [(2, 3), (0, 1), (2, 0)]
-    found = attention_from_last(bridge, PROMPT, heads)
+    found = attention_from_last(model, PROMPT, heads)
     for row, (layer, head) in zip(found.weights, heads, strict=True):
         torch.testing.assert_close(row, expected[layer, head], rtol=1e-4, atol=1e-5)
 
@@ -44,6 +44,13 @@ def test_context_heads_of_the_real_model_look_at_the_contexts_answer(smollm2):
 def plain_rows(bridge: Any, prompt: str, heads: Any) -> torch.Tensor:
     expected = plain_attention(cached_path("smollm2-135m"), bridge.tokenizer, prompt)
     return torch.stack([expected[layer, head] for layer, head in heads])
+
+
+def test_a_model_that_keeps_no_attention_weights_is_one_sentence(tiny_directories):
+    model = load_model(str(tiny_directories["llama"]), device="cpu")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match=r'without keeping its weights; .* model.set_attn_implementation\("eager"\)'):
+        attention_from_last(model, PROMPT, [(0, 0)])
 
 
 def test_a_head_that_does_not_exist_is_refused(tiny_llama):

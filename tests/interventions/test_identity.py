@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interp.bridges import load_bridge
 from interp.errors import UserError
-from interp.models import load_checkpoint, load_model
+from interp.models import load_checkpoint
 from interventions.bake import fold
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity, tokenizer_hash
@@ -27,7 +28,7 @@ def identity(llama) -> ModelIdentity:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_bridge_and_plain_model_are_the_same_and_so_is_any_half_precision_copy(tiny_directories, architecture):
     folder = str(tiny_directories[architecture])
-    bridge = load_model(folder, device="cpu")
+    bridge = load_bridge(folder, device="cpu")
     model, tokenizer = load_checkpoint(folder)
     identity = ModelIdentity.of(bridge, "tiny")
     assert identity == ModelIdentity.of(model, "tiny", tokenizer)

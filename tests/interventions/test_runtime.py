@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interp.bridges import load_bridge
 from interp.errors import Caution, UserError
 from interp.generation import greedy_texts
-from interp.models import decode_plainly, load_model
+from interp.models import decode_plainly
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial
@@ -75,7 +76,7 @@ def logits(model, batch):
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_plain_model_gives_what_the_bridge_gives(tiny_directories, tmp_path, architecture, kind, batch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_directories[architecture])
-    bridge = load_model(str(tiny_directories[architecture]), device="cpu")
+    bridge = load_bridge(str(tiny_directories[architecture]), device="cpu")
     model = AutoModelForCausalLM.from_pretrained(tiny_directories[architecture]).eval()
     file_of(kind, bridge).save(tmp_path / "edit.json")
     plain = greedy(model, batch)
