@@ -21,7 +21,7 @@ def test_serving_needs_neither_transformer_lens_nor_sae_lens_nor_what_learns(mod
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if ".fitting" in name))
-def test_what_learns_imports_transformer_lens_only_to_name_types(module):
+def test_what_learns_needs_neither_transformer_lens_nor_sae_lens(module):
     without("transformer_lens", "sae_lens", module=module)
 
 
