@@ -156,7 +156,7 @@ def record(
         raise UserError(
             "--layers belongs to kinds of sites; the names of sites that you gave have their layer already."
         )
-    model = source.bridge()
+    model = source.load()
     sites = [EMBEDDING, *sites_of(model, kinds, layers_of(layers)), *sites] if kinds else sites
     observations(model, sites)
     if conflicts is None:
