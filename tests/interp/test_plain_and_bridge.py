@@ -13,12 +13,13 @@ from interp.attribution.attribution_patching import attribution_patching
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.path_patching import path_patching
 from interp.bridges import load_bridge
-from interp.evaluation import AnswerStarts, answer_starts, measure_usage, neutral_kl
+from interp.evaluation import answer_starts, measure_usage, neutral_kl
 from interp.facts import known_facts, usable_facts
-from interp.generation import answer_steps, continue_greedily, next_logits
+from interp.generation import answer_steps, continue_greedily, gathered_logits, next_logits
 from interp.known import ClosedBook, are_known
 from interp.lens import logit_lens
 from interp.models import load_model
+from interp.reading import ReadPrompts
 from interp.teacher_forcing import continued, greedily_continued, item_residuals
 from interventions.base import applied
 from interventions.heads import HeadScaling
@@ -64,7 +65,21 @@ def test_steps_of_an_answer(pair):
 def test_first_tokens_of_answers(pair):
     plain, bridged = (answer_starts(model, CONFLICTS).frame for model in pair)
     assert plain.equals(bridged)
-    assert all(AnswerStarts(model, CONFLICTS).report().frame.equals(plain) for model in pair)
+
+
+@pytest.mark.parametrize("changed", ["end", 1, "whole"])
+def test_prompts_that_were_read_once(pair, changed):
+    edits = [] if changed == "end" else [HeadScaling.of([(1, 2), (2, 0)], 3.0)]
+    read = [ReadPrompts(model, PROMPTS) for model in pair]
+    logits, answers = [], []
+    for model, prompts in zip(pair, read, strict=True):
+        with applied(model, *edits):
+            logits.append(gathered_logits(prompts.next_logits(changed), len(PROMPTS)))
+            answers.append(prompts.continue_greedily(changed).answers)
+            whole = gathered_logits(next_logits(model, PROMPTS), len(PROMPTS))
+        torch.testing.assert_close(logits[-1], whole, rtol=1e-4, atol=1e-4)
+    same(*logits)
+    assert answers[0] == answers[1]
 
 
 def test_facts_that_are_known(pair):
