@@ -24,9 +24,10 @@ from interp.anatomy import Anatomy
 from interp.attribution.attribution_patching import attribution_patching
 from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.path_patching import path_patching
+from interp.bridges import load_bridge
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.facts import build_conflicts, usable_facts
-from interp.models import DEFAULT_MODEL, load_model
+from interp.models import DEFAULT_MODEL
 
 
 def capital_prompts(count: int) -> ConflictSet:
@@ -104,7 +105,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
 ) -> None:
     """Time both sides and compare their scores."""
-    bridge = load_model(model, device=device)
+    bridge = load_bridge(model, device=device)
     anatomy = Anatomy(bridge)
     n_heads = anatomy.n_layers * anatomy.n_heads
     conflicts = capital_prompts(prompts)

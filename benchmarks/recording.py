@@ -33,6 +33,7 @@ from benchmarks.path_patching import capital_prompts
 from interp.activation_store import ActivationStore
 from interp.activations import observations, observe, sites_of
 from interp.anatomy import Anatomy
+from interp.bridges import load_bridge
 from interp.facts import PHRASINGS, closed_book_prompt, relations, usable_facts
 from interp.inputs import padded, prompt_batches
 from interp.models import DEFAULT_MODEL, REGISTERED, cached_path, load_model
@@ -107,7 +108,7 @@ def main(
         return
     # First: the system counts what this process holds when it starts another one as that one's, too.
     peaks = {"peak_mib_1k": peak_mib(model, few, device), "peak_mib_10k": peak_mib(model, many, device)}
-    bridge = load_model(model, device=device)
+    bridge = load_bridge(model, device=device)
     anatomy = Anatomy(bridge)
     where = observations(bridge, sites_of(bridge, ["residual"], range(anatomy.checked_layer(layer) + 1)))
     base = truncated_base(model, layer, anatomy.device)

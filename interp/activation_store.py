@@ -19,14 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activations import Collected, Position, PromptSource, collected_activations, observations
 from interp.anatomy import Anatomy, Observation
@@ -37,9 +37,6 @@ from interp.files import atomic_directory, read_json, write_json, write_parquet
 from interp.generation import BATCH_SIZE
 from interp.models import DTYPES, fingerprint
 from interp.progress import counted
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 SHARD_PROMPTS = 256
 SHARD_BYTES = 256 * 2**20
@@ -85,7 +82,7 @@ class ActivationStore(Mapping[str, Tensor]):
         """Whether all prompts have been recorded."""
         return self._recorded() == self.basis["data"]["prompts"]
 
-    def check(self, model: TransformerBridge) -> None:
+    def check(self, model: nn.Module) -> None:
         """Refuse to go on if the recording has not finished, or is of another model.
 
         Raises:
@@ -172,7 +169,7 @@ class ActivationStore(Mapping[str, Tensor]):
     def record(
         cls,
         path: str | Path,
-        model: TransformerBridge,
+        model: nn.Module,
         prompts: Sequence[str] | ConflictSet,
         sites: Sequence[str],
         positions: Position = "last",
@@ -191,7 +188,7 @@ class ActivationStore(Mapping[str, Tensor]):
 
         Args:
             path: The folder.
-            model: The bridge.
+            model: The model, or a bridge around it.
             prompts: Texts, or conflict examples.
             sites: Names of sites, for example from ``sites_of``.
             positions: See ``record``.
@@ -243,7 +240,7 @@ class ActivationStore(Mapping[str, Tensor]):
 
     def _continue(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         source: PromptSource,
         where: Mapping[str, Observation],
         dtype: torch.dtype,

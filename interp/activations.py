@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,17 @@ from interp.anatomy import Anatomy, Observation, transformers_model
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE
-from interp.inputs import check_lengths, continuation_ids, joined, most_positions, padded, token_ids, token_spans
+from interp.inputs import (
+    check_lengths,
+    continuation_ids,
+    joined,
+    most_positions,
+    padded,
+    token_ids,
+    token_spans,
+    tokenizer_of,
+)
 from interp.progress import counted
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 SiteKind = Literal["residual", "attention", "mlp", "z"]
 SITE_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
@@ -53,7 +59,7 @@ def sites_of(
     the heads' output before the output projection.
 
     Args:
-        model: The bridge, or a transformers model.
+        model: The model, or a bridge around it.
         kinds: Which kinds.
         layers: Which layers; ``None`` means all.
 
@@ -124,7 +130,7 @@ class Activations(Mapping[str, Tensor]):
 
 
 def record(
-    model: TransformerBridge,
+    model: nn.Module,
     prompts: Sequence[str] | ConflictSet,
     sites: Sequence[str],
     positions: Position | Sequence[Sequence[int]] = "last",
@@ -136,7 +142,7 @@ def record(
     """Record activations of all prompts in memory.
 
     Args:
-        model: The bridge, or a transformers model with a ``tokenizer`` attribute; interventions on it are seen.
+        model: The model, or a bridge around it; interventions that are applied to it are seen.
         prompts: Texts, or conflict examples.
         sites: Names of sites, for example from ``sites_of``.
         positions: ``last`` is the last token of the prompt; ``last_context`` the last one of the context;
@@ -202,7 +208,7 @@ class PromptSource:
         if self._positions == "last_context":
             return [self._up_to_question(i) for i in numbers]
         texts = [self._text(i) for i in numbers]
-        tokens = zip(numbers, texts, token_ids(self._model.tokenizer, texts), strict=True)
+        tokens = zip(numbers, texts, token_ids(tokenizer_of(self._model), texts), strict=True)
         return [_Wanted(text, ids, self._tokens_of(i, len(ids))) for i, text, ids in tokens]
 
     def check(self) -> None:
@@ -234,13 +240,13 @@ class PromptSource:
                 "leave out the kinds of context that have none."
             )
         prompt, answer = continuation_ids(self._model, example.prompt, answers[0])
-        text = joined(self._model.tokenizer, example.prompt, answers[0])
+        text = joined(tokenizer_of(self._model), example.prompt, answers[0])
         return _Wanted(text, prompt + answer, list(range(len(prompt), len(prompt) + len(answer))))
 
     def _up_to_question(self, i: int) -> _Wanted:
         example = self._example(i)
         end = _context_end(example)
-        ids, spans = token_spans(self._model.tokenizer, example.prompt)
+        ids, spans = token_spans(tokenizer_of(self._model), example.prompt)
         last = max(t for t, (start, stop) in enumerate(spans) if start < end and stop > start)
         return _Wanted(example.prompt, ids, [last])
 
@@ -306,7 +312,7 @@ def observe(
     """One forward pass, up to the last site: the values at ``(rows[i], columns[i])`` of the batch, on the device.
 
     Args:
-        model: The bridge, or a transformers model.
+        model: The model, or a bridge around it.
         inputs: What ``encode`` gives.
         rows: Row of the batch for each wanted token, ``(n,)``.
         columns: Column of the batch for each wanted token, ``(n,)``.

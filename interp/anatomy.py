@@ -222,6 +222,16 @@ def transformers_model(model: nn.Module) -> nn.Module:
     return getattr(model, "original_model", model)
 
 
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer by its name in the transformers model, which a bridge around it changes."""
+    module = _unwrapped(transformers_model(model))
+    own = {**module._parameters, **module._buffers}
+    found = {name: own[name] for name in own.keys() - module._non_persistent_buffers_set if own[name] is not None}
+    for name, child in module.named_children():
+        found |= {f"{name}.{below}": weight for below, weight in named_weights(child).items()}
+    return found
+
+
 def unknown_architecture(name: str) -> str:
     """The sentence that refuses the architecture ``name``."""
     return (

@@ -12,21 +12,19 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from interp.anatomy import transformers_model
 from interp.conflicts import Split, split_of
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.files import read_json, write_json
-from interp.inputs import check_lengths, padded, padding_id, token_ids
+from interp.inputs import check_lengths, padded, padding_id, token_ids, tokenizer_of
 from interp.models import fingerprint
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 NEW_TOKENS = 96
 TEMPERATURE = 0.8
@@ -37,7 +35,7 @@ _BATCH_SIZE = 128
 
 
 def sampled_texts(
-    model: TransformerBridge,
+    model: nn.Module,
     count: int,
     folder: Path,
     *,
@@ -53,7 +51,7 @@ def sampled_texts(
     arguments: a repeated call goes on where it stopped, and the first texts are the same whatever the ``count``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         count: How many texts.
         folder: Below it batches are kept.
         split: The texts that start from a subject's name start from subjects of this split.
@@ -84,9 +82,10 @@ def hash_seed(*parts: object) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
-def _starts(model: TransformerBridge, split: Split, seed: int) -> list[str]:
+def _starts(model: nn.Module, split: Split, seed: int) -> list[str]:
     """Alternately the model's first token and a subject's name, in a random order of subjects."""
-    first = model.tokenizer.bos_token or model.tokenizer.eos_token
+    tokenizer = tokenizer_of(model)
+    first = tokenizer.bos_token or tokenizer.eos_token
     if first is None:
         raise UserError("The model's tokenizer has neither a first nor a last token to start texts with; give texts.")
     subjects = sorted({fact.subject for relation in relations() for fact in usable_facts(relation)})
@@ -95,8 +94,9 @@ def _starts(model: TransformerBridge, split: Split, seed: int) -> list[str]:
     return [start for subject in subjects for start in (first, subject)]
 
 
-def _sampled(model: TransformerBridge, starts: Sequence[str], new_tokens: int, seed: int) -> list[str]:
-    tokens = token_ids(model.tokenizer, starts)
+def _sampled(model: nn.Module, starts: Sequence[str], new_tokens: int, seed: int) -> list[str]:
+    tokenizer = tokenizer_of(model)
+    tokens = token_ids(tokenizer, starts)
     check_lengths(model, tokens, new_tokens=new_tokens)
     inputs = padded(model, tokens)
     network: Any = transformers_model(model)
@@ -116,5 +116,5 @@ def _sampled(model: TransformerBridge, starts: Sequence[str], new_tokens: int, s
                 pad_token_id=padding_id(model),
             )
     length = inputs["input_ids"].shape[1]
-    new = model.tokenizer.batch_decode(sequences[:, length:])
+    new = tokenizer.batch_decode(sequences[:, length:])
     return [start + text for start, text in zip(starts, new, strict=True)]

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import transformers_model
 from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
@@ -51,9 +51,6 @@ _GUARDS: dict[str, ContextKind] = {
     "aligned_accuracy": "aligned",
     "irrelevant_accuracy": "irrelevant",
 }
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def _numbers(frame: pl.DataFrame, outcome: pl.Expr) -> np.ndarray:
     return frame.select(outcome.cast(pl.Float64)).to_series().to_numpy()
 
 
-def answer_token_ids(model: TransformerBridge, example: ConflictExample) -> tuple[int, int] | None:
+def answer_token_ids(model: nn.Module, example: ConflictExample) -> tuple[int, int] | None:
     """First-token ids of the (context, memory) answer, or ``None`` where one is missing or they are the same."""
     if not (example.context_answers and example.memory_answers):
         return None
@@ -205,7 +202,7 @@ def check_starts(first_tokens: Sequence[int], watched: Sequence[Sequence[int] | 
 
 
 def measure_usage(
-    model: TransformerBridge,
+    model: nn.Module,
     conflicts: ConflictSet,
     *,
     combined: Combined | None = None,
@@ -219,7 +216,7 @@ def measure_usage(
     Apply interventions around the call: ``with applied(model, pruning): measure_usage(model, conflicts)``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: What to ask.
         combined: Chooses the next token from the prompt and the bare prompt; ``None`` reads the prompt alone. What has
             no bare prompt is asked without it.
@@ -266,7 +263,7 @@ def measure_usage(
 
 
 def answer_starts(
-    model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+    model: nn.Module, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
 ) -> UsageReport:
     """Which source each answer starts to use, by its first token alone: one forward pass, for comparing candidates.
 
@@ -341,7 +338,7 @@ def neutral_texts() -> list[str]:
 
 
 def neutral_kl(
-    model: TransformerBridge,
+    model: nn.Module,
     edit: Callable[[], AbstractContextManager[Any]],
     *,
     texts: Sequence[str] | None = None,
@@ -354,7 +351,7 @@ def neutral_kl(
     Both distributions are computed batch by batch, so memory does not grow with the number of texts.
 
     Args:
-        model: The bridge, unedited.
+        model: The model, or a bridge around it, unedited.
         edit: Makes a context manager that edits the model while it is entered.
         texts: The texts; ``None`` takes ``neutral_texts()``.
         position: Every position of a text, or its last: for edits that act on a prompt's last token alone, which no

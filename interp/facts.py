@@ -37,7 +37,8 @@ from interp.errors import UserError
 from interp.files import assets_directory, read_json
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from torch import nn
+
 
 SOURCE = "conflictscope-facts"
 
@@ -204,12 +205,12 @@ def usable_facts(relation: str) -> tuple[Fact, ...]:
 
 
 def known_facts(
-    model: TransformerBridge, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
+    model: nn.Module, relation: str, *, among: Sequence[Fact] | None = None, progress: str | None = None
 ) -> tuple[Fact, ...]:
     """Find the facts of a relation that the model knows, by the rule of ``interp.known``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         relation: Name of the relation.
         among: The facts to ask; ``None`` asks all ``usable_facts``.
         progress: Label of a progress bar; ``None`` shows none.

@@ -6,21 +6,18 @@ Prompts of similar length share a batch, padded so that a prompt's answer does n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete
 from interp.errors import UserError
-from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids
+from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids, tokenizer_of
 from interp.pairs import Combined, generate_pairs
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 8
@@ -82,7 +79,7 @@ class _AllAnswered(StoppingCriteria):
 
 
 def continue_greedily(
-    model: TransformerBridge,
+    model: nn.Module,
     prompts: Sequence[str],
     *,
     watch: Tensor | None = None,
@@ -95,7 +92,7 @@ def continue_greedily(
     """Continue each prompt greedily, with a KV cache, until its first sentence is complete.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         prompts: Full prompts.
         watch: Token ids ``(n_prompts, n_watched)`` whose first-step logits are wanted; ``None`` watches nothing.
         without: The same prompts without their contexts, for ``combined``; where one is the same nothing is combined.
@@ -110,12 +107,14 @@ def continue_greedily(
     if (without is None) != (combined is None):
         raise UserError("A rule for the next token needs the prompts without their contexts, and these need a rule.")
 
+    tokenizer = tokenizer_of(model)
+
     def answered() -> Iterator[Answered]:
         for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
             if without is None or combined is None:
                 yield Answered(numbers, *generated(model, tokens, max_new_tokens))
                 continue
-            second = token_ids(model.tokenizer, [without[i] for i in numbers])
+            second = token_ids(tokenizer, [without[i] for i in numbers])
             rule = _where(combined, [without[i] != prompts[i] for i in numbers])
             yield Answered(numbers, *generated(model, [*tokens, *second], max_new_tokens, rule=rule))
 
@@ -138,6 +137,7 @@ class Answered(NamedTuple):
 
 def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor | None) -> Continuations:
     """Put answers of batches in the order of their prompts; ``watch`` is that of ``continue_greedily``."""
+    tokenizer = tokenizer_of(model)
     answers = [""] * count
     watched = torch.zeros(count, 0, dtype=torch.long) if watch is None else watch.cpu()
     first_tokens = torch.zeros(count, dtype=torch.long)
@@ -146,7 +146,7 @@ def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor 
         numbers = list(numbers)
         first_tokens[numbers] = sequences[:, 0].cpu()
         first_logits[numbers] = scores[0].float().cpu().gather(1, watched[numbers])
-        texts = model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
         for index, text in zip(numbers, texts, strict=True):
             answers[index] = first_sentence(text)
     return Continuations(answers, first_tokens, first_logits)
@@ -159,7 +159,7 @@ def _where(combined: Combined, is_pair: Sequence[bool]) -> Combined:
 
 
 def generated(
-    model: Any,
+    model: nn.Module,
     tokens: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -169,7 +169,7 @@ def generated(
     """Let the model go on until first sentences are complete.
 
     Args:
-        model: The bridge, or a transformers model with a ``tokenizer`` attribute.
+        model: The model, or a bridge around it.
         tokens: The ids of each prompt's tokens; with a rule those of the first prompts of all pairs, then the second.
         max_new_tokens: Longest answer, in tokens.
         rule: Chooses the next token of both prompts of each pair; ``None`` takes the most probable one.
@@ -188,7 +188,7 @@ def generated(
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": padding_id(model),
-        "stopping_criteria": StoppingCriteriaList([_AllAnswered(model.tokenizer, prompt_length)]),
+        "stopping_criteria": StoppingCriteriaList([_AllAnswered(tokenizer_of(model), prompt_length)]),
         "return_dict_in_generate": True,
         "output_scores": True,
     }
@@ -215,12 +215,12 @@ class AnswerStep(NamedTuple):
 
 
 def answer_steps(
-    model: TransformerBridge, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, alternatives: int = 3
+    model: nn.Module, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, alternatives: int = 3
 ) -> list[AnswerStep]:
     """How a greedy answer comes about, token by token, until its first sentence is complete.
 
     Args:
-        model: The bridge; interventions that are applied to it are seen.
+        model: The model, or a bridge around it; interventions that are applied to it are seen.
         prompt: The whole prompt.
         max_new_tokens: Longest answer, in tokens.
         alternatives: How many tokens that were not chosen to tell of at each step.
@@ -233,14 +233,14 @@ def answer_steps(
         others = probabilities.clone()
         others[token] = -1
         next_best = others.topk(alternatives)
-        decoded = [model.tokenizer.decode([i]) for i in (token, *next_best.indices.tolist())]
+        decoded = [tokenizer_of(model).decode([i]) for i in (token, *next_best.indices.tolist())]
         ranked = zip(decoded[1:], next_best.values.tolist(), strict=True)
         steps.append(AnswerStep(decoded[0], probabilities[token].item(), tuple(ranked)))
     return steps
 
 
 def next_logits(
-    model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
+    model: nn.Module, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Read prompts to their ends: for each batch the numbers of its prompts and their next logits ``(n, d_vocab)``.
 

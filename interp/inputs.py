@@ -14,17 +14,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import transformers_model
 from interp.errors import UserError
 from interp.scripts import is_unspaced
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 INPUTS_VERSION = 1
 """Version of how texts become tokens: raise it when the same texts and answers would get others."""
@@ -50,6 +47,24 @@ class Spans(NamedTuple):
 
     ids: list[int]
     spans: list[tuple[int, int]]
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that a model carries.
+
+    Args:
+        model: The model, or a bridge around it.
+
+    Raises:
+        UserError: If it carries none.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise UserError(
+            "The model carries no tokenizer; load it with interp.models.load_model, or set model.tokenizer to the one "
+            "that belongs to it."
+        )
+    return tokenizer
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -101,7 +116,7 @@ def prompt_batches(
     """Prompts in batches of similar length, longest first.
 
     Args:
-        model: The bridge, or a transformers model with a ``tokenizer`` attribute.
+        model: The model, or a bridge around it.
         prompts: Full prompts.
         batch_size: Prompts per batch.
         new_tokens: How many tokens are to follow each.
@@ -111,7 +126,7 @@ def prompt_batches(
     Raises:
         UserError: If a prompt has no tokens, or it and what follows is longer than the model's positions.
     """
-    tokens = token_ids(model.tokenizer, prompts)
+    tokens = token_ids(tokenizer_of(model), prompts)
     check_lengths(model, tokens, new_tokens=new_tokens)
     order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
     batches: list[Batch] = []
@@ -129,7 +144,7 @@ def check_lengths(
     """Refuse prompts without tokens, and those that do not fit into a model.
 
     Args:
-        model: The bridge, or a transformers model.
+        model: The model, or a bridge around it.
         tokens: The ids of each prompt's tokens.
         new_tokens: How many are to follow.
         numbers: What the prompts' numbers are, for the message; ``None`` counts from 0.
@@ -163,7 +178,7 @@ def padded(model: Any, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Left-padded model inputs on the model's device.
 
     Args:
-        model: The bridge, or a transformers model.
+        model: The model, or a bridge around it.
         tokens: The ids of each row's tokens.
 
     Returns:
@@ -189,26 +204,26 @@ def padding_id(model: Any) -> int:
     return next((i for i in candidates if i is not None and 0 <= i < n_embedded), 0)
 
 
-def encode(model: TransformerBridge, prompts: Sequence[str]) -> dict[str, Tensor]:
+def encode(model: nn.Module, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Left-padded model inputs of a few prompts on the model's device; see ``padded``.
 
     Raises:
         UserError: If a prompt has no tokens or is longer than the model's positions.
     """
-    tokens = token_ids(model.tokenizer, prompts)
+    tokens = token_ids(tokenizer_of(model), prompts)
     check_lengths(model, tokens)
     return padded(model, tokens)
 
 
 def continuation_ids(model: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """The ids of a prompt's tokens, and those of the tokens with which ``answer`` continues it."""
-    before, after = _continued(model.tokenizer, prompt, answer)
+    before, after = _continued(tokenizer_of(model), prompt, answer)
     return [*before], [*after]
 
 
 def first_token_id(model: Any, prompt: str, answer: str) -> int:
     """The id of the first token with which ``answer`` continues ``prompt``."""
-    return _continued(model.tokenizer, prompt, answer)[1][0]
+    return _continued(tokenizer_of(model), prompt, answer)[1][0]
 
 
 def joined(tokenizer: Any, prompt: str, answer: str) -> str:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch import nn
 
 from interp.answers import contains_answer
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet, ContextKind
@@ -34,9 +36,6 @@ from interp.facts import (
 from interp.generation import continue_greedily
 from interp.records import Records
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 KNOWN_VERSION = 1
 """Version of the rule: raise it when it would keep other facts."""
 
@@ -53,11 +52,11 @@ class ClosedBook(NamedTuple):
     answers: Sequence[str]
 
 
-def are_known(model: TransformerBridge, facts: Sequence[ClosedBook], *, progress: str | None = None) -> list[bool]:
+def are_known(model: nn.Module, facts: Sequence[ClosedBook], *, progress: str | None = None) -> list[bool]:
     """Say of each fact whether the model knows it, by the rule of this module.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         facts: The facts; a prompt that several of them share is asked once.
         progress: Label of a progress bar; ``None`` shows none.
     """
@@ -71,11 +70,11 @@ def are_known(model: TransformerBridge, facts: Sequence[ClosedBook], *, progress
     return [bool(fact.answers) and is_known(fact) for fact in facts]
 
 
-def known_part(model: TransformerBridge, conflicts: ConflictSet, *, progress: str | None = None) -> ConflictSet:
+def known_part(model: nn.Module, conflicts: ConflictSet, *, progress: str | None = None) -> ConflictSet:
     """The examples, of every kind, about facts that the model knows, by the rule of this module.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: The examples. Facts that none of them asks closed-book (``bare_prompt`` is empty, as in old files)
             are left out, and a ``Caution`` says how many examples that are.
         progress: Label of a progress bar; ``None`` shows none.
@@ -108,7 +107,7 @@ def known_part(model: TransformerBridge, conflicts: ConflictSet, *, progress: st
 
 
 def conflicts_about_known(
-    model: TransformerBridge,
+    model: nn.Module,
     facts: Mapping[str, Sequence[Fact]],
     records: Records,
     *,
@@ -118,7 +117,7 @@ def conflicts_about_known(
     """Build prompts, in every phrasing family, about those of some facts that the model knows.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         facts: Facts of the fact tables by relation.
         records: Where it is kept what the model knows, so that it is asked once.
         seed: Decides the splits and which answer conflicts with which.

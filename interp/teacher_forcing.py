@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
-from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids
+from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids, tokenizer_of
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 _TOKENS_AT_ONCE = 512
 FORCING_VERSION = 1
@@ -39,7 +36,7 @@ class Continued:
         return self.tokens[len(self.tokens) - self.predicted :]
 
 
-def continued(model: TransformerBridge, prompt: str, answer: str) -> Continued:
+def continued(model: nn.Module, prompt: str, answer: str) -> Continued:
     """``prompt`` and the tokens of ``answer`` after it.
 
     Raises:
@@ -50,9 +47,9 @@ def continued(model: TransformerBridge, prompt: str, answer: str) -> Continued:
     return Continued((*before, *after), len(after))
 
 
-def text_tokens(model: TransformerBridge, text: str, longest: int) -> Continued:
+def text_tokens(model: nn.Module, text: str, longest: int) -> Continued:
     """The first tokens of a text, of which all but the very first are looked at."""
-    (tokens,) = token_ids(model.tokenizer, [text])
+    (tokens,) = token_ids(tokenizer_of(model), [text])
     kept = tokens[: min(longest, most_positions(model) or longest)]
     return Continued(tuple(kept), len(kept) - 1)
 
@@ -68,11 +65,11 @@ def token_batches(items: Sequence[Continued]) -> list[list[int]]:
     return batches
 
 
-def predicting_residuals(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
+def predicting_residuals(model: nn.Module, items: Sequence[Continued]) -> Tensor:
     """The final residual stream where the looked-at tokens are predicted, one item after another.
 
     Args:
-        model: The bridge, with whatever is applied to it; gradients are kept if they are wanted.
+        model: The model, or a bridge around it, with whatever is applied to it; gradients are kept if they are wanted.
         items: Items for one batch.
 
     Returns:
@@ -91,9 +88,7 @@ def predicting_residuals(model: TransformerBridge, items: Sequence[Continued]) -
     return torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])
 
 
-def item_residuals(
-    model: TransformerBridge, items: Sequence[Continued], *, progress: str | None = None
-) -> list[Tensor]:
+def item_residuals(model: nn.Module, items: Sequence[Continued], *, progress: str | None = None) -> list[Tensor]:
     """``predicting_residuals`` of any number of items, for each ``(predicted, d_model)``, without gradients."""
     states: list[Tensor] = [torch.empty(0)] * len(items)
     for batch in tracked(token_batches(items), progress):
@@ -105,9 +100,7 @@ def item_residuals(
     return states
 
 
-def greedily_continued(
-    model: TransformerBridge, items: Sequence[Continued], *, progress: str | None = None
-) -> list[bool]:
+def greedily_continued(model: nn.Module, items: Sequence[Continued], *, progress: str | None = None) -> list[bool]:
     """Whether the model's greedy continuation of each prompt starts with the tokens that follow there."""
     found = [False] * len(items)
     for batch in tracked(token_batches(items), progress):

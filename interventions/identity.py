@@ -74,7 +74,7 @@ class ModelIdentity(Strict):
         Args:
             model: A transformers model or a ``TransformerBridge``.
             name: What it was loaded by.
-            tokenizer: Its tokenizer; of a bridge its own is taken.
+            tokenizer: Its tokenizer; ``None`` takes the one that it carries, if any.
         """
         anatomy = Anatomy(model)
         own = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from interp.files import read_json, write_json
 from interp.generation import BATCH_SIZE
 from interp.inputs import padded, prompt_batches
 from probes.linear import LinearProbe, ProbeSet, numbered
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 CONFLICT_CLASSES = ("aligned", "conflict")
 SOURCE_CLASSES = ("memory", "context")
@@ -124,13 +121,11 @@ class ConflictDetector:
             },
         )
 
-    def detect(
-        self, model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE
-    ) -> list[Detection]:
+    def detect(self, model: nn.Module, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> list[Detection]:
         """Judge prompts, each by one forward pass that ends at the deeper of the two probes.
 
         Args:
-            model: The model that the probes were fitted on: the bridge, or transformers' with a ``tokenizer``.
+            model: The model that the probes were fitted on, or a bridge around it.
             prompts: Full prompts, context and question.
             batch_size: Prompts per batch; the verdicts do not depend on it.
 
@@ -157,7 +152,7 @@ class ConflictDetector:
         each call of ``generate`` adds one for each prompt of two tokens or more. Batches must be padded on the left.
 
         Args:
-            model: The bridge, or the transformers model.
+            model: The model, or a bridge around it.
         """
         where = observations(model, self._sites)
         heard: dict[str, Tensor] = {}

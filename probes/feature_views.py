@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.answers import USAGES
 from interp.errors import UserError
+from interp.inputs import tokenizer_of
 from interp.sae import SparseAutoencoder
 from interp.statistics import bootstrap_mean
 from probes.feature_selection import FeatureStatistics
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = ("usage", "relation", "template", "text")
@@ -87,7 +84,7 @@ class FeatureView:
 
 @torch.inference_mode()
 def view_features(
-    model: TransformerBridge,
+    model: nn.Module,
     sae: SparseAutoencoder,
     features: Sequence[int],
     states: Tensor,
@@ -99,7 +96,7 @@ def view_features(
     """Look at some features of an autoencoder, one view for each.
 
     Args:
-        model: The bridge, whose tokens are promoted and suppressed.
+        model: The model, or a bridge around it, whose tokens are promoted and suppressed.
         sae: The autoencoder.
         features: Numbers of features.
         states: Residual streams at ``sae.site`` and the prompts' last token, ``(n, d_in)``.
@@ -130,15 +127,15 @@ def view_features(
             .head(n_prompts)
             .select("activation", *_SHOWN),
             by_source=_by_source(frame),
-            promoted=_tokens(model.tokenizer, effects, n_tokens, largest=True),
-            suppressed=_tokens(model.tokenizer, effects, n_tokens, largest=False),
+            promoted=_tokens(tokenizer_of(model), effects, n_tokens, largest=True),
+            suppressed=_tokens(tokenizer_of(model), effects, n_tokens, largest=False),
         )
         views.append(view)
     return views
 
 
 def look_at_features(
-    model: TransformerBridge,
+    model: nn.Module,
     sae: SparseAutoencoder,
     recording: ActivationStore,
     *,
@@ -148,7 +145,7 @@ def look_at_features(
     """Look at features with what was recorded of conflict prompts.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         sae: The autoencoder.
         recording: Last tokens of conflict prompts at the autoencoder's site, with answers.
         features: Which; ``None`` takes those that tell most about the source of answers.

@@ -17,12 +17,12 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.activation_store import ActivationStore
 from interp.activations import site_kind
@@ -36,9 +36,6 @@ from interp.progress import tracked
 from interp.records import Records
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank
 from probes.linear import Method, ProbeSet
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 Label = Literal["conflict", "source"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -57,7 +54,7 @@ _FLOORS: dict[Label, tuple[str, ...]] = {
 
 
 def conflicts_for_probes(
-    model: TransformerBridge, relations: Sequence[str], *, folder: Path, seed: int, kinds: Sequence[ContextKind]
+    model: nn.Module, relations: Sequence[str], *, folder: Path, seed: int, kinds: Sequence[ContextKind]
 ) -> ConflictSet:
     """Build prompts, in every phrasing family, about the facts of some relations that the model knows.
 

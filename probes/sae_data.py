@@ -12,10 +12,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
+from torch import nn
 
 from interp.activation_store import ActivationStore, texts_digest
 from interp.conflicts import ConflictExample, ConflictSet, Split, split_of
@@ -30,9 +31,6 @@ from interp.facts import (
     usable_facts,
 )
 from interp.sae import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 _HELD_OUT_TEXTS = 128
 _HELD_OUT_PROMPTS = 128
@@ -54,7 +52,7 @@ class TrainingText:
     n_prompts: int = 6000
     seed: int = 0
 
-    def mixture(self, model: TransformerBridge, folder: Path) -> list[str]:
+    def mixture(self, model: nn.Module, folder: Path) -> list[str]:
         """The texts and conflict prompts of the train split, shuffled together; sampled text is kept in ``folder``.
 
         Raises:
@@ -84,7 +82,7 @@ class TrainingText:
         }
 
 
-def about_recording(recording: ActivationStore, model: TransformerBridge, sites: Sequence[str]) -> dict[str, Any]:
+def about_recording(recording: ActivationStore, model: nn.Module, sites: Sequence[str]) -> dict[str, Any]:
     """What an autoencoder's card says of a recording that it is trained on.
 
     Raises:
@@ -113,7 +111,7 @@ def training_rows(recording: ActivationStore) -> torch.Tensor | None:
     return torch.tensor(recording.index.select(usable.fill_null(False)).to_series().to_list())
 
 
-def held_out_texts(model: TransformerBridge, folder: Path, seed: int) -> list[str]:
+def held_out_texts(model: nn.Module, folder: Path, seed: int) -> list[str]:
     """Sampled text that no autoencoder was trained on; it is kept in ``folder``."""
     label = "Sampling held-out text"
     return sampled_texts(model, _HELD_OUT_TEXTS, folder, split="dev", seed=seed, progress=label)

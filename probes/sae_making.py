@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
@@ -19,15 +20,12 @@ from probes.sae_data import TrainingText, about_recording, training_rows
 from probes.sae_quality import measure_saes
 from probes.sae_training import SAETraining, save_trained, settings_record, train_sae
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 CARD = "card.json"
 """The file beside an autoencoder that says how it was made and how good it is."""
 
 
 def train_saes(
-    model: TransformerBridge,
+    model: nn.Module,
     name: str,
     layers: Sequence[int],
     out: Path,
@@ -39,7 +37,7 @@ def train_saes(
     """Train one autoencoder for each layer, and measure it; what an earlier call finished is kept.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         name: What the model was loaded by.
         layers: The blocks whose outputs are to be explained.
         out: Folder for ``layer_N/`` (the autoencoder in sae_lens's format, and its card), the sampled ``texts/`` and
@@ -91,7 +89,7 @@ def train_saes(
     return [load_sae(out / f"layer_{layer}") for layer in layers]
 
 
-def _write(trained: Any, out: Path, layer: int, made_by: dict[str, Any], model: TransformerBridge) -> None:
+def _write(trained: Any, out: Path, layer: int, made_by: dict[str, Any], model: nn.Module) -> None:
     """Write a trained autoencoder with its card."""
     with atomic_directory(out / f"layer_{layer}") as folder:
         save_trained(trained, folder)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import torch
@@ -24,9 +24,6 @@ from interp.progress import tracked
 from interp.sae import SparseAutoencoder
 from interp.statistics import Estimate, bootstrap_mean, rate
 from probes.sae_data import held_out_prompts, held_out_texts
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class SAEQuality:
 
 
 def evaluate_saes(
-    model: TransformerBridge,
+    model: nn.Module,
     saes: Sequence[SparseAutoencoder],
     texts: Sequence[str],
     *,
@@ -117,12 +114,12 @@ def evaluate_saes(
 
 
 def measure_saes(
-    model: TransformerBridge, saes: Sequence[SparseAutoencoder], folder: Path, *, seed: int = 0
+    model: nn.Module, saes: Sequence[SparseAutoencoder], folder: Path, *, seed: int = 0
 ) -> dict[str, list[SAEQuality]]:
     """Measure autoencoders on text that nobody trained on: sampled, and conflict prompts about held-out subjects.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         saes: The autoencoders.
         folder: Where sampled texts are kept.
         seed: Decides the split and what is sampled.

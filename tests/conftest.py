@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interp.bridges import load_bridge
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
-from interp.models import fingerprint, load_model
+from interp.models import fingerprint
 from tests.tiny import CONFIGS, save_tiny
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def _shared(model: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_directories: dict[str, Path]) -> Callable[[str], TransformerBridge]:
-    """Loads the tiny model of an architecture on the CPU, once. Of a fixture with parameters pytest keeps the last."""
-    return cache(lambda architecture: _shared(load_model(str(tiny_directories[architecture]), device="cpu")))
+    """Loads an architecture's tiny model as a bridge on the CPU, once. Of fixtures with parameters pytest keeps one."""
+    return cache(lambda architecture: _shared(load_bridge(str(tiny_directories[architecture]), device="cpu")))
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,7 @@ def tiny_bridge(request: pytest.FixtureRequest, tiny_model: Callable[[str], Tran
 @pytest.fixture(scope="session")
 def smollm2() -> TransformerBridge:
     """The real default model, on the CPU in float32."""
-    return _shared(load_model(device="cpu"))
+    return _shared(load_bridge(device="cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -104,11 +104,11 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
     for place in ("cache/models/smollm2-135m", "path/to/model", "my-model"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).symlink_to(llama)
-    bridge = load_model(str(llama), device="cpu")
-    identity = ModelIdentity.of(bridge, "smollm2-135m")
+    model = load_model(str(llama), device="cpu")
+    identity = ModelIdentity.of(model, "smollm2-135m")
     edit = HeadScaling.of([(1, 1), (2, 0)], 0.0)
     points = tuple(DialPoint(t, 0.5 - 0.4 * t, 0.5 + 0.4 * t) for t in (-1.0, 0.0, 1.0))
-    vector = torch.ones(bridge.cfg.d_model)
+    vector = torch.ones(Anatomy(model).d_model)
     for place, part in {
         "towards_context.json": edit,
         "out/demo/interventions/towards_context.json": edit,
@@ -119,7 +119,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "out/steer/interventions/actadd-towards_context.json": Steering(1, vector),
     }.items():
         InterventionFile.of([part], name="edit", model=identity, towards="context").save(root / place)
-    _save_probes(bridge, root / "out/probes")
+    _save_probes(model, root / "out/probes")
     for place in ("conflicts.jsonl", "out/conflicts.jsonl"):
         tiny_conflicts().save(root / place)
     (root / "nq-swap.jsonl").write_text(json.dumps(_NQ_SWAP))
@@ -127,14 +127,14 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
     return root
 
 
-def _save_probes(bridge: Any, folder: Path) -> None:
+def _save_probes(model: Any, folder: Path) -> None:
     examples = list(tiny_conflicts())
-    site = Anatomy(bridge).site("block", 1)
+    site = Anatomy(model).site("block", 1)
     labels = ["aligned" if i % 2 else "conflict" for i in range(len(examples))]
-    features = record(bridge, [e.prompt for e in examples], [site], "last")
+    features = record(model, [e.prompt for e in examples], [site], "last")
     probes = ProbeSet.fit({site: features[site]}, labels, validation=[i % 4 > 1 for i in range(len(examples))])
     probes.save(folder / "conflict.safetensors")
-    settings = {"model": {"name": "smollm2-135m", "fingerprint": fingerprint(bridge)}}
+    settings = {"model": {"name": "smollm2-135m", "fingerprint": fingerprint(model)}}
     ConflictDetector(probes[site], 0.5, None, settings).save(folder / "detector")
     write_json(folder / "fit.json", {})
 
@@ -163,7 +163,7 @@ def _given(page: Path, model: Any, model_directory: Path) -> dict[str, Any]:
         network.generate = lambda *_: None
         return {"any_transformers_model": network, "its_tokenizer": tokenizer}
     torch.manual_seed(0)
-    width, features = model.cfg.d_model, 64
+    width, features = Anatomy(model).d_model, 64
     weights = {"W_enc": torch.randn(width, features), "b_enc": torch.zeros(features)}
     weights |= {"W_dec": torch.randn(features, width), "b_dec": torch.zeros(width)}
     return {

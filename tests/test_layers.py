@@ -41,6 +41,17 @@ def test_no_part_imports_what_stands_above_it(part):
     assert wrong == []
 
 
+@pytest.mark.parametrize(
+    ("package", "where"),
+    [("transformer_lens", {"interp/bridges.py"}), ("sae_lens", {"interp/sae.py", "probes/sae_training.py"})],
+)
+def test_a_library_that_takes_seconds_to_import_is_imported_where_it_is_needed(package, where):
+    packages = ("interp", "probes", "interventions", "figures", "conflictscope")
+    paths = [path for name in packages for path in (ROOT / name).rglob("*.py")]
+    found = {str(p.relative_to(ROOT)) for p in paths for module in imported(p) if module.split(".")[0] == package}
+    assert found == where
+
+
 def test_nothing_but_its_entry_points_imports_the_command_line():
     root = ROOT / "conflictscope"
     others = [path for path in root.rglob("*.py") if root / "cli" not in path.parents and path.name != "__main__.py"]

@@ -44,7 +44,7 @@ def ask(
     from interventions.config import InterventionFile
 
     edits = {} if config is None else {"edit": InterventionFile.load(config)}
-    explorer = Explorer(loaded.bridge(), name=loaded.model, files=edits)
+    explorer = Explorer(loaded.load(), name=loaded.model, files=edits)
     look = explorer.look(Asked(question, context, memory_answer, context_answer), Edit(next(iter(edits), UNEDITED)))
     output = Console()
     output.print(_table(look), markup=False)

@@ -52,10 +52,10 @@ def explore(
         )
     files = named(config or [])
     name = explored.model or next((file.model.name for file in files.values()), DEFAULT_MODEL)
-    bridge = replace(explored, model=name).bridge()
-    found, no_detector = find_detector(bridge, detector)
+    model = replace(explored, model=name).load()
+    found, no_detector = find_detector(model, detector)
     app = build_app(
-        Explorer(bridge, name=name, files=files, detector=found), no_detector=no_detector, local_only=not public
+        Explorer(model, name=name, files=files, detector=found), no_detector=no_detector, local_only=not public
     )
     # One line for every request would bury what matters.
     logging.getLogger("werkzeug").setLevel(logging.WARNING)

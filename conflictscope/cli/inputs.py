@@ -35,7 +35,7 @@ class Prompted(Model):
             ).answers
 
         with prompt_batches(self.file, self.batch_size) as batches:
-            model = self.bridge()
+            model = self.load()
             edit.model.check(model)
             if save is not None:
                 edit.save(save)

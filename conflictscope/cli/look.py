@@ -150,7 +150,7 @@ def record(
     relations, chosen = source.relations(), site or ["residual", "attention", "mlp"]
     _check_layers(chosen, layers)
     conflicts = None if source.data is None else ConflictSet.load(source.data)
-    model = source.bridge()
+    model = source.load()
     sites = _sites(model, chosen, layers_of(layers))
     if conflicts is None:
         folder = out.resolve().with_name(f"{out.resolve().name}-records")

@@ -66,8 +66,8 @@ class Model:
     device: Annotated[str, _model_option(help="auto, cpu, cuda, mps, ...")] = "auto"
     dtype: Annotated[str, _model_option(help="float32, float16 or bfloat16.")] = "float32"
 
-    def bridge(self) -> Any:
-        """Load the model as a bridge."""
+    def load(self) -> Any:
+        """Load the model with its tokenizer."""
         from interp.models import load_model
 
         return load_model(self.model, device=self.device, dtype=self.dtype)
@@ -121,9 +121,9 @@ class Facts(Model):
         """
         from interp.facts import build_conflicts, known_facts
 
-        names, bridge = self.relations(), self.bridge()
-        facts = {name: known_facts(bridge, name, progress=f"Closed-book: {name}") for name in names}
-        return bridge, build_conflicts(facts, seed=self.seed)
+        names, model = self.relations(), self.load()
+        facts = {name: known_facts(model, name, progress=f"Closed-book: {name}") for name in names}
+        return model, build_conflicts(facts, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Asked(Facts):
         if self.data is None:
             return super().conflicts()
         loaded = ConflictSet.load(self.data)
-        return self.bridge(), loaded
+        return self.load(), loaded
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -105,15 +105,15 @@ def probe_detect(
     check_finished(probes)
     detector = ConflictDetector.load(probes / "detector")
     with prompt_batches(file, batch_size) as batches:
-        bridge = loaded.bridge()
+        model = loaded.load()
         fitted = detector.settings.get("model", {})
-        if fingerprint(bridge) != fitted.get("fingerprint"):
+        if fingerprint(model) != fitted.get("fingerprint"):
             raise UserError(
                 f"The probes were fitted on {fitted.get('name', 'an unknown model')} with other weights or in another "
                 "dtype; give that model, or record and fit with this one."
             )
         for batch in batches:
-            detections = detector.detect(bridge, [prompt.text for prompt in batch], batch_size=batch_size)
+            detections = detector.detect(model, [prompt.text for prompt in batch], batch_size=batch_size)
             write_lines(
                 {"id": prompt.id, **asdict(detection)} for prompt, detection in zip(batch, detections, strict=True)
             )

@@ -91,7 +91,7 @@ def sae_train(
     else:
         source = ActivationStore(recording)
     saes = train_saes(
-        loaded.bridge(),
+        loaded.load(),
         loaded.model,
         layers_of(layers) or [],
         out,
@@ -118,10 +118,10 @@ def sae_evaluate(
 
     saes = load_saes(sae)
     check_unseen(saes, test_subjects(seed))
-    bridge = loaded.bridge()
+    model = loaded.load()
     for one in saes:
-        one.check(bridge, loaded.model)
-    qualities = measure_saes(bridge, saes, out, seed=seed)
+        one.check(model, loaded.model)
+    qualities = measure_saes(model, saes, out, seed=seed)
     records = {part: [quality.to_record() for quality in found] for part, found in qualities.items()}
     write_json(out / "quality.json", {"saes": [one.name for one in saes], "layers": [s.layer for s in saes], **records})
     print_frame(quality_table([one.layer for one in saes], records))
@@ -157,9 +157,9 @@ def sae_features(
         raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(saes)}.")
     if len(found) > 1:
         raise UserError(f"{sae} has several SAEs; give --layer, one of {listed_layers(saes)}.")
-    bridge = loaded.bridge()
-    found[0].check(bridge, loaded.model)
-    views = look_at_features(bridge, found[0], ActivationStore(recording), features=feature, count=count)
+    model = loaded.load()
+    found[0].check(model, loaded.model)
+    views = look_at_features(model, found[0], ActivationStore(recording), features=feature, count=count)
     write_json(out / "features.json", {"sae": found[0].name, "features": [view.to_record() for view in views]})
     for view in views:
         save_figure(feature_view(view), out / f"layer_{view.layer}-feature_{view.feature}.html")

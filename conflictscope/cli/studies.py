@@ -71,19 +71,19 @@ class StudyOptions(Asked):
         from interp.models import fingerprint
         from interp.records import Records
 
-        bridge = self.bridge()
-        records = Records(out / "records", model=fingerprint(bridge))
+        model = self.load()
+        records = Records(out / "records", model=fingerprint(model))
         if self.data is None:
-            prompts = fact_prompts(bridge, names, records, subjects=self._most, seed=self.seed)
+            prompts = fact_prompts(model, names, records, subjects=self._most, seed=self.seed)
         else:
-            prompts = self.file_prompts(bridge, records, self.data, self.format)
+            prompts = self.file_prompts(model, records, self.data, self.format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
         allowed = {"none": self.budget, "neutral": self.budget}
         allowed |= {"aligned": self.context_budget, "irrelevant": self.context_budget}
-        return Lab(bridge, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=allowed, saes=saes)
+        return Lab(model, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=allowed, saes=saes)
 
-    def file_prompts(self, bridge: Any, records: Records, file: Path, format: str | None) -> Prompts:
+    def file_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
         """Get prompts from a file.
 
         Raises:
@@ -92,7 +92,7 @@ class StudyOptions(Asked):
         from conflictscope.study.data import file_prompts
 
         return file_prompts(
-            bridge, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+            model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
         )
 
     @property

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.answers import Usage, contains_answer, normalise, overlap, usage_of
@@ -28,16 +30,13 @@ from interp.errors import UserError
 from interp.evaluation import answer_token_ids
 from interp.facts import load_facts, relation_named
 from interp.generation import AnswerStep, answer_steps, continue_greedily
-from interp.inputs import most_positions, token_ids
+from interp.inputs import most_positions, token_ids, tokenizer_of
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
 from interventions.base import Intervention, applied
 from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 from interventions.heads import HeadScaling
 from probes.detector import ConflictDetector, Detection
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 DETECTOR = Path("out/probes/detector")
 """Where ``conflictscope probe fit`` leaves a detector."""
@@ -162,7 +161,7 @@ class Explorer:
     """A model with what is loaded for it. It may be asked from several threads: one is answered at a time.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         name: What the model is called.
         files: Intervention files by name.
         detector: A conflict detector that was fitted on this model.
@@ -173,7 +172,7 @@ class Explorer:
 
     def __init__(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         *,
         name: str,
         files: Mapping[str, InterventionFile] | None = None,
@@ -183,7 +182,7 @@ class Explorer:
         self.name = name
         self.files = dict(files or {})
         self.detector = detector
-        check_choice(self.files, model, model.tokenizer)
+        check_choice(self.files, model, tokenizer_of(model))
         self.heads = Anatomy(model).heads
         positions = most_positions(model) or _MOST_TOKENS
         self.most_tokens = min(_MOST_TOKENS, positions - MAX_NEW_TOKENS)
@@ -306,7 +305,7 @@ class Explorer:
         return ""
 
     def _check_length(self, prompt: str) -> None:
-        count = len(token_ids(self.model.tokenizer, [prompt])[0])
+        count = len(token_ids(tokenizer_of(self.model), [prompt])[0])
         if count > self.most_tokens:
             raise UserError(f"The prompt has {count} tokens, more than the {self.most_tokens} shown here; shorten it.")
 
@@ -345,7 +344,7 @@ def examples() -> dict[str, Asked]:
     return found
 
 
-def find_detector(model: TransformerBridge, folder: Path | None) -> tuple[ConflictDetector | None, str]:
+def find_detector(model: nn.Module, folder: Path | None) -> tuple[ConflictDetector | None, str]:
     """The detector in a folder, or with ``None`` the one in ``DETECTOR`` if it is there and fits.
 
     Returns:

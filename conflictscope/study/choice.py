@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conflictscope.study.condition import Condition
 from interp.answers import Direction
@@ -35,8 +35,6 @@ from interp.statistics import bootstrap_means
 from interventions.base import EDITS_VERSION, applied, changed_by
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from conflictscope.study.lab import Lab
 
 DEV_VERSION = 2
@@ -107,7 +105,7 @@ class Dev:
     """Dev's prompts and texts, and what the unedited model says at their ends.
 
     Args:
-        model: The bridge, unedited.
+        model: The model, or a bridge around it, unedited.
         examples: Dev's prompts.
         texts: Ordinary text.
         seed: Decides which prompts are used.
@@ -115,7 +113,7 @@ class Dev:
     """
 
     def __init__(
-        self, model: TransformerBridge, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False
+        self, model: nn.Module, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False
     ) -> None:
         self.model = model
         self.texts = list(texts)

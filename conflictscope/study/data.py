@@ -11,7 +11,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, split_of
 from interp.errors import UserError
@@ -20,9 +22,6 @@ from interp.facts import HELD_OUT_PHRASING, SOURCE, STUDY_PHRASINGS, Fact, relat
 from interp.formats import load_dataset
 from interp.known import KNOWN_VERSION, conflicts_about_known, known_part
 from interp.records import Records
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 
@@ -112,13 +111,11 @@ class Prompts:
         )
 
 
-def fact_prompts(
-    model: TransformerBridge, relations: Sequence[str], records: Records, *, subjects: int, seed: int
-) -> Prompts:
+def fact_prompts(model: nn.Module, relations: Sequence[str], records: Records, *, subjects: int, seed: int) -> Prompts:
     """Prompts of every kind and phrasing about the facts of some relations that the model knows.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         relations: Relations of the fact tables.
         records: Where what is known is kept.
         subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
@@ -141,7 +138,7 @@ def fact_prompts(
 
 
 def file_prompts(
-    model: TransformerBridge,
+    model: nn.Module,
     file: Path,
     records: Records,
     *,
@@ -153,7 +150,7 @@ def file_prompts(
     """Prompts from a file.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         file: JSON lines of conflict data, or a public data set.
         records: Where what is known is kept.
         subjects: As for ``fact_prompts``.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import Reading, Result, measure
 from interp.conflicts import ConflictSet
@@ -23,8 +25,6 @@ from interp.models import fingerprint, load_model
 from interp.records import Records
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from conflictscope.study.lab import Lab
 
 Executor = Callable[["Lab", Sequence[Condition]], None]
@@ -35,7 +35,7 @@ Executor = Callable[["Lab", Sequence[Condition]], None]
 class UnitBench:
     """What a unit is measured on; see ``conflictscope.study.measure.Bench``."""
 
-    model: TransformerBridge
+    model: nn.Module
     asked: ConflictSet
     records: Records
     seed: int

@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
@@ -32,9 +32,6 @@ from interventions.fitting.scale_data import ScaleData
 from interventions.identity import ModelIdentity
 from probes.detector import SOURCE_CLASSES
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 """The damage that is allowed on dev: mean nats of KL divergence by guard."""
 
@@ -52,7 +49,7 @@ class Lab:
     """A model and a study's prompts, with what methods make of them; finished steps are kept in ``records``.
 
     Attributes:
-        model: The bridge.
+        model: The model, or a bridge around it.
         name: What it was loaded by.
         prompts: The prompts.
         records: Where results are kept.
@@ -62,7 +59,7 @@ class Lab:
         saes: Loads autoencoders of the model, for methods that edit features.
     """
 
-    model: TransformerBridge
+    model: nn.Module
     name: str
     prompts: Prompts
     records: Records

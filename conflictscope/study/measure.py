@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from conflictscope.study.condition import Condition
 from interp.answers import USAGES
@@ -27,8 +27,6 @@ from interp.statistics import bootstrap_mean
 from interventions.base import EDITS_VERSION, applied, changed_by
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from interp.records import Records
 
 COST_VERSION = 2
@@ -58,7 +56,7 @@ class Result:
 class Bench(Protocol):
     """What conditions are measured on, for example a ``Lab``: a model, what is asked, and where results are kept."""
 
-    model: TransformerBridge
+    model: nn.Module
     records: Records
     seed: int
     reading: Reading
@@ -73,11 +71,11 @@ class Reading:
     """Prompts and ordinary text that an unedited model read once, for all conditions.
 
     Args:
-        model: The bridge, unedited.
+        model: The model, or a bridge around it, unedited.
         asked: Test's prompts.
     """
 
-    def __init__(self, model: TransformerBridge, asked: ConflictSet) -> None:
+    def __init__(self, model: nn.Module, asked: ConflictSet) -> None:
         self.model = model
         self.asked = asked
 

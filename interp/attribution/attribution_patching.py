@@ -8,10 +8,10 @@ estimates activation patching; path patching holds later heads frozen.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.attribution.examples import check_attributed, corrupted_partners, scorable
@@ -21,12 +21,9 @@ from interp.conflicts import ConflictSet
 from interp.inputs import padded, prompt_batches
 from interp.progress import tracked
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 
 def attribution_patching(
-    model: TransformerBridge,
+    model: nn.Module,
     conflicts: ConflictSet,
     *,
     name: str,
@@ -37,7 +34,7 @@ def attribution_patching(
     """Estimate every head's patching effect on the logit difference.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
         name: Name of the model, for the record.
         batch_size: Prompts per backward pass.

@@ -8,10 +8,9 @@ difference. Where logits are soft-capped (Gemma 2) it is the difference before t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.attribution.examples import check_attributed, scorable
@@ -19,9 +18,6 @@ from interp.attribution.path_patching import check_clean_stream
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictSet
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -49,12 +45,12 @@ class DirectLogits:
 
 
 def direct_logit_attribution(
-    model: TransformerBridge, conflicts: ConflictSet, *, name: str, progress: str | None = None
+    model: nn.Module, conflicts: ConflictSet, *, name: str, progress: str | None = None
 ) -> DirectLogits:
     """Take the logit difference of every example apart.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
         name: Name of the model, for the record.
         progress: Label of a progress bar; ``None`` shows none.

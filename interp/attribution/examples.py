@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.answers import contains_answer
@@ -15,13 +14,10 @@ from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.evaluation import answer_token_ids, check_starts
 
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
 _ROWS_AT_ONCE = 64
 
 
-def scorable(model: TransformerBridge, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
+def scorable(model: nn.Module, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
     """The examples whose two answers start with different tokens, and these tokens ``(n, 2)``: (context, memory).
 
     Raises:

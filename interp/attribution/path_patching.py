@@ -19,10 +19,10 @@ architecture that the anatomy describes wrongly is an error, not a wrong number.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.attribution.examples import check_attributed, corrupted_partners, scorable
@@ -31,9 +31,6 @@ from interp.attribution.states import LastTokenStates, last_token_states
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 Baseline = Literal["corrupted", "zero", "mean"]
 Mlps = Literal["recompute", "frozen"]
@@ -50,7 +47,7 @@ PATH_PATCHING_VERSION = 1
 
 
 def path_patching(
-    model: TransformerBridge,
+    model: nn.Module,
     conflicts: ConflictSet,
     *,
     name: str,
@@ -64,7 +61,7 @@ def path_patching(
     """Score every head by exact path patching on every example.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         conflicts: Conflict prompts. Those whose two answers start with the same token are left out.
         name: Name of the model, for the record.
         baseline: What a head's z is replaced by: ``corrupted``, its value on the same template with another subject

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.inputs import padded, prompt_batches
 from interp.progress import tracked
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 STATES_VERSION = 1
 """Version of ``last_token_states``: raise it when the same prompts would give others."""
@@ -40,12 +37,12 @@ class LastTokenStates:
 
 
 def last_token_states(
-    model: TransformerBridge, prompts: Sequence[str], *, batch_size: int = 32, progress: str | None = None
+    model: nn.Module, prompts: Sequence[str], *, batch_size: int = 32, progress: str | None = None
 ) -> LastTokenStates:
     """Run every prompt once and keep only what its last position holds.
 
     Args:
-        model: The bridge; interventions that are applied to it are seen.
+        model: The model, or a bridge around it; interventions that are applied to it are seen.
         prompts: Full prompts.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.

@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import (
@@ -43,8 +43,6 @@ from interventions.fitting.scale_data import (
 )
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from interventions.fitting.scale_training import ScaleTraining
 
 # What each step leaves of the weight of earlier prompts; how far curvature is drawn towards its diagonal, and towards
@@ -193,7 +191,7 @@ class GaussNewton:
     """The scales of one direction, and how far their learning is.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         settings: What decides the training.
 
     Attributes:
@@ -201,7 +199,7 @@ class GaussNewton:
         step: How many steps were made.
     """
 
-    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
+    def __init__(self, model: nn.Module, settings: ScaleTraining) -> None:
         self.settings = settings
         self.places = scale_places(model, feed_forward=settings.feed_forward)
         self.step = 0
@@ -215,9 +213,7 @@ class GaussNewton:
         """The scales as they are, ``(n_scales,)``; exactly 1 where closed."""
         return self._scales.clone()
 
-    def descend(
-        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
-    ) -> None:
+    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
         """Make one step.
 
         Raises:
@@ -245,9 +241,7 @@ class GaussNewton:
         self._scales = found.scales
         self.step += 1
 
-    def _look(
-        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
-    ) -> None:
+    def _look(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
         """Add this step's prompts to the running averages."""
         settings = self.settings
         generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
@@ -312,7 +306,7 @@ def pooled(models: Sequence[Model]) -> list[Model]:
 
 
 def gradients_by_row(
-    model: TransformerBridge,
+    model: nn.Module,
     places: Sequence[HeadOrLayer],
     scales: Tensor,
     items: Sequence[Continued],
@@ -321,7 +315,7 @@ def gradients_by_row(
     """Losses of every item, and their gradients by the scales.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         places: What has a scale.
         scales: ``(n_scales,)``.
         items: What is run.
@@ -347,7 +341,7 @@ def gradients_by_row(
 
 
 def _guard_losses(
-    model: TransformerBridge,
+    model: nn.Module,
     guarded: Sequence[Guarded],
     kind: Guard,
     generator: torch.Generator,

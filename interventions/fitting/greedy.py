@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.progress import tracked
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import answer_losses, log_probabilities, scaled
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 GREEDY_VERSION = 1
 """Version of the search: raise it when the same answers would have other heads removed."""
@@ -49,7 +47,7 @@ class GreedyStep:
 
 
 def greedy_heads(
-    model: TransformerBridge,
+    model: nn.Module,
     wanted: Sequence[Continued],
     *,
     count: int,
@@ -62,7 +60,7 @@ def greedy_heads(
     shortlisted head upwards: below it nothing changes.
 
     Args:
-        model: The bridge; it is as before afterwards.
+        model: The model, or a bridge around it; it is as before afterwards.
         wanted: Conflict prompts with the answers that should follow.
         count: Most heads to remove.
         shortlist: Heads that are scored exactly at each step, those with the largest first-order effect. As many as the
@@ -102,7 +100,7 @@ def greedy_heads(
 
 
 def _first_order(
-    model: TransformerBridge,
+    model: nn.Module,
     wanted: Sequence[Continued],
     places: Sequence[tuple[int, int]],
     gone: Sequence[tuple[int, int]],
@@ -120,7 +118,7 @@ def _first_order(
 
 
 def _exact(
-    model: TransformerBridge,
+    model: nn.Module,
     wanted: Sequence[Continued],
     gone: Sequence[tuple[int, int]],
     candidates: Sequence[tuple[int, int]],

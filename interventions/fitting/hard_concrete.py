@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import (
@@ -39,8 +39,6 @@ from interventions.fitting.scale_data import (
 )
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
     from interventions.fitting.scale_training import ScaleTraining
 
 # Of the hard concrete distribution: its temperature, and how far it is stretched beyond 0 and 1.
@@ -56,7 +54,7 @@ class MaskedScales:
     """The numbers that are learned for one direction.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         settings: What decides the training.
 
     Attributes:
@@ -65,7 +63,7 @@ class MaskedScales:
         kept: 1 for scales that are kept for good, 0 for others, ``(n_scales,)``; ``None`` before that is decided.
     """
 
-    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
+    def __init__(self, model: nn.Module, settings: ScaleTraining) -> None:
         self.places = scale_places(model, feed_forward=settings.feed_forward)
         self.offset = torch.zeros(len(self.places), requires_grad=True)
         self.location = torch.full((len(self.places),), 2.0, requires_grad=True)
@@ -106,7 +104,7 @@ class HardConcrete:
     """The scales of one direction, and how far their learning is.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         settings: What decides the training.
 
     Attributes:
@@ -114,7 +112,7 @@ class HardConcrete:
         step: How many steps were made.
     """
 
-    def __init__(self, model: TransformerBridge, settings: ScaleTraining) -> None:
+    def __init__(self, model: nn.Module, settings: ScaleTraining) -> None:
         self.settings = settings
         self.step = 0
         self._masked = MaskedScales(model, settings)
@@ -133,9 +131,7 @@ class HardConcrete:
         """The scales without noise, ``(n_scales,)``."""
         return self._masked.scales()
 
-    def descend(
-        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
-    ) -> None:
+    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
         """Make one step.
 
         Raises:

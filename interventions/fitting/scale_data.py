@@ -12,10 +12,10 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.answers import Direction
@@ -30,9 +30,6 @@ from interp.teacher_forcing import (
     text_tokens,
     token_batches,
 )
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 Guard = Literal["none", "aligned", "irrelevant", "neutral"]
 GUARDS: tuple[Guard, ...] = get_args(Guard)
@@ -56,7 +53,7 @@ class ScaleData:
     """Conflict prompts and guards of one split, as tokens; what guards are held to is computed here.
 
     Args:
-        model: The bridge, unedited.
+        model: The model, or a bridge around it, unedited.
         examples: Prompts of kinds conflict, none, aligned and irrelevant.
         texts: Texts about anything.
         conflicts: How many conflict prompts are kept at most; they are drawn evenly from relations and phrasings.
@@ -74,7 +71,7 @@ class ScaleData:
 
     def __init__(
         self,
-        model: TransformerBridge,
+        model: nn.Module,
         examples: Sequence[ConflictExample],
         texts: Sequence[str],
         *,
@@ -143,18 +140,18 @@ def finite(gradients: Tensor) -> Tensor:
     return gradients
 
 
-def scale_places(model: TransformerBridge, *, feed_forward: bool) -> list[HeadOrLayer]:
+def scale_places(model: nn.Module, *, feed_forward: bool) -> list[HeadOrLayer]:
     """Everything of a model that can have a scale."""
     anatomy = Anatomy(model)
     return [*anatomy.heads, *((layer, None) for layer in range(anatomy.n_layers) if feed_forward)]
 
 
 @contextmanager
-def scaled(model: TransformerBridge, places: Sequence[HeadOrLayer], scales: Tensor) -> Iterator[None]:
+def scaled(model: nn.Module, places: Sequence[HeadOrLayer], scales: Tensor) -> Iterator[None]:
     """Scale heads and feed-forward layers for the length of a ``with`` block, with a gradient to ``scales``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         places: What has a scale.
         scales: ``(n_scales,)``, or ``(batch, n_scales)`` for scales of each row's own.
     """
@@ -190,7 +187,7 @@ def scaled(model: TransformerBridge, places: Sequence[HeadOrLayer], scales: Tens
         yield
 
 
-def log_probabilities(model: TransformerBridge, items: Sequence[Continued]) -> Tensor:
+def log_probabilities(model: nn.Module, items: Sequence[Continued]) -> Tensor:
     """The model's log-probabilities where the items' looked-at tokens are predicted, ``(sum of predicted, d_vocab)``.
 
     Items must fit into one batch.
@@ -204,11 +201,11 @@ def answer_losses(log_p: Tensor, items: Sequence[Continued]) -> Tensor:
     return summed(-log_p.gather(1, answers[:, None]).squeeze(1), items)
 
 
-def divergences(model: TransformerBridge, log_p: Tensor, guarded: Sequence[Guarded]) -> Tensor:
+def divergences(model: nn.Module, log_p: Tensor, guarded: Sequence[Guarded]) -> Tensor:
     """Each item's mean KL(unedited || edited) over its looked-at tokens in nats, ``(n_items,)``.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         log_p: The edited model's ``log_probabilities`` of the items.
         guarded: The items.
     """
@@ -248,7 +245,7 @@ class Checked:
 
 
 def check_scales(
-    model: TransformerBridge,
+    model: nn.Module,
     data: ScaleData,
     wanted: Sequence[Continued],
     places: Sequence[HeadOrLayer],
@@ -282,7 +279,7 @@ def check_scales(
 
 
 def to_budget(
-    model: TransformerBridge,
+    model: nn.Module,
     data: ScaleData,
     wanted: Sequence[Continued],
     places: Sequence[HeadOrLayer],

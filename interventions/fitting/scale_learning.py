@@ -17,11 +17,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.answers import Direction
 from interp.files import atomic_path
@@ -31,9 +31,6 @@ from interventions.fitting.gauss_newton import GaussNewton
 from interventions.fitting.hard_concrete import HardConcrete
 from interventions.fitting.scale_data import Checked, Guard, Guarded, HeadOrLayer, ScaleData, to_budget
 from interventions.fitting.scale_training import LearnerName, ScaleTraining
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 SCALES_VERSION = 1
 """Version of the learners: raise it when the same data and settings would give other scales."""
@@ -45,9 +42,7 @@ class Learner(Protocol):
     places: list[HeadOrLayer]
     step: int
 
-    def descend(
-        self, model: TransformerBridge, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]
-    ) -> None:
+    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
         """Make one step."""
 
     def scales(self) -> Tensor:
@@ -84,7 +79,7 @@ class LearnedScales:
 
 
 def learn_scales(
-    model: TransformerBridge,
+    model: nn.Module,
     train: ScaleData,
     dev: ScaleData,
     towards: Direction,
@@ -96,7 +91,7 @@ def learn_scales(
     """Learn the scales of one direction.
 
     Args:
-        model: The bridge.
+        model: The model, or a bridge around it.
         train: What is learned from.
         dev: What the scales are checked on.
         towards: The source that is to win.

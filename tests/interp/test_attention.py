@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from interp.attention import attention_from_last
 from interp.errors import UserError
-from interp.models import cached_path
+from interp.models import cached_path, load_model
+from tests.tiny import architecture_of
 
 PROMPT = "The capital of Italy is Lima. The capital of Italy is"
 
@@ -19,12 +20,13 @@ def plain_attention(folder: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
     return torch.stack([weights[0, :, -1] for weights in attentions])
 
 
-def test_weights_are_those_that_transformers_gives(tiny_bridge):
+def test_weights_are_those_that_transformers_gives(tiny_bridge, tiny_plain):
     expected = plain_attention(tiny_bridge.original_model.config._name_or_path, tiny_bridge.tokenizer, PROMPT)
     heads = [(2, 3), (0, 1), (2, 0)]
-    found = attention_from_last(tiny_bridge, PROMPT, heads)
-    for row, (layer, head) in zip(found.weights, heads, strict=True):
-        torch.testing.assert_close(row, expected[layer, head], rtol=1e-4, atol=1e-5)
+    for model in (tiny_bridge, tiny_plain(architecture_of(tiny_bridge))):
+        found = attention_from_last(model, PROMPT, heads)
+        for row, (layer, head) in zip(found.weights, heads, strict=True):
+            torch.testing.assert_close(row, expected[layer, head], rtol=1e-4, atol=1e-5)
 
 
 def test_context_heads_of_the_real_model_look_at_the_contexts_answer(smollm2):
@@ -39,6 +41,13 @@ def test_context_heads_of_the_real_model_look_at_the_contexts_answer(smollm2):
 def plain_rows(bridge: Any, prompt: str, heads: Any) -> torch.Tensor:
     expected = plain_attention(cached_path("smollm2-135m"), bridge.tokenizer, prompt)
     return torch.stack([expected[layer, head] for layer, head in heads])
+
+
+def test_a_model_that_keeps_no_attention_weights_is_one_sentence(tiny_directories):
+    model = load_model(str(tiny_directories["llama"]), device="cpu")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match=r'without keeping its weights; .* model.set_attn_implementation\("eager"\)'):
+        attention_from_last(model, PROMPT, [(0, 0)])
 
 
 def test_a_head_that_does_not_exist_is_refused(tiny_llama):

@@ -365,10 +365,10 @@ def test_a_padding_token_that_the_model_does_not_embed_is_not_used(beginning):
 def test_a_model_whose_tokenizer_has_neither_padding_nor_end_loads_and_answers(bare, tmp_path):
     small_model(bare).save_pretrained(tmp_path)
     bare.save_pretrained(tmp_path)
-    bridge = load_model(str(tmp_path), device="cpu")
+    model = load_model(str(tmp_path), device="cpu")
     prompts = [example.prompt for example in tiny_conflicts()][:3]
-    assert len(measure_usage(bridge, ConflictSet("some", tiny_conflicts().examples[:3])).frame) == 3
-    assert len(greedy_texts(bridge.original_model, bridge.tokenizer, prompts, max_new_tokens=2)) == 3
+    assert len(measure_usage(model, ConflictSet("some", tiny_conflicts().examples[:3])).frame) == 3
+    assert len(greedy_texts(model, model.tokenizer, prompts, max_new_tokens=2)) == 3
 
 
 # --- length

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import zipfile
@@ -9,41 +10,45 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, configuration_utils
 
 from interp import models
-from interp.anatomy import Anatomy
+from interp.anatomy import Anatomy, named_weights
+from interp.bridges import bridge_around
 from interp.errors import Caution, UserError
-from interp.models import DTYPES, REGISTERED, fetch, fingerprint, is_cached, load_checkpoint, load_model
-from tests.tiny import CONFIGS, save_tiny
+from interp.generation import continue_greedily
+from interp.models import REGISTERED, fetch, fingerprint, is_cached, load_checkpoint, load_model
+from tests.tiny import CONFIGS
 
 
-def test_prompts_are_tokenised_as_the_checkpoints_own_tokenizer_does(smollm2):
+@pytest.fixture(scope="module")
+def default_model() -> Any:
+    return load_model(device="cpu")
+
+
+def test_prompts_are_tokenised_as_the_checkpoints_own_tokenizer_does(default_model):
     own = AutoTokenizer.from_pretrained(models.cached_path("smollm2-135m"))
     text = "The capital of France is"
-    assert smollm2.tokenizer(text)["input_ids"] == own(text)["input_ids"]
-    assert smollm2.to_tokens(text)[0].tolist() == own(text)["input_ids"]
+    assert default_model.tokenizer(text)["input_ids"] == own(text)["input_ids"]
 
 
-def test_the_default_model_has_its_published_shape(smollm2):
-    config = smollm2.original_model.config
-    # transformer_lens gives the unembedding a bias of zeros; a Llama has no biases of its own.
-    weights = sum(p.numel() for name, p in smollm2.original_model.named_parameters() if not name.endswith("bias"))
+def test_the_default_model_has_its_published_shape(default_model):
+    config = default_model.config
     assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
-    assert weights == 134_515_008
+    assert sum(p.numel() for p in default_model.parameters()) == 134_515_008
 
 
-def test_the_default_model_answers(smollm2):
-    tokens = smollm2.tokenizer(
+def test_the_default_model_answers(default_model):
+    tokens = default_model.tokenizer(
         "Question: What is the capital of France?\nAnswer: The capital of France is", return_tensors="pt"
     )
     with torch.inference_mode():
-        best = smollm2.original_model(**tokens).logits[0, -1].argmax()
-    assert smollm2.tokenizer.decode(best) == " Paris"
+        best = default_model(**tokens).logits[0, -1].argmax()
+    assert default_model.tokenizer.decode(best) == " Paris"
 
 
-def test_a_cached_model_needs_no_network(smollm2, monkeypatch):
+def test_a_cached_model_needs_no_network(default_model, monkeypatch):
     monkeypatch.setattr(models, "_download", lambda *_: pytest.fail("asked the network"))
     assert fetch("smollm2-135m").is_dir()
 
@@ -121,14 +126,55 @@ def test_wrong_options_are_errors(tiny_directories, option, message):
         load_model(str(tiny_directories["llama"]), **option)
 
 
-def test_the_fingerprint_recognises_the_same_weights(tiny_llama, tiny_directories):
-    assert fingerprint(load_model(str(tiny_directories["llama"]), device="cpu")) == fingerprint(tiny_llama)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_fingerprint_recognises_the_same_weights_also_in_a_bridge(tiny_directories, architecture):
+    folder = str(tiny_directories[architecture])
+    model = load_model(folder, device="cpu")
+    first = fingerprint(model)
+    assert fingerprint(load_checkpoint(folder)[0]) == first
+    assert fingerprint(copy.deepcopy(model)) == first
+    assert fingerprint(bridge_around(model)) == first
+
+
+def test_the_fingerprint_is_of_the_weights_that_transformers_saves(tiny_directories):
+    model = load_model(str(tiny_directories["gpt2"]), device="cpu")
+    assert {name: id(w) for name, w in named_weights(model).items()} == {
+        name: id(w) for name, w in model.state_dict(keep_vars=True).items()
+    }
+
+
+def test_the_fingerprint_does_not_depend_on_the_version_of_transformers(tiny_llama, tiny_directories, monkeypatch):
+    model = load_model(str(tiny_directories["llama"]), device="cpu")
+    monkeypatch.setattr(configuration_utils, "__version__", "5.99.0")
+    assert model.config.to_diff_dict()["transformers_version"] == "5.99.0"
+    assert fingerprint(model) == fingerprint(tiny_llama)
+
+
+def test_the_fingerprint_sees_that_a_tied_weight_was_untied_and_changed(tiny_directories):
+    model: Any = load_model(str(tiny_directories["gemma2"]), device="cpu")
+    first = fingerprint(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    assert fingerprint(model) == first
+    with torch.no_grad():
+        model.lm_head.weight[17, 23] += 1e-3
+    assert fingerprint(model) != first
+
+
+def test_the_fingerprint_sees_that_a_bias_is_no_longer_zero(tiny_directories):
+    model: Any = load_model(str(tiny_directories["qwen2"]), device="cpu")
+    bias = model.model.layers[1].self_attn.q_proj.bias
+    with torch.no_grad():
+        bias.zero_()
+        first = fingerprint(model)
+        bias[3] = 1e-3
+    assert fingerprint(model) != first
 
 
 def test_the_fingerprint_sees_a_single_changed_weight(tiny_llama, tiny_directories):
     other: Any = load_model(str(tiny_directories["llama"]), device="cpu")
     with torch.no_grad():
-        other.original_model.model.layers[1].mlp.down_proj.original_component.weight[17, 23] += 1e-3
+        other.model.layers[1].mlp.down_proj.weight[17, 23] += 1e-3
     assert fingerprint(other) != fingerprint(tiny_llama)
 
 
@@ -152,21 +198,21 @@ def test_greedy_means_greedy_whatever_the_checkpoint_asks_for(tmp_path, tiny_dir
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = {"repetition_penalty": 5.0, "suppress_tokens": [1, 2], "eos_token_id": 0}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    config: Any = load_model(str(tmp_path), device="cpu").original_model.generation_config
+    config: Any = load_model(str(tmp_path), device="cpu").generation_config
     assert (config.repetition_penalty, config.suppress_tokens, config.eos_token_id) == (None, None, 0)
 
 
 def test_weights_load_in_the_dtype_asked_for(tiny_directories):
-    bridge = load_model(str(tiny_directories["llama"]), device="cpu", dtype="bfloat16")
-    assert {p.dtype for p in bridge.original_model.parameters()} == {torch.bfloat16}
+    model = load_model(str(tiny_directories["llama"]), device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_weights_are_hashed_once_for_each_model_and_again_when_they_change(tiny_directories, monkeypatch):
     model, other = (load_model(str(tiny_directories["llama"]), device="cpu") for _ in range(2))
     weight, same = (Anatomy(m).module("mlp", 1).get_parameter("up_proj.weight") for m in (model, other))
     hashed = []
-    plain = models.hashlib.sha256
-    monkeypatch.setattr(models.hashlib, "sha256", lambda *given: hashed.append(1) or plain(*given))
+    plain = models._weights_hash
+    monkeypatch.setattr(models, "_weights_hash", lambda *given: hashed.append(1) or plain(*given))
     first = fingerprint(model)
     assert fingerprint(model) == first
     assert len(hashed) == 1
@@ -343,62 +389,15 @@ def test_a_weight_that_a_gguf_file_lacks_is_an_error(tmp_path, tiny_directories)
         models._dequantise(tmp_path / "tiny.gguf", tmp_path / "plain", "tiny")
 
 
-# A bridge that computes something else
+def test_a_model_without_a_tokenizer_is_one_sentence(tiny_directories):
+    network, tokenizer = load_checkpoint(str(tiny_directories["llama"]))
+    with pytest.raises(UserError, match=r"no tokenizer; load it with interp\.models\.load_model, or set model"):
+        continue_greedily(network, ["Rome"])
+    network.tokenizer = tokenizer
+    assert len(continue_greedily(network, ["Rome"]).answers) == 1
 
 
-def odd(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
-    usual = CONFIGS[architecture]
-
-    def config(size: int) -> Any:
-        return type(usual(size)).from_dict(usual(size).to_dict() | options)
-
-    monkeypatch.setitem(CONFIGS, architecture, config)
-    return str(save_tiny(architecture, folder))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "option", "value"),
-    [("gpt2", "scale_attn_weights", False), ("gemma3", "attn_logit_softcapping", 2.0)],
-)
-def test_an_option_that_transformer_lens_ignores_is_an_error(tmp_path, monkeypatch, architecture, option, value):
-    name = odd(tmp_path, architecture, monkeypatch, **{option: value})
-    found = rf"its logits are \d+\.\d% off\).* perhaps one of {option}={value}; choose another"
-    with pytest.raises(UserError, match=found):
-        load_model(name, device="cpu")
-    load_checkpoint(name)
-
-
-def test_how_far_a_bridge_is_off_is_what_a_user_would_measure(tmp_path, monkeypatch):
-    name = odd(tmp_path, "gpt2", monkeypatch, scale_attn_weights=False)
-    ids = torch.arange(8).view(2, 4) * 7919 % 1096
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
-    positions = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]])
-    own: Any = AutoModelForCausalLM.from_pretrained(name)
-    bridge: Any = TransformerBridge.boot_transformers(name, device="cpu", tokenizer=AutoTokenizer.from_pretrained(name))
-    with torch.inference_mode():
-        theirs, ours = (
-            model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
-            for model in (own, bridge.original_model)
-        )
-    distance = (theirs - ours).norm() / theirs.norm()
-    with pytest.raises(UserError, match=rf"logits are {distance:.1%} off"):
-        load_model(name, device="cpu")
-
-
-def test_a_model_that_transformer_lens_stumbles_over_is_one_sentence(tmp_path, monkeypatch):
-    name = odd(tmp_path, "gpt-neox", monkeypatch, attention_bias=False)
-    with pytest.raises(UserError, match=r"cannot wrap the model .* \(AssertionError\).* attention_bias=False; choose"):
-        load_model(name, device="cpu")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_a_bridge_computes_what_the_model_computes(tiny_directories, architecture, dtype):
-    ids = torch.arange(1, 13).view(2, 6)
-    own: Any = AutoModelForCausalLM.from_pretrained(
-        tiny_directories[architecture], dtype=DTYPES[dtype], attn_implementation="eager"
-    )
-    bridge: Any = load_model(str(tiny_directories[architecture]), device="cpu", dtype=dtype)
-    with torch.inference_mode():
-        found, expected = bridge.original_model(ids).logits.float(), own(ids).logits.float()
-    assert (found - expected).norm() < 16 * torch.finfo(DTYPES[dtype]).eps * expected.norm()
+def test_a_model_loads_in_evaluation_mode_with_frozen_weights(tiny_directories):
+    model = load_model(str(tiny_directories["gemma2"]), device="cpu")
+    assert not any(module.training for module in model.modules())
+    assert not any(weight.requires_grad for weight in model.parameters())

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.anatomy import Anatomy, transformers_model
+from interp.bridges import load_bridge
 from interp.errors import UserError
 from interp.inputs import encode
-from interp.models import load_model
 from interventions.bake import fold, write_folded
 from interventions.base import applied
 from interventions.config import InterventionFile
@@ -85,7 +85,7 @@ def test_a_folded_dial_does_what_the_dial_does(tiny_bridge, inputs, trust):
 
 def test_a_bridge_is_folded_like_a_plain_model(tiny_bridge, inputs):
     folder = tiny_bridge.original_model.config._name_or_path
-    model, bridge = plain(folder), load_model(folder, device="cpu")
+    model, bridge = plain(folder), load_bridge(folder, device="cpu")
     for each in (model, bridge):
         fold(each, [DIAL.at(1.0)])
     assert_close(logits(bridge, inputs), logits(model, inputs))
@@ -216,7 +216,7 @@ def dial_file(model):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
 def test_a_written_folder_loads_anywhere_and_says_what_the_dial_says(tiny_directories, inputs, tmp_path, architecture):
     source = str(tiny_directories[architecture])
-    bridge = load_model(source, device="cpu")
+    bridge = load_bridge(source, device="cpu")
     write_folded(source, dial_file(bridge), tmp_path / "out", trust=0.5)
     with applied(bridge, DIAL.at(0.5)):
         expected, tokens = logits(bridge, inputs), greedy(bridge, inputs)

@@ -46,7 +46,7 @@ def read(model: nn.Module, part: Any, prompts: list[str]) -> torch.Tensor:
     handle = module.register_forward_pre_hook(keep) if is_input else module.register_forward_hook(keep)
     with torch.inference_mode():
         for prompt in prompts:
-            transformers_model(model)(**encode(model, [prompt]))  # pyright: ignore[reportArgumentType]
+            transformers_model(model)(**encode(model, [prompt]))
     handle.remove()
     return torch.stack(found)
 

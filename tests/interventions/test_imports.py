@@ -39,7 +39,7 @@ def test_serving_needs_neither_transformer_lens_nor_sae_lens_nor_what_learns():
     assert need_one_of(absent, (name for name in MODULES if ".fitting" not in name)) == []
 
 
-def test_what_learns_imports_transformer_lens_only_to_name_types():
+def test_what_learns_needs_neither_transformer_lens_nor_sae_lens():
     assert need_one_of(("transformer_lens", "sae_lens"), (name for name in MODULES if ".fitting" in name)) == []
 
 

@@ -64,7 +64,7 @@ def test_a_setting_is_exported_as_a_file_or_as_a_checkpoint(dial_file, run, tiny
     with torch.inference_mode(), applied(tiny_llama, InterventionFile.load(dial_file).dial.at(-0.5)):
         expected = tiny_llama.original_model(**inputs).logits
     with torch.inference_mode():
-        torch.testing.assert_close(folded.original_model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(folded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
     assert_one_sentence(run("export", model, "half.json", "folded", "--bake"), "folded")
     assert_one_sentence(run("export", model, "dial.json", "unchanged", "--bake"), "changes nothing as it stands")
     assert_one_sentence(

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conflictscope.serve.engine import Engine
 from conflictscope.serve.jobs import Done
 from conflictscope.serve.requests import CompletionRequest
+from interp.bridges import load_bridge
 from interp.generation import greedy_texts
 from interp.inputs import encode
-from interp.models import decode_plainly, load_checkpoint, load_model
+from interp.models import decode_plainly, load_checkpoint
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial
@@ -40,7 +41,7 @@ def saved(folder, model, *parts, **about):
 
 def four_places(folder, model_name, path, prompts, out, tokens):
     """Greedy texts from the bridge with hooks, the plain model with the runtime, the baked one, and the server."""
-    bridge = load_model(model_name, device="cpu")
+    bridge = load_bridge(model_name, device="cpu")
     file = InterventionFile.load(path)
     with applied(bridge, file):
         hooked = greedy_texts(bridge.original_model, bridge.tokenizer, prompts, max_new_tokens=tokens)
