@@ -144,10 +144,10 @@ FAULTS = (
     ),
     Fault(
         "cache written to and not restored",
-        "interp/generation.py",
-        "copied = copy.deepcopy(cache)",
-        "copied = cache",
-        "tests/interp/test_generation.py",
+        "interp/reading.py",
+        "return copy.deepcopy(batch.cache)",
+        "return batch.cache",
+        "tests/interp/test_reading.py",
     ),
     Fault(
         "gate reads the first token",
@@ -193,10 +193,10 @@ FAULTS = (
     ),
     Fault(
         "damage measured on the edited side",
-        "conflictscope/study/choice.py",
-        "(clean.exp() * (clean - changed))",
-        "(changed.exp() * (changed - clean))",
-        "tests/conflictscope/study/test_choice.py",
+        "interp/evaluation.py",
+        "clean.exp() * (clean - changed)",
+        "changed.exp() * (changed - clean)",
+        "tests/interp/test_evaluation.py",
     ),
     Fault(
         "change measured backwards",

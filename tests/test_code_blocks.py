@@ -36,7 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 from conflictscope.cli import app, main
 from conflictscope.cli.inputs import read_prompts
 from conflictscope.serve.requests import ChatRequest, CompletionRequest
-from interp import facts
+from interp import facts, formats
 from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet
@@ -286,6 +286,8 @@ def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch
             sys.exit(0)
         assert not end.value.code, f"conflictscope {' '.join(arguments)} ended with {end.value.code}"
 
+    # What a page registers is forgotten after it.
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
     # A module, because classes look for their own.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)

@@ -26,7 +26,10 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # As a user runs it. A kernel, in which all is loaded anew, takes longer than most notebooks: the others run in this
 # process, and take it that the model knows a few capitals.
 IN_A_KERNEL = "1_do_they_conflict"
-KNOWN = ("France", "Italy", "Germany", "Spain", "Japan", "Russia", "Portugal")  # three of train, two of dev and test
+KNOWN = (
+    *("France", "Italy", "Germany", "Spain", "Japan", "Russia", "Portugal", "Austria", "Greece", "Egypt", "China"),
+    *("Poland", "Sweden", "Norway", "Finland", "Ireland", "Hungary", "Cuba", "Peru", "Chile", "Iran", "Iraq"),
+)
 # What makes a notebook short, by the names of its parameters.
 SMALL: dict[str, dict[str, Any]] = {
     "1_do_they_conflict": {"n_facts": 8},

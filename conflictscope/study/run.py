@@ -215,7 +215,7 @@ def model_record(lab: Lab) -> dict[str, Any]:
 
 def made_with(lab: Lab) -> dict[str, Any]:
     """What a record says about where and with what it was made."""
-    packages = ("torch", "transformers", "transformer-lens")
+    packages = ("torch", "transformers")
     versions = {"conflictscope": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     dtype = str(lab.anatomy.dtype).removeprefix("torch.")
     return {"device": str(lab.anatomy.device), "dtype": dtype, "versions": versions}

@@ -173,7 +173,7 @@ def test_inspect_reads_a_file_with_a_byte_order_mark(run, tmp_path, data):
 
 def test_a_disk_that_is_full_at_the_end_of_a_run(small, run, tmp_path, tiny, monkeypatch):
     """The disk fills up while the last files are written: one sentence, no half-written file, finished steps kept."""
-    study = ["compare", "--model", tiny, "--method", "pruning", "--quick", "--subjects", 5, "--out", "out"]
+    study = ["compare", "--model", tiny, "--relation", "capital", "--method", "pruning", "--quick", "--out", "out"]
     really_fsync, at_the_end = os.fsync, []
 
     def full(descriptor):
