@@ -1,10 +1,9 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import interventions
 
@@ -13,32 +12,28 @@ MODULES = {
     ".".join(("interventions", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-# What cannot be imported, by the modules that must do without it.
-SERVING = "transformer_lens sae_lens polars plotly interventions.fitting"
-LEARNING = "transformer_lens sae_lens"
-# Imports each module in a process of its own, which is forked, so that what all of them may import is imported once.
+# Forks for each module, so that what all of them may import is imported once.
 EACH_ALONE = """
 import os, sys, traceback
 import pydantic, safetensors.torch, torch, transformers
 from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList
-for absent, modules in zip(sys.argv[1::2], sys.argv[2::2]):
-    assert not set(absent.split()) & set(sys.modules)
-    for module in modules.split():
-        child = os.fork()
-        if not child:
-            try:
-                sys.modules.update(dict.fromkeys(absent.split()))
-                __import__(module)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            print(module)
+absent, modules = sys.argv[1].split(), sys.argv[2].split()
+assert not set(absent) & set(sys.modules)
+for module in modules:
+    child = os.fork()
+    if not child:
+        try:
+            sys.modules.update(dict.fromkeys(absent))
+            __import__(module)
+        except BaseException:
+            print(module, traceback.format_exc(), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(module)
 """
 
 
-<<<<<<< HEAD
 def test_serving_needs_neither_transformer_lens_nor_sae_lens_nor_what_learns():
     absent = ("transformer_lens", "sae_lens", "polars", "plotly", "interventions.fitting")
     assert need_one_of(absent, (name for name in MODULES if ".fitting" not in name)) == []
@@ -55,26 +50,7 @@ def need_one_of(absent: Iterable[str], modules: Iterable[str]) -> list[str]:
     command = [sys.executable, "-c", EACH_ALONE, " ".join(absent), " ".join(wanted)]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     print(found.stderr)  # noqa: T201 (pytest shows it where the test fails)
-=======
-@pytest.fixture(scope="module")
-def refused() -> list[str]:
-    """The modules that cannot be imported where others cannot be imported."""
-    serving = " ".join(name for name in MODULES if ".fitting" not in name)
-    learning = " ".join(name for name in MODULES if ".fitting" in name)
-    assert serving
-    assert learning
-    command = [sys.executable, "-c", EACH_ALONE, SERVING, serving, LEARNING, learning]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
->>>>>>> tests
     return found.stdout.split()
-
-
-def test_serving_needs_neither_transformer_lens_nor_sae_lens_nor_what_learns(refused):
-    assert [name for name in refused if ".fitting" not in name] == []
-
-
-def test_what_learns_imports_transformer_lens_only_to_name_types(refused):
-    assert [name for name in refused if ".fitting" in name] == []
 
 
 def test_imports_go_round_in_no_circle():
