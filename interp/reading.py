@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,8 +145,9 @@ class ReadPrompts:
         if changed == "end":
             return copy.deepcopy(batch.cache)
         start = max((layer for layer in batch.given if layer <= changed), default=0)
-        below = [self._anatomy.module("block", layer) for layer in range(start)]
-        with torch.inference_mode(), _standing_for(below, batch.given.get(start)):
+        # All of them give what comes out of the last one.
+        below = dict.fromkeys(range(start), batch.given.get(start))
+        with torch.inference_mode(), recalled(self._anatomy, start, below):
             cache = self._network(**_prefix(batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
         cache.layers[:start] = copy.deepcopy(batch.cache.layers[:start])
         return cache
@@ -161,17 +162,26 @@ def _last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _standing_for(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let blocks give what comes out of the last of them, without computing it."""
+def recalled(anatomy: Anatomy, layer: int, outputs: dict[int, Any]) -> Iterator[None]:
+    """Let blocks below ``layer`` return what ``outputs`` has of them; what is missing there they compute and add.
 
-    def forward(*_: Any, **__: Any) -> Any:
-        return output
+    A hook cannot spare a module its forward pass, so that pass itself is replaced, in the dictionary of the instance:
+    a bridge would hand an ordinary assignment on to the module that it wraps.
+    """
 
-    # Not by setattr, which a bridge passes on to what it wraps.
-    for block in blocks:
-        vars(block)["forward"] = forward
-    try:
+    def recall(below: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def forwarded(*args: Any, **kwargs: Any) -> Any:
+            if below not in outputs:
+                outputs[below] = forward(*args, **kwargs)
+            return outputs[below]
+
+        return forwarded
+
+    with ExitStack() as stack:
+        for below in range(layer):
+            block = anatomy.module("block", below)
+            attributes = vars(block)
+            stack.callback(attributes.update, {name: attributes[name] for name in {"forward"} & attributes.keys()})
+            stack.callback(attributes.pop, "forward")
+            attributes["forward"] = recall(below, block.forward)
         yield
-    finally:
-        for block in blocks:
-            del vars(block)["forward"]

@@ -1,17 +1,22 @@
-"""The random control of methods that weigh what a model says with the context against what it says without."""
+"""What methods share that weigh what a model says with the context against what it says without."""
 
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from conflictscope.methods._heads import DRAWS
 from conflictscope.study.condition import Condition, Prompting
 from conflictscope.study.lab import Lab
+from conflictscope.study.method import Method
+from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
+from interventions.decoding import DecodingRule
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,23 @@ class OtherContext(Prompting):
                 example = replace(example, bare_prompt=_exchanged(example, rng.choice(others).contexts))
             asked.append(example)
         return asked
+
+
+class TwoStreamMethod(Method):
+    """Decode with and without the context side by side, by the rules that compete."""
+
+    @abstractmethod
+    def rules(self, towards: Direction) -> Iterable[tuple[Mapping[str, Any], DecodingRule]]:
+        """The rules that compete, each with what tells it from the others."""
+
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        """A condition for each rule."""
+        del lab
+        return [Condition(self.name, towards, about, decoding=rule) for about, rule in self.rules(towards)]
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        """The same rule, against another prompt's context instead of none."""
+        return random_contexts(lab, chosen)
 
 
 def random_contexts(lab: Lab, chosen: Condition) -> list[Condition]:

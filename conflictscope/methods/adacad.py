@@ -7,20 +7,17 @@ for questions, 0.3 for summaries. Of the way to memory the paper says nothing: h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from conflictscope.methods._two_streams import random_contexts
-from conflictscope.study.condition import Condition
-from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
+from conflictscope.methods._two_streams import TwoStreamMethod
 from interp.answers import Direction
 from interventions.decoding import AdaCAD
 
 
 @dataclass(frozen=True)
-class AdaptiveContextAwareDecoding(Method):
+class AdaptiveContextAwareDecoding(TwoStreamMethod):
     """Decode with and without the context, contrasted as far as they disagree.
 
     Attributes:
@@ -30,12 +27,7 @@ class AdaptiveContextAwareDecoding(Method):
     name: ClassVar[str] = "adacad"
     thresholds: tuple[float, ...] = (0.0, 0.3)
 
-    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """A condition for each threshold."""
-        del lab
-        rules = [AdaCAD(threshold, 1.0 if towards == "context" else -1.0) for threshold in self.thresholds]
-        return [Condition(self.name, towards, {"threshold": r.threshold}, decoding=r) for r in rules]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same threshold, against another prompt's context instead of none."""
-        return random_contexts(lab, chosen)
+    def rules(self, towards: Direction) -> Iterator[tuple[dict[str, float], AdaCAD]]:
+        """One for each threshold."""
+        for threshold in self.thresholds:
+            yield {"threshold": threshold}, AdaCAD(threshold, 1.0 if towards == "context" else -1.0)

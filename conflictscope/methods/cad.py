@@ -11,20 +11,17 @@ negative then, down to a = -1, which answers as if there were no context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from conflictscope.methods._two_streams import random_contexts
-from conflictscope.study.condition import Condition
-from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
+from conflictscope.methods._two_streams import TwoStreamMethod
 from interp.answers import Direction
 from interventions.decoding import CAD
 
 
 @dataclass(frozen=True)
-class ContextAwareDecoding(Method):
+class ContextAwareDecoding(TwoStreamMethod):
     """Decode with and without the context side by side.
 
     Attributes:
@@ -34,12 +31,8 @@ class ContextAwareDecoding(Method):
     name: ClassVar[str] = "cad"
     alphas: tuple[float, ...] = (0.5, 1.0)
 
-    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """A condition for each alpha."""
-        del lab
-        alphas = [alpha if towards == "context" else -alpha for alpha in self.alphas]
-        return [Condition(self.name, towards, {"alpha": a}, decoding=CAD(a)) for a in alphas]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same alpha, against another prompt's context instead of none."""
-        return random_contexts(lab, chosen)
+    def rules(self, towards: Direction) -> Iterator[tuple[dict[str, float], CAD]]:
+        """One for each alpha."""
+        for alpha in self.alphas:
+            signed = alpha if towards == "context" else -alpha
+            yield {"alpha": signed}, CAD(signed)

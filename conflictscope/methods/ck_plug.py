@@ -11,20 +11,18 @@ differ in where that acts and in how a is found: both compete, by the names of `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from conflictscope.methods._two_streams import random_contexts
-from conflictscope.study.condition import Condition
-from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
+from conflictscope.methods._two_streams import TwoStreamMethod
 from interp.answers import Direction
 from interventions.decoding import CKPlug, CKPlugGate
 
 
 @dataclass(frozen=True)
-class KnowledgePlug(Method):
+class KnowledgePlug(TwoStreamMethod):
     """Decode with and without the context, mixed where they conflict.
 
     Attributes:
@@ -36,13 +34,8 @@ class KnowledgePlug(Method):
     alphas: tuple[float, ...] = (0.0, 0.25)
     gates: tuple[CKPlugGate, ...] = ("paper", "released")
 
-    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """A condition for each form and share."""
-        del lab
+    def rules(self, towards: Direction) -> Iterator[tuple[dict[str, Any], CKPlug]]:
+        """One for each form and share."""
         alphas = [*(a if towards == "context" else 1 - a for a in self.alphas), None]
-        rules = [CKPlug(alpha, gate) for gate in self.gates for alpha in alphas]
-        return [Condition(self.name, towards, {"alpha": r.alpha, "form": r.gate}, decoding=r) for r in rules]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same form and share, with another prompt's context instead of none."""
-        return random_contexts(lab, chosen)
+        for gate, alpha in itertools.product(self.gates, alphas):
+            yield {"alpha": alpha, "form": gate}, CKPlug(alpha, gate)

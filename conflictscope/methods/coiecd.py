@@ -8,20 +8,17 @@ memory the paper says nothing: here a is negative then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from conflictscope.methods._two_streams import random_contexts
-from conflictscope.study.condition import Condition
-from conflictscope.study.lab import Lab
-from conflictscope.study.method import Method
+from conflictscope.methods._two_streams import TwoStreamMethod
 from interp.answers import Direction
 from interventions.decoding import COIECD
 
 
 @dataclass(frozen=True)
-class EntropyConstraintDecoding(Method):
+class EntropyConstraintDecoding(TwoStreamMethod):
     """Decode with and without the context, contrasted less inside a band of information.
 
     Attributes:
@@ -31,12 +28,8 @@ class EntropyConstraintDecoding(Method):
     name: ClassVar[str] = "coiecd"
     alphas: tuple[float, ...] = (0.5, 1.0)
 
-    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """A condition for each alpha."""
-        del lab
-        alphas = [alpha if towards == "context" else -alpha for alpha in self.alphas]
-        return [Condition(self.name, towards, {"alpha": a}, decoding=COIECD(a)) for a in alphas]
-
-    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """The same alpha, against another prompt's context instead of none."""
-        return random_contexts(lab, chosen)
+    def rules(self, towards: Direction) -> Iterator[tuple[dict[str, float], COIECD]]:
+        """One for each alpha."""
+        for alpha in self.alphas:
+            signed = alpha if towards == "context" else -alpha
+            yield {"alpha": signed}, COIECD(signed)

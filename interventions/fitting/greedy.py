@@ -12,8 +12,7 @@ teacher forced, over conflict prompts. Each step:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import nn
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.progress import tracked
+from interp.reading import recalled
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import answer_losses, log_probabilities, scaled
 
@@ -131,32 +131,6 @@ def _exact(
         outputs: dict[int, Any] = {}
         for number, (layer, head) in enumerate(candidates):
             removed = scaled(model, [*gone, (layer, head)], torch.zeros(len(gone) + 1))
-            with torch.no_grad(), removed, _recalled(anatomy, layer, outputs):
+            with torch.no_grad(), removed, recalled(anatomy, layer, outputs):
                 totals[number] -= answer_losses(log_probabilities(model, items), items).sum().item()
     return [total / len(wanted) for total in totals]
-
-
-@contextmanager
-def _recalled(anatomy: Anatomy, layer: int, outputs: dict[int, Any]) -> Iterator[None]:
-    """Let blocks below ``layer`` return what ``outputs`` has of them; what is missing there they compute and add.
-
-    A hook cannot spare a module its forward pass, so that pass itself is replaced, in the dictionary of the instance:
-    a bridge would hand an ordinary assignment on to the module that it wraps.
-    """
-
-    def recall(below: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def recalled(*args: Any, **kwargs: Any) -> Any:
-            if below not in outputs:
-                outputs[below] = forward(*args, **kwargs)
-            return outputs[below]
-
-        return recalled
-
-    with ExitStack() as stack:
-        for below in range(layer):
-            block = anatomy.module("block", below)
-            attributes = vars(block)
-            stack.callback(attributes.update, {name: attributes[name] for name in {"forward"} & attributes.keys()})
-            stack.callback(attributes.pop, "forward")
-            attributes["forward"] = recall(below, block.forward)
-        yield

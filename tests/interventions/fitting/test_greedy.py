@@ -10,6 +10,7 @@ from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.inputs import encode
 from interp.models import load_model
+from interp.reading import recalled
 from interp.teacher_forcing import continued
 from interventions.base import applied
 from interventions.fitting import greedy
@@ -172,7 +173,7 @@ def test_blocks_get_their_forward_pass_back_after_an_error_even_if_it_was_their_
     anatomy = Anatomy(model)
     first, second = (vars(anatomy.module("block", layer)) for layer in (0, 1))
     own = first["forward"] = anatomy.module("block", 0).forward
-    with pytest.raises(ZeroDivisionError), greedy._recalled(anatomy, 2, {}):
+    with pytest.raises(ZeroDivisionError), recalled(anatomy, 2, {}):
         assert first["forward"] is not own
         assert "forward" in second
         _ = 1 / 0
