@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from conflictscope.report.words import edit, words
-from conflictscope.study.leaderboard import LOSSES, lost, written
+from conflictscope.study.leaderboard import LOSSES, lost, speed, written
 from conflictscope.study.record import Choice, Measured, StudyRecord
 from interp.answers import DIRECTIONS, Direction
 from interp.errors import UserError
@@ -74,7 +74,7 @@ def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterat
         yield ", ".join(controls) or "not drawn"
         yield from (written(lost(change.get(measure))) for measure in LOSSES.values())
     yield written(test["neutral_kl"], 3)
-    yield "1" if change is None else "n/a" if condition.cost is None else f"{condition.cost['speed']:.2f}"
+    yield "1" if change is None else speed(condition.cost)
     yield str(test[rate]["n"])
 
 

@@ -82,7 +82,7 @@ def bridge_around(model: PreTrainedModel) -> TransformerBridge:
             reason = str(error).strip().split("\n", 1)[0]
             raise UserError(
                 f"transformer_lens cannot wrap the model {name!r} ({reason or type(error).__name__}): it does not know "
-                f"an option of its architecture{_unusual(model.config)}; work without a bridge, on the model itself."
+                f"an option of its architecture{_unusual(model.config)}; load the model again, and work without one."
             ) from error
     distance = ((bridged - own).norm() / own.norm()).item()
     limit = _ROUNDING.get(model.dtype, _ROUNDING[torch.bfloat16])
@@ -90,8 +90,8 @@ def bridge_around(model: PreTrainedModel) -> TransformerBridge:
     if distance > limit or bridged.isfinite().ne(own.isfinite()).any():
         raise UserError(
             f"transformer_lens computes something else than the model {name!r} itself (its logits are {distance:.1%} "
-            f"off): it does not know an option of the architecture{_unusual(model.config)}; work without a bridge, on "
-            "the model itself."
+            f"off): it does not know an option of the architecture{_unusual(model.config)}; load the model again, and "
+            "work without a bridge."
         )
     # The bridge's own setter would add a BOS token.
     bridge._tokenizer = tokenizer

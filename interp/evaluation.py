@@ -35,9 +35,6 @@ from interp.statistics import Difference, Estimate, bootstrap_mean, paired_diffe
 ANSWERS_VERSION = 1
 """Version of how prompts are answered and answers judged: raise it when the same prompts would get other rows."""
 
-NEUTRAL_KL_VERSION = 1
-"""Version of ``neutral_kl``: raise it when the same texts would get other numbers."""
-
 # Fewer answers, or more of them that start as expected, and nothing is said.
 _FEWEST_TOLD, _ALMOST_NONE = 10, 0.1
 
@@ -381,9 +378,13 @@ def neutral_kl(
 def divergence(unedited: Tensor, edited: Tensor) -> Tensor:
     """KL(unedited || edited) in nats of next-token distributions, from logits ``(..., d_vocab)`` to ``(...)``.
 
-    Where a rule leaves tokens out the divergence is infinite; it is taken over the others.
+    Where a rule leaves tokens out, which makes it infinite, it is taken over the others, minus the logarithm of the
+    probability that these had together: what is left out costs, the more the likelier it was.
     """
     possible = edited != -torch.inf
-    clean = unedited.float().masked_fill(~possible, -torch.inf).log_softmax(-1)
-    changed = edited.float().log_softmax(-1)
-    return torch.where(possible, clean.exp() * (clean - changed), 0.0).sum(-1)
+    whole = unedited.float().log_softmax(-1)
+    left = whole.masked_fill(~possible, -torch.inf).logsumexp(-1, keepdim=True)
+    # Exactly all of it, where nothing is left out.
+    left = torch.where(possible.all(-1, keepdim=True), 0.0, left)
+    clean, changed = whole - left, edited.float().log_softmax(-1)
+    return torch.where(possible, clean.exp() * (clean - changed), 0.0).sum(-1) - left[..., 0]

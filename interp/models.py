@@ -220,19 +220,24 @@ class quiet_transformers:
 
 
 def load_model(
-    name: str = DEFAULT_MODEL, *, device: str = "auto", dtype: torch.dtype | str = torch.float32
+    name: str = DEFAULT_MODEL,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | str = torch.float32,
+    attention: str | None = "eager",
 ) -> PreTrainedModel:
     """Load a causal language model with its tokenizer, ready to be measured.
 
     It is the transformers model, with the checkpoint's own tokenizer as its attribute ``tokenizer``: what is measured
-    is what a plain transformers user gets. Two things are set: greedy decoding is plain (``decode_plainly``), and
-    attention is computed by the implementation whose weights can be looked at (``eager``). For transformer_lens's hooks
-    see ``interp.bridges``.
+    is what a plain transformers user gets, decoded plainly (``decode_plainly``). For transformer_lens's hooks see
+    ``interp.bridges``.
 
     Args:
         name: A registered name, a local directory with weights and tokenizer, or a hub id.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
         dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name.
+        attention: Who computes attention: of ``eager`` alone the weights can be looked at; ``None`` takes what
+            transformers prefers.
 
     Returns:
         The model in evaluation mode, parameters frozen.
@@ -242,7 +247,7 @@ def load_model(
             the checkpoint.
     """
     where = resolve_device(device)
-    model, tokenizer = _checkpoint(name, where, dtype=_dtype(dtype), attn_implementation="eager")
+    model, tokenizer = _checkpoint(name, where, dtype=_dtype(dtype), attn_implementation=attention)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.tokenizer = tokenizer

@@ -34,7 +34,7 @@ Changed = int | Literal["end", "whole"]
 
 # One token a prompt is left to run at a time, which pays only for many prompts.
 _BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
-_MOST_KEPT = 2**30
+_MOST_KEPT = 2**32
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class _Read:
         numbers: Which prompts they are.
         tokens: The ids of each one's tokens.
         inputs: All tokens, padded.
-        cache: Keys and values of all tokens but the last, unedited; ``None`` where a prompt has one token only.
+        cache: Keys and values of all tokens but the last, unedited; ``None`` where a prompt has one token only, or no
+            more is kept.
         given: What a block was given at these tokens, as the block below gave it, by layer, of some layers.
     """
 
@@ -64,7 +65,8 @@ class ReadPrompts:
         prompts: Full prompts.
         new_tokens: How many tokens are to follow each at most.
         batch_size: Prompts per batch at most; fewer of long ones.
-        most_kept: Bytes of residual streams that are kept at most; fewer layers are kept where all do not fit.
+        most_kept: Bytes that are kept at most: half for residual streams, of which fewer layers are kept where all do
+            not fit, half for keys and values. Prompts beyond are read anew each time.
 
     Raises:
         UserError: If a prompt has no tokens, or it and what follows has more than the model has positions.
@@ -86,8 +88,9 @@ class ReadPrompts:
         batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens, most_tokens=_TOKENS_AT_ONCE)
         tokens = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in batches)
         of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
-        every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept, 1)))
+        every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept // 2, 1)))
         layers = range(every, self._anatomy.n_layers, every)
+        self._left = most_kept // 2
         self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in batches]
 
     def next_logits(self, changed: Changed = "end") -> Iterator[tuple[list[int], Tensor]]:
@@ -120,7 +123,7 @@ class ReadPrompts:
 
     def _read(self, numbers: list[int], tokens: list[list[int]], layers: Sequence[int]) -> _Read:
         inputs = padded(self._model, tokens)
-        if min(map(len, tokens)) < 2:
+        if min(map(len, tokens)) < 2 or self._left <= 0:
             return _Read(numbers, tokens, inputs, None, {})
         kept: dict[int, Any] = {}
         handles = [
@@ -135,7 +138,9 @@ class ReadPrompts:
         finally:
             for handle in handles:
                 handle.remove()
-        return _Read(numbers, tokens, inputs, output.past_key_values, kept)
+        cache = output.past_key_values
+        self._left -= sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+        return _Read(numbers, tokens, inputs, cache, kept)
 
     def _cache(self, batch: _Read, changed: Changed) -> Any:
         """Keys and values of all tokens but the last under what is applied now, to write into; ``None`` of no token."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
@@ -229,6 +229,19 @@ class CKPlug(DecodingRule):
     def entry(self, name: str, tensors: dict[str, Tensor]) -> CKPlugEntry:
         """Its part of the intervention file; it has no tensors."""
         return CKPlugEntry(**asdict(self))
+
+
+def told_apart(interventions: Iterable[Intervention]) -> tuple[tuple[Intervention, ...], DecodingRule | None]:
+    """Tell the edits of a forward pass from the rule for the next token, if there is one.
+
+    Raises:
+        UserError: If there are several rules.
+    """
+    every = list(interventions)
+    rules = [one for one in every if isinstance(one, DecodingRule)]
+    if len(rules) > 1:
+        raise UserError(f"A next token is chosen by one rule, not by {len(rules)}; give one.")
+    return tuple(one for one in every if not isinstance(one, DecodingRule)), next(iter(rules), None)
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:

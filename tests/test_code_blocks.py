@@ -153,7 +153,7 @@ def _thirty_facts(_: Any, relation: str, **__: Any) -> tuple[Fact, ...]:
     return usable_facts(relation)[:FACTS]
 
 
-def _given(page: Path, model: Any, model_directory: Path) -> dict[str, Any]:
+def _given(page: Path, model_directory: Path) -> dict[str, Any]:
     """What the blocks of a page may take as there already."""
     if page.name in ("index.md", "intervention_file.md"):
         return {}
@@ -163,6 +163,7 @@ def _given(page: Path, model: Any, model_directory: Path) -> dict[str, Any]:
         network.generate = lambda *_: None
         return {"any_transformers_model": network, "its_tokenizer": tokenizer}
     torch.manual_seed(0)
+    model = load_model(str(model_directory), device="cpu")
     width, features = Anatomy(model).d_model, 64
     weights = {"W_enc": torch.randn(width, features), "b_enc": torch.zeros(features)}
     weights |= {"W_dec": torch.randn(features, width), "b_dec": torch.zeros(width)}
@@ -277,7 +278,7 @@ def check_json(block: Block, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch):
+def test_code_blocks(document, reader, tiny_directories, monkeypatch):
     def run(arguments: list[str], piped: str) -> None:
         monkeypatch.setattr(sys, "argv", ["conflictscope", *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
@@ -291,7 +292,7 @@ def test_code_blocks(document, reader, tiny_llama, tiny_directories, monkeypatch
     # A module, because classes look for their own.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    vars(module).update(_given(document, tiny_llama, tiny_directories["llama"]))
+    vars(module).update(_given(document, tiny_directories["llama"]))
     for block in blocks_of(document):
         try:
             if block.language == "python":

@@ -52,6 +52,12 @@ def few_facts() -> tuple[Fact, ...]:
     return tuple(fact for fact in load_facts("capital") if fact.subject in KNOWN)
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """What a notebook loads."""
+    return models.load_model(DEFAULT_MODEL, device="cpu")
+
+
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
     """What a kernel runs its cells with, in this process."""
@@ -83,17 +89,17 @@ def test_it_is_kept_without_outputs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_its_page_shows_every_figure_and_loads_nothing(
-    path: Path, smollm2: Any, shell: InteractiveShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, model: Any, shell: InteractiveShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path.stem == IN_A_KERNEL:
         nbformat.write(small(path), tmp_path / path.name)
         notebook = executed(tmp_path / path.name)
     else:
-        before = fingerprint(smollm2)
-        monkeypatch.setattr(models, "load_model", {DEFAULT_MODEL: smollm2}.__getitem__)
+        before = fingerprint(model)
+        monkeypatch.setattr(models, "load_model", {DEFAULT_MODEL: model}.__getitem__)
         monkeypatch.setattr(facts, "known_facts", lambda *_, **__: few_facts())
         notebook = run_here(small(path), shell)
-        assert fingerprint(smollm2) == before
+        assert fingerprint(model) == before
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [output for output in outputs if output.output_type == "error"]
     figures = [output.data[PLOTLY] for output in outputs if PLOTLY in output.get("data", {})]

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from conflictscope.study.leaderboard import speed
 from conflictscope.study.record import UNEDITED, Measured, StudyRecord
 from docs.results import filled, main, tables, write_results
 from interp.errors import UserError
@@ -44,7 +45,7 @@ def record() -> StudyRecord:
         choices=("best", "within_budget"),
         heads=((3, 1, 0.0), (2, 4, 0.0)),
         moved=2,
-        cost={"speed": 0.985, "low": 0.9, "high": 1.0},
+        cost={"speed": 0.985, "low": 0.95, "high": 1.0},
     )
     random = measured("random heads", 0.45, 0.05, towards="context", control_of=pruning.name, does="2 heads")
     caa = measured("caa, towards context", 0.85, 0.45, towards="context", choices=("best",), does="layer 3 | x 2")
@@ -57,6 +58,12 @@ def record() -> StudyRecord:
         conditions=(measured(UNEDITED, 0.4, None), pruning, random, caa),
         not_run={"spare": "There is no autoencoder."},
     )
+
+
+def test_a_speed_is_told_where_the_rounds_agree_to_a_tenth():
+    assert speed({"speed": 0.98, "low": 0.95, "high": 1.0}) == "0.98"
+    assert speed({"speed": 0.98, "low": 0.85, "high": 1.0}) == "unclear"
+    assert speed(None) == "n/a"
 
 
 def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption
-from conflictscope.cli.studies import StudyOptions, study
+from conflictscope.cli.studies import BudgetedStudy, study
 from interp.errors import UserError
 
 
@@ -24,7 +24,7 @@ def compare(
     test_format: Annotated[str | None, typer.Option(help="The public format of --test-data.")] = None,
     sae: SaeOption = DEFAULT_MODEL,
     out: OutOption = Path("out/compare"),
-    asked: StudyOptions,
+    asked: BudgetedStudy,
 ) -> None:
     """Compare methods on the same prompts: each at its best and within one damage budget, towards both sources.
 

@@ -10,7 +10,7 @@ import typer
 
 from conflictscope.cli.inputs import Prompted, layers_of, listed_layers
 from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption, TokensOption
-from conflictscope.cli.studies import StudyOptions, study
+from conflictscope.cli.studies import BudgetedStudy, study
 from interp.errors import UserError
 
 
@@ -28,7 +28,7 @@ def spare_fit(
     ] = "targets",
     tokens: TokensOption = "last_prompt",
     out: OutOption = Path("out/spare"),
-    asked: StudyOptions,
+    asked: BudgetedStudy,
 ) -> None:
     """Fit SpARE in both directions, and measure it with its ablations on held-out subjects."""
     from conflictscope.methods.spare import ALPHAS, SHARES, Spare
@@ -57,7 +57,7 @@ def steer_fit(
     ] = None,
     tokens: TokensOption = "last_prompt",
     out: OutOption = Path("out/steer"),
-    asked: StudyOptions,
+    asked: BudgetedStudy,
 ) -> None:
     """Fit steering vectors in both directions, and measure them on held-out subjects."""
     from conflictscope.methods.actadd import ActAdd

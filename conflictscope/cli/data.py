@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from conflictscope.cli.options import Facts, SeedOption, say
+from conflictscope.cli.options import Facts, Model, SeedOption, say
+from interp.errors import UserError
 
 
 def data_build(
@@ -24,6 +25,8 @@ def data_build(
     from interp.facts import build_conflicts, usable_facts
 
     if all_facts:
+        if Model(source.model, source.device, source.dtype) != Model():
+            raise UserError("--all-facts needs no model; leave out --model, --device and --dtype.")
         conflicts = build_conflicts({name: usable_facts(name) for name in source.relations()}, seed=source.seed)
     else:
         _, conflicts = source.conflicts()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from conflictscope.cli.options import OutOption
-from conflictscope.cli.studies import StudyOptions, study
+from conflictscope.cli.studies import BudgetedStudy, study
 
 METHODS = ("value_scaling", "mean_ablation", "pruning", "learned_scales")
 
 
-def demo(*, out: OutOption = Path("out/demo"), asked: StudyOptions) -> None:
+def demo(*, out: OutOption = Path("out/demo"), asked: BudgetedStudy) -> None:
     """Do the whole job on one model: measure, locate, intervene, verify; then look at OUT/report.html."""
     from conflictscope.study.method import method_named
 

@@ -10,7 +10,7 @@ import typer
 
 from conflictscope.cli.inputs import Prompted
 from conflictscope.cli.options import OutOption, say
-from conflictscope.cli.studies import StudyOptions, study
+from conflictscope.cli.studies import BudgetedStudy, study
 from interp.errors import UserError
 
 _COUNTERFACT, _COUNTERFACT_SUBJECTS = "counterfact-competition", 1000
@@ -32,7 +32,7 @@ def dial_fit(
         typer.Option(help="Also test on CounterFact in the format of Competition of Mechanisms: OUT/counterfact."),
     ] = None,
     out: OutOption = Path("out/dial"),
-    asked: StudyOptions,
+    asked: BudgetedStudy,
 ) -> None:
     """Learn, calibrate and verify a dial; writes OUT/dial.json and OUT/study.json.
 
@@ -73,7 +73,7 @@ def dial_fit(
         study(part, [method, DialEnds(dial)], "dial", out / f"without-{left_out}", choices=("best",))
     if counterfact is not None:
         say("On CounterFact: the dial")
-        many = replace(asked, subjects=_COUNTERFACT_SUBJECTS, quick=False, unknown_too=False)
+        many = replace(asked, subjects=_COUNTERFACT_SUBJECTS)
         part = lab.on(lab.prompts.tested_on(many.file_prompts(lab.model, lab.records, counterfact, _COUNTERFACT)))
         study(part, [DialEnds(dial)], "dial", out / "counterfact", choices=("best",))
 

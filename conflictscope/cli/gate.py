@@ -38,7 +38,7 @@ def gate_fit(
     lab = asked.lab(out, default=RELATIONS)
     file.model.check(lab.model)
     # Where there is no gate there is nothing to measure.
-    lab.chosen(gate, towards)
+    lab.chosen(gate, towards, within_budget=False)
     record = study(lab, [given, gate], "gate", out, directions=(towards,), choices=("best",))
     (row,) = (found for found in record.chosen(towards) if found.method == gate.name)
     gated = InterventionFile.load(out / str(row.file))

@@ -33,6 +33,7 @@ def evaluate(
     from interp.evaluation import measure_usage
     from interventions.base import applied
     from interventions.config import InterventionFile
+    from interventions.decoding import told_apart
 
     columns = [column.strip() for column in by.split(",") if column.strip()]
     _check_columns(columns)
@@ -47,8 +48,12 @@ def evaluate(
             f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
             "or --split all."
         )
-    with applied(model, *edits):
-        report = measure_usage(model, asked, max_new_tokens=max_new_tokens, progress="Answering")
+    for edit in edits:
+        edit.model.check(model)
+    changes, rule = told_apart(part for edit in edits for part in edit.build())
+    combined = None if rule is None else rule.scores
+    with applied(model, *changes):
+        report = measure_usage(model, asked, combined=combined, max_new_tokens=max_new_tokens, progress="Answering")
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -66,34 +66,19 @@ class Model:
     device: Annotated[str, _model_option(help="auto, cpu, cuda, mps, ...")] = "auto"
     dtype: Annotated[str, _model_option(help="float32, float16 or bfloat16.")] = "float32"
 
-    def load(self) -> Any:
-        """Load the model with its tokenizer."""
+    def load(self, attention: str | None = "eager") -> Any:
+        """Load the model with its tokenizer; ``attention`` is that of ``interp.models.load_model``."""
         from interp.models import load_model
 
-        return load_model(self.model, device=self.device, dtype=self.dtype)
-
-    def plain(self) -> tuple[Any, Any]:
-        """Load the transformers model and its tokenizer, for greedy answers.
-
-        Raises:
-            UserError: If it, the device or the dtype is none.
-        """
-        from interp.errors import UserError
-        from interp.models import DTYPES, decode_plainly, load_checkpoint, resolve_device
-
-        if self.dtype not in DTYPES:
-            raise UserError(f"The dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-        network, tokenizer = load_checkpoint(self.model)
-        network.to(resolve_device(self.device), DTYPES[self.dtype]).eval()
-        decode_plainly(network)
-        return network, tokenizer
+        return load_model(self.model, device=self.device, dtype=self.dtype, attention=attention)
 
 
 @dataclass(frozen=True)
 class NamedModel(Model):
     """The same, named first."""
 
-    model: ModelArgument  # pyright: ignore[reportGeneralTypeIssues]
+    # Without a value, which the group has.
+    model: ModelArgument = field()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def report(
     run_dir: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of demo, dial fit, gate fit, steer fit, spare fit or probe score; several are compared."
+            help="Folders that a study (demo, compare, dial fit, ...) or probe score wrote; several are compared."
         ),
     ],
     out: Annotated[

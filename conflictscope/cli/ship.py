@@ -72,7 +72,8 @@ def generate(
     from interventions.runtime import apply
 
     file = InterventionFile.load(config)
-    network, tokenizer = loaded.plain()
+    network = loaded.load(attention=None)
+    tokenizer = network.tokenizer
     table = Table("prompt", "without", "with", title=file.name, show_lines=True)
     plain = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
     with apply(network, file, tokenizer=tokenizer, trust=trust, strength=strength):
@@ -152,9 +153,11 @@ def serve(
         raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
     files = named(config)
     name = served.model or next(iter(files.values())).model.name
-    network, tokenizer = replace(served, model=name).plain()
+    network = replace(served, model=name).load(attention=None)
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
-    engine = Engine(network, tokenizer, name=Path(name).name, interventions=files, limits=limits, journal=journal)
+    engine = Engine(
+        network, network.tokenizer, name=Path(name).name, interventions=files, limits=limits, journal=journal
+    )
     say(f"Serving {', '.join(engine.models())}")
     app = build_app(engine, api_key=api_key or None)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)

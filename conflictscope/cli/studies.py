@@ -29,7 +29,7 @@ _study_option = partial(typer.Option, rich_help_panel="Study")
 
 @dataclass(frozen=True)
 class StudyOptions(Asked):
-    """What a study asks, how much of it, and the damage that it allows."""
+    """What a study asks, and how much of it."""
 
     format: Annotated[str | None, asked_option(help="The public format of --data; a wrong name lists all.")] = None
     unknown_too: Annotated[
@@ -39,13 +39,6 @@ class StudyOptions(Asked):
     subjects: Annotated[
         int, _study_option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
     ] = SUBJECTS
-    budget: Annotated[
-        float,
-        _study_option(help="Damage allowed on dev: mean nats of KL divergence, without a context and on text."),
-    ] = 0.02
-    context_budget: Annotated[
-        float, _study_option(help="The same for prompts with a context that agrees or is about something else.")
-    ] = 0.2
     quick: Annotated[
         bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
     ] = False
@@ -67,7 +60,7 @@ class StudyOptions(Asked):
             raise UserError("--format and --unknown-too belong to --data; give a file, or leave them out.")
         names = self.relations(default)
         from conflictscope.study.data import fact_prompts
-        from conflictscope.study.lab import Lab
+        from conflictscope.study.lab import BUDGETS, Lab
         from interp.models import fingerprint
         from interp.records import Records
 
@@ -79,9 +72,8 @@ class StudyOptions(Asked):
             prompts = self.file_prompts(model, records, self.data, self.format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
-        allowed = {"none": self.budget, "neutral": self.budget}
-        allowed |= {"aligned": self.context_budget, "irrelevant": self.context_budget}
-        return Lab(model, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=allowed, saes=saes)
+        budgets = {**BUDGETS, **self.budgets()}
+        return Lab(model, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=budgets, saes=saes)
 
     def file_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
         """Get prompts from a file.
@@ -95,9 +87,31 @@ class StudyOptions(Asked):
             model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
         )
 
+    def budgets(self) -> dict[str, float]:
+        """The damage that is allowed on dev, by guard, as far as it is said."""
+        return {}
+
     @property
     def _most(self) -> int:
         return min(self.subjects, QUICK_SUBJECTS) if self.quick else self.subjects
+
+
+@dataclass(frozen=True)
+class BudgetedStudy(StudyOptions):
+    """The same for studies whose methods are held to a budget."""
+
+    budget: Annotated[
+        float,
+        _study_option(help="Damage allowed on dev: mean nats of KL divergence, without a context and on text."),
+    ] = 0.02
+    context_budget: Annotated[
+        float, _study_option(help="The same for prompts with a context that agrees or is about something else.")
+    ] = 0.2
+
+    def budgets(self) -> dict[str, float]:
+        """The damage that is allowed on dev, by guard."""
+        named = {"none": self.budget, "neutral": self.budget}
+        return {**named, "aligned": self.context_budget, "irrelevant": self.context_budget}
 
 
 def command_line() -> str:

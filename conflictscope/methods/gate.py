@@ -195,8 +195,10 @@ def _lowest(edits: Sequence[Intervention]) -> int:
     """The lowest edited layer."""
     # A dial may be turned later, wherever it stands.
     turned = [edit.turned(trust) for edit in edits for trust in (-1.0, 1.0)]
-    lowest = min((layer for edit in turned for layer in edit.edited_layers), default=0)
-    if lowest == 0:
+    layers = [layer for edit in turned for layer in edit.edited_layers]
+    if not layers:
+        raise UserError("No layer is edited, so that a gate has nothing to lie below; take an edit of layers.")
+    if (lowest := min(layers)) == 0:
         raise UserError("Layer 0 is edited, so that no gate can lie below it; take an edit of higher layers.")
     return lowest
 

@@ -12,6 +12,7 @@ from conflictscope.study.method import Method
 from interp.answers import Direction
 from interp.errors import UserError
 from interventions.config import InterventionFile
+from interventions.decoding import told_apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,4 +39,5 @@ class Given(Method):
                 f"{self.file.name} strengthens {self.file.towards}, so that it is not tried towards {towards}."
             )
         self.file.model.check(lab.model)
-        return [Condition(self.name, towards, {"file": self.file.name}, tuple(self.file.build()))]
+        edits, rule = told_apart(self.file.build())
+        return [Condition(self.name, towards, {"file": self.file.name}, edits, decoding=rule)]

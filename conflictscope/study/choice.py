@@ -37,7 +37,7 @@ from interventions.base import EDITS_VERSION, applied, changed_by
 if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
 
-DEV_VERSION = 2
+DEV_VERSION = 3
 """Version of what is measured on dev: raise it when the same condition would get other numbers."""
 
 _CONFLICTS, _GUARDS = 96, {"none": 32, "aligned": 16, "irrelevant": 16}
@@ -92,7 +92,7 @@ class Chosen:
 
     Attributes:
         best: The best, whatever it damages.
-        within_budget: The best within the budget; ``None`` where nothing fits, also moved back.
+        within_budget: The best within the budget; ``None`` where nothing fits, also moved back, or none is wanted.
         tried: All that was tried.
     """
 
@@ -142,10 +142,10 @@ class Dev:
         damage, right, start = {}, {}, 0
         for kind, some in self.guards.items():
             part = slice(start, start := start + len(some))
-            # Without a context nothing is combined, and nothing can be lost.
-            if kind != "none" or condition.decoding is None:
+            # Without a context a rule has nothing to combine: what is right is what the unedited model has right.
+            if applies := kind != "none" or condition.decoding is None:
                 damage[kind] = moved[part].mean().item()
-                right[kind] = sum(is_right[part]) / len(some)
+            right[kind] = sum((is_right if applies else self._right_unedited)[part]) / len(some)
         if texts is not None:
             damage["neutral"] = divergence(self._unedited[1], texts).mean().item()
         return {"usages": usages, "damage": damage, "right": right}
@@ -160,6 +160,11 @@ class Dev:
         """The first token of the right answer to each guard's prompts."""
         guards = self.examples[len(self.conflicts) :]
         return [first_token_id(self.model, example.prompt, example.memory_answers[0]) for example in guards]
+
+    @cached_property
+    def _right_unedited(self) -> list[bool]:
+        first = self._unedited[0][len(self.conflicts) :].argmax(-1).tolist()
+        return [token == wanted for token, wanted in zip(first, self._right, strict=True)]
 
     @cached_property
     def _unedited(self) -> tuple[Tensor, Tensor]:
@@ -203,8 +208,14 @@ def tried(lab: Lab, condition: Condition) -> Tried:
     return Tried(condition, tuple(found["usages"]), found["damage"], found["right"])
 
 
-def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction) -> Chosen:
+def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, within_budget: bool = True) -> Chosen:
     """Let candidates compete on dev; the module says by which rules.
+
+    Args:
+        lab: The lab.
+        candidates: What competes.
+        towards: The source that is wanted.
+        within_budget: Whether the best within the budget is wanted too, for which some candidates are moved back.
 
     Raises:
         UserError: If all candidates leave the range of the model's dtype.
@@ -216,15 +227,16 @@ def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction) -> Cho
         raise UserError("Every edit leaves the range of the model's dtype; load the model with --dtype float32.")
     within = [one for one in own if one.spent(lab.budgets) <= 1]
     outside = sorted((one for one in own if one.spent(lab.budgets) > 1), key=lambda one: -one.rate(towards))
-    moved_back = [moved for one in outside[:_MOVED_BACK] if (moved := _moved_back(lab, one)) is not None]
-    within_budget = max([*within, *moved_back], key=lambda one: one.rate(towards), default=None)
-    return Chosen(best_of(lab, own, towards), within_budget, (*own, *moved_back))
+    outside = outside[:_MOVED_BACK] if within_budget else []
+    moved_back = [moved for one in outside if (moved := _moved_back(lab, one)) is not None]
+    affordable = max([*within, *moved_back], key=lambda one: one.rate(towards), default=None)
+    return Chosen(best_of(lab, own, towards), affordable if within_budget else None, (*own, *moved_back))
 
 
 def best_of(lab: Lab, tries: Sequence[Tried], towards: Direction) -> Tried:
     """Of those that are as good as the best the one that keeps most facts closed-book."""
     finalists = as_good_as_the_best(tries, towards, [e.subject for e in lab.dev.conflicts])
-    return max((tries[i] for i in finalists), key=lambda one: (one.right.get("none", 1.0), one.rate(towards)))
+    return max((tries[i] for i in finalists), key=lambda one: (one.right.get("none", 0.0), one.rate(towards)))
 
 
 def as_good_as_the_best(tries: Sequence[Tried], towards: Direction, subjects: Sequence[str]) -> list[int]:

@@ -72,7 +72,7 @@ class Lab:
     def __post_init__(self) -> None:
         self.anatomy = Anatomy(self.model)
         self.reading = Reading(self.model, self.prompts.test)
-        self._chosen: dict[tuple[Method, Direction], Chosen] = {}
+        self._chosen: dict[tuple[Method, Direction, bool], Chosen] = {}
 
     def on(self, prompts: Prompts) -> Lab:
         """A lab for the same model on other prompts, which keeps its results in the same place."""
@@ -93,20 +93,20 @@ class Lab:
         """What candidates compete on."""
         return Dev(self.model, self.prompts.dev, self.texts("dev"), seed=self.seed, few=self.quick)
 
-    def chosen(self, method: Method, towards: Direction) -> Chosen:
-        """What dev chooses of a method's candidates.
+    def chosen(self, method: Method, towards: Direction, *, within_budget: bool = True) -> Chosen:
+        """What dev chooses of a method's candidates; ``within_budget`` is that of ``choose``.
 
         Raises:
             UserError: If the method cannot run, or has no candidate.
         """
-        key = (method, towards)
+        key = (method, towards, within_budget)
         if key not in self._chosen:
             candidates = method.candidates(self, towards)
             if not candidates:
                 raise UserError(f"{method.name} has nothing to try towards {towards} on this model and these prompts.")
             # A quick study tries some of them, evenly.
             tries = candidates[:: -(-len(candidates) // _QUICK_TRIES)] if self.quick else candidates
-            self._chosen[key] = choose(self, tries, towards)
+            self._chosen[key] = choose(self, tries, towards, within_budget=within_budget)
         return self._chosen[key]
 
     def texts(self, split: Literal["train", "dev"]) -> list[str]:

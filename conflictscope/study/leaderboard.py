@@ -51,7 +51,7 @@ def _row(condition: Measured, towards: Direction, method: str, *, chosen: str) -
         "rate": written(test[f"{towards}_rate"]),
         **{f"{label} loss": written(lost(change.get(m))) if change else "" for label, m in LOSSES.items()},
         "text KL": written(test["neutral_kl"], 3),
-        "speed": "1" if not change else "n/a" if cost is None else f"{cost['speed']:.2f}",
+        "speed": "1" if not change else speed(cost),
     }
 
 
@@ -60,3 +60,10 @@ def lost(change: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if change is None or change["value"] is None:
         return None
     return {"value": -change["value"], "low": -change["high"], "high": -change["low"], "n": change["n"]}
+
+
+def speed(cost: Mapping[str, float] | None) -> str:
+    """The tokens per second relative to unedited; ``unclear`` where the rounds that were timed disagree by a tenth."""
+    if cost is None:
+        return "n/a"
+    return f"{cost['speed']:.2f}" if cost["high"] <= 1.1 * cost["low"] else "unclear"

@@ -18,6 +18,7 @@ import polars as pl
 from torch import Tensor, nn
 
 from conflictscope.study.condition import Condition
+from interp.anatomy import transformers_model
 from interp.answers import USAGES
 from interp.conflicts import ConflictSet, evenly
 from interp.evaluation import ANSWERS_VERSION, UsageReport, divergence, measure_usage, neutral_texts
@@ -29,7 +30,7 @@ from interventions.base import EDITS_VERSION, applied, changed_by
 if TYPE_CHECKING:
     from interp.records import Records
 
-COST_VERSION = 2
+COST_VERSION = 3
 """Version of how the cost is measured."""
 
 _GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
@@ -101,7 +102,7 @@ def measure(lab: Bench, condition: Condition) -> Result:
     changed = changed_by(condition.edits)
 
     def answers() -> UsageReport:
-        read = (lab.reading.prompts, changed) if condition.changes_text else None
+        read = (lab.reading.prompts, changed) if condition.changes_text and changed != "whole" else None
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
             return measure_usage(model, condition.asked(asked), combined=condition.combined, read=read, progress=label)
@@ -119,7 +120,9 @@ def measure(lab: Bench, condition: Condition) -> Result:
         kl = np.array(lab.records.json("neutral_kl", [digest, neutral_texts()], divergences, version=version[1:]))
     cost = None
     if digest is not None:
-        cost = lab.records.json("cost", [digest, asked.digest], lambda: _cost(lab, condition), version=COST_VERSION)
+        device = str(next(transformers_model(model).parameters()).device)
+        where = [digest, asked.digest, device, lab.seed]
+        cost = lab.records.json("cost", where, lambda: _cost(lab, condition), version=COST_VERSION)
     return Result(report, kl, cost, closed_book=condition.decoding is None)
 
 
@@ -163,9 +166,11 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
 
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
-    """Tokens per second relative to the unedited model: the median of rounds in turns."""
+    """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
     plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
-    asked = condition.asked(plain)
+    timed = {example.id for example in plain}
+    # How one is asked may depend on the others.
+    asked = ConflictSet("timed", tuple(e for e in condition.asked(lab.asked) if e.id in timed))
     rule = condition.combined
 
     def seconds(examples: ConflictSet, *, edited: bool) -> float:
@@ -178,5 +183,12 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
             continue_greedily(lab.model, prompts, **two_streams, max_new_tokens=4)
             return time.perf_counter() - start
 
-    ratios = [seconds(plain, edited=False) / seconds(asked, edited=True) for _ in range(_ROUNDS)]
+    ratios = []
+    for number in range(_ROUNDS + 1):
+        # Neither goes first every time.
+        first, second = (
+            seconds(asked if edited else plain, edited=edited) for edited in (number % 2 == 1, number % 2 == 0)
+        )
+        ratios.append(first / second if number % 2 == 0 else second / first)
+    ratios = ratios[1:]
     return {"speed": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

@@ -32,6 +32,7 @@ from interp.models import fingerprint
 from interventions.base import Intervention
 from interventions.config import InterventionFile
 
+_WITHIN = ", within budget"
 _ChosenBy = dict[tuple[Method, Direction], Chosen]
 
 
@@ -56,8 +57,8 @@ class Study:
         out: The folder for the record and all files beside it.
         directions: Towards which sources.
         choices: Which of dev's choices are measured.
-        controls: Whether random controls are measured for each method, for the best of those that share a kind of
-            control (random heads, directions, ...) towards each source, or for the winner towards each source alone.
+        controls: Whether random controls are measured for each method, for the best, by each choice, of those that
+            share a kind of control (random heads, directions, ...) towards each source, or for the best alone.
         executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
@@ -83,12 +84,16 @@ class Study:
         if not chosen:
             raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
         winners: dict[Direction, str | None] = {d: _winner(lab, d, chosen) for d in self.directions}
-        rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
-        controls = self._controls(lab, chosen, not_run)
-        for key, found in chosen.items():
+        edits: list[tuple[Method, _Row]] = []
+        for (method, _), found in chosen.items():
             own, refused = self._rows(found)
-            rows += [*own, *controls.get(key, ())]
+            edits += [(method, row) for row in own]
             not_run |= refused
+        controls, refused = self._controls(lab, edits)
+        not_run |= refused
+        rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
+        for _, row in edits:
+            rows += [row, *controls.get(row.name, ())]
         self.executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
         results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
         (self.out / RECORD).unlink(missing_ok=True)
@@ -120,7 +125,7 @@ class Study:
             refused: dict[Direction, str] = {}
             for towards in self.directions:
                 try:
-                    chosen[method, towards] = lab.chosen(method, towards)
+                    chosen[method, towards] = lab.chosen(method, towards, within_budget="within_budget" in self.choices)
                 except UserError as error:
                     refused[towards] = str(error)
             if len(refused) == len(self.directions) and len(set(refused.values())) == 1:
@@ -129,21 +134,21 @@ class Study:
                 not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
         return chosen, not_run
 
-    def _controls(
-        self, lab: Lab, chosen: _ChosenBy, not_run: dict[str, str]
-    ) -> dict[tuple[Method, Direction], list[_Row]]:
-        """The random controls that are measured, by what they control; those that can't be drawn go to ``not_run``."""
-        drawn: dict[tuple[Method, Direction], list[_Row]] = {}
-        kinds: dict[tuple[Direction, str], _ChosenBy] = {}
-        for key, found in chosen.items():
-            drawn[key], undrawn = _control(lab, key[0], found.best.condition)
-            not_run |= undrawn
-            kind = "" if self.controls == "winners" else next((row.conditions[0].method for row in drawn[key]), "")
-            kinds.setdefault((key[1], kind), {})[key] = found
-        if self.controls == "each":
-            return drawn
-        best = {_winner(lab, towards, part) for (towards, _), part in kinds.items()}
-        return {key: rows for key, rows in drawn.items() if chosen[key].best.condition.name in best}
+    def _controls(self, lab: Lab, edits: Sequence[tuple[Method, _Row]]) -> tuple[dict[str, list[_Row]], dict[str, str]]:
+        """The random controls that are measured, by the row that they control, and why others could not be drawn."""
+        drawn = {row.name: _control(lab, method, row) for method, row in edits}
+        wanted = {row.name for _, row in edits}
+        if self.controls != "each":
+            kinds: dict[tuple[Choice, Direction | None, str], list[_Row]] = {}
+            for method, row in edits:
+                controls, _ = drawn[row.name]
+                # What nothing could be drawn for is a kind of its own, so that it is said.
+                kind = controls[0].conditions[0].method if controls and self.controls == "kinds" else ""
+                for choice in () if method.derived else row.choices:
+                    kinds.setdefault((choice, row.conditions[0].towards, kind), []).append(row)
+            wanted = {_preferred(lab, choice, rows).name for (choice, _, _), rows in kinds.items()}
+        refused = {name: reason for row in sorted(wanted) for name, reason in drawn[row][1].items()}
+        return {row: drawn[row][0] for row in wanted}, refused
 
     def _rows(self, found: Chosen) -> tuple[list[_Row], dict[str, str]]:
         """What is measured of a method in one direction, and why the rest is not."""
@@ -153,11 +158,9 @@ class Study:
         rows = [_Row(name, [best.condition], tuple(self.choices) if is_both else ("best",), best)]
         if "within_budget" in self.choices and not is_both:
             if within is None:
-                not_run[f"{name}, within budget"] = (
-                    "No candidate stays within the damage budget on dev, also moved back."
-                )
+                not_run[f"{name}{_WITHIN}"] = "No candidate stays within the damage budget on dev, also moved back."
             else:
-                rows.append(_Row(f"{name}, within budget", [within.condition], ("within_budget",), within))
+                rows.append(_Row(f"{name}{_WITHIN}", [within.condition], ("within_budget",), within))
         return rows, not_run
 
     def _write_edits(
@@ -187,10 +190,10 @@ class Study:
             measured={"test": tests[row.name], "unedited": tests[UNEDITED]},
         )
         folder = self.out / "interventions"
-        suffix = "" if row.choices != ("within_budget",) else "-within_budget"
+        suffix = "-within_budget" if row.name.endswith(_WITHIN) else ""
         name = f"{condition.method}-towards_{condition.towards}{suffix}.json"
         if row.control_of:
-            name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}.json"
+            name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}{suffix}.json"
         file.save(folder / name)
         if condition.towards is not None and winners.get(condition.towards) == row.name:
             file.save(folder / f"towards_{condition.towards}.json")
@@ -235,14 +238,24 @@ def example_frame(asked: ConflictSet, reports: dict[str, UsageReport]) -> pl.Dat
     return pl.concat(rows).join(expected, on="id", how="left", maintain_order="left")
 
 
-def _control(lab: Lab, method: Method, best: Condition) -> tuple[list[_Row], dict[str, str]]:
-    """The random control of what a method chose, if it has one, or why it could not be drawn."""
+def _control(lab: Lab, method: Method, row: _Row) -> tuple[list[_Row], dict[str, str]]:
+    """The random control of a row, if its method has one, or why it could not be drawn."""
     try:
-        draws = method.controls(lab, best)
+        draws = method.controls(lab, row.conditions[0])
     except UserError as error:
-        return [], {f"random control of {best.name}": str(error)}
+        return [], {f"random control of {row.name}": str(error)}
     kinds = [draw.method.replace("_", " ") for draw in draws[:1]]
-    return [_Row(f"{kind} for {best.name}", list(draws), control_of=best.name) for kind in kinds], {}
+    return [_Row(f"{kind} for {row.name}", list(draws), control_of=row.name) for kind in kinds], {}
+
+
+def _preferred(lab: Lab, choice: Choice, rows: Sequence[_Row]) -> _Row:
+    """The row that dev prefers of some towards one source, by the rule of a choice."""
+    tries = [(row, row.dev) for row in rows if row.dev is not None]
+    towards = rows[0].conditions[0].towards
+    if choice == "within_budget" or towards is None:
+        return max(tries, key=lambda one: one[1].rate(towards))[0]
+    best = best_of(lab, [dev for _, dev in tries], towards)
+    return next(row for row, dev in tries if dev is best)
 
 
 def _winner(lab: Lab, towards: Direction, chosen: _ChosenBy) -> str | None:

@@ -1,3 +1,4 @@
+import math
 from contextlib import contextmanager, nullcontext
 
 import polars as pl
@@ -12,6 +13,7 @@ from interp.evaluation import (
     UsageReport,
     answer_starts,
     answer_token_ids,
+    divergence,
     measure_usage,
     neutral_kl,
     neutral_texts,
@@ -123,6 +125,18 @@ def test_nothing_to_ask_is_an_error(smollm2):
 
 def test_kl_of_no_edit_is_zero(smollm2):
     assert neutral_kl(smollm2, nullcontext, texts=neutral_texts()[:3]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_what_is_left_out_costs_what_it_was_worth():
+    """By hand: of 1/2, 1/4, 1/4 the first is left out; the others stay as they are, or become 1/5 and 4/5."""
+    unedited = torch.tensor([0.5, 0.25, 0.25]).log()
+    kept = torch.tensor([-torch.inf, 0.0, 0.0])
+    moved = torch.tensor([-torch.inf, *torch.tensor([0.2, 0.8]).log()])
+    lost = math.log(2)
+    further = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
+    nothing = torch.full((3,), -torch.inf)
+    found = divergence(unedited.expand(4, 3), torch.stack([unedited, kept, moved, nothing]))
+    assert found.tolist() == pytest.approx([0, lost, lost + further, math.inf])
 
 
 def test_kl_is_that_of_torch_without_padding(smollm2):

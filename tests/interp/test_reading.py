@@ -78,5 +78,18 @@ def test_a_prompt_of_one_token_is_read_whole(tiny_llama):
     assert read.continue_greedily().answers == continue_greedily(tiny_llama, prompts).answers
 
 
+def test_no_more_is_kept_than_is_allowed(tiny_llama):
+    """Prompts beyond are read whole each time, and give the same."""
+    expected = gathered_logits(next_logits(tiny_llama, PROMPTS), len(PROMPTS))
+    for kept in (0, 2**10, 2**30):
+        read = ReadPrompts(tiny_llama, PROMPTS, batch_size=2, most_kept=kept)
+        caches = [b.cache for b in read._batches if b.cache is not None]
+        sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in caches]
+        # The batch that goes beyond it is the last.
+        assert sum(sizes[:-1]) <= kept // 2
+        torch.testing.assert_close(gathered_logits(read.next_logits(), len(PROMPTS)), expected, rtol=1e-4, atol=1e-4)
+    assert len(caches) == len(PROMPTS) // 2
+
+
 def test_no_prompts_give_nothing(tiny_llama):
     assert ReadPrompts(tiny_llama, []).continue_greedily().answers == []

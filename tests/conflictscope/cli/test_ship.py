@@ -1,9 +1,11 @@
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conflictscope.cli.options import NamedModel
 from conflictscope.serve.engine import Engine
 from conflictscope.serve.jobs import Done
 from conflictscope.serve.requests import CompletionRequest
@@ -89,6 +91,13 @@ def test_four_places_give_the_same_tokens_on_the_real_model(run, smollm2, tmp_pa
 
 
 # Commands
+
+
+def test_generate_needs_a_model_and_a_prompt(run):
+    code, _, error = run("generate", "--config", "edit.json")
+    assert code == 2
+    assert "MODEL" in error.upper()
+    assert fields(NamedModel)[0].default is MISSING
 
 
 def test_generate_shows_both_answers_side_by_side(run, tiny_directories, tmp_path):

@@ -92,7 +92,7 @@ def test_the_candidates_lean_to_the_source_and_one_is_chosen(lab, name, towards)
     assert lab.chosen(METHODS[name], towards).best.condition.method == name
 
 
-def test_dev_weighs_next_tokens_and_takes_damage_over_those_that_are_not_left_out(lab):
+def test_dev_weighs_next_tokens_and_what_a_rule_leaves_out_is_damage(lab):
     """Against one pass for each prompt, and sums over the vocabulary."""
     rule = CKPlug(0.25, "released")
     found = tried(lab, Condition("ck_plug", "context", decoding=rule))
@@ -106,8 +106,9 @@ def test_dev_weighs_next_tokens_and_takes_damage_over_those_that_are_not_left_ou
             )
         p, log_q = first[0].softmax(-1), rule.scores(first, second)[0].log_softmax(-1)
         kept = log_q > -torch.inf
-        p = p[kept] / p[kept].sum()
-        divergences.append(float((p * (p.log() - log_q[kept])).sum()))
+        mass = p[kept].sum()
+        p = p[kept] / mass
+        divergences.append(float((p * (p.log() - log_q[kept])).sum() - mass.log()))
     assert found.damage["aligned"] == pytest.approx(sum(divergences) / len(aligned), rel=1e-3)
     assert "none" not in found.damage
     assert "neutral" not in found.damage

@@ -15,6 +15,7 @@ from interp.anatomy import transformers_model
 from interp.evaluation import answer_token_ids
 from interp.inputs import first_token_id, token_ids
 from interventions.base import applied
+from interventions.decoding import CAD
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.conflictscope.methods.labs import tiny_lab
@@ -134,3 +135,19 @@ def test_the_same_edit_is_tried_once_whatever_it_is_called(lab: Lab, monkeypatch
 
 def test_lab_draws_the_same_from_the_same_seed(lab: Lab) -> None:
     assert lab.rng("a", 1).random() == lab.rng("a", 1).random() != lab.rng("a", 2).random()
+
+
+def test_a_rule_that_needs_a_context_keeps_what_the_unedited_model_knows_and_no_more(lab: Lab) -> None:
+    """Without a context it does nothing: it must not win over edits because nothing is asked of it."""
+    rule = tried(lab, Condition("cad", "context", decoding=CAD(1.0)))
+    unedited = tried(lab, Condition("unedited"))
+    assert rule.right["none"] == unedited.right["none"] < 1
+    assert "none" not in rule.damage
+
+
+def test_nothing_is_moved_back_where_only_the_best_is_wanted(lab: Lab) -> None:
+    candidates = [Condition("some", "context", {}, (HeadScaling.of([(layer, 0)], 30.0),)) for layer in (1, 2)]
+    found = choose(lab, candidates, "context", within_budget=False)
+    assert [one.condition for one in found.tried] == candidates
+    assert found.within_budget is None
+    assert choose(lab, candidates, "context").best.condition.digest == found.best.condition.digest

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -194,7 +194,8 @@ def test_a_control_that_cannot_be_drawn_is_said_and_the_rest_is_measured(
 
     monkeypatch.setattr(TwoHeads, "controls", refusing)
     found = Study("compare", "", tmp_path, directions=("memory",)).run(lab, [TwoHeads()])
-    assert found.not_run == {"random control of two heads, towards memory": "There are no other heads."}
+    refused = {c.name for c in found.conditions if c.method == "two_heads"}
+    assert found.not_run == {f"random control of {name}": "There are no other heads." for name in refused}
     assert [c.method for c in found.chosen("memory")] == ["two_heads"]
 
 
@@ -261,6 +262,67 @@ def test_what_does_not_apply_is_none_and_not_zero(lab: Lab) -> None:
 def test_prompts_without_a_context_are_answered_as_ever_by_a_rule_of_two_streams(lab: Lab) -> None:
     bare = lab.asked.select(kind="none")
     assert measure_usage(lab.model, bare, combined=Doubled().scores).frame.equals(measure_usage(lab.model, bare).frame)
+
+
+class OneHead(TwoHeads):
+    """The same for one head, which controls of the same kind stand for."""
+
+    name = "one_head"
+
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        return [Condition(self.name, towards, {}, (HeadScaling.of([(2, 1)], -4.0),))]
+
+
+class Pushed(Method):
+    """Adds a direction, and a random one as a control."""
+
+    name = "pushed"
+
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        return [Condition(self.name, towards, {}, (Steering(1, torch.ones(lab.anatomy.d_model), 9.0),))]
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        edit = Steering(1, torch.linspace(-1, 1, lab.anatomy.d_model), 9.0)
+        return [Condition("random_direction", chosen.towards, {}, (edit,), control_of=chosen.method)]
+
+
+class Alone(TwoHeads):
+    """Has a control that cannot be drawn."""
+
+    name = "alone"
+
+    def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
+        raise UserError("There is no other head.")
+
+
+def test_controls_are_measured_of_each_edit_of_each_kind_or_of_the_best_alone(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each choice: what is best within the budget has a control too."""
+    monkeypatch.setattr(measure_module, "_cost", lambda *_: {"speed": 1.0, "low": 1.0, "high": 1.0})
+    methods = [TwoHeads(), OneHead(), Pushed(), Alone()]
+    found: dict[str, StudyRecord] = {}
+    modes: tuple[Literal["each", "kinds", "winners"], ...] = ("each", "kinds", "winners")
+    for mode in modes:
+        out = tmp_path / mode
+        found[mode] = Study("compare", "", out, directions=("memory",), controls=mode).run(lab, methods)
+    controlled = {mode: {c.control_of for c in record.conditions if c.is_control} for mode, record in found.items()}
+    edits = {c.name: c for c in found["each"].conditions if not c.is_control and c.method != UNEDITED}
+    assert controlled["each"] == {name for name, edit in edits.items() if edit.method != "alone"}
+    kinds = [("two_heads", "one_head"), ("pushed",)]
+    for choice in ("best", "within_budget"):
+        for kind in kinds:
+            own = {name for name, edit in edits.items() if edit.method in kind and choice in edit.choices}
+            assert len(own & controlled["kinds"]) >= bool(own), "a kind without a control"
+    assert controlled["kinds"] < controlled["each"]
+    assert controlled["winners"] <= controlled["each"]
+    winner = found["winners"].winner("memory")
+    assert winner is not None
+    assert winner.method == "alone" or winner.name in controlled["winners"]
+    assert len(controlled["winners"]) <= 2
+    refused = "random control of alone, towards memory"
+    assert refused in found["each"].not_run
+    assert all("There is no other head" in reason for reason in found["each"].not_run.values() if "head" in reason)
 
 
 def test_a_study_without_a_method_that_can_run_says_why(lab: Lab, tmp_path: Path) -> None:
