@@ -33,6 +33,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.detector --json
 	$(BIN)/python -m benchmarks.mutual_information --json
 	$(BIN)/python -m benchmarks.runtime --json
+	$(BIN)/python -m benchmarks.gpu --json
 	$(BIN)/python -m benchmarks.conversion --json
 
 schema: $(STAMP)

@@ -82,10 +82,8 @@ LARGE = Shape((4096, 14336, 32, 32, 8, 128_256), 256, 2_000, 131_072, 16, 32, 4)
 SMALL = Shape((128, 256, 4, 8, 2, 49_152), 24, 64, 512, 4, 4, 2)
 
 
-def random_model(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, tokenizer: Any, seed: int = 0
-) -> Any:
-    """A Llama with random weights, as ``interp.models.load_model`` gives a real one."""
+def random_model(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, tokenizer: Any) -> Any:
+    """A Llama with random weights, the same at every call, with transformers' default attention."""
     width, feed_forward, layers, heads, kv_heads, vocabulary = shape
     config = LlamaConfig(
         hidden_size=width,
@@ -93,14 +91,14 @@ def random_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
+        vocab_size=max(vocabulary, len(tokenizer)),
         initializer_range=width**-0.5,
         dtype=dtype,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=None,
     )
     before = torch.get_default_dtype()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with device:
@@ -201,7 +199,7 @@ def errors(device: torch.device, tokenizer: Any) -> dict[str, dict[str, float | 
         model = _small(device, tokenizer).to(dtype)
         row = found[str(dtype).removeprefix("torch.")] = {}
         for name, path in every_path(model).items():
-            with _named(row, name):
+            with named(row, name):
                 expected, value = expected_of[name].double(), path().cpu().double()
                 differ = (value != expected).double().mean()
                 error = differ if name == "two_streams" else (value - expected).norm() / expected.norm()
@@ -210,8 +208,10 @@ def errors(device: torch.device, tokenizer: Any) -> dict[str, dict[str, float | 
 
 
 def _small(device: torch.device, tokenizer: Any) -> Any:
-    vocabulary = max(SMALL.model[-1], len(tokenizer))
-    return random_model((*SMALL.model[:-1], vocabulary), torch.device("cpu"), torch.float32, tokenizer).to(device)
+    """The small model, with the attention that ``interp.models.load_model`` chooses."""
+    model = random_model(SMALL.model, torch.device("cpu"), torch.float32, tokenizer)
+    model.set_attn_implementation("eager")
+    return model.to(device)
 
 
 def seconds_each(sides: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -237,7 +237,8 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _named(row: dict[str, Any], name: str) -> Iterator[None]:
+def named(row: dict[str, Any], name: str) -> Iterator[None]:
+    """Put the error of what is done here into the row, under this name."""
     try:
         yield
     except Exception as error:
@@ -261,7 +262,7 @@ def speeds(shape: Shape, device: torch.device, dtype: torch.dtype, tokenizer: An
             model.model(**batch, use_cache=False)
 
     def timed(**sides: Callable[[], object]) -> None:
-        with _named(row, next(iter(sides))):
+        with named(row, next(iter(sides))):
             row.update({f"{name}_seconds": round(value, 4) for name, value in seconds_each(sides, device).items()})
         print(json.dumps(row), file=sys.stderr)
 
@@ -277,7 +278,7 @@ def speeds(shape: Shape, device: torch.device, dtype: torch.dtype, tokenizer: An
     labels = torch.arange(shape.examples) % 2
     timed(probes=_probe_fits(anatomy, labels.to(device), generator))
     timed(mutual_information=_feature_information(shape, labels, generator, device))
-    with _named(row, "dial_step"):
+    with named(row, "dial_step"):
         _, step = dial(model, 48, 64)
         timed(dial_step=step)
     edit, rule = random_heads(anatomy, 40), CAD(1.0)
@@ -364,7 +365,7 @@ def main(
         zip(("d_model", "d_mlp", "layers", "heads", "kv_heads", "vocabulary"), shape.model, strict=True)
     )
     result.update(speeds(shape, where, dtype, words))
-    with _named(result, "compiled"):
+    with named(result, "compiled"):
         result.update(compiled(shape, where, dtype, words))
     if where.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated(where) / 2**30, 1)

@@ -133,10 +133,13 @@ def finite(gradients: Tensor) -> Tensor:
     """The gradients.
 
     Raises:
-        UserError: If they left the range of the model's dtype.
+        UserError: If they left the range of the model's dtype, or attention has none where prompts are padded, as
+            PyTorch's fused attention in bfloat16 on CUDA.
     """
     if not gradients.isfinite().all():
-        raise UserError("The scales' gradients are not finite; load the model with --dtype float32 or bfloat16.")
+        raise UserError(
+            "The scales' gradients are not finite; load the model in float32, or in bfloat16 with eager attention."
+        )
     return gradients
 
 
