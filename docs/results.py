@@ -123,11 +123,13 @@ def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tu
     """Write the tables of studies into pages; gives each page that has some, with the names of the studies.
 
     Raises:
-        UserError: If a folder holds no study, has the name of another, or no page has a mark for it.
+        UserError: If a folder holds no study or an unfinished one, has the name of another, or no page has a mark for it.
     """
     records = {folder.resolve().name: StudyRecord.load(folder) for folder in studies}
     if len(records) < len(studies):
         raise UserError("Two of the folders have the same name, which is what a page knows them by; rename one.")
+    if unfinished := [name for name, record in records.items() if record.to_come]:
+        raise UserError(f"{unfinished[0]} is not finished; run its command again, which goes on where it stopped.")
     shown: set[str] = set()
     for path in pages:
         after, found = filled(path.read_text(encoding="utf-8"), records)

@@ -126,7 +126,7 @@ class HeadScaling(Intervention):
         """Its heads and their scales."""
         around = " around their means" if any(head.mean is not None for head in self.heads) else ""
         listed = ", ".join(f"{head.layer}.{head.head} x {head.scale:g}" for head in self.heads)
-        yield f"{len(self.heads)} heads{around}: {listed}"
+        yield f"{len(self.heads)} head{'s' * (len(self.heads) != 1)}{around}: {listed}"
 
     def entry(self, name: str, tensors: dict[str, Tensor]) -> HeadScalingEntry:
         """Its part of the intervention file; it has no tensors."""

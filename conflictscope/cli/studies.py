@@ -120,17 +120,22 @@ def command_line() -> str:
 
 
 def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: Any) -> StudyRecord:
-    """Run a study, print its leaderboard, write its page and say where it is."""
+    """Run a study, say what it finds, keep its page up to date, and print its leaderboard."""
     from conflictscope.report import read_runs, write_report
     from conflictscope.study.leaderboard import leaderboard
     from conflictscope.study.run import Study
 
-    record = Study(kind, command_line(), out, **options).run(lab, methods)
+    path = out / "report.html"
+
+    def shown(record: StudyRecord) -> None:
+        write_report(path, read_runs([out]))
+        say(f"{path} shows what was found so far; to come: {', '.join(record.to_come).replace('_', ' ')}.")
+
+    record = Study(kind, command_line(), out, told=say, shown=shown, **options).run(lab, methods)
     for table in leaderboard(record):
         print_frame(table)
     for method, reason in record.not_run.items():
         say(f"{method.replace('_', ' ')} was not run: {reason}")
-    path = out / "report.html"
     write_report(path, read_runs([out]))
     say(f"Look at {path}; all numbers are in {out / 'study.json'}")
     return record

@@ -1,15 +1,18 @@
-"""Say a study's record as tables of text: a leaderboard for each direction."""
+"""Say what a study found: a sentence at each stage, and the record as a leaderboard for each direction."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from conflictscope.study.choice import Chosen
 from conflictscope.study.record import Measured, StudyRecord
 from conflictscope.tables import written
 from interp.answers import DIRECTIONS, Direction
+from interp.attribution.scores import HeadScores
 
 LOSSES = {
     "closed-book": "closed_book_accuracy",
@@ -17,6 +20,9 @@ LOSSES = {
     "irrelevant": "irrelevant_accuracy",
 }
 """What an edit may cost, by what it is called."""
+
+_LONGEST = 72
+_SOURCES: Mapping[Direction, str] = {"memory": "memory", "context": "the context"}
 
 
 def leaderboard(record: StudyRecord) -> list[pl.DataFrame]:
@@ -38,6 +44,34 @@ def leaderboard(record: StudyRecord) -> list[pl.DataFrame]:
         rows += [_row(c, towards, c.name.removesuffix(ending), chosen="random") for c in own if c.is_control]
         tables.append(pl.DataFrame(rows))
     return tables
+
+
+def heads_found(scores: HeadScores) -> str:
+    """Name the heads that carry most of each source, by what happens without them."""
+    parts = []
+    for towards in DIRECTIONS:
+        (first, *_) = scores.ranked(towards)
+        parts.append(f"{first.layer}.{first.head} pushes most towards {towards} ({first.score:+.2f})")
+    return f"Path patching, change of the logit difference without a head: {', '.join(parts)}."
+
+
+def chosen_on_dev(found: Chosen, towards: Direction) -> str:
+    """Say what dev chose of a method towards a source."""
+    best, kept = found.best, found.best.right.get("none")
+    facts = "" if kept is None else f", {kept:.0%} of closed-book answers start right"
+    rate = f"{best.rate(towards):.0%} of answers start with what {_SOURCES[towards]} says"
+    does = textwrap.shorten(best.condition.does, _LONGEST, placeholder=" \N{HORIZONTAL ELLIPSIS}")
+    return f"{best.condition.name}: dev chose, of {len(found.tried)} tried, {does}; {rate}{facts}."
+
+
+def measured_on_test(name: str, test: Mapping[str, Any], towards: Direction | None) -> str:
+    """Say what a condition did on unseen subjects."""
+    if towards is None:
+        rates = " and ".join(f"{written(test[f'{d}_rate'])} follow {_SOURCES[d]}" for d in DIRECTIONS)
+        return f"{name}, on unseen subjects: where the two disagree, {rates}."
+    change = lost(test["change"].get("closed_book_accuracy"))
+    loss = "" if change is None else f"; closed-book accuracy loses {written(change)}"
+    return f"{name}, on unseen subjects: {written(test[f'{towards}_rate'])} follow {_SOURCES[towards]}{loss}."
 
 
 def _row(condition: Measured, towards: Direction, method: str, *, chosen: str) -> dict[str, str]:

@@ -6,7 +6,8 @@
  "settings": {"seed", "quick", "budgets", "device", "dtype", "versions"},
  "conditions": [unedited first, then every chosen condition, then random controls: see ``Measured``],
  "tried": [{"method", "towards", "settings", "does", "moved", "rate", "kept", "damage", "spent"}],
- "lines": {name: [a measurement at each dose]}, "not_run": {method: reason}, "details": {method: what it says besides}}
+ "lines": {name: [a measurement at each dose]}, "not_run": {method: reason}, "details": {method: what it says besides},
+ "to_come": [the methods that an unfinished study has not measured yet]}
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class StudyRecord:
     lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     not_run: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    to_come: tuple[str, ...] = ()
 
     @property
     def unedited(self) -> Measured:
@@ -150,7 +152,8 @@ class StudyRecord:
                 )
                 for c in record.pop("conditions")
             )
-            loaded = cls(**{**record, "tried": tuple(record["tried"]), "conditions": conditions})
+            parts = {name: tuple(record.get(name, ())) for name in ("tried", "to_come")}
+            loaded = cls(**{**record, **parts, "conditions": conditions})
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"{path} lacks something or says too much ({error}); run the study again.") from error
         if not conditions or conditions[0].method != UNEDITED:

@@ -4,12 +4,15 @@
 2. Each method draws random controls of the same kind and size.
 3. Everything is measured once on test, by whatever runs the units, and compared with the unedited model.
 4. The record, the answers, head scores, prompts and intervention files are written; the record comes last.
+
+Where the record is wanted as it grows, what a method chose is measured before the next method begins, and a record that
+says which methods are to come is written; controls come last.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from conflictscope.study.choice import Chosen, Tried, best_of
 from conflictscope.study.condition import AS_IS, Condition
 from conflictscope.study.executor import Executor, serial
 from conflictscope.study.lab import Lab
+from conflictscope.study.leaderboard import chosen_on_dev, heads_found, measured_on_test
 from conflictscope.study.measure import Result, measure, measures_of, pooled
 from conflictscope.study.method import Method
 from conflictscope.study.record import HEADS, RECORD, UNEDITED, Choice, Measured, StudyRecord, write_examples
@@ -47,6 +51,25 @@ class _Row:
     control_of: str | None = None
 
 
+@dataclass
+class _Work:
+    """What a study has done so far.
+
+    Attributes:
+        chosen: What dev chose.
+        not_run: What could not be run, and why.
+        results: What was measured on test, by row.
+        tests: The same as estimates.
+        heads_told: Whether it was told which heads carry a source.
+    """
+
+    chosen: _ChosenBy = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Result] = field(default_factory=dict)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heads_told: bool = False
+
+
 @dataclass(frozen=True)
 class Study:
     """What is measured of methods, and where it is written.
@@ -62,6 +85,8 @@ class Study:
         executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
+        told: Takes a sentence about what was found, at every stage.
+        shown: Takes the record as it grows, after every method but the last; ``None`` has it written once.
     """
 
     kind: str
@@ -73,6 +98,8 @@ class Study:
     executor: Executor = serial
     lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    told: Callable[[str], None] = lambda _: None
+    shown: Callable[[StudyRecord], None] | None = None
 
     def run(self, lab: Lab, methods: Sequence[Method]) -> StudyRecord:
         """Choose, measure and record; finished steps are kept, so that what was killed goes on where it stopped.
@@ -80,59 +107,79 @@ class Study:
         Raises:
             UserError: If none of the methods can run; where some can, the record says why the others can't.
         """
-        chosen, not_run = self._chosen(lab, methods)
-        if not chosen:
-            raise UserError(next(iter(not_run.values()), "There is no method to measure; give one."))
-        winners: dict[Direction, str | None] = {d: _winner(lab, d, chosen) for d in self.directions}
+        work = _Work()
+        for number, method in enumerate(methods, 1):
+            self._choose(lab, method, work)
+            if self.shown is not None and work.chosen and number < len(methods):
+                self.shown(self._record(lab, work, to_come=tuple(other.name for other in methods[number:])))
+        if not work.chosen:
+            raise UserError(next(iter(work.not_run.values()), "There is no method to measure; give one."))
+        return self._record(lab, work)
+
+    def _choose(self, lab: Lab, method: Method, work: _Work) -> None:
+        """Let dev choose of a method in each direction, or note why it can't be run."""
+        refused: dict[Direction, str] = {}
+        for towards in self.directions:
+            try:
+                chosen = lab.chosen(method, towards, within_budget="within_budget" in self.choices)
+            except UserError as error:
+                refused[towards] = str(error)
+                continue
+            if not work.heads_told and "head_scores" in vars(lab):
+                self.told(heads_found(lab.head_scores["logit_diff"]))
+                work.heads_told = True
+            work.chosen[method, towards] = chosen
+            self.told(chosen_on_dev(chosen, towards))
+        if len(refused) == len(self.directions) and len(set(refused.values())) == 1:
+            work.not_run[method.name] = next(iter(refused.values()))
+        else:
+            work.not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
+
+    def _record(self, lab: Lab, work: _Work, to_come: tuple[str, ...] = ()) -> StudyRecord:
+        """Measure what dev chose, as far as it was not yet, and write the record and all beside it."""
+        not_run = dict(work.not_run)
+        winners: dict[Direction, str | None] = {d: _winner(lab, d, work.chosen) for d in self.directions}
         edits: list[tuple[Method, _Row]] = []
-        for (method, _), found in chosen.items():
+        for (method, _), found in work.chosen.items():
             own, refused = self._rows(found)
             edits += [(method, row) for row in own]
             not_run |= refused
-        controls, refused = self._controls(lab, edits)
+        controls, refused = ({}, {}) if to_come else self._controls(lab, edits)
         not_run |= refused
         rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
         for _, row in edits:
             rows += [row, *controls.get(row.name, ())]
-        self.executor(lab, list({c.digest: c for row in rows for c in row.conditions}.values()))
-        results = {row.name: pooled([measure(lab, condition) for condition in row.conditions]) for row in rows}
+        self._measure(lab, rows, work)
         (self.out / RECORD).unlink(missing_ok=True)
-        unedited = results[UNEDITED].report
-        tests = {name: measures_of(result, None if name == UNEDITED else unedited) for name, result in results.items()}
-        files = {row.name: self._write_edits(lab, row, tests, winners) for row in rows}
+        files = {row.name: self._write_edits(lab, row, work.tests, winners) for row in rows}
         settings = {"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners}
+        measured = [_measured(row, work.tests[row.name], work.results[row.name].cost, files[row.name]) for row in rows]
         record = StudyRecord(
             kind=self.kind,
             command=self.command,
             model=model_record(lab),
             data=lab.prompts.about(),
             settings={**settings, **made_with(lab)},
-            conditions=tuple(_measured(row, tests[row.name], results[row.name].cost, files[row.name]) for row in rows),
-            tried=tuple(one.to_record(lab.budgets) for found in chosen.values() for one in found.tried),
+            conditions=tuple(measured),
+            tried=tuple(one.to_record(lab.budgets) for found in work.chosen.values() for one in found.tried),
             lines=self.lines,
             not_run=not_run,
-            details={**_details(lab, chosen), **self.details},
+            details={**_details(lab, work.chosen), **self.details},
+            to_come=to_come,
         )
-        self._write_beside(lab, rows, results)
+        self._write_beside(lab, rows, work.results)
         record.save(self.out)
         return record
 
-    def _chosen(self, lab: Lab, methods: Sequence[Method]) -> tuple[_ChosenBy, dict[str, str]]:
-        """What dev chooses of each method in each direction, and why others were not run."""
-        chosen: _ChosenBy = {}
-        not_run: dict[str, str] = {}
-        for method in methods:
-            refused: dict[Direction, str] = {}
-            for towards in self.directions:
-                try:
-                    chosen[method, towards] = lab.chosen(method, towards, within_budget="within_budget" in self.choices)
-                except UserError as error:
-                    refused[towards] = str(error)
-            if len(refused) == len(self.directions) and len(set(refused.values())) == 1:
-                not_run[method.name] = next(iter(refused.values()))
-            else:
-                not_run |= {f"{method.name}, towards {towards}": reason for towards, reason in refused.items()}
-        return chosen, not_run
+    def _measure(self, lab: Lab, rows: Sequence[_Row], work: _Work) -> None:
+        """Measure the rows that were not measured yet."""
+        new = [row for row in rows if row.name not in work.results]
+        self.executor(lab, list({c.digest: c for row in new for c in row.conditions}.values()))
+        for row in new:
+            result = work.results[row.name] = pooled([measure(lab, condition) for condition in row.conditions])
+            unedited = None if row.name == UNEDITED else work.results[UNEDITED].report
+            test = work.tests[row.name] = measures_of(result, unedited)
+            self.told(measured_on_test(row.name, test, row.conditions[0].towards))
 
     def _controls(self, lab: Lab, edits: Sequence[tuple[Method, _Row]]) -> tuple[dict[str, list[_Row]], dict[str, str]]:
         """The random controls that are measured, by the row that they control, and why others could not be drawn."""

@@ -402,6 +402,18 @@ def test_a_quick_run_is_called_one(changed, tmp_path: Path) -> None:
     assert "Quick run." in page_of(tmp_path / "report.html", folder).text
 
 
+def test_an_unfinished_study_says_what_is_to_come_and_is_loaded_again(changed, tmp_path: Path) -> None:
+    folder = changed("demo", lambda record: record.update(to_come=["mean_ablation", "pruning"]))
+    page = page_of(tmp_path / "report.html", folder)
+    assert "Still to come: mean ablation, pruning, and random controls." in page.text
+    assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_finished_page_does_not_load_itself_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert "to come" not in page_of(tmp_path / "report.html", folders["demo"]).text
+    assert "refresh" not in (tmp_path / "report.html").read_text(encoding="utf-8").split("</head>")[0]
+
+
 def test_scores_of_another_model_are_refused_and_leave_no_file(changed, tmp_path: Path) -> None:
     folder = changed("demo", lambda record: of(record, "pruning, towards memory").update(heads=[[40, 4, 0.0]]))
     with pytest.raises(UserError, match=r"40\.4 is not among these scores of 30 layers x 9 heads"):

@@ -118,6 +118,25 @@ def test_the_record_holds_unedited_chosen_and_controls_and_says_what_was_not_run
     assert record.command == "conflictscope compare"
 
 
+def test_a_record_grows_and_ends_as_one_that_was_written_once(lab: Lab, record: StudyRecord, tmp_path: Path) -> None:
+    """After each method but the last it says what is to come, without controls; every stage has its sentence."""
+    told, shown = [], []
+    growing = Study("compare", record.command, tmp_path, told=told.append, shown=shown.append)
+    ended = growing.run(lab, [TwoHeads(), ValueScaling(), Impossible()])
+    assert [part.to_come for part in shown] == [("value_scaling", "impossible"), ("impossible",)]
+    assert [part.methods for part in shown] == [["two_heads"], ["two_heads", "value_scaling"]]
+    assert not any(c.is_control for part in shown for c in part.conditions)
+    assert not ended.to_come
+    assert any(c.is_control for c in ended.conditions)
+    for name in (c.name for c in record.conditions):
+        assert told.count(next(line for line in told if line.startswith(f"{name}, on unseen subjects: "))) == 1
+    assert any(line.startswith("Path patching, change of the logit difference without a head: ") for line in told)
+    assert any(line.startswith("two heads, towards memory: dev chose, of 4 tried, 1 ") for line in told)
+    again = Study("compare", record.command, tmp_path).run(lab, [TwoHeads(), Impossible()])
+    assert without_times(tmp_path / RECORD) == without_times(lab.records.folder.parent / RECORD)
+    assert again.conditions == record.conditions
+
+
 def test_rates_on_test_are_those_of_answers_asked_with_hooks(lab: Lab, record: StudyRecord) -> None:
     best = record.winner("context")
     assert best is not None
