@@ -123,7 +123,7 @@ def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tu
     """Write the tables of studies into pages; gives each page that has some, with the names of the studies.
 
     Raises:
-        UserError: If a folder holds no study or an unfinished one, has the name of another, or no page has a mark for it.
+        UserError: If a folder holds no finished study, has the name of another, or no page has a mark for it.
     """
     records = {folder.resolve().name: StudyRecord.load(folder) for folder in studies}
     if len(records) < len(studies):
