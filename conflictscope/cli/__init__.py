@@ -8,7 +8,22 @@ from typing import Any
 
 import typer
 
-from conflictscope.cli import ask, compare, control, data, demo, dial, explore, gate, look, probe, report, sae, ship
+from conflictscope.cli import (
+    ask,
+    compare,
+    control,
+    data,
+    demo,
+    dial,
+    doctor,
+    explore,
+    gate,
+    look,
+    probe,
+    report,
+    sae,
+    ship,
+)
 from conflictscope.cli.options import console, with_groups
 from interp.errors import Caution, UserError
 
@@ -25,7 +40,7 @@ for _panel, _commands in {
     _LOOK: (look.evaluate, look.attribute, look.record),
     _STUDY: (compare.compare, report.report),
     _SHIP: (ship.inspect, ship.generate, ship.export, ship.serve),
-    _DATA: (look.models,),
+    _DATA: (look.models, doctor.doctor),
 }.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(with_groups(_command))
