@@ -67,7 +67,7 @@ class StudyOptions(Asked):
         model = self.load()
         records = Records(out / "records", model=fingerprint(model))
         if self.data is None:
-            prompts = fact_prompts(model, names, records, subjects=self._most, seed=self.seed)
+            prompts = self._asked(fact_prompts(model, names, records, subjects=self._most, seed=self.seed))
         else:
             prompts = self.file_prompts(model, records, self.data, self.format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
@@ -83,13 +83,18 @@ class StudyOptions(Asked):
         """
         from conflictscope.study.data import file_prompts
 
-        return file_prompts(
-            model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+        return self._asked(
+            file_prompts(
+                model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+            )
         )
 
     def budgets(self) -> dict[str, float]:
         """The damage that is allowed on dev, by guard, as far as it is said."""
         return {}
+
+    def _asked(self, prompts: Prompts) -> Prompts:
+        return prompts.few(self.seed) if self.quick else prompts
 
     @property
     def _most(self) -> int:

@@ -26,7 +26,7 @@ ENDS: Mapping[Direction, float] = {"memory": -1.0, "context": 1.0}
 """Where a dial stands at its ends."""
 
 TRAINING = ScaleTraining()
-_QUICK: dict[str, Any] = {"steps": 3, "conflicts": 8, "guards": 4}
+_QUICK: dict[str, Any] = {"steps": 3, "conflicts": 2, "guards": 1}
 
 
 @dataclass(frozen=True)

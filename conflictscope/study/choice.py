@@ -41,7 +41,8 @@ DEV_VERSION = 3
 """Version of what is measured on dev: raise it when the same condition would get other numbers."""
 
 _CONFLICTS, _GUARDS = 96, {"none": 32, "aligned": 16, "irrelevant": 16}
-_FEW = 8
+_FEW = 6
+_FEW_GUARDS = 3
 _MOVED_BACK, _TRIES, _MARGIN, _LEAST = 2, 4, 0.97, 0.01
 
 
@@ -124,7 +125,9 @@ class Dev:
                 "Dev has no conflict prompt whose two answers start with different tokens; give other data."
             )
         kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
-        guards = {kind: evenly(examples.select(kind=kind), _FEW if few else _GUARDS[kind], seed) for kind in kinds}
+        guards = {
+            kind: evenly(examples.select(kind=kind), _FEW_GUARDS if few else _GUARDS[kind], seed) for kind in kinds
+        }
         self.guards = {kind: some for kind, some in guards.items() if some}
         self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
         self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts]

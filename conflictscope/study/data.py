@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, split_of
+from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, evenly, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
 from interp.facts import HELD_OUT_PHRASING, SOURCE, STUDY_PHRASINGS, Fact, relation_named, usable_facts
@@ -30,6 +30,7 @@ TESTED_PHRASINGS: Mapping[ContextKind, Sequence[str]] = {
     "conflict": STUDY_PHRASINGS,
     **dict.fromkeys(("aligned", "irrelevant", "none"), ("question", HELD_OUT_PHRASING)),
 }
+_FEW: Mapping[ContextKind, int] = {"conflict": 6, "aligned": 2, "irrelevant": 2, "none": 3}
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Prompts:
             },
             "digest": self.digest,
         }
+
+    def few(self, seed: int) -> Prompts:
+        """The same with few test prompts: to check that all runs."""
+        some = [e for kind, count in _FEW.items() for e in evenly(self.test.select(kind=kind), count, seed)]
+        return replace(self, test=ConflictSet(self.test.name, tuple(some)))
 
     def tested_on(self, other: Prompts) -> Prompts:
         """The same to learn from and to choose on, with the test prompts of others."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,11 @@ class UnitBench:
     asked: ConflictSet
     records: Records
     seed: int
+    few: InitVar[bool] = False
     reading: Reading = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.reading = Reading(self.model, self.asked)
+    def __post_init__(self, few: bool) -> None:
+        self.reading = Reading(self.model, self.asked, few=few)
 
 
 def serial(lab: Lab, conditions: Sequence[Condition]) -> None:
@@ -72,7 +73,7 @@ def write_unit(lab: Lab, condition: Condition) -> Path:
     lab.asked.save(folder / "asked.jsonl")
     anatomy = lab.anatomy
     about = {"model": lab.name, "device": str(anatomy.device), "dtype": str(anatomy.dtype).removeprefix("torch.")}
-    write_json(folder / "unit.json", {**about, "seed": lab.seed})
+    write_json(folder / "unit.json", {**about, "seed": lab.seed, "few": lab.quick})
     return folder
 
 
@@ -90,7 +91,7 @@ def run_unit(folder: Path) -> Result:
     model = load_model(unit["model"], device=unit["device"], dtype=unit["dtype"])
     records = Records(folder.parents[1], model=fingerprint(model))
     asked = ConflictSet.load(folder / "asked.jsonl")
-    return measure(UnitBench(model, asked, records, unit["seed"]), Condition.load(folder))
+    return measure(UnitBench(model, asked, records, unit["seed"], unit["few"]), Condition.load(folder))
 
 
 if __name__ == "__main__":

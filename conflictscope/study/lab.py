@@ -35,7 +35,8 @@ from probes.detector import SOURCE_CLASSES
 BUDGETS = {"none": 0.02, "neutral": 0.02, "aligned": 0.2, "irrelevant": 0.2}
 """The damage that is allowed on dev: mean nats of KL divergence by guard."""
 
-_SCORED_ON, _QUICK_TRIES = 96, 4
+_SCORED_ON = 96
+_QUICK_TRIES, _QUICK_SCORED_ON, _QUICK_TEXTS, _QUICK_TEXT_TOKENS = 2, 24, 3, 16
 _TEXTS = {"train": 56, "dev": 24}
 _TEXT_TOKENS = 48
 _LEARNED_FROM: dict[str, dict[str, int]] = {
@@ -71,7 +72,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         self.anatomy = Anatomy(self.model)
-        self.reading = Reading(self.model, self.prompts.test)
+        self.reading = Reading(self.model, self.prompts.test, few=self.quick)
         self._chosen: dict[tuple[Method, Direction, bool], Chosen] = {}
 
     def on(self, prompts: Prompts) -> Lab:
@@ -111,14 +112,14 @@ class Lab:
 
     def texts(self, split: Literal["train", "dev"]) -> list[str]:
         """Ordinary text that the model writes itself, to be left as it is."""
-        count = 4 if self.quick else _TEXTS[split]
+        count = _QUICK_TEXTS if self.quick else _TEXTS[split]
         return sampled_texts(
             self.model,
             count,
             self.records.folder / "texts",
             split=split,
             seed=self.seed,
-            new_tokens=_TEXT_TOKENS,
+            new_tokens=_QUICK_TEXT_TOKENS if self.quick else _TEXT_TOKENS,
             batch_size=count,
             progress=f"Sampling text: {split}",
         )
@@ -130,7 +131,9 @@ class Lab:
         Raises:
             UserError: If no prompt has a partner to be corrupted with.
         """
-        train = evenly(self.prompts.train.select(kind="conflict"), 24 if self.quick else _SCORED_ON, self.seed)
+        train = evenly(
+            self.prompts.train.select(kind="conflict"), _QUICK_SCORED_ON if self.quick else _SCORED_ON, self.seed
+        )
         some = ConflictSet(self.prompts.train.name, tuple(with_partners(train)))
         return self.records.head_scores(
             "head_scores",
@@ -231,7 +234,7 @@ class Lab:
 
     @property
     def _learned_from(self) -> dict[str, dict[str, int]]:
-        return {split: {"conflicts": 8, "guards": 4} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
+        return {split: {"conflicts": 2, "guards": 1} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
 
     @cached_property
     def autoencoders(self) -> Sequence[SparseAutoencoder]:

@@ -30,11 +30,12 @@ from interventions.base import EDITS_VERSION, applied, changed_by
 if TYPE_CHECKING:
     from interp.records import Records
 
-COST_VERSION = 3
+COST_VERSION = 4
 """Version of how the cost is measured."""
 
 _GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
-_TIMED, _ROUNDS = 8, 3
+_TIMED, _ROUNDS, _TOKENS = 4, 3, 4
+_FEW_TEXTS, _FEW_TIMED = 8, 1
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,14 @@ class Reading:
     Args:
         model: The model, or a bridge around it, unedited.
         asked: Test's prompts.
+        few: Whether few texts are read and little is timed: a check that all runs, not a measurement.
     """
 
-    def __init__(self, model: nn.Module, asked: ConflictSet) -> None:
+    def __init__(self, model: nn.Module, asked: ConflictSet, *, few: bool = False) -> None:
         self.model = model
         self.asked = asked
+        self.few = few
+        self.ordinary = neutral_texts()[: _FEW_TEXTS if few else None]
 
     @cached_property
     def prompts(self) -> ReadPrompts:
@@ -88,12 +92,12 @@ class Reading:
     @cached_property
     def texts(self) -> ReadPrompts:
         """Ordinary text."""
-        return ReadPrompts(self.model, neutral_texts())
+        return ReadPrompts(self.model, self.ordinary)
 
     @cached_property
     def unedited(self) -> Tensor:
         """Logits at the ends of ordinary text, ``(n_texts, d_vocab)``."""
-        return gathered_logits(self.texts.next_logits(), len(neutral_texts()))
+        return gathered_logits(self.texts.next_logits(), len(self.ordinary))
 
 
 def measure(lab: Bench, condition: Condition) -> Result:
@@ -117,11 +121,11 @@ def measure(lab: Bench, condition: Condition) -> Result:
     report = lab.records.usage("test", [digest, asked.digest], answers, version=version)
     kl = None
     if condition.changes_text:
-        kl = np.array(lab.records.json("neutral_kl", [digest, neutral_texts()], divergences, version=version[1:]))
+        kl = np.array(lab.records.json("neutral_kl", [digest, lab.reading.ordinary], divergences, version=version[1:]))
     cost = None
     if digest is not None:
         device = str(next(transformers_model(model).parameters()).device)
-        where = [digest, asked.digest, device, lab.seed]
+        where = [digest, asked.digest, device, lab.seed, lab.reading.few]
         cost = lab.records.json("cost", where, lambda: _cost(lab, condition), version=COST_VERSION)
     return Result(report, kl, cost, closed_book=condition.decoding is None)
 
@@ -167,7 +171,8 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
-    plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), _TIMED, lab.seed)))
+    count, rounds, warming = (_FEW_TIMED, 1, 0) if lab.reading.few else (_TIMED, _ROUNDS, 1)
+    plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), count, lab.seed)))
     timed = {example.id for example in plain}
     # How one is asked may depend on the others.
     asked = ConflictSet("timed", tuple(e for e in condition.asked(lab.asked) if e.id in timed))
@@ -180,15 +185,15 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
             start = time.perf_counter()
             two_streams: dict[str, Any] = {"without": bare, "combined": rule} if edited and rule is not None else {}
             # Answers come back as text, so that a device has finished by then.
-            continue_greedily(lab.model, prompts, **two_streams, max_new_tokens=4)
+            continue_greedily(lab.model, prompts, **two_streams, max_new_tokens=_TOKENS)
             return time.perf_counter() - start
 
     ratios = []
-    for number in range(_ROUNDS + 1):
+    for number in range(rounds + warming):
         # Neither goes first every time.
         first, second = (
             seconds(asked if edited else plain, edited=edited) for edited in (number % 2 == 1, number % 2 == 0)
         )
         ratios.append(first / second if number % 2 == 0 else second / first)
-    ratios = ratios[1:]
+    ratios = ratios[warming:]
     return {"speed": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

@@ -288,7 +288,7 @@ def example_frame(asked: ConflictSet, reports: dict[str, UsageReport]) -> pl.Dat
 def _control(lab: Lab, method: Method, row: _Row) -> tuple[list[_Row], dict[str, str]]:
     """The random control of a row, if its method has one, or why it could not be drawn."""
     try:
-        draws = method.controls(lab, row.conditions[0])
+        draws = method.controls(lab, row.conditions[0])[: 1 if lab.quick else None]
     except UserError as error:
         return [], {f"random control of {row.name}": str(error)}
     kinds = [draw.method.replace("_", " ") for draw in draws[:1]]

@@ -40,7 +40,7 @@ def test_steer_fit_measures_what_can_run_and_says_why_the_rest_cannot(run, small
     assert "task vector" in (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
     assert "both sources are needed" in record.not_run["task_vector"]
     assert {(c.method, c.towards, c.draws) for c in record.conditions if c.is_control} == {
-        ("random_direction", towards, 2) for towards in ("context", "memory")
+        ("random_direction", towards, 1) for towards in ("context", "memory")
     }
     assert {path.name for path in (tmp_path / "s" / "interventions").glob("caa-*.json")} >= {
         "caa-towards_context.json",

@@ -21,7 +21,7 @@ def test_the_same_condition_has_the_same_rows_in_demo_compare_and_dial(small, ru
     commands = {
         "demo": ["demo", "--model", model, "--quick"],
         "compare": ["compare", "--model", model, "--method", "pruning", "--method", "value_scaling", "--quick"],
-        "dial": ["dial", "fit", "--model", model, "--steps", "3", "--max-scales", "3", "--budget", "0.5"],
+        "dial": ["dial", "fit", "--model", model, "--quick", "--max-scales", "3", "--budget", "0.5"],
     }
     rows: dict[str | None, dict[str, pl.DataFrame]] = defaultdict(dict)
     for study, command in commands.items():

@@ -134,7 +134,7 @@ def test_inspect_says_what_is_in_a_file_of_every_kind(run, tiny_llama, tmp_path)
     code, out, _ = run("inspect", path)
     assert code == 0
     for said in (
-        "1 heads around their means: 1.2 x 0",
+        "1 head around their means: 1.2 x 0",
         "feed-forward layers: 1 x 0.5",
         "a dial of 1 scales, at +0.25",
         "behind a gate that reads the attention of layer 0, above 1.500",

@@ -25,7 +25,7 @@ def lab(tiny_llama, tmp_path_factory):
 
 def direct(lab, towards, **settings):
     """What the learner itself gives with a quick lab's steps."""
-    training = ScaleTraining(budget=0.5, context_budget=0.5, steps=3, conflicts=8, guards=4, **settings)
+    training = ScaleTraining(budget=0.5, context_budget=0.5, steps=3, conflicts=2, guards=1, **settings)
     found = learn_scales(lab.model, lab.scale_data["train"], lab.scale_data["dev"], towards, training)
     return dict(zip(found.places, found.scales, strict=True))
 

@@ -141,7 +141,7 @@ def test_a_study_writes_the_rule_into_a_file(lab, tmp_path):
     assert best.does == f"next token by CAD, alpha {best.settings['alpha']}"
     assert best.does in CliRunner().invoke(app, ["inspect", str(tmp_path / best.file)]).output
     (control,) = record.controls_of(best)
-    assert (control.name, control.draws, control.file) == ("random contexts for cad, towards context", 2, None)
+    assert (control.name, control.draws, control.file) == ("random contexts for cad, towards context", 1, None)
 
 
 # The control

@@ -113,7 +113,7 @@ def test_the_record_holds_unedited_chosen_and_controls_and_says_what_was_not_run
         best = record.winner(towards)
         assert best is not None
         (control,) = record.controls_of(best)
-        assert (control.draws, control.moved) == (2, best.moved)
+        assert (control.draws, control.moved) == (1, best.moved)
     assert record.not_run == {"impossible": "This model has no such thing; take another."}
     assert record.command == "conflictscope compare"
 

@@ -1,0 +1,21 @@
+"""Prompts of a study: what a quick one asks."""
+
+from __future__ import annotations
+
+from conflictscope.study.data import Prompts
+from interp.conflicts import ConflictSet
+from interp.facts import build_conflicts, usable_facts
+
+
+def test_a_quick_study_asks_few_of_every_kind_and_learns_from_the_same():
+    everything = build_conflicts({"capital": usable_facts("capital")})
+    train, dev, test = (ConflictSet(name, everything.select(split=name).examples) for name in ("train", "dev", "test"))
+    prompts = Prompts(train, dev, test, "capital", ("capital",))
+    few = prompts.few(0)
+    assert (few.train, few.dev) == (train, dev)
+    asked = [example.id for example in few.test]
+    assert len(set(asked)) == len(asked)
+    assert set(asked) <= {example.id for example in test}
+    counts = {kind: len(few.test.select(kind=kind)) for kind in ("conflict", "aligned", "irrelevant", "none")}
+    assert counts == {"conflict": 6, "aligned": 2, "irrelevant": 2, "none": 3}
+    assert prompts.few(0).test.digest == few.test.digest != prompts.few(1).test.digest
