@@ -48,6 +48,7 @@ class Blueprint:
     Where query, key and value are one fused module, all three name it.
 
     Attributes:
+        mlp_activation: What makes neurons of the MLP's first linear map; of a gated MLP those of its gate.
         mlp_output: The MLP's last linear map.
         norm: ``layer`` centres and has a bias; ``rms`` scales by ``weight``; ``rms_plus_one`` by ``1 + weight``.
         attention_post_norm: Norm of the attention output before it joins the residual stream, if there is one.
@@ -64,6 +65,7 @@ class Blueprint:
     output_projection: str
     mlp_norm: str
     mlp: str
+    mlp_activation: str
     mlp_output: str
     final_norm: str
     unembedding: str
@@ -113,6 +115,7 @@ _LLAMA = Blueprint(
     output_projection="self_attn.o_proj",
     mlp_norm="post_attention_layernorm",
     mlp="mlp",
+    mlp_activation="mlp.act_fn",
     mlp_output="mlp.down_proj",
     final_norm="model.norm",
     unembedding="lm_head",
@@ -129,6 +132,7 @@ _GEMMA = Blueprint(
     output_projection="self_attn.o_proj",
     mlp_norm="pre_feedforward_layernorm",
     mlp="mlp",
+    mlp_activation="mlp.act_fn",
     mlp_output="mlp.down_proj",
     final_norm="model.norm",
     unembedding="lm_head",
@@ -149,6 +153,7 @@ BLUEPRINTS: dict[str, Blueprint] = {
         output_projection="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
+        mlp_activation="mlp.act",
         mlp_output="mlp.c_proj",
         final_norm="transformer.ln_f",
         unembedding="lm_head",
@@ -165,6 +170,7 @@ BLUEPRINTS: dict[str, Blueprint] = {
         output_projection="attention.dense",
         mlp_norm="post_attention_layernorm",
         mlp="mlp",
+        mlp_activation="mlp.act",
         mlp_output="mlp.dense_4h_to_h",
         final_norm="gpt_neox.final_layer_norm",
         unembedding="lm_head",
@@ -422,6 +428,10 @@ class Anatomy:
         module = self._block_part(layer, self.blueprint.mlp_output if post_norm is None else post_norm)
         offset = int(post_norm is not None and self.blueprint.norm == "rms_plus_one")
         return list(_unwrapped(module).parameters()), offset
+
+    def mlp_activation(self, layer: int) -> nn.Module:
+        """The module whose outputs are the MLP's neurons ``(..., d_mlp)``: of a gated MLP the activated gate."""
+        return self._block_part(layer, self.blueprint.mlp_activation)
 
     def mlp_bias(self, layer: int) -> Tensor | None:
         """The bias of the MLP's last linear map, ``(d_model,)``, or ``None`` where there is none, or a norm follows."""

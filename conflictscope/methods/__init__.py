@@ -6,11 +6,15 @@ from conflictscope.methods.caa import CAA
 from conflictscope.methods.cad import ContextAwareDecoding
 from conflictscope.methods.ck_plug import KnowledgePlug
 from conflictscope.methods.coiecd import EntropyConstraintDecoding
+from conflictscope.methods.demonstrations import Demonstrations
+from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
 from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
 from conflictscope.methods.hard_concrete import HardConcrete
+from conflictscope.methods.instruction import Instruction
 from conflictscope.methods.learned_scales import LearnedScales
 from conflictscope.methods.mean_ablation import MeanAblation
+from conflictscope.methods.opinion import Opinion
 from conflictscope.methods.other_answers import OtherAnswers
 from conflictscope.methods.probe_direction import ProbeDirection
 from conflictscope.methods.pruning import Pruning
@@ -28,6 +32,7 @@ ALL: tuple[type[Method], ...] = (
     LearnedScales,
     HardConcrete,
     OtherAnswers,
+    FeedForwardSuppression,
     ActAdd,
     CAA,
     ProbeDirection,
@@ -40,5 +45,8 @@ ALL: tuple[type[Method], ...] = (
     AdaptiveContextAwareDecoding,
     EntropyConstraintDecoding,
     KnowledgePlug,
+    Instruction,
+    Opinion,
+    Demonstrations,
     Gate,
 )

@@ -156,11 +156,12 @@ class HardConcrete:
 
         def answers(batch: list[int]) -> Tensor:
             items = [drawn[i] for i in batch]
-            return answer_losses(log_probabilities(model, items), items)
+            return answer_losses(log_probabilities(model, items, roughly=True), items)
 
         def damage(batch: list[int]) -> Tensor:
             chosen = [guarded[i][1] for i in batch]
-            return divergences(model, log_probabilities(model, [item for item, _ in chosen]), chosen)
+            log_p = log_probabilities(model, [item for item, _ in chosen], roughly=True)
+            return divergences(model, log_p, chosen)
 
         with scaled(model, self.places, scales):
             _backward(drawn, [1 / len(drawn)] * len(drawn), answers)

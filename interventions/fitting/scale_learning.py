@@ -32,7 +32,7 @@ from interventions.fitting.hard_concrete import HardConcrete
 from interventions.fitting.scale_data import Checked, Guard, Guarded, HeadOrLayer, ScaleData, to_budget
 from interventions.fitting.scale_training import LearnerName, ScaleTraining
 
-SCALES_VERSION = 1
+SCALES_VERSION = 2
 """Version of the learners: raise it when the same data and settings would give other scales."""
 
 

@@ -208,3 +208,38 @@ def test_other_prompts_answers_are_none_of_a_prompt_s_own(tiny_llama):
         related = {e.context_answers[0] for e in data.conflicts if e.relation == example.relation}
         possible = {continued(tiny_llama, example.prompt, answer).answer for answer in related - set(own)}
         assert item.answer in possible
+
+
+def slopes(model, items, *, roughly):
+    """The gradient of the items' mean log p by the scales of all heads."""
+    places = scale_data.scale_places(model, feed_forward=False)
+    scales = torch.ones(len(places), requires_grad=True)
+    with scale_data.scaled(model, places, scales):
+        log_p = scale_data.log_probabilities(model, items, roughly=roughly)
+    return torch.autograd.grad(-scale_data.answer_losses(log_p, items).mean(), scales)[0]
+
+
+def test_rough_gradients_point_where_exact_ones_do_and_are_exact_where_the_cpu_has_no_bfloat16(tiny_plain, monkeypatch):
+    model = tiny_plain("llama")
+    items = [continued(model, e.prompt, e.memory_answers[0]) for e in tiny_conflicts()]
+    exact = slopes(model, items, roughly=False)
+    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: True)
+    rough = slopes(model, items, roughly=True)
+    assert not torch.equal(rough, exact)
+    assert torch.cosine_similarity(rough, exact, dim=0) > 0.999
+    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: False)
+    assert torch.equal(slopes(model, items, roughly=True), exact)
+
+
+def test_what_leaves_the_range_of_bfloat16_is_computed_exactly(tiny_plain, monkeypatch):
+    model = tiny_plain("llama")
+    items = [continued(model, e.prompt, e.memory_answers[0]) for e in list(tiny_conflicts())[:3]]
+    exact = scale_data.log_probabilities(model, items)
+    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: True)
+    run = scale_data.predicting_residuals
+
+    def overflowing(*given):
+        return run(*given) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(scale_data, "predicting_residuals", overflowing)
+    assert torch.equal(scale_data.log_probabilities(model, items, roughly=True), exact)

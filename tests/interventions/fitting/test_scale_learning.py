@@ -118,7 +118,7 @@ def test_gradients_that_are_no_numbers_are_one_sentence(tiny_llama, monkeypatch,
     data = ScaleData(tiny_llama, examples(), TEXTS)
     module = f"interventions.fitting.{settings.learner}"
     monkeypatch.setattr(f"{module}.answer_losses", lambda *arguments: answer_losses(*arguments) * math.nan)
-    with pytest.raises(UserError, match="float32 or bfloat16"):
+    with pytest.raises(UserError, match="in float32, or in bfloat16 with eager attention"):
         learn_scales(tiny_llama, data, data, "context", settings)
 
 
