@@ -7,8 +7,8 @@ divergence and only so many scales differ from 1. Two learners do that:
 ``gauss_newton``   constrained second-order steps; scales go back to 1 by what that costs. The default.
 ``hard_concrete``  Adam, with noisy masks that close exactly (Louizos et al. 2018) and dual ascent on the budgets.
 
-Either way, the last steps' scales are tried on dev: moved on their line from 1 to where the budget is used up there.
-The ones with the best answers on dev win. The other direction has scales of its own; the two make one dial.
+Either way, the scales of the last step are moved on their line from 1 to where the budget is used up on dev. The other
+direction has scales of its own; the two make one dial.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from interventions.fitting.hard_concrete import HardConcrete
 from interventions.fitting.scale_data import Checked, Guard, Guarded, HeadOrLayer, ScaleData, to_budget
 from interventions.fitting.scale_training import LearnerName, ScaleTraining
 
-SCALES_VERSION = 2
+SCALES_VERSION = 3
 """Version of the learners: raise it when the same data and settings would give other scales."""
 
 
@@ -106,47 +106,32 @@ def learn_scales(
     shuffled_by = settings.seed if settings.shuffled else None
     wanted, tried = (data.wanted(towards, shuffled_by=shuffled_by) for data in (train, dev))
     learner: Learner = _LEARNERS[settings.learner](model, settings)
-    best = None if checkpoint is None else _resume(checkpoint, learner, settings)
-    checks = _checked_after(settings.steps)
+    if checkpoint is not None:
+        _resume(checkpoint, learner, settings)
     for _ in tracked(range(learner.step, settings.steps), progress):
         learner.descend(model, wanted, train.guards)
-        if learner.step in checks:
-            found = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)
-            if best is None or found[1].rate > best[1].rate:
-                best = found
         if checkpoint is not None:
-            _save(checkpoint, learner, settings, best)
-    assert best is not None
-    scales, checked = best
+            _save(checkpoint, learner, settings)
+    scales, checked = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)
     moved = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
     return LearnedScales(tuple(learner.places[i] for i in moved), tuple(float(scales[i]) for i in moved), checked)
 
 
-def _checked_after(steps: int) -> set[int]:
-    """The steps after which scales are tried on dev: the last, and one in the middle of the last third."""
-    return {steps, steps - steps // 6}
-
-
-def _save(path: Path, learner: Learner, settings: ScaleTraining, best: tuple[Tensor, Checked] | None) -> None:
+def _save(path: Path, learner: Learner, settings: ScaleTraining) -> None:
     """Keep all that the next step needs, in one file."""
     tensors = {name: tensor.contiguous() for name, tensor in learner.tensors().items()}
-    about = {"settings": asdict(settings), "step": learner.step, "best": None if best is None else asdict(best[1])}
-    if best is not None:
-        tensors["best"] = best[0]
+    about = {"settings": asdict(settings), "step": learner.step}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"training": json.dumps(about)})
 
 
-def _resume(path: Path, learner: Learner, settings: ScaleTraining) -> tuple[Tensor, Checked] | None:
-    """Let the learner go on from what was kept, if it is there, whole and of the same settings; returns the best."""
+def _resume(path: Path, learner: Learner, settings: ScaleTraining) -> None:
+    """Let the learner go on from what was kept, if it is there, whole and of the same settings."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-        if about["settings"] != asdict(settings):
-            return None
-        best = None if about["best"] is None else (tensors["best"], Checked(**about["best"]))
-        learner.restore(tensors, about["step"])
+        if about["settings"] == asdict(settings):
+            learner.restore(tensors, about["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-    return best
+        return
