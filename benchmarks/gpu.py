@@ -253,7 +253,7 @@ def speeds(shape: Shape, device: torch.device, dtype: torch.dtype, tokenizer: An
     texts = [e.prompt for e in prompts]
     batches = [padded(model, batch.tokens) for batch in prompt_batches(model, texts, 32)]
     n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in model.model.parameters()) - model.get_input_embeddings().weight.numel()
     row: dict[str, Any] = {"heads": anatomy.n_layers * anatomy.n_heads, "prompts": len(texts), "tokens": n_tokens}
 
     @torch.inference_mode()
@@ -276,8 +276,10 @@ def speeds(shape: Shape, device: torch.device, dtype: torch.dtype, tokenizer: An
         row["path_patching_teraflops"] = round(2 * mlps * len(texts) / row["path_patching_seconds"] / 1e12, 1)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(shape.examples) % 2
-    timed(probes=_probe_fits(anatomy, labels.to(device), generator))
-    timed(mutual_information=_feature_information(shape, labels, generator, device))
+    with named(row, "probes"):
+        timed(probes=_probe_fits(anatomy, labels.to(device), generator))
+    with named(row, "mutual_information"):
+        timed(mutual_information=_feature_information(shape, labels, generator, device))
     with named(row, "dial_step"):
         _, step = dial(model, 48, 64)
         timed(dial_step=step)

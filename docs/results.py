@@ -57,7 +57,10 @@ def _table(record: StudyRecord, towards: Direction, choice: Choice) -> str:
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
     chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
     rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen)]
-    lines = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in (head, ["---"] * len(head), *rows))
+    lines = (
+        " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line)
+        for line in (head, ["---"] * len(head), *rows)
+    )
     return "\n".join(f"| {line} |" for line in lines)
 
 

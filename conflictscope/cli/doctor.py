@@ -34,8 +34,11 @@ def doctor() -> None:
     versions = ", ".join(f"{name} {found}" for name in _ABOUT_MODELS if (found := _version(name)))
     typer.echo(f"conflictscope {__version__}, Python {platform.python_version()} on {platform.platform(terse=True)}")
     typer.echo(f"with {versions}\n")
-    for line in (*_devices(), *_cache()):
-        typer.echo(line)
+    try:
+        for line in (*_devices(), *_cache()):
+            typer.echo(line)
+    except ImportError as error:
+        typer.echo(f"Where models run and lie is not known: {error}.")
     typer.echo()
     broken = []
     for extra, commands in _NEEDED_FOR.items():
@@ -43,6 +46,8 @@ def doctor() -> None:
         broken += [extra] if wrong else []
         named = f"conflictscope[{extra}]" if extra else "conflictscope"
         state = f"{'; '.join(wrong)}: pip install '{named}'" if wrong else "ready"
+        if extra == "images" and not any(map(shutil.which, _BROWSERS)):
+            state += "; Chrome or Chromium was not found, which you install yourself"
         typer.echo(f"{commands}: {state}")
     raise typer.Exit(int("" in broken or "study" in broken))
 
@@ -76,8 +81,6 @@ def _wrong(extra: str) -> Iterator[str]:
             yield f"{needed.name} is missing"
         elif not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} is {found}, not {needed.specifier}"
-    if extra == "images" and not any(map(shutil.which, _BROWSERS)):
-        yield "no Chrome or Chromium was found, which you install yourself"
 
 
 def _devices() -> Iterator[str]:

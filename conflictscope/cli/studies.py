@@ -67,12 +67,13 @@ class StudyOptions(Asked):
         model = self.load()
         records = Records(out / "records", model=fingerprint(model))
         if self.data is None:
-            prompts = self._asked(fact_prompts(model, names, records, subjects=self._most, seed=self.seed))
+            prompts = fact_prompts(model, names, records, subjects=self._most, seed=self.seed)
         else:
-            prompts = self.file_prompts(model, records, self.data, self.format)
+            prompts = self._all_prompts(model, records, self.data, self.format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
         budgets = {**BUDGETS, **self.budgets()}
+        prompts = prompts.few(self.seed) if self.quick else prompts
         return Lab(model, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=budgets, saes=saes)
 
     def file_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
@@ -81,20 +82,19 @@ class StudyOptions(Asked):
         Raises:
             UserError: If it cannot be read, or the model knows too little of it.
         """
-        from conflictscope.study.data import file_prompts
-
-        return self._asked(
-            file_prompts(
-                model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
-            )
-        )
+        prompts = self._all_prompts(model, records, file, format)
+        return prompts.few(self.seed) if self.quick else prompts
 
     def budgets(self) -> dict[str, float]:
         """The damage that is allowed on dev, by guard, as far as it is said."""
         return {}
 
-    def _asked(self, prompts: Prompts) -> Prompts:
-        return prompts.few(self.seed) if self.quick else prompts
+    def _all_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
+        from conflictscope.study.data import file_prompts
+
+        return file_prompts(
+            model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+        )
 
     @property
     def _most(self) -> int:
@@ -133,7 +133,7 @@ def study(lab: Lab, methods: Sequence[Method], kind: str, out: Path, **options: 
     path = out / "report.html"
 
     def shown(record: StudyRecord) -> None:
-        write_report(path, read_runs([out]))
+        write_report(path, read_runs([out]), growing=True)
         say(f"{path} shows what was found so far; to come: {', '.join(record.to_come).replace('_', ' ')}.")
 
     record = Study(kind, command_line(), out, told=say, shown=shown, **options).run(lab, methods)

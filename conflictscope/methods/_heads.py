@@ -76,7 +76,8 @@ def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:
         moved = _elsewhere(rng, range(lab.anatomy.n_layers), list(layers))
         layer_scales = FeedForwardScaling(tuple(zip(moved, layers.values(), strict=True)))
         edits = (*scaling(head_scales, means).settled(), *layer_scales.settled())
-        controls.append(Condition("random_heads", chosen.towards, {"draw": draw}, edits, control_of=chosen.method))
+        name = "random_heads" if heads else "random_layers"
+        controls.append(Condition(name, chosen.towards, {"draw": draw}, edits, control_of=chosen.method))
     return controls
 
 

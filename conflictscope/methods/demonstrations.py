@@ -8,6 +8,7 @@ their answers say nothing about which source to follow.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,6 +36,10 @@ class Demonstrated(Prompting):
         # JSON has no tuples.
         object.__setattr__(self, "shown", tuple(self.shown))
 
+    def described(self) -> str:
+        """How many are shown."""
+        return f"after {len(self.shown)} answered prompt{'s' * (len(self.shown) != 1)}"
+
     def prompt(self, example: ConflictExample) -> str:
         """The answered prompts, then the prompt."""
         return "\n\n".join((*self.shown, example.prompt))
@@ -52,11 +57,8 @@ class Demonstrations(Method):
     counts: tuple[int, ...] = (1, 3, 6)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """One for each count.
-
-        Raises:
-            UserError: If train has too few conflict prompts.
-        """
+        """One for each count, up to what train has."""
+        available = len(lab.prompts.train.select(kind="conflict"))
         return [
             Condition(
                 self.name,
@@ -64,7 +66,7 @@ class Demonstrations(Method):
                 {"shown": count},
                 prompting=answered(lab, "conflict", count, towards, lab.seed),
             )
-            for count in self.counts
+            for count in sorted({min(count, available) for count in self.counts} - {0})
         ]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
@@ -91,7 +93,9 @@ def answered(lab: Lab, kind: ContextKind, count: int, source: Direction, seed: i
     Raises:
         UserError: If there are too few.
     """
-    examples = evenly(lab.prompts.train.select(kind=kind), count, seed)
+    some = list(lab.prompts.train.select(kind=kind))
+    # In another order, or the first relations would be shown alone.
+    examples = evenly(random.Random(seed).sample(some, len(some)), count, seed)
     if len(examples) < count:
         raise UserError(f"Train has {len(examples)} prompts of kind {kind} to be shown, not {count}; give more data.")
     answers = [(e.context_answers if source == "context" else e.memory_answers)[0] for e in examples]

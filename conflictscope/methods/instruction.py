@@ -44,6 +44,10 @@ class Instructed(Prompting):
 
     instruction: str
 
+    def described(self) -> str:
+        """The line."""
+        return f"after the line {self.instruction!r}"
+
     def prompt(self, example: ConflictExample) -> str:
         """The line, then the prompt."""
         return f"{self.instruction}\n{example.prompt}"
@@ -65,7 +69,7 @@ class Instruction(Method):
         del lab
         return [
             Condition(self.name, towards, {"instruction": line}, prompting=Instructed(line))
-            for line in self.wordings[towards]
+            for line in self.wordings.get(towards, ())
         ]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:

@@ -49,6 +49,10 @@ class Framed(Prompting):
     before: str
     after: str
 
+    def described(self) -> str:
+        """What stands around the context."""
+        return f"context after {self.before.strip()!r}, question after {self.after.strip()!r}"
+
     def prompt(self, example: ConflictExample) -> str:
         """The framed context, then the bare prompt.
 
@@ -74,11 +78,17 @@ class Opinion(Method):
     frames: Mapping[Direction, Sequence[Frame]] = field(default_factory=lambda: FRAMES, hash=False)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """One for each frame."""
-        del lab
+        """One for each frame.
+
+        Raises:
+            UserError: If it is not known how a prompt of dev or test is without its context.
+        """
+        framed = [Framed(*frame) for frame in self.frames.get(towards, ())]
+        for one in framed[:1]:
+            # Refused here, where the record says why, and not while it is measured.
+            one.asked([*lab.prompts.dev, *lab.asked])
         return [
-            Condition(self.name, towards, {"before": frame[0], "after": frame[1]}, prompting=Framed(*frame))
-            for frame in self.frames[towards]
+            Condition(self.name, towards, {"before": one.before, "after": one.after}, prompting=one) for one in framed
         ]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:

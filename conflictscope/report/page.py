@@ -42,12 +42,13 @@ _FILTERS = {
 }
 
 
-def write_report(path: str | Path, runs: Sequence[Run]) -> None:
+def write_report(path: str | Path, runs: Sequence[Run], *, growing: bool = False) -> None:
     """Write the report of one run, or of several next to each other, as one self-contained HTML file, atomically.
 
     Args:
         path: The file to write.
         runs: What ``read_runs`` gave.
+        growing: Whether the file will be written again, so that the page is to load itself again.
 
     Raises:
         UserError: If a run's records do not fit together or lack something, or the file cannot be written.
@@ -71,6 +72,7 @@ def write_report(path: str | Path, runs: Sequence[Run]) -> None:
             plots["compared"] = over_all
         page = environment.get_template("page.html").render(
             runs=runs,
+            growing=growing,
             prefixes=prefixes,
             differing=_differing(runs),
             strongest=_strongest(runs),

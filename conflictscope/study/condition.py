@@ -32,6 +32,10 @@ class Prompting:
         """The text that the model continues."""
         return example.prompt
 
+    def described(self) -> str:
+        """How, in words."""
+        return _said(_record(self))
+
     def asked(self, examples: Sequence[ConflictExample]) -> list[ConflictExample]:
         """The examples with the prompts that are really asked."""
         return [replace(example, prompt=self.prompt(example)) for example in examples]
@@ -105,7 +109,7 @@ class Condition:
     def does(self) -> str:
         """What it does, in words."""
         said = [line for part in self.parts for line in part.described()]
-        return "; ".join(said if self.prompting == AS_IS else [*said, _said(_record(self.prompting))])
+        return "; ".join(said if self.prompting == AS_IS else [*said, self.prompting.described()])
 
     def scaled(self, strength: float) -> Condition:
         """The same edits and rule for the next token, ``strength`` times as far.

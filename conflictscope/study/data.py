@@ -89,8 +89,13 @@ class Prompts:
         }
 
     def few(self, seed: int) -> Prompts:
-        """The same with few test prompts: to check that all runs."""
-        some = [e for kind, count in _FEW.items() for e in evenly(self.test.select(kind=kind), count, seed)]
+        """The same with few test prompts of every relation: to check that all runs."""
+        some = [
+            example
+            for relation in dict.fromkeys(e.relation for e in self.test)
+            for kind, count in _FEW.items()
+            for example in evenly(self.test.select(kind=kind, relation=relation), count, seed)
+        ]
         return replace(self, test=ConflictSet(self.test.name, tuple(some)))
 
     def tested_on(self, other: Prompts) -> Prompts:

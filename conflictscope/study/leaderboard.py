@@ -52,7 +52,7 @@ def heads_found(scores: HeadScores) -> str:
     for towards in DIRECTIONS:
         (first, *_) = scores.ranked(towards)
         parts.append(f"{first.layer}.{first.head} pushes most towards {towards} ({first.score:+.2f})")
-    return f"Path patching, change of the logit difference without a head: {', '.join(parts)}."
+    return f"Path patching, positive towards the context: {', '.join(parts)}."
 
 
 def chosen_on_dev(found: Chosen, towards: Direction) -> str:

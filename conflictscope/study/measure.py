@@ -6,6 +6,7 @@ of tokens per second relative to the unedited model on the same prompts, timed i
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from conflictscope.study.condition import Condition
 from interp.anatomy import transformers_model
 from interp.answers import USAGES
-from interp.conflicts import ConflictSet, evenly
+from interp.conflicts import ConflictSet
 from interp.evaluation import ANSWERS_VERSION, UsageReport, divergence, measure_usage, neutral_texts
 from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
 from interp.reading import READING_VERSION, ReadPrompts
@@ -30,12 +31,12 @@ from interventions.base import EDITS_VERSION, applied, changed_by
 if TYPE_CHECKING:
     from interp.records import Records
 
-COST_VERSION = 4
+COST_VERSION = 5
 """Version of how the cost is measured."""
 
 _GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
 _TIMED, _ROUNDS, _TOKENS = 4, 3, 4
-_FEW_TEXTS, _FEW_TIMED = 8, 1
+_FEW_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
     Attributes:
         report: The answers to test's prompts.
         divergences: Of each neutral text, nats; ``None`` where the condition does not say what happens to text.
-        cost: ``speed``, relative to the unedited model, and the lowest and highest of the rounds.
+        cost: ``speed``, relative to the unedited model, and the lowest and highest of the rounds; ``None`` unmeasured.
         closed_book: Whether the condition does anything to prompts without a context.
     """
 
@@ -75,7 +76,7 @@ class Reading:
     Args:
         model: The model, or a bridge around it, unedited.
         asked: Test's prompts.
-        few: Whether few texts are read and little is timed: a check that all runs, not a measurement.
+        few: Whether few texts are read and nothing is timed: a check that all runs, not a measurement.
     """
 
     def __init__(self, model: nn.Module, asked: ConflictSet, *, few: bool = False) -> None:
@@ -123,9 +124,9 @@ def measure(lab: Bench, condition: Condition) -> Result:
     if condition.changes_text:
         kl = np.array(lab.records.json("neutral_kl", [digest, lab.reading.ordinary], divergences, version=version[1:]))
     cost = None
-    if digest is not None:
+    if digest is not None and not lab.reading.few:
         device = str(next(transformers_model(model).parameters()).device)
-        where = [digest, asked.digest, device, lab.seed, lab.reading.few]
+        where = [digest, asked.digest, device, lab.seed]
         cost = lab.records.json("cost", where, lambda: _cost(lab, condition), version=COST_VERSION)
     return Result(report, kl, cost, closed_book=condition.decoding is None)
 
@@ -171,8 +172,9 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
     """Tokens per second relative to the unedited model: the median of rounds in turns, after one to warm up."""
-    count, rounds, warming = (_FEW_TIMED, 1, 0) if lab.reading.few else (_TIMED, _ROUNDS, 1)
-    plain = ConflictSet("timed", tuple(evenly(lab.asked.select(kind="conflict"), count, lab.seed)))
+    conflicts = list(lab.asked.select(kind="conflict"))
+    chosen = random.Random(lab.seed).sample(conflicts, min(_TIMED, len(conflicts)))
+    plain = ConflictSet("timed", tuple(chosen))
     timed = {example.id for example in plain}
     # How one is asked may depend on the others.
     asked = ConflictSet("timed", tuple(e for e in condition.asked(lab.asked) if e.id in timed))
@@ -189,11 +191,11 @@ def _cost(lab: Bench, condition: Condition) -> dict[str, float]:
             return time.perf_counter() - start
 
     ratios = []
-    for number in range(rounds + warming):
+    for number in range(_ROUNDS + 1):
         # Neither goes first every time.
         first, second = (
             seconds(asked if edited else plain, edited=edited) for edited in (number % 2 == 1, number % 2 == 0)
         )
         ratios.append(first / second if number % 2 == 0 else second / first)
-    ratios = ratios[warming:]
+    ratios = ratios[1:]
     return {"speed": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}

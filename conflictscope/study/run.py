@@ -86,7 +86,8 @@ class Study:
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
         told: Takes a sentence about what was found, at every stage.
-        shown: Takes the record as it grows, after every method but the last; ``None`` has it written once.
+        shown: Takes the record as it grows, after every method but the last; ``None``, or a finished record in the
+            folder, has it written once.
     """
 
     kind: str
@@ -108,13 +109,21 @@ class Study:
             UserError: If none of the methods can run; where some can, the record says why the others can't.
         """
         work = _Work()
+        # What is whole is replaced by what is whole.
+        grows = self.shown is not None and not self._is_finished()
         for number, method in enumerate(methods, 1):
             self._choose(lab, method, work)
-            if self.shown is not None and work.chosen and number < len(methods):
+            if grows and self.shown is not None and work.chosen and number < len(methods):
                 self.shown(self._record(lab, work, to_come=tuple(other.name for other in methods[number:])))
         if not work.chosen:
             raise UserError(next(iter(work.not_run.values()), "There is no method to measure; give one."))
         return self._record(lab, work)
+
+    def _is_finished(self) -> bool:
+        try:
+            return not StudyRecord.load(self.out).to_come
+        except UserError:
+            return False
 
     def _choose(self, lab: Lab, method: Method, work: _Work) -> None:
         """Let dev choose of a method in each direction, or note why it can't be run."""
@@ -150,7 +159,8 @@ class Study:
         for _, row in edits:
             rows += [row, *controls.get(row.name, ())]
         self._measure(lab, rows, work)
-        (self.out / RECORD).unlink(missing_ok=True)
+        for path in (self.out / RECORD, *(self.out / "interventions" / f"towards_{d}.json" for d in DIRECTIONS)):
+            path.unlink(missing_ok=True)
         files = {row.name: self._write_edits(lab, row, work.tests, winners) for row in rows}
         settings = {"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners}
         measured = [_measured(row, work.tests[row.name], work.results[row.name].cost, files[row.name]) for row in rows]

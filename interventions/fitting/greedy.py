@@ -26,7 +26,7 @@ from interp.reading import recalled
 from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.scale_data import answer_losses, log_probabilities, scaled
 
-GREEDY_VERSION = 2
+GREEDY_VERSION = 3
 """Version of the search: raise it when the same answers would have other heads removed."""
 
 
@@ -84,9 +84,10 @@ def greedy_heads(
         raise UserError("Greedy selection needs conflict prompts with their wanted answers, but there are none.")
     places = anatomy.heads
     steps: list[GreedyStep] = []
+    present = _mean_log_p(model, wanted)
     for _ in tracked(range(count), progress):
         gone = [(step.layer, step.head) for step in steps]
-        present, effects = _first_order(model, wanted, places, gone)
+        effects = _first_order(model, wanted, places, gone)
         remaining = sorted((i for i, place in enumerate(places) if place not in gone), key=lambda i: -effects[i])
         candidates = [places[i] for i in remaining[:shortlist]]
         scores = _exact(model, wanted, gone, candidates)
@@ -96,6 +97,7 @@ def greedy_heads(
         if score <= present:
             break
         steps.append(GreedyStep(layer, head, score - present))
+        present = score
     return steps
 
 
@@ -104,17 +106,26 @@ def _first_order(
     wanted: Sequence[Continued],
     places: Sequence[tuple[int, int]],
     gone: Sequence[tuple[int, int]],
-) -> tuple[float, list[float]]:
-    """The mean log p of the wanted answers without the heads that are gone, and each head's effect on it if removed."""
+) -> list[float]:
+    """Each head's effect on the mean log p of the wanted answers if removed, where some are gone, to first order."""
     scales = torch.tensor([float(place not in gone) for place in places], requires_grad=True)
-    total, gradient = 0.0, torch.zeros(len(places))
+    gradient = torch.zeros(len(places))
     with scaled(model, places, scales):
         for batch in token_batches(wanted):
             items = [wanted[i] for i in batch]
             loss = answer_losses(log_probabilities(model, items, roughly=True), items).sum()
             gradient += torch.autograd.grad(loss, scales)[0]
-            total -= loss.item()
-    return total / len(wanted), (gradient / len(wanted)).tolist()
+    return (gradient / len(wanted)).tolist()
+
+
+def _mean_log_p(model: nn.Module, wanted: Sequence[Continued]) -> float:
+    """The mean log p of the wanted answers."""
+    total = 0.0
+    for batch in token_batches(wanted):
+        items = [wanted[i] for i in batch]
+        with torch.no_grad():
+            total -= answer_losses(log_probabilities(model, items), items).sum().item()
+    return total / len(wanted)
 
 
 def _exact(

@@ -404,9 +404,13 @@ def test_a_quick_run_is_called_one(changed, tmp_path: Path) -> None:
 
 def test_an_unfinished_study_says_what_is_to_come_and_is_loaded_again(changed, tmp_path: Path) -> None:
     folder = changed("demo", lambda record: record.update(to_come=["mean_ablation", "pruning"]))
-    page = page_of(tmp_path / "report.html", folder)
-    assert "Still to come: mean ablation, pruning, and random controls." in page.text
-    assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    said = "Still to come: mean ablation, pruning, and random controls."
+    refresh, path = '<meta http-equiv="refresh" content="30">', tmp_path / "report.html"
+    assert f"{said} Run the command again to go on." in page_of(path, folder).text
+    assert refresh not in path.read_text(encoding="utf-8")
+    write_report(path, read_runs([folder]), growing=True)
+    assert f"{said} Until then the page loads itself again." in path.read_text(encoding="utf-8")
+    assert refresh in path.read_text(encoding="utf-8")
 
 
 def test_a_finished_page_does_not_load_itself_again(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ def test_all_is_ready_but_for_what_is_missing(monkeypatch, tmp_path):
     assert any(line.startswith(f"Fetched models lie in {tmp_path / 'not' / 'yet'}, with ") for line in lines)
     assert "smollm2-135m is fetched when first used." in lines
     (images,) = (line for line in lines if line.startswith("figures as PNG"))
-    assert images.endswith(
-        "no Chrome or Chromium was found, which you install yourself: pip install 'conflictscope[images]'"
-    )
+    assert images.endswith("ready; Chrome or Chromium was not found, which you install yourself")
 
 
 def test_what_most_commands_need_ends_with_one(monkeypatch, tmp_path):
@@ -51,6 +50,14 @@ def test_what_most_commands_need_ends_with_one(monkeypatch, tmp_path):
     # What extras take from others is theirs, too; serving needs neither.
     assert sum("plotly is missing" in line for line in found.stdout.splitlines()) == 4
     assert "serve: ready" in found.stdout
+
+
+def test_it_says_what_is_missing_also_where_nothing_can_be_asked_of_models(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "interp.models", None)
+    found = doctor(monkeypatch, tmp_path, transformers=None)
+    assert found.exit_code == 1
+    assert "Where models run and lie is not known: " in found.stdout
+    assert "transformers is missing" in found.stdout
 
 
 def test_an_extra_of_its_own_breaks_nothing_else(monkeypatch, tmp_path):

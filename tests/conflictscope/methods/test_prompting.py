@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from conflictscope.methods.demonstrations import Demonstrated, Demonstrations
+from conflictscope.methods.demonstrations import Demonstrated, Demonstrations, answered
 from conflictscope.methods.instruction import UNRELATED, WORDINGS, Instruction
 from conflictscope.methods.opinion import FRAMES, Framed, Opinion
 from conflictscope.study.condition import Condition
@@ -78,9 +78,19 @@ def test_the_control_of_demonstrations_shows_contexts_that_agree(lab):
     assert drawn[0] != drawn[1]
 
 
-def test_too_few_prompts_to_show_are_one_sentence(lab):
-    with pytest.raises(UserError, match=r"Train has \d+ prompts of kind conflict to be shown, not 1000"):
-        Demonstrations((1000,)).candidates(lab, "context")
+def test_no_more_is_shown_than_there_is_and_of_every_relation(lab):
+    conflicts = lab.prompts.train.select(kind="conflict")
+    (condition,) = Demonstrations((1000,)).candidates(lab, "context")
+    assert condition.settings == {"shown": len(conflicts)}
+    assert condition.does == f"after {len(conflicts)} answered prompts"
+    shown = {one for seed in range(8) for one in answered(lab, "conflict", 1, "context", seed).shown}
+    of = {e.relation for e in conflicts if f"{e.prompt} {e.context_answers[0]}." in shown}
+    assert of == {"capital", "language"}
+
+
+def test_a_direction_without_wordings_has_no_candidates(lab):
+    assert Instruction({"context": ["Believe it."]}).candidates(lab, "memory") == []
+    assert Opinion({"context": [("It says: ", " So: ")]}).candidates(lab, "memory") == []
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -7,15 +7,17 @@ from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, usable_facts
 
 
-def test_a_quick_study_asks_few_of_every_kind_and_learns_from_the_same():
-    everything = build_conflicts({"capital": usable_facts("capital")})
+def test_a_quick_study_asks_few_of_every_relation_and_kind_and_learns_from_the_same():
+    everything = build_conflicts({name: usable_facts(name) for name in ("capital", "continent")})
     train, dev, test = (ConflictSet(name, everything.select(split=name).examples) for name in ("train", "dev", "test"))
-    prompts = Prompts(train, dev, test, "capital", ("capital",))
+    prompts = Prompts(train, dev, test, "two", ("capital", "continent"))
     few = prompts.few(0)
     assert (few.train, few.dev) == (train, dev)
     asked = [example.id for example in few.test]
     assert len(set(asked)) == len(asked)
     assert set(asked) <= {example.id for example in test}
-    counts = {kind: len(few.test.select(kind=kind)) for kind in ("conflict", "aligned", "irrelevant", "none")}
-    assert counts == {"conflict": 6, "aligned": 2, "irrelevant": 2, "none": 3}
+    for relation in ("capital", "continent"):
+        asked_of = few.left_out(relation).test
+        counts = {kind: len(asked_of.select(kind=kind)) for kind in ("conflict", "aligned", "irrelevant", "none")}
+        assert counts == {"conflict": 6, "aligned": 2, "irrelevant": 2, "none": 3}
     assert prompts.few(0).test.digest == few.test.digest != prompts.few(1).test.digest

@@ -14,6 +14,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
+from conflictscope.methods.instruction import Instruction
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study import measure as measure_module
 from conflictscope.study.condition import Condition, Prompting
@@ -121,8 +122,13 @@ def test_the_record_holds_unedited_chosen_and_controls_and_says_what_was_not_run
 def test_a_record_grows_and_ends_as_one_that_was_written_once(lab: Lab, record: StudyRecord, tmp_path: Path) -> None:
     """After each method but the last it says what is to come, without controls; every stage has its sentence."""
     told, shown = [], []
-    growing = Study("compare", record.command, tmp_path, told=told.append, shown=shown.append)
-    ended = growing.run(lab, [TwoHeads(), ValueScaling(), Impossible()])
+    methods = [TwoHeads(), ValueScaling(), Impossible()]
+    growing = Study("compare", record.command, tmp_path / "a", told=told.append, shown=shown.append)
+    ended = growing.run(lab, methods)
+    Study("compare", record.command, tmp_path / "b").run(lab, methods)
+    assert without_times(tmp_path / "a" / RECORD) == without_times(tmp_path / "b" / RECORD)
+    files = [{path.name for path in (tmp_path / folder / "interventions").iterdir()} for folder in ("a", "b")]
+    assert files[0] == files[1]
     assert [part.to_come for part in shown] == [("value_scaling", "impossible"), ("impossible",)]
     assert [part.methods for part in shown] == [["two_heads"], ["two_heads", "value_scaling"]]
     assert not any(c.is_control for part in shown for c in part.conditions)
@@ -130,11 +136,28 @@ def test_a_record_grows_and_ends_as_one_that_was_written_once(lab: Lab, record: 
     assert any(c.is_control for c in ended.conditions)
     for name in (c.name for c in record.conditions):
         assert told.count(next(line for line in told if line.startswith(f"{name}, on unseen subjects: "))) == 1
-    assert any(line.startswith("Path patching, change of the logit difference without a head: ") for line in told)
+    assert any(line.startswith("Path patching, positive towards the context: ") for line in told)
     assert any(line.startswith("two heads, towards memory: dev chose, of 4 tried, 1 ") for line in told)
-    again = Study("compare", record.command, tmp_path).run(lab, [TwoHeads(), Impossible()])
-    assert without_times(tmp_path / RECORD) == without_times(lab.records.folder.parent / RECORD)
-    assert again.conditions == record.conditions
+
+
+def test_a_winner_that_no_file_can_hold_leaves_no_file_of_an_earlier_one(lab: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "interventions"
+    Study("compare", "", tmp_path, directions=("memory",)).run(lab, [TwoHeads()])
+    assert (folder / "towards_memory.json").exists()
+    Study("compare", "", tmp_path, directions=("memory",)).run(lab, [Instruction()])
+    assert not (folder / "towards_memory.json").exists()
+
+
+def test_a_finished_record_is_replaced_by_a_finished_one_alone(lab: Lab, tmp_path: Path) -> None:
+    shown = []
+    study = Study("compare", "", tmp_path, directions=("memory",), shown=shown.append)
+    study.run(lab, [TwoHeads(), Impossible()])
+    assert [part.to_come for part in shown] == [("impossible",)]
+    study.run(lab, [TwoHeads(), Impossible()])
+    assert len(shown) == 1
+    shown[0].save(tmp_path)
+    study.run(lab, [TwoHeads(), Impossible()])
+    assert len(shown) == 2
 
 
 def test_rates_on_test_are_those_of_answers_asked_with_hooks(lab: Lab, record: StudyRecord) -> None:

@@ -117,8 +117,7 @@ def test_the_shortlist_holds_the_heads_with_the_largest_slope_given_those_that_a
 
 def test_the_first_order_effects_are_those_of_finite_differences(tiny_bridge, wanted, brute_force):
     gone, small = [(0, 1), (2, 3)], 1e-2
-    present, effects = greedy._first_order(tiny_bridge, wanted, HEADS, gone)
-    assert present == pytest.approx(without(brute_force, gone), abs=1e-4)
+    effects = greedy._first_order(tiny_bridge, wanted, HEADS, gone)
     for place, effect in zip(HEADS, effects, strict=True):
         if place not in gone:
             ends = [brute_force({**dict.fromkeys(gone, 0.0), place: 1 + sign * small}) for sign in (1, -1)]
