@@ -50,3 +50,59 @@ def test_questions_attributions_and_edits_need_none_of_the_slow_libraries(tiny_d
     command = [sys.executable, "-c", LOOKS.format(slow=SLOW), str(tiny_directories["llama"]), str(tmp_path)]
     found = subprocess.run(command, check=False, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+HELP = """
+import sys
+from typer.main import get_command
+from typer.testing import CliRunner
+from conflictscope.cli import app
+
+def commands(group, *path):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name)
+
+named = [(), *commands(get_command(app))]
+for command in named:
+    found = CliRunner().invoke(app, [*command, "--help"])
+    assert found.exit_code == 0, (command, found.output)
+imported = {{name for name in sys.modules if "." not in name}} & {slow}
+assert not imported, imported
+print(len(named))
+"""
+
+
+def test_no_command_s_help_waits_for_a_library():
+    slow = {*SLOW, "torch", "transformers", "polars", "numpy", "fastapi", "dash"}
+    found = subprocess.run([sys.executable, "-c", HELP.format(slow=slow)], check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 25
+
+
+COMMAND = """
+import sys
+
+for name in {banned}:
+    sys.modules[name] = None
+from conflictscope.cli import main
+
+sys.argv = ["conflictscope", *sys.argv[1:]]
+main()
+"""
+
+
+def test_asking_answering_and_looking_at_files_import_none_of_the_slow_libraries(tiny_directories, tmp_path):
+    model, data = str(tiny_directories["llama"]), str(tmp_path / "capitals.jsonl")
+    question = ["What is the capital of Peru?", "--context", "The capital of Peru is Oslo.", "--context-answer", "Oslo"]
+    for command in (
+        ["data", "build", "--relation", "capital", "--all-facts", "--out", data],
+        ["data", "inspect", data],
+        ["ask", *question, "--model", model, "--device", "cpu"],
+        ["models"],
+    ):
+        start = [sys.executable, "-c", COMMAND.format(banned=SLOW), *command]
+        found = subprocess.run(start, check=False, capture_output=True, text=True, cwd=tmp_path)
+        assert found.returncode == 0, (command, found.stderr)
