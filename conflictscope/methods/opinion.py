@@ -51,7 +51,8 @@ class Framed(Prompting):
 
     def described(self) -> str:
         """What stands around the context."""
-        return f"context after {self.before.strip()!r}, question after {self.after.strip()!r}"
+        before, after = (" ".join(text.split()) for text in (self.before, self.after))
+        return f"context after {before!r}, question after {after!r}"
 
     def prompt(self, example: ConflictExample) -> str:
         """The framed context, then the bare prompt.
