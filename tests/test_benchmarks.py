@@ -40,7 +40,7 @@ def test_every_path_is_timed_and_compared(tokenizer: Any) -> None:
 
 
 def test_a_path_that_fails_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its sentence stands in its place, and the others go on."""
+    """Its sentence stands in its place."""
 
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("no such kernel\non this device")
