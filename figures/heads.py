@@ -19,6 +19,8 @@ def head_map(
 ) -> go.Figure:
     """Every head's mean score, layer 0 at the bottom: blue pushes towards memory, vermillion towards context.
 
+    Scores without a sign are vermillion, the deeper the higher.
+
     A dot marks heads whose interval excludes 0, a frame marks ``highlighted`` heads.
 
     Args:
@@ -174,7 +176,7 @@ def top_heads_by_group(scores: HeadScores, groups: Mapping[str, str], k: int = 3
 
 def _score_title(scores: HeadScores) -> str:
     scale = "\N{LEFTWARDS ARROW} memory \N{MIDDLE DOT} mean score \N{MIDDLE DOT} context \N{RIGHTWARDS ARROW}"
-    return f"{scale}<br>{_unit(scores)}"
+    return f"{scale if scores.signed else 'mean score'}<br>{_unit(scores)}"
 
 
 def _unit(scores: HeadScores) -> str:
@@ -182,9 +184,9 @@ def _unit(scores: HeadScores) -> str:
 
 
 def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -> str:
-    towards = "context" if head.score > 0 else "memory"
+    towards = f", towards {'context' if head.score > 0 else 'memory'}" if scores.signed else ""
     n, n_subjects = len(scores.example_ids), len(set(scores.subjects))
-    name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}, towards {towards}"
+    name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}{towards}"
     if n_subjects == 1:
         return f"{name}<br>mean score {head.score:+.3f}<br>{_unit(scores)}<br>n = {n} of one subject, no interval"
     return (

@@ -1,9 +1,9 @@
-"""What heads look at: the attention weights of a prompt's last token."""
+"""What heads look at: the attention weights of a prompt's last token, and of those that predict an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.inputs import encode, tokenizer_of
+from interp.inputs import encode, padded, tokenizer_of
+from interp.progress import tracked
+from interp.teacher_forcing import Continued, token_batches
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,48 @@ def attention_from_last(model: nn.Module, prompt: str, heads: Sequence[tuple[int
     anatomy = Anatomy(model)
     network: Any = anatomy.model
     places = [anatomy.checked_head(*head) for head in heads]
+    inputs = encode(model, [prompt])
+    with _kept(anatomy, {layer for layer, _ in places}, 1) as by_layer, torch.inference_mode():
+        network(**inputs, use_cache=False, logits_to_keep=1)
+    tokenizer = tokenizer_of(model)
+    tokens = tuple(tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist())
+    return PromptAttention(tokens, tuple(places), torch.stack([by_layer[layer][0, head, 0] for layer, head in places]))
+
+
+@torch.inference_mode()
+def answer_attention(
+    model: nn.Module, items: Sequence[Continued], *, progress: str | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """What all heads look at where the looked-at tokens of items are predicted.
+
+    Args:
+        model: The model, or a bridge around it, with whatever is applied to it.
+        items: Prompts with their answers, see ``interp.teacher_forcing.continued``.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Yields:
+        The number of an item, in any order, and weights ``(n_layers, n_heads, predicted, n_tokens - 1)`` float32 on the
+        CPU: a row for each token that is predicted, over all tokens but the last, 0 where they come later.
+
+    Raises:
+        UserError: If the model keeps no attention weights.
+    """
+    anatomy = Anatomy(model)
+    network: Any = anatomy.model
+    for batch in tracked(token_batches(items), progress):
+        # The last token predicts nothing that is looked at.
+        inputs = padded(model, [items[i].tokens[:-1] for i in batch])
+        with _kept(anatomy, range(anatomy.n_layers), max(items[i].predicted for i in batch)) as by_layer:
+            network(**inputs, use_cache=False, logits_to_keep=1)
+        for row, index in enumerate(batch):
+            rows, columns = items[index].predicted, len(items[index].tokens) - 1
+            weights = [by_layer[layer][row, :, -rows:, -columns:] for layer in range(anatomy.n_layers)]
+            yield index, torch.stack(weights)
+
+
+@contextmanager
+def _kept(anatomy: Anatomy, layers: Iterable[int], rows: int) -> Iterator[dict[int, Tensor]]:
+    """Keep the last ``rows`` rows of layers' attention weights, ``(n, n_heads, rows, n_tokens)``, of each pass."""
     by_layer: dict[int, Tensor] = {}
 
     def keep(layer: int, _: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
@@ -55,14 +99,10 @@ def attention_from_last(model: nn.Module, prompt: str, heads: Sequence[tuple[int
                 "The model computes attention without keeping its weights; load it with interp.models.load_model, or "
                 'call model.set_attn_implementation("eager").'
             )
-        by_layer[layer] = output[1][0, :, -1].float().cpu()
+        by_layer[layer] = output[1][:, :, -rows:].float().cpu()
 
-    inputs = encode(model, [prompt])
-    with ExitStack() as stack, torch.inference_mode():
-        for layer in {layer for layer, _ in places}:
+    with ExitStack() as stack:
+        for layer in layers:
             handle = anatomy.module("attention", layer).register_forward_hook(partial(keep, layer))
             stack.callback(handle.remove)
-        network(**inputs, use_cache=False, logits_to_keep=1)
-    tokenizer = tokenizer_of(model)
-    tokens = tuple(tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist())
-    return PromptAttention(tokens, tuple(places), torch.stack([by_layer[layer][head] for layer, head in places]))
+        yield by_layer

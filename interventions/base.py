@@ -19,7 +19,7 @@ from interp.errors import Caution, UserError
 from interventions.folding import Folding
 from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
-from interventions.tokens import Tokens, TokenTracker
+from interventions.tokens import Tokens
 
 if TYPE_CHECKING:
     from interp.pairs import Combined
@@ -34,6 +34,14 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Take it off."""
+        ...
+
+
+class Follower(Protocol):
+    """What follows a model's passes for as long as patches are attached that ask it."""
+
+    def attach(self, model: nn.Module) -> Removable:
+        """Follow the passes of a transformers model or a ``TransformerBridge``."""
         ...
 
 
@@ -71,13 +79,13 @@ class Patch(NamedTuple):
         part: The part of a block whose output is changed; of the output projection it is the input, z, as with sites.
         layer: The block.
         change: What becomes of the values, ``(n_rows, n_tokens, width)`` -> the same.
-        tracker: What tells ``change`` which tokens are meant, if it needs to know.
+        tracker: What follows the model's passes for ``change``, if it has to know which tokens or rows are which.
     """
 
     part: Part
     layer: int
     change: Callable[[Tensor], Tensor]
-    tracker: TokenTracker | None = None
+    tracker: Follower | None = None
 
 
 class Placed:
@@ -188,7 +196,7 @@ class Intervention(ABC):
     """The tokens it acts on."""
 
     in_one_pass: ClassVar[bool] = False
-    """Whether a prompt has to be read in one pass, because its end decides about all of it."""
+    """Whether a prompt has to be read in one pass: its end decides about all of it, or it is read otherwise."""
 
     @property
     def head_scales(self) -> dict[tuple[int, int], float]:

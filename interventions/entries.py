@@ -10,10 +10,12 @@ from typing import Annotated
 from pydantic import Field
 
 from interventions.decoding import AdaCADEntry, CADEntry, CKPlugEntry, COIECDEntry
+from interventions.decore import DeCoReEntry
 from interventions.dial import TrustDialEntry
 from interventions.features import FeatureEditEntry
 from interventions.feedforward import FeedForwardScalingEntry
 from interventions.heads import HeadScalingEntry
+from interventions.juice import JuICEEntry
 from interventions.steering import SteeringEntry
 
 EditEntry = Annotated[
@@ -25,6 +27,8 @@ EditEntry = Annotated[
     | CADEntry
     | AdaCADEntry
     | COIECDEntry
-    | CKPlugEntry,
+    | CKPlugEntry
+    | JuICEEntry
+    | DeCoReEntry,
     Field(discriminator="kind"),
 ]

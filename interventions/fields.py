@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -30,6 +31,12 @@ def named_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise UserError(f"The intervention's tensor file lacks {name!r}; export the intervention again.")
     return tensors[name]
+
+
+def check_each_once(heads: Iterable[tuple[int, int]]) -> None:
+    """Refuse ``(layer, head)`` pairs of which one occurs twice."""
+    if twice := next((place for place, count in Counter(heads).items() if count > 1), None):
+        raise UserError(f"Head {twice[0]}.{twice[1]} is listed twice; give each head once.")
 
 
 def check_head(model: ModelIdentity, layer: int, head: int) -> None:

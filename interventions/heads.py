@@ -11,7 +11,7 @@ turns the head around. Attention is linear in its values, so scaling z scales th
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from interp.anatomy import Anatomy, Blueprint
 from interp.errors import UserError
 from interventions.base import Entry, Intervention, Patch, Place, Placed, finite_strength
-from interventions.fields import Factor, Head, check_head
+from interventions.fields import Factor, Head, check_each_once, check_head
 from interventions.folding import Folding, HeadMap
 from interventions.identity import Layer, ModelIdentity, Strict
 
@@ -59,9 +59,7 @@ class HeadScaling(Intervention):
     heads: tuple[ScaledHead, ...]
 
     def __post_init__(self) -> None:
-        places = [(h.layer, h.head) for h in self.heads]
-        if twice := next((place for place, count in Counter(places).items() if count > 1), None):
-            raise UserError(f"Head {twice[0]}.{twice[1]} is listed twice; give each head once.")
+        check_each_once((h.layer, h.head) for h in self.heads)
 
     @classmethod
     def of(cls, heads: Iterable[tuple[int, int]], scale: float) -> HeadScaling:

@@ -62,7 +62,8 @@ def evaluate(
 def attribute(
     *,
     method: Annotated[
-        Literal["path-patching", "direct-logits", "attribution-patching"], typer.Option(help="How heads are scored.")
+        Literal["path-patching", "direct-logits", "attribution-patching", "retrieval", "attention-drift"],
+        typer.Option(help="How heads are scored; the last two tell how much a head looks, not towards which source."),
     ] = "path-patching",
     metric: Annotated[
         Literal["logit_diff", "memory_probability", "context_probability"],
@@ -84,32 +85,42 @@ def attribute(
     """Score every head: which push the answer to the context, which to memory."""
     from figures.heads import head_map
     from figures.theme import save_figure
+    from interp.attribution.attention_drift import attention_drift
     from interp.attribution.attribution_patching import attribution_patching
     from interp.attribution.direct_logits import direct_logit_attribution
     from interp.attribution.path_patching import path_patching
+    from interp.attribution.retrieval import retrieval_scores
 
     if method != "path-patching" and (metric, baseline, mlps) != ("logit_diff", "corrupted", "recompute"):
         raise UserError(f"--metric, --baseline and --mlps belong to path-patching; leave them out with {method}.")
     check_parquet(out)
     model, conflicts = source.conflicts()
-    chosen = conflicts.select(kind="conflict", split=None if split == "all" else split)
+    part = conflicts.select(split=None if split == "all" else split)
+    chosen = part.select(kind="conflict")
     about: dict[str, Any] = {"name": source.model, "progress": method.replace("-", " ").capitalize()}
     if method == "path-patching":
         options: dict[str, Any] = {"baseline": baseline, "mlps": mlps, "metrics": (metric,), "seed": source.seed}
         scores = path_patching(model, chosen, **options, **about)[metric]
     elif method == "direct-logits":
         scores = direct_logit_attribution(model, chosen, **about).heads
-    else:
+    elif method == "attribution-patching":
         scores = attribution_patching(model, chosen, seed=source.seed, **about)
+    elif method == "retrieval":
+        scores = retrieval_scores(model, chosen, **about)
+    else:
+        scores = attention_drift(model, part, **about)
     scores.save(out)
     save_figure(head_map(scores), out.with_suffix(".html"))
     table = Table(
         "towards", "head", "score", "95 % interval", title=f"{scores.settings['unit']}, {len(scores.values)} prompts"
     )
-    for towards in ("context", "memory"):
+    for towards in ("context", "memory") if scores.signed else ("context",):
         for head in scores.ranked(towards)[:top]:
             table.add_row(
-                towards, f"{head.layer}.{head.head}", f"{head.score:+.3f}", f"{head.low:+.3f} to {head.high:+.3f}"
+                towards if scores.signed else "-",
+                f"{head.layer}.{head.head}",
+                f"{head.score:+.3f}",
+                f"{head.low:+.3f} to {head.high:+.3f}",
             )
     Console().print(table)
     say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")

@@ -6,12 +6,14 @@ from conflictscope.methods.caa import CAA
 from conflictscope.methods.cad import ContextAwareDecoding
 from conflictscope.methods.ck_plug import KnowledgePlug
 from conflictscope.methods.coiecd import EntropyConstraintDecoding
+from conflictscope.methods.decore import RetrievalHeadContrast
 from conflictscope.methods.demonstrations import Demonstrations
 from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
 from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
 from conflictscope.methods.hard_concrete import HardConcrete
 from conflictscope.methods.instruction import Instruction
+from conflictscope.methods.juice import JudgeHeads
 from conflictscope.methods.learned_scales import LearnedScales
 from conflictscope.methods.mean_ablation import MeanAblation
 from conflictscope.methods.opinion import Opinion
@@ -45,6 +47,8 @@ ALL: tuple[type[Method], ...] = (
     AdaptiveContextAwareDecoding,
     EntropyConstraintDecoding,
     KnowledgePlug,
+    RetrievalHeadContrast,
+    JudgeHeads,
     Instruction,
     Opinion,
     Demonstrations,

@@ -71,9 +71,9 @@ def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:
     controls = []
     for draw in range(DRAWS):
         rng = lab.rng(chosen.name, draw)
-        places = _elsewhere(rng, lab.anatomy.heads, [(h.layer, h.head) for h in heads])
+        places = elsewhere(rng, lab.anatomy.heads, [(h.layer, h.head) for h in heads])
         head_scales = dict(zip(places, (h.scale for h in heads), strict=True))
-        moved = _elsewhere(rng, range(lab.anatomy.n_layers), list(layers))
+        moved = elsewhere(rng, range(lab.anatomy.n_layers), list(layers))
         layer_scales = FeedForwardScaling(tuple(zip(moved, layers.values(), strict=True)))
         edits = (*scaling(head_scales, means).settled(), *layer_scales.settled())
         name = "random_heads" if heads else "random_layers"
@@ -81,7 +81,7 @@ def random_heads(lab: Lab, chosen: Condition) -> list[Condition]:
     return controls
 
 
-def _elsewhere(rng: random.Random, places: Sequence[_T], taken: Sequence[_T]) -> list[_T]:
+def elsewhere(rng: random.Random, places: Sequence[_T], taken: Sequence[_T]) -> list[_T]:
     """As many places as are taken, at random; none of these, where enough are left."""
     free = [place for place in places if place not in taken]
     return rng.sample(free if len(free) >= len(taken) else list(places), len(taken))

@@ -19,6 +19,8 @@ from interp.errors import UserError
 from interp.files import read_json, write_json, write_parquet
 from interp.statistics import bootstrap_means
 
+_SIGN = "positive pushes towards the context answer, negative towards the memory answer"
+
 
 class RankedHead(NamedTuple):
     """One head with its mean score and 95 % interval over examples."""
@@ -34,7 +36,8 @@ class RankedHead(NamedTuple):
 class HeadScores:
     """How far each head pushes towards one of the two sources, example by example.
 
-    Sign: **positive pushes towards the context answer, negative towards the memory answer.**
+    Sign: **positive pushes towards the context answer, negative towards the memory answer.** Some methods tell how much
+    a head has to do with it, not towards which source: their scores have no sign.
 
     Attributes:
         values: ``(n_examples, n_layers, n_heads)`` float32 on the CPU.
@@ -80,6 +83,11 @@ class HeadScores:
             {**settings, "left_out": len(conflicts) - len(examples)},
         )
 
+    @property
+    def signed(self) -> bool:
+        """Whether scores tell towards which source a head pushes."""
+        return self.settings.get("signed", True)
+
     def mean(self) -> Tensor:
         """Mean over examples, ``(n_layers, n_heads)``."""
         return self.values.mean(0)
@@ -97,7 +105,10 @@ class HeadScores:
         return replace(self, values=self.values[list(examples)], example_ids=tuple(ids), subjects=tuple(subjects))
 
     def ranked(self, pushing_towards: Direction) -> list[RankedHead]:
-        """All heads, those that push hardest towards ``pushing_towards`` first."""
+        """All heads, those that push hardest towards ``pushing_towards`` first.
+
+        Of scores without a sign ``context`` gives the highest first.
+        """
         mean, (low, high) = self.mean(), self.interval
         order = mean.flatten().argsort(descending=pushing_towards == "context", stable=True).tolist()
         n_heads = mean.shape[1]
@@ -146,7 +157,7 @@ class HeadScores:
             "model": self.model,
             "data": self.data,
             "shape": list(self.values.shape),
-            "sign": "positive pushes towards the context answer, negative towards the memory answer",
+            "sign": _SIGN if self.signed else "none: scores do not tell towards which source a head pushes",
             "settings": self.settings,
         }
         write_json(path.with_suffix(".json"), record)

@@ -1,0 +1,44 @@
+"""Gains of heads against a whole pass for each head, factor and prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from interp.anatomy import Anatomy
+from interp.attribution.head_gains import head_gains
+from interp.inputs import encode
+from tests.tiny import few_bridges, tiny_conflicts
+
+tiny_bridge = few_bridges
+
+
+def test_gains_are_those_of_whole_passes_with_the_last_token_scaled(tiny_bridge):
+    anatomy = Anatomy(tiny_bridge)
+    network: Any = anatomy.model
+    prompts = [e.prompt for e in list(tiny_conflicts())[:3]] + ["In"]
+    tokens, factors = [3, 17, 40, 8], [1.0, -2.0]
+
+    def probability(prompt: str, token: int) -> float:
+        with torch.inference_mode():
+            return network(**encode(tiny_bridge, [prompt])).logits[0, -1].softmax(-1)[token].item()
+
+    found = head_gains(tiny_bridge, prompts, tokens, factors)
+    assert found.shape == (4, anatomy.n_layers, anatomy.n_heads)
+    for layer, head in anatomy.heads:
+        changes = torch.zeros(4)
+        for factor in factors:
+
+            def scale(_: Any, inputs: Any, factor: float = factor, head: int = head) -> Any:
+                z = inputs[0].clone()
+                z[0, -1, head * anatomy.d_head : (head + 1) * anatomy.d_head] *= 1 + factor
+                return (z, *inputs[1:])
+
+            for i, (prompt, token) in enumerate(zip(prompts, tokens, strict=True)):
+                before = probability(prompt, token)
+                handle = anatomy.module("output_projection", layer).register_forward_pre_hook(scale)
+                changes[i] += (probability(prompt, token) - before) / len(factors)
+                handle.remove()
+        torch.testing.assert_close(found[:, layer, head], changes, rtol=1e-3, atol=1e-6)
+    assert found.abs().max() > 1e-5
