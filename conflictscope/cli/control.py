@@ -53,7 +53,7 @@ def spare_fit(
 def steer_fit(
     *,
     method: Annotated[
-        list[str] | None, typer.Option(help="actadd, caa, probe_direction or task_vector; repeatable; all by default.")
+        list[str] | None, typer.Option(help="actadd, caa, context_focus, ...; repeatable; all by default.")
     ] = None,
     tokens: TokensOption = "last_prompt",
     out: OutOption = Path("out/steer"),
@@ -62,11 +62,13 @@ def steer_fit(
     """Fit steering vectors in both directions, and measure them on held-out subjects."""
     from conflictscope.methods.actadd import ActAdd
     from conflictscope.methods.caa import CAA
+    from conflictscope.methods.context_focus import ContextFocus
     from conflictscope.methods.probe_direction import ProbeDirection
     from conflictscope.methods.task_vector import TaskVector
 
-    # CAA acts on all tokens that predict the answer, whatever the others do.
-    methods = [ActAdd(tokens=tokens), CAA(), ProbeDirection(tokens=tokens), TaskVector(tokens=tokens)]
+    # CAA and ContextFocus act on all tokens that predict the answer, whatever the others do.
+    of_tokens = [one(tokens=tokens) for one in (ActAdd, ProbeDirection, TaskVector)]
+    methods = [*of_tokens, CAA(), ContextFocus()]
     by_name = {one.name: one for one in methods}
     if unknown := [name for name in method or () if name not in by_name]:
         raise UserError(f"There is no steering by {unknown[0]!r}; choose among {', '.join(by_name)}.")

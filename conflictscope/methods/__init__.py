@@ -6,6 +6,7 @@ from conflictscope.methods.caa import CAA
 from conflictscope.methods.cad import ContextAwareDecoding
 from conflictscope.methods.ck_plug import KnowledgePlug
 from conflictscope.methods.coiecd import EntropyConstraintDecoding
+from conflictscope.methods.context_focus import ContextFocus
 from conflictscope.methods.decore import RetrievalHeadContrast
 from conflictscope.methods.demonstrations import Demonstrations
 from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
@@ -37,6 +38,7 @@ ALL: tuple[type[Method], ...] = (
     FeedForwardSuppression,
     ActAdd,
     CAA,
+    ContextFocus,
     ProbeDirection,
     TaskVector,
     Spare,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,12 +42,13 @@ def reference(model: Any, edit: Intervention, ids: Tensor) -> Tensor:
     written: dict[int, Tensor] = {}
 
     def run(change: Callable[[int, Tensor], Tensor]) -> Tensor:
+        def changed(layer: int, _: Any, inputs: Any) -> Any:
+            return (change(layer, inputs[0]), *inputs[1:])
+
         with ExitStack() as stack, torch.inference_mode():
             for layer in range(anatomy.n_layers):
-                handle = anatomy.module("output_projection", layer).register_forward_pre_hook(
-                    lambda _, inputs, layer=layer: (change(layer, inputs[0]), *inputs[1:])
-                )
-                stack.callback(handle.remove)
+                module = anatomy.module("output_projection", layer)
+                stack.callback(module.register_forward_pre_hook(partial(changed, layer)).remove)
             return network(input_ids=ids, use_cache=False).logits.clone()
 
     def keep(layer: int, z: Tensor) -> Tensor:
@@ -90,10 +92,10 @@ def greedy(model: Any, edit: Intervention, prompt: str, steps: int) -> list[int]
     return ids[0, start:].tolist()
 
 
-def generated(model: Any, prompts: list[str], **options: Any) -> Tensor:
+def generated(model: Any, prompts: list[str], **given: Any) -> Tensor:
     inputs = encode(model, prompts)
     network: Any = Anatomy(model).model
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0} | options
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0} | given
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     return network.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 

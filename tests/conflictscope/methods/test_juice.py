@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conflictscope.methods.juice import JudgeHeads, gains
+from conflictscope.study.condition import Condition
 from interp.attribution.head_gains import head_gains
 from interp.conflicts import evenly
 from interp.errors import UserError
@@ -17,6 +18,12 @@ from tests.conflictscope.methods.labs import tiny_lab
 @pytest.fixture(scope="module")
 def lab(tiny_llama, tmp_path_factory):
     return tiny_lab(tiny_llama, tmp_path_factory.mktemp("lab"))
+
+
+def edit_of(condition: Condition) -> JuICE:
+    (edit,) = condition.edits
+    assert isinstance(edit, JuICE)
+    return edit
 
 
 @pytest.mark.parametrize(("towards", "kinds"), [("context", ("conflict", "aligned")), ("memory", ("none",))])
@@ -31,7 +38,7 @@ def test_gains_are_those_of_the_wanted_answer(lab, towards, kinds):
 
 def test_heads_that_help_get_more_and_heads_that_hinder_less(lab):
     found = {
-        (c.settings["up"], c.settings["down"]): c.edits[0]
+        (c.settings["up"], c.settings["down"]): edit_of(c)
         for c in JudgeHeads(counts=(2,), factors=((3.0, 0.0), (0.0, -1.0), (3.0, -1.0))).candidates(lab, "memory")
     }
     kinds = ("conflict", "irrelevant", "none")
@@ -50,10 +57,9 @@ def test_heads_that_help_get_more_and_heads_that_hinder_less(lab):
 def test_the_control_adds_to_as_many_other_heads(lab):
     method = JudgeHeads(counts=(2,), factors=((3.0, 0.0),))
     (chosen,) = method.candidates(lab, "context")
-    (edit,) = chosen.edits
+    edit = edit_of(chosen)
     for control in method.controls(lab, chosen):
-        (drawn,) = control.edits
-        assert isinstance(drawn, JuICE)
+        drawn = edit_of(control)
         assert sorted(h.factor for h in drawn.heads) == sorted(h.factor for h in edit.heads)
         assert not {h[:2] for h in drawn.heads} & {h[:2] for h in edit.heads}
 

@@ -1,10 +1,11 @@
-"""Methods that steer by a vector: actadd, caa, probe_direction, task_vector."""
+"""Methods that steer by a vector: actadd, caa, probe_direction, task_vector, context_focus."""
 
 import pytest
 import torch
 
 from conflictscope.methods.actadd import ActAdd
 from conflictscope.methods.caa import CAA
+from conflictscope.methods.context_focus import ContextFocus
 from conflictscope.methods.probe_direction import ProbeDirection
 from conflictscope.methods.task_vector import TaskVector
 from interp.anatomy import transformers_model
@@ -14,7 +15,8 @@ from interventions.steering import Steering
 from probes.linear import ProbeSet
 from tests.conflictscope.methods.answered_lab import answered_lab
 
-METHODS = (ActAdd, CAA, ProbeDirection, TaskVector)
+METHODS = (ActAdd, CAA, ContextFocus, ProbeDirection, TaskVector)
+STRENGTHS = {TaskVector: (0.5, 1.0), ContextFocus: (0.5, 1.0, 2.0, 4.0)}
 LAYER = 1
 
 
@@ -51,12 +53,12 @@ def vector(lab, method, towards):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_second_layer_competes_with_every_strength(lab, method):
     candidates = method().candidates(lab, "context")
-    strengths = (0.5, 1.0) if method is TaskVector else (1.0, 2.0, 4.0, 8.0)
+    strengths = STRENGTHS.get(method, (1.0, 2.0, 4.0, 8.0))
     expected = [(layer, strength) for layer in (0, 2) for strength in strengths]
     assert [(c.settings["layer"], c.settings["strength"]) for c in candidates] == expected
     edits = [edit for condition in candidates for edit in condition.edits if isinstance(edit, Steering)]
     assert [(edit.layer, edit.strength) for edit in edits] == expected
-    assert {edit.tokens for edit in edits} == {"answer" if method is CAA else "last_prompt"}
+    assert {edit.tokens for edit in edits} == {"answer" if method in (CAA, ContextFocus) else "last_prompt"}
     assert {edit.mode for edit in edits} == {"replace" if method is TaskVector else "add"}
 
 
@@ -95,6 +97,13 @@ def test_caa_adds_the_mean_difference_between_the_tokens_of_either_answer(lab):
     torch.testing.assert_close(vector(lab, CAA, "memory"), -difference, atol=1e-5, rtol=1e-4)
 
 
+def test_context_focus_adds_what_the_context_changes_at_the_prompts_end(lab):
+    train = lab.prompts.train.select(kind="conflict").examples
+    difference = torch.stack([residual(lab, e.prompt)[-1] - residual(lab, e.bare_prompt)[-1] for e in train]).mean(0)
+    torch.testing.assert_close(vector(lab, ContextFocus, "context"), difference, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vector(lab, ContextFocus, "memory"), -difference, atol=1e-5, rtol=1e-4)
+
+
 def test_probe_direction_is_the_probes_and_as_long_as_the_difference_of_the_means(lab):
     parts = [(split, states_by_source(lab, split)) for split in ("train", "dev")]
     states = torch.cat([torch.cat(by_source) for _, by_source in parts])
@@ -113,6 +122,7 @@ def test_vectors_are_learned_once_for_both_directions_and_later_labs(lab, tiny_l
     before = {method: vector(lab, method, "context") for method in METHODS}
     again = answered_lab(tiny_llama, lab.records.folder)
     monkeypatch.setattr("conflictscope.methods.caa.record", None)
+    monkeypatch.setattr("conflictscope.methods.context_focus.record", None)
     monkeypatch.setattr("conflictscope.methods.probe_direction.ProbeSet", None)
     monkeypatch.setattr(again, "train_states", None)
     for method in METHODS:
