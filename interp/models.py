@@ -287,15 +287,21 @@ def _checkpoint(name: str, device: torch.device, **options: Any) -> tuple[Any, A
         raise UserError(_not_loadable(name, error)) from error
 
 
-def save_checkpoint(network: Any, tokenizer: Any, folder: Path) -> None:
+def save_checkpoint(network: Any, tokenizer: Any, folder: Path, *, own_names: bool = True) -> None:
     """Write a transformers model and its tokenizer into a folder.
+
+    Args:
+        network: The transformers model.
+        tokenizer: Its tokenizer.
+        folder: The folder.
+        own_names: Call weights as checkpoints of the architecture do, where the model itself calls them otherwise.
 
     Raises:
         OSError: If the disk is full.
     """
     with quiet_transformers():
         try:
-            network.save_pretrained(folder)
+            network.save_pretrained(folder, save_original_format=own_names)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         tokenizer.save_pretrained(folder)

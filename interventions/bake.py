@@ -25,6 +25,7 @@ from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import atomic_directory
 from interp.models import load_checkpoint, save_checkpoint
+from interventions import dropping
 from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
 from interventions.folding import Folding, HeadMap
@@ -90,7 +91,13 @@ def folding_of(interventions: Sequence[Intervention]) -> Folding:
 
 
 def write_folded(
-    model: str, file: InterventionFile, out: str | Path, *, trust: float | None = None, strength: float = 1.0
+    model: str,
+    file: InterventionFile,
+    out: str | Path,
+    *,
+    trust: float | None = None,
+    strength: float = 1.0,
+    drop: bool = False,
 ) -> None:
     """Write a checkpoint that is ``model`` with an intervention file folded into its weights.
 
@@ -103,24 +110,36 @@ def write_folded(
         out: The folder, new or empty. It appears only once it is complete.
         trust: Where the file's dial is to stand; ``None`` leaves it as it is.
         strength: How far another edit is to go; 1 is what the file says.
+        drop: Leave out the weights of feed-forward layers that are scaled by 0: the checkpoint is smaller, and is
+            loaded with ``trust_remote_code=True``.
 
     Raises:
         UserError: If the file is for another model or cannot be folded, the model cannot be loaded, trust lies
-            outside -1 to 1 or the file holds no dial, nothing would change, ``out`` is not empty, or the disk is full.
+            outside -1 to 1 or the file holds no dial, nothing would change, no layer is scaled by 0 that could be left
+            out, ``out`` is not empty, or the disk is full.
     """
     folded = file.at(trust=trust, strength=strength)
     interventions = folded.build()
     changes = folding_of(interventions)
     if not changes:
         raise UserError(f"{file.name} changes nothing as it stands; give a trust or strength other than 0.")
+    dropped = dropping.silenced(changes) if drop else []
+    if drop and not dropped:
+        raise UserError(
+            f"{file.name} scales no feed-forward layer by 0, so none can be left out; export without --drop."
+        )
     with atomic_directory(out) as partial:
         network, tokenizer = load_checkpoint(model)
         folded.model.check(network, tokenizer)
         fold(network, interventions)
-        save_checkpoint(network, tokenizer, partial)
+        paths = dropping.drop(network, dropped)
+        # To a model type that transformers does not know no names are translated.
+        save_checkpoint(network, tokenizer, partial, own_names=not paths)
+        if paths:
+            dropping.describe(network, paths, partial)
         # A dial's file was measured at both ends, and says so; at another strength nothing was.
         measured = file.measured if strength == 1 else {}
-        card = "\n".join(_card(model, folded, changes, measured))
+        card = "\n".join(_card(model, folded, changes, measured, len(dropped)))
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 
@@ -141,7 +160,9 @@ def _scale_mlp(anatomy: Anatomy, layer: int, scale: float) -> None:
         weight.copy_(scale * (weight.float() + offset) - offset)
 
 
-def _card(model: str, file: InterventionFile, changes: Folding, measured: dict[str, Any]) -> Iterator[str]:
+def _card(
+    model: str, file: InterventionFile, changes: Folding, measured: dict[str, Any], n_dropped: int
+) -> Iterator[str]:
     """The lines of the model card."""
     dials = file.dials
     kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(entry.kind for entry in file.interventions))
@@ -155,7 +176,10 @@ def _card(model: str, file: InterventionFile, changes: Folding, measured: dict[s
     )
     yield from (f"# {file.name}", "")
     yield f"`{model}` ({file.model.architecture}) with an intervention folded into its weights by ConflictScope."
-    yield from ("It loads like the model itself; nothing has to be installed or attached.", "")
+    if n_dropped:
+        yield from ("It loads with `trust_remote_code=True`, and holds no weights of layers that write nothing.", "")
+    else:
+        yield from ("It loads like the model itself; nothing has to be installed or attached.", "")
     yield from ("| | |", "|---|---|")
     yield f"| made from | `{model}` |"
     yield f"| intervention file | {file.name} |"
@@ -165,6 +189,8 @@ def _card(model: str, file: InterventionFile, changes: Folding, measured: dict[s
     yield from (f"| trust, from -1 (memory) to 1 (context) | {dial.trust:+g} |" for dial in dials)
     yield f"| attention heads changed | {len(changes.heads)} |"
     yield f"| feed-forward layers changed | {len(changes.layers)} |"
+    if n_dropped:
+        yield f"| of these left out | {n_dropped} |"
     yield f"| layers after which a direction is added | {len(changes.directions)} |"
     for dial in dials:
         if dial.calibration:

@@ -91,6 +91,9 @@ def export(
         bool,
         typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
     ] = False,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="With --bake: leave out feed-forward layers that are scaled by 0.")
+    ] = False,
     trust: TrustOption = None,
     strength: StrengthOption = 1.0,
 ) -> None:
@@ -99,9 +102,11 @@ def export(
     from interventions.bake import write_folded
     from interventions.config import InterventionFile
 
+    if drop and not bake:
+        raise UserError("--drop leaves weights out of a checkpoint; give --bake as well.")
     file = InterventionFile.load(config)
     if bake:
-        write_folded(model, file, out, trust=trust, strength=strength)
+        write_folded(model, file, out, trust=trust, strength=strength, drop=drop)
     else:
         file.model.check(*load_checkpoint(model))
         file.at(trust=trust, strength=strength).save(out)
