@@ -1,12 +1,17 @@
-"""What an edit costs while text is generated: hooked, behind a gate, and folded into the weights.
+"""What an edit costs while text is generated: hooked, behind a gate, folded into the weights, or read twice.
 
-Run ``python -m benchmarks.runtime --json``. Four sides take turns on the same prompts, each turn generating as many
+Run ``python -m benchmarks.runtime --json``. All sides take turns on the same prompts, each turn generating as many
 tokens with transformers' ``generate`` and a KV cache:
 
-    plain     the model as it is
-    hooked    40 heads scaled by hooks (interventions.runtime)
-    gated     the same heads behind a gate that opens for every row, the dearest case
-    baked     the same heads folded into the weights of a copy
+    plain       the model as it is
+    hooked      40 heads scaled by hooks (interventions.runtime)
+    gated       the same heads behind a gate that opens for every row, the dearest case
+    baked       the same heads folded into the weights of a copy
+    suppressed  4 feed-forward layers scaled by 0 by hooks
+    dropped     a copy without these layers
+    cad         context-aware decoding: the prompt with its context and without, side by side
+    juice       10 heads with outputs of a first reading added
+    decore      contrast with a reading without 10 heads
 
 A ratio is the median over turns of tokens per second, against plain in the same turn. Heads and probe are random; the
 cost does not depend on which they are.
@@ -20,6 +25,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Annotated, Any
 
@@ -30,10 +36,17 @@ from interp.anatomy import Anatomy
 from interp.models import DEFAULT_MODEL, DTYPES, decode_plainly, load_checkpoint, resolve_device
 from interventions.bake import fold
 from interventions.base import Attachable, applied
+from interventions.decoding import CAD
+from interventions.decore import DeCoRe
+from interventions.dropping import drop
+from interventions.feedforward import FeedForwardScaling
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling, ScaledHead
+from interventions.juice import AddedHead, JuICE
+from interventions.two_streams import generate
 
-PROMPT = "Fact: the capital of Japan is Lima. Fact: the capital of Japan is"
+BARE = "Fact: the capital of Japan is"
+PROMPT = f"Fact: the capital of Japan is Lima. {BARE}"
 
 
 def random_heads(anatomy: Anatomy, count: int) -> HeadScaling:
@@ -44,10 +57,10 @@ def random_heads(anatomy: Anatomy, count: int) -> HeadScaling:
     return HeadScaling(tuple(ScaledHead(layer, head, rng.uniform(0.5, 1.5)) for layer, head in chosen))
 
 
-def tokens_per_second(network: Any, batch: dict[str, torch.Tensor], tokens: int) -> float:
+def tokens_per_second(written_by: Callable[..., Any], batch: dict[str, torch.Tensor], tokens: int) -> float:
     """Generated tokens of all rows, per second."""
     begin = time.perf_counter()
-    written = network.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    written = written_by(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     rate = len(written) * tokens
     if written.is_cuda:
         torch.cuda.synchronize()
@@ -72,21 +85,34 @@ def main(
     scaling = random_heads(anatomy, heads)
     probe = torch.ones(anatomy.d_model)
     gate = ConflictGate("block", anatomy.n_layers // 3 - 1, probe, 0.0, -1e9, (scaling,))
-    baked = copy.deepcopy(network)
+    baked, dropped = copy.deepcopy(network), copy.deepcopy(network)
     fold(baked, [scaling])
+    layers = range(anatomy.n_layers // 2, anatomy.n_layers // 2 + 4)
+    drop(dropped, layers)
+    some = [(h.layer, h.head) for h in scaling.heads[:10]]
 
     def generating(network: Any, *edits: Attachable) -> Callable[[dict[str, torch.Tensor]], float]:
         def side(batch: dict[str, torch.Tensor]) -> float:
             with applied(network, *edits):
-                return tokens_per_second(network, batch, tokens)
+                return tokens_per_second(network.generate, batch, tokens)
 
         return side
+
+    def two_streams(batch: dict[str, torch.Tensor]) -> float:
+        rows = len(batch["input_ids"])
+        bare = tokenizer([BARE] * rows, return_tensors="pt").to(anatomy.device)
+        return tokens_per_second(partial(generate, network, CAD(1.0), without=bare), batch, tokens)
 
     sides = {
         "plain": generating(network),
         "hooked": generating(network, scaling),
         "gated": generating(network, gate),
         "baked": generating(baked),
+        "suppressed": generating(network, FeedForwardScaling(tuple((layer, 0.0) for layer in layers))),
+        "dropped": generating(dropped),
+        "cad": two_streams,
+        "juice": generating(network, JuICE(tuple(AddedHead(*head, 1.0) for head in some))),
+        "decore": generating(network, DeCoRe(tuple(some))),
     }
     result: dict[str, Any] = {}
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(anatomy.device)
@@ -96,7 +122,8 @@ def main(
         names = list(sides)
         for turn in range(turns + 1):
             # Each side is first as often as the others, and the first turn only warms up.
-            for name in names[turn % 4 :] + names[: turn % 4]:
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 rate = sides[name](batch)
                 if turn:
                     rates[name].append(rate)

@@ -115,7 +115,7 @@ def test_pages_and_search_work_from_the_file_system(site, browser_page):
         browser_page.goto((site / name).as_uri())
         browser_page.wait_for_load_state("networkidle")
     browser_page.locator("input.md-search__input").fill("memorisation ratio")
-    browser_page.locator(".md-search-result__article").first.wait_for(timeout=20_000)
+    browser_page.locator(".md-search-result__article").first.wait_for(timeout=60_000)
     assert [url for url in asked if url.startswith("http")] == []
 
 
