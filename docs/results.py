@@ -2,10 +2,11 @@
 
     python -m docs.results out/compare out/demo
 
-A page says where a table belongs, what the study's folder is called, and, if it does not want all, for which source and
-by which of dev's choices. What stands between the two marks is written anew:
+A page says where a table belongs, what the study's folder is called, and, if it does not want all, for which source, by
+which of dev's choices, and how many of the methods, those with the highest rates. What stands between the two marks is
+written anew:
 
-    <!-- results of compare, towards context, within budget -->
+    <!-- results of compare, towards context, within budget, first 10 -->
     <!-- end of results -->
 """
 
@@ -36,27 +37,36 @@ _WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
     "best": (None, "best"),
     "within budget": (None, "within_budget"),
 }
+_FIRST = re.compile("first ([1-9][0-9]*)")
 
 
-def tables(record: StudyRecord, directions: Sequence[Direction], choices: Sequence[Choice]) -> str:
+def tables(
+    record: StudyRecord, directions: Sequence[Direction], choices: Sequence[Choice], first: int | None = None
+) -> str:
     """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
+
+    With ``first``, so many methods are shown, and no sentence about those that could not be measured.
 
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
     random controls; then what the edit costs. ``n`` is the number of conflict prompts.
     """
-    shown = [_table(record, d, c) for d in directions for c in choices if record.chosen(d, c)]
-    refused = [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
+    shown = [_table(record, d, c, first) for d in directions for c in choices if record.chosen(d, c)]
+    refused = (
+        [] if first else [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
+    )
     version = record.settings["versions"]["conflictscope"]
     made = f"Made by `{record.command}`, conflictscope {version}."
     return "\n\n".join([*shown, *refused, made])
 
 
-def _table(record: StudyRecord, towards: Direction, choice: Choice) -> str:
+def _table(record: StudyRecord, towards: Direction, choice: Choice, first: int | None) -> str:
     title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
     losses = [f"{label} loss" for label in LOSSES]
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
     chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
-    rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen)]
+    if first is not None and first < len(chosen):
+        head[0] += f", {first} of {len(chosen)} methods"
+    rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen[:first])]
     lines = (
         " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line)
         for line in (head, ["---"] * len(head), *rows)
@@ -100,12 +110,14 @@ def filled(page: str, records: Mapping[str, StudyRecord]) -> tuple[str, set[str]
     return _MARK.sub(fill, page), found
 
 
-def _wanted(said: str) -> tuple[Sequence[Direction], Sequence[Choice]]:
+def _wanted(said: str) -> tuple[Sequence[Direction], Sequence[Choice], int | None]:
     asked = said.split(", ")[1:]
+    first = next((int(found[1]) for one in asked if (found := _FIRST.fullmatch(one))), None)
+    asked = [one for one in asked if not _FIRST.fullmatch(one)]
     if unknown := [one for one in asked if one not in _WANTED]:
-        raise UserError(f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}.")
+        raise UserError(f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}, first 10.")
     directions, choices = zip(*(_WANTED[one] for one in asked), strict=True) if asked else ((), ())
-    return [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES]
+    return [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES], first
 
 
 def main(

@@ -96,6 +96,16 @@ def test_only_what_stands_between_marks_is_written_and_twice_is_as_once(record):
     assert filled(once, {"mine": record}) == (once, {"mine"})
 
 
+def test_a_mark_may_ask_for_the_methods_with_the_highest_rates_alone(record):
+    page = "<!-- results of mine, towards context, best, first 1 -->\n<!-- end of results -->"
+    shown, _ = filled(page, {"mine": record})
+    assert "tiny towards context, at its best, 1 of 2 methods" in shown
+    assert "| unedited |" in shown
+    assert "caa" in shown
+    assert "greedy pruning" not in shown
+    assert "spare was not measured" not in shown
+
+
 def test_a_mark_without_an_end_takes_nothing_of_the_next(record):
     page = "<!-- results of mine -->\ntext\n<!-- results of mine -->\nold\n<!-- end of results -->\n"
     assert filled(page, {"mine": record})[0].startswith("<!-- results of mine -->\ntext\n<!-- results of mine -->\n\n|")
