@@ -198,6 +198,9 @@ class Intervention(ABC):
     in_one_pass: ClassVar[bool] = False
     """Whether a prompt has to be read in one pass: its end decides about all of it, or it is read otherwise."""
 
+    by_row: ClassVar[bool] = True
+    """Whether it can act on some prompts of a batch alone, as behind a gate."""
+
     @property
     def head_scales(self) -> dict[tuple[int, int], float]:
         """The scales of the heads that it moves, by ``(layer, head)``."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from interventions.decoding import AdaCADEntry, CADEntry, CKPlugEntry, COIECDEntry
 from interventions.decore import DeCoReEntry
 from interventions.dial import TrustDialEntry
+from interventions.dola import DoLaEntry
 from interventions.features import FeatureEditEntry
 from interventions.feedforward import FeedForwardScalingEntry
 from interventions.heads import HeadScalingEntry
@@ -29,6 +30,7 @@ EditEntry = Annotated[
     | COIECDEntry
     | CKPlugEntry
     | JuICEEntry
-    | DeCoReEntry,
+    | DeCoReEntry
+    | DoLaEntry,
     Field(discriminator="kind"),
 ]

@@ -69,6 +69,10 @@ class ConflictGate(Intervention):
             raise UserError("A gate needs an edit that it lets through; give it one at least.")
         if any(isinstance(edit, ConflictGate) for edit in self.edits):
             raise UserError("A gate lets edits through, not another gate; give it that gate's edits.")
+        if refused := next((edit for edit in self.edits if not edit.by_row), None):
+            raise UserError(
+                f"{type(refused).__name__} acts on all prompts of a batch or none; apply it without a gate."
+            )
         # A dial may be turned later, wherever it stands.
         turned = [edit.turned(trust) for edit in self.edits for trust in (-1.0, 1.0)]
         layers = [layer for edit in turned for layer in edit.edited_layers]

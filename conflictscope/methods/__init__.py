@@ -9,6 +9,7 @@ from conflictscope.methods.coiecd import EntropyConstraintDecoding
 from conflictscope.methods.context_focus import ContextFocus
 from conflictscope.methods.decore import RetrievalHeadContrast
 from conflictscope.methods.demonstrations import Demonstrations
+from conflictscope.methods.dola import LayerContrast
 from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
 from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
@@ -51,6 +52,7 @@ ALL: tuple[type[Method], ...] = (
     KnowledgePlug,
     RetrievalHeadContrast,
     JudgeHeads,
+    LayerContrast,
     Instruction,
     Opinion,
     Demonstrations,
