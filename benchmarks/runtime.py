@@ -87,7 +87,7 @@ def main(
     gate = ConflictGate("block", anatomy.n_layers // 3 - 1, probe, 0.0, -1e9, (scaling,))
     baked, dropped = copy.deepcopy(network), copy.deepcopy(network)
     fold(baked, [scaling])
-    layers = range(anatomy.n_layers // 2, anatomy.n_layers // 2 + 4)
+    layers = range(anatomy.n_layers // 2, anatomy.n_layers)[:4]
     drop(dropped, layers)
     some = [(h.layer, h.head) for h in scaling.heads[:10]]
 
@@ -121,7 +121,7 @@ def main(
         rates: dict[str, list[float]] = {name: [] for name in sides}
         names = list(sides)
         for turn in range(turns + 1):
-            # Each side is first as often as the others, and the first turn only warms up.
+            # Another side is first in every turn, and the first turn only warms up.
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 rate = sides[name](batch)

@@ -3,8 +3,8 @@
     python -m docs.results out/compare out/demo
 
 A page says where a table belongs, what the study's folder is called, and, if it does not want all, for which source, by
-which of dev's choices, and how many of the methods, those with the highest rates. What stands between the two marks is
-written anew:
+which of dev's choices, and how many of the methods, those with the highest rates on test. What stands between the two
+marks is written anew:
 
     <!-- results of compare, towards context, within budget, first 10 -->
     <!-- end of results -->
@@ -45,7 +45,8 @@ def tables(
 ) -> str:
     """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
 
-    With ``first``, so many methods are shown, and no sentence about those that could not be measured.
+    With ``first``, so many methods are shown, those with the highest rates on test, and the one that dev prefers; no
+    sentence about those that could not be measured.
 
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
     random controls; then what the edit costs. ``n`` is the number of conflict prompts.
@@ -63,10 +64,12 @@ def _table(record: StudyRecord, towards: Direction, choice: Choice, first: int |
     title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
     losses = [f"{label} loss" for label in LOSSES]
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
+    winner = record.winner(towards)
     chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
-    if first is not None and first < len(chosen):
-        head[0] += f", {first} of {len(chosen)} methods"
-    rows = [[*_row(record, c, towards)] for c in (record.unedited, *chosen[:first])]
+    shown = [c for number, c in enumerate(chosen) if first is None or number < first or c is winner]
+    if len(shown) < len(chosen):
+        head[0] += f", {len(shown)} of {len(chosen)} methods"
+    rows = [[*_row(record, c, towards)] for c in (record.unedited, *shown)]
     lines = (
         " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line)
         for line in (head, ["---"] * len(head), *rows)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Observation, transformers_model
 from interp.conflicts import ConflictExample, ConflictSet
+from interp.doubled import check_single
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE
 from interp.inputs import (
@@ -286,6 +287,7 @@ class _Enough(Exception):
 @contextmanager
 def watching(model: Any, where: Mapping[str, Observation], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(site, values)`` with the values ``(n, n_tokens, d)`` of each site whenever they pass by."""
+    check_single(model)
     network: nn.Module = transformers_model(model)
 
     def seen(site: str, _: nn.Module, *given: Any) -> None:

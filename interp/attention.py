@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
+from interp.doubled import check_single
 from interp.errors import UserError
 from interp.inputs import encode, padded, tokenizer_of
 from interp.progress import tracked
@@ -42,7 +43,8 @@ def attention_from_last(model: nn.Module, prompt: str, heads: Sequence[tuple[int
         heads: ``(layer, head)``, one or more.
 
     Raises:
-        UserError: If no head is given, one does not exist, or the model keeps no attention weights.
+        UserError: If no head is given, one does not exist, or the model keeps no attention weights or reads every
+            prompt twice.
     """
     if not heads:
         raise UserError("No head is given; name at least one as (layer, head).")
@@ -91,6 +93,7 @@ def answer_attention(
 @contextmanager
 def _kept(anatomy: Anatomy, layers: Iterable[int], rows: int) -> Iterator[dict[int, Tensor]]:
     """Keep the last ``rows`` rows of layers' attention weights, ``(n, n_heads, rows, n_tokens)``, of each pass."""
+    check_single(anatomy.model)
     by_layer: dict[int, Tensor] = {}
 
     def keep(layer: int, _: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:

@@ -85,6 +85,10 @@ class _Rule(LogitsProcessor):
         self.combined = combined
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002 (transformers' signature)
+        if scores.isneginf().any():
+            raise UserError(
+                "An edit such as DoLa leaves tokens out, which a rule for two prompts cannot weigh; apply one of them."
+            )
         return self.combined(*scores.chunk(2)).repeat(2, 1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
+from interp.doubled import check_single
 from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids, tokenizer_of
 from interp.progress import tracked
 
@@ -75,6 +76,7 @@ def predicting_residuals(model: nn.Module, items: Sequence[Continued]) -> Tensor
     Returns:
         ``(sum of predicted, d_model)``.
     """
+    check_single(model)
     anatomy = Anatomy(model)
     network: Any = anatomy.model
     inputs = padded(model, [item.tokens for item in items])

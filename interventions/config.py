@@ -12,6 +12,8 @@
    {"kind": "feature_edit", "alpha", "alpha_form", "tokens", "layers": [{"layer", "architecture", ..., "weights"}]},
    {"kind": "cad", "alpha"}, {"kind": "adacad", "threshold", "strength"}, {"kind": "coiecd", "alpha", "strength"},
    {"kind": "ck_plug", "alpha" | null, "gate": "paper" | "released"},
+   {"kind": "juice", "heads": [{"layer", "head", "factor"}]},
+   {"kind": "decore", "heads": [{"layer", "head"}], "strength"}, {"kind": "dola", "layers"},
    {"kind": "conflict_gate", "part", "layer", "weight", "bias", "threshold", "interventions": [any of the above]}],
  "tensors": {"file", "sha256"} | null,
  "provenance": {"method", "data", "chosen_on", "seed", "versions", "details"}, "measured": {...}}

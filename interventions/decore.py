@@ -58,9 +58,14 @@ class DeCoRe(Intervention):
         return {layer for layer, _ in self.heads}
 
     @property
+    def edited_heads(self) -> tuple[tuple[int, int], ...]:
+        """``(layer, head)`` of the heads that are left out of the second reading, sorted."""
+        return tuple(sorted(self.heads)) if self.strength else ()
+
+    @property
     def n_moved(self) -> int:
         """How many heads are left out."""
-        return len(self.heads)
+        return len(self.edited_heads)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.

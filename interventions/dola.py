@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -21,11 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from interp.anatomy import Anatomy, Blueprint
+from interp.anatomy import Anatomy, Blueprint, transformers_model
 from interp.errors import UserError
-from interventions.base import Entry, Handle, Intervention, Patch, Place
+from interventions.base import Entry, Intervention, Patch, Place
 from interventions.decoding import jensen_shannon
 from interventions.identity import Layer, ModelIdentity
+from interventions.side_by_side import claim_logits, release_logits
 
 _SHARE = 0.1
 _ROWS_AT_ONCE = 64
@@ -35,13 +38,13 @@ _ROWS_AT_ONCE = 64
 class DoLa(Intervention):
     """Chooses next tokens by the contrast with an earlier layer. Immutable.
 
-    Residual streams stay as they are, and ``generate`` works as without it.
+    Residual streams stay as they are.
 
     Attributes:
         layers: Layers that may be the earlier one.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or one is listed twice.
     """
 
     layers: tuple[int, ...]
@@ -51,6 +54,8 @@ class DoLa(Intervention):
     def __post_init__(self) -> None:
         if not self.layers:
             raise UserError("DoLa contrasts with an earlier layer; give one at least.")
+        if twice := [layer for layer, count in Counter(self.layers).items() if count > 1]:
+            raise UserError(f"Layer {twice[0]} is listed twice; give each layer once.")
 
     @property
     def edited_layers(self) -> set[int]:
@@ -66,13 +71,16 @@ class DoLa(Intervention):
         """What it reads in a transformers model or a ``TransformerBridge``.
 
         Raises:
-            UserError: If the model does not have one of the layers.
+            UserError: If the model does not have one of the layers, or it is the last one.
         """
         anatomy = Anatomy(model)
-        contrast = _Contrast(anatomy)
+        contrast = _Contrast()
+        last = anatomy.n_layers - 1
+        if last in self.layers:
+            raise UserError(f"DoLa contrasts layer {last}, the last one, with earlier ones; leave it out.")
         return [
             Patch("block", anatomy.checked_layer(layer), partial(contrast.keep, layer), contrast)
-            for layer in sorted(set(self.layers))
+            for layer in sorted(self.layers)
         ]
 
     def described(self) -> Iterator[str]:
@@ -99,7 +107,9 @@ class DoLaEntry(Entry):
         return [Place("block", layer) for layer in self.layers]
 
     def check(self, model: ModelIdentity, tensors: Mapping[str, Tensor]) -> None:
-        """Every layer of every model fits it."""
+        """See that the layers come before the last one."""
+        if last := [layer for layer in self.layers if layer == model.n_layers - 1]:
+            raise UserError(f"layer {last[0]} is the last one, which is contrasted with earlier ones")
 
 
 def contrasted(final: Tensor, early: Tensor) -> Tensor:
@@ -122,20 +132,20 @@ def contrasted(final: Tensor, early: Tensor) -> Tensor:
 class _Contrast:
     """Keeps residual streams of a pass that is under way, and contrasts its logits with theirs."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self) -> None:
         self._thread = threading.local()
 
     def __deepcopy__(self, _: Any) -> _Contrast:
+        # With the hooks of a model that is copied: patches share it with the one that sees the passes.
         return self
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Contrast the logits of the passes of ``model``."""
-        del model
-        network = self._anatomy.model
-        # Before anything that makes one row of two.
-        after = network.register_forward_hook(self._combine, prepend=True, always_call=True)
-        return Handle([network.register_forward_pre_hook(self._begin), after])
+    def attach(self, model: nn.Module) -> _Contrasting:
+        """Contrast the logits of the passes of ``model``.
+
+        Raises:
+            UserError: If another edit makes logits of two already.
+        """
+        return _Contrasting(self, transformers_model(model))
 
     def keep(self, layer: int, residual: Tensor) -> Tensor:
         """Keep what comes out of a layer."""
@@ -147,24 +157,52 @@ class _Contrast:
         self._thread.kept[layer] = residual
         return residual
 
-    def _begin(self, *_: Any) -> None:
+    def begin(self, _: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        """Note which tokens' logits a pass is to give."""
         self._thread.kept = {}
+        wanted = kwargs.get("logits_to_keep", 0)
+        self._thread.wanted = slice(-wanted or None, None) if isinstance(wanted, int) else wanted
 
-    def _combine(self, _: nn.Module, __: Any, output: Any) -> Any:
-        kept: dict[int, Tensor] | None = vars(self._thread).pop("kept", None)
+    def combine(self, network: nn.Module, _: Any, output: Any) -> Any:
+        """Contrast the logits with those of the layers that were kept."""
+        state = vars(self._thread)
+        kept: dict[int, Tensor] | None = state.pop("kept", None)
+        wanted = state.pop("wanted", None)
         if not kept or output is None:
             # The pass failed.
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
-        rows, tokens, _ = logits.shape
-        early = torch.stack([residual[:, -tokens:].flatten(0, 1) for residual in kept.values()])
-        if early.shape[1] != rows * tokens:
-            raise UserError("A contrast with an earlier layer is attached after edits that read each prompt twice.")
+        # The model that the hook is on: a copy has weights of its own.
+        anatomy = Anatomy(network)
+        early = torch.stack([residual[:, wanted].flatten(0, 1).to(logits.device) for residual in kept.values()])
         parts = zip(logits.flatten(0, 1).float().split(_ROWS_AT_ONCE), early.split(_ROWS_AT_ONCE, 1), strict=True)
-        read: Callable[[Tensor], Tensor] = self._anatomy.logits
-        scores = torch.cat([contrasted(final, read(residual).float()) for final, residual in parts])
-        made = scores.to(logits.dtype).unflatten(0, (rows, tokens))
+        scores = torch.cat([contrasted(final, anatomy.logits(residual).float()) for final, residual in parts])
+        made = scores.to(logits.dtype).unflatten(0, logits.shape[:2])
         if isinstance(output, tuple):
             return (made, *output[1:])
         output.logits = made
         return output
+
+
+class _Contrasting:
+    """A contrast at work on a model.
+
+    Args:
+        contrast: The contrast.
+        network: The transformers model.
+    """
+
+    def __init__(self, contrast: _Contrast, network: nn.Module) -> None:
+        claim_logits(network)
+        self._network = weakref.ref(network)
+        self._parts = [
+            network.register_forward_pre_hook(contrast.begin, with_kwargs=True),
+            network.register_forward_hook(contrast.combine, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Contrast no more."""
+        while self._parts:
+            self._parts.pop().remove()
+        if (network := self._network()) is not None:
+            release_logits(network)

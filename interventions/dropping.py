@@ -1,8 +1,9 @@
 """Leave feed-forward layers out of a checkpoint: where an edit scales one by 0, its weights are not needed.
 
-No architecture of transformers has layers without a feed-forward part, so the checkpoint brings one of its own: a short
-module next to the weights, which ``from_pretrained`` runs with ``trust_remote_code=True``. The model type is a new one,
-so that whoever does not run the module gets a refusal, and not a model with random weights.
+None of the architectures known here has layers without a feed-forward part, so the checkpoint brings one of its own: a
+short module next to the weights, which ``from_pretrained`` runs with ``trust_remote_code=True``. The model type is a
+new one, so that whoever does not run the module, as ConflictScope itself, refuses the folder, and nobody gets random
+weights.
 """
 
 from __future__ import annotations

@@ -64,9 +64,14 @@ class JuICE(Intervention):
         return {h.layer for h in self.heads}
 
     @property
+    def edited_heads(self) -> tuple[tuple[int, int], ...]:
+        """``(layer, head)`` of the heads that something is added to, sorted."""
+        return tuple(sorted((h.layer, h.head) for h in self.heads if h.factor != 0))
+
+    @property
     def n_moved(self) -> int:
         """How many heads something is added to."""
-        return sum(h.factor != 0 for h in self.heads)
+        return len(self.edited_heads)
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.

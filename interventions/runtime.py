@@ -17,6 +17,8 @@ different names add up, in the order in which they were applied; one that is on 
 - called with arguments by name or by position, or by its ``forward`` method: edited alike
 - assisted decoding, chunked prompts and continuous batching: served by edits of all tokens; an edit of certain tokens,
   or behind a gate, refuses them in one sentence
+- edits that read each prompt twice (JuICE, DeCoRe) or compare layers (DoLa) act on passes through the whole model: its
+  ``forward`` method, and of the former beams too, are refused in one sentence
 """
 
 from __future__ import annotations

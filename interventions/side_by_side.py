@@ -13,12 +13,13 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, transformers_model
+from interp.doubled import set_doubled
 from interp.errors import UserError
 from interp.pairs import Combined
 from interventions.base import Patch, Placed
@@ -33,14 +34,31 @@ _REFUSED = {
 }
 
 
+_CLAIMED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def claim_logits(network: nn.Module) -> None:
+    """Note that an edit makes each row of a model's logits of two.
+
+    Raises:
+        UserError: If another does that already.
+    """
+    if network in _CLAIMED:
+        raise UserError("Logits are made of two by one edit, not by several; apply one at a time.")
+    _CLAIMED.add(network)
+
+
+def release_logits(network: nn.Module) -> None:
+    """Note that no edit does that any longer."""
+    _CLAIMED.discard(network)
+
+
 class SideBySide:
     """Doubles the rows of a model's passes while it is attached, and makes one row of logits of two.
 
     Args:
         combined: Makes logits ``(n, d_vocab)`` from those of the first and the second reading.
     """
-
-    _models: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 
     def __init__(self, combined: Combined) -> None:
         self._combined = combined
@@ -74,6 +92,11 @@ class SideBySide:
 
     def double(self, names: list[str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Double what a pass is given; ``names`` are those of the arguments given by position."""
+        if len(args) > len(names):
+            raise UserError(
+                "An edit that reads each prompt twice cannot tell what the model is given by position; give its "
+                "arguments by name."
+            )
         given = dict(zip(names, args, strict=False)) | kwargs
         for name, what in _REFUSED.items():
             if name in given and given[name] is not None and given[name] is not False:
@@ -90,6 +113,12 @@ class SideBySide:
         if rows is None or output is None:
             # The pass failed.
             return output
+        for name in ("hidden_states", "attentions"):
+            if getattr(output, name, None) is not None:
+                raise UserError(
+                    f"An edit that reads each prompt twice gives logits, not {name}; set output_{name} to False in the "
+                    "model's config."
+                )
         logits = output[0] if isinstance(output, tuple) else output.logits
         first, second = logits.flatten(0, 1).float().chunk(2)
         made = self._combined(first, second).to(logits.dtype).unflatten(0, (rows, -1))
@@ -157,9 +186,9 @@ class _Doubling:
     """
 
     def __init__(self, side_by_side: SideBySide, network: Any) -> None:
-        if network in SideBySide._models:
-            raise UserError("Each prompt is read twice for one edit, not for several; apply one at a time.")
-        names = [name for name in inspect.signature(type(network).forward).parameters if name != "self"]
+        claim_logits(network)
+        parameters = inspect.signature(type(network).forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
         self._network = weakref.ref(network)
         self._parts = [
             # Before anything else looks at what a pass is given, and before it looks at what comes out.
@@ -167,14 +196,15 @@ class _Doubling:
             network.register_forward_hook(side_by_side.combine, prepend=True, always_call=True),
             Replaced(network, _REFUSING),
         ]
-        SideBySide._models.add(network)
+        set_doubled(network, doubled=True)
 
     def remove(self) -> None:
         """Double no more."""
         while self._parts:
             self._parts.pop().remove()
         if (network := self._network()) is not None:
-            SideBySide._models.discard(network)
+            set_doubled(network, doubled=False)
+            release_logits(network)
 
 
 def _twice(values: Any, rows: int) -> Any:
@@ -198,13 +228,15 @@ def _check_cache(cache: Any, rows: int) -> None:
 
 
 def _generate(network: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:
-    # The second argument of generate.
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or network.generation_config
-    asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", *_UNFOLLOWED)}
-    if (asked.pop("num_beams") or 1) > 1:
-        raise UserError(f"{_SENTENCE} by beams; set num_beams to 1.")
-    for name, value in asked.items():
-        if value is not None:
+    # The second argument of generate; what it leaves open the model's own decides.
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    for name in ("num_beams", *_UNFOLLOWED):
+        every = (kwargs.get(name), getattr(given, name, None), getattr(network.generation_config, name, None))
+        value = next((one for one in every if one is not None), None)
+        if name == "num_beams":
+            if (value or 1) > 1:
+                raise UserError(f"{_SENTENCE} by beams; set num_beams to 1.")
+        elif value is not None:
             raise UserError(f"{_SENTENCE} by {_UNFOLLOWED[name]}; generate without {name}.")
     return generate(*args, **kwargs)
 
@@ -218,5 +250,6 @@ _UNFOLLOWED = {
     "assistant_model": "assisted decoding",
     "prompt_lookup_num_tokens": "prompt lookup decoding",
     "assistant_early_exit": "early exit decoding",
+    "prefill_chunk_size": "reading a prompt in chunks",
 }
 _REFUSING = {"generate": _generate, "init_continuous_batching": _init_continuous_batching}

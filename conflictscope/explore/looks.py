@@ -26,6 +26,7 @@ from interp.attention import PromptAttention, attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.scores import HeadScores
 from interp.conflicts import ConflictExample, ConflictSet
+from interp.doubled import is_doubled
 from interp.errors import UserError
 from interp.evaluation import answer_token_ids
 from interp.facts import load_facts, relation_named
@@ -111,7 +112,7 @@ class Reading:
         with_context: Its greedy answer with the context.
         closed_book_usage, with_context_usage: Which source each used.
         steps: The answer with the context token by token.
-        lens: The race of the two answers by layer; ``None`` where there is none.
+        lens: The race of the two answers by layer; ``None`` where there is none, or every prompt is read twice.
     """
 
     closed_book: str
@@ -316,7 +317,8 @@ class Explorer:
                 self.model, [example.bare_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
             ).answers
             steps = answer_steps(self.model, example.prompt, max_new_tokens=MAX_NEW_TOKENS)
-            lens = None if case.no_race else logit_lens(self.model, _alone(example))
+            no_lens = case.no_race or is_doubled(self.model)
+            lens = None if no_lens else logit_lens(self.model, _alone(example))
         usages: list[Usage] = [usage_of(a, example.memory_answers, example.context_answers) for a in answers]
         return Reading(answers[0], answers[1], usages[0], usages[1], tuple(steps), lens)
 

@@ -21,7 +21,7 @@ from interp.attribution.scores import HeadScores
 from interp.conflicts import ConflictSet, evenly
 from interventions.decore import DeCoRe
 
-_PROMPTS = 96
+_PROMPTS, _FEW = 96, 24
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def scores(lab: Lab) -> HeadScores:
     Raises:
         UserError: If no prompt holds its context's answer, or the model keeps no attention weights.
     """
-    train = evenly(lab.prompts.train.select(kind="conflict"), _PROMPTS, lab.seed)
+    train = evenly(lab.prompts.train.select(kind="conflict"), _FEW if lab.quick else _PROMPTS, lab.seed)
     some = ConflictSet(lab.prompts.train.name, tuple(train))
 
     def compute() -> dict[str, HeadScores]:

@@ -1,8 +1,9 @@
 """Add to heads what they write without the edit, read in a first pass.
 
 JuICE (Li et al. 2025, arXiv 2503.10996; see ``interventions.juice``) scores heads by what the wanted answer gains where
-they write more, and where they write less; a head counts if it helps on prompts of every kind. The first few of either
-ranking compete on dev, with factors above and below 0.
+they write more, and where they write less. A head counts if it helps on prompts of all kinds: towards the context
+those with one that contradicts or agrees, towards memory those with one that contradicts or is about something else,
+and those without. The first few of either ranking compete on dev, with factors above and below 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from conflictscope.methods._heads import DRAWS, elsewhere
+from conflictscope.methods._heads import DRAWS, distinct, elsewhere
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import Method
@@ -47,28 +48,29 @@ class JudgeHeads(Method):
     name: ClassVar[str] = "juice"
     up: tuple[float, ...] = (1.0, 5.0)
     down: tuple[float, ...] = (-1.0, -2.0)
-    counts: tuple[int, ...] = (1, 2, 5)
+    counts: tuple[int, ...] = (2, 5)
     factors: tuple[tuple[float, float], ...] = ((1.0, 0.0), (3.0, 0.0), (0.0, -1.0), (1.0, -1.0))
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """Every number of heads with every pair of factors.
 
         Raises:
-            UserError: If no head helps on every kind of prompts.
+            UserError: If no head helps on all these kinds of prompts.
         """
         helpful, hindering = (self._ranked(lab, towards, factors) for factors in (self.up, self.down))
         found = []
         for count in self.counts:
             for up, down in self.factors:
-                heads = [AddedHead(*head, up) for head in helpful[:count] if up]
-                taken = {head[:2] for head in heads}
-                heads += [AddedHead(*head, down) for head in hindering[:count] if down and head not in taken]
-                if heads:
-                    settings = {"heads": count, "up": up, "down": down}
-                    found.append(Condition(self.name, towards, settings, (JuICE(tuple(sorted(heads))),)))
+                more = [AddedHead(*head, up) for head in helpful[:count] if up]
+                taken = {head[:2] for head in more}
+                less = [AddedHead(*head, down) for head in hindering[:count] if down and head not in taken]
+                if more or less:
+                    settings = {"more": len(more), "up": up, "less": len(less), "down": down}
+                    found.append(Condition(self.name, towards, settings, (JuICE(tuple(sorted([*more, *less]))),)))
         if not found:
-            raise UserError("No head helps the wanted answer on prompts of every kind; give more prompts.")
-        return found
+            kinds = ", ".join(_KINDS[towards])
+            raise UserError(f"No head helps the wanted answer on prompts of all these kinds: {kinds}.")
+        return distinct(found)
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
         """As many other heads at random, with the same factors."""
@@ -86,7 +88,7 @@ class JudgeHeads(Method):
         return controls
 
     def _ranked(self, lab: Lab, towards: Direction, factors: Sequence[float]) -> list[tuple[int, int]]:
-        """Heads that help on every kind of prompts, by their mean gain over the kinds."""
+        """Heads that help on all kinds of prompts that there are, by their mean gain over the kinds."""
         by_kind = torch.stack([gains(lab, towards, kind, factors) for kind in _KINDS[towards] if _asked(lab, kind)])
         helps = (by_kind > 0).all(0)
         mean = by_kind.mean(0).masked_fill(~helps, -torch.inf)

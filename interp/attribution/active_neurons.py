@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
+from interp.doubled import check_single
 from interp.inputs import padded
 from interp.progress import tracked
 from interp.teacher_forcing import Continued, token_batches
@@ -36,6 +37,7 @@ def active_shares(model: nn.Module, items: Sequence[Continued], *, progress: str
         ``(n, n_layers)`` float32 on the CPU: means over neurons and over the positions that predict the answer, from
         the prompt's last token on.
     """
+    check_single(model)
     anatomy = Anatomy(model)
     network: Any = anatomy.model
     shares = torch.zeros(len(items), anatomy.n_layers)

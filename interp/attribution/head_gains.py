@@ -7,6 +7,7 @@ a head's output is scaled by 1 + factor, averaged over factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def head_gains(
 ) -> Tensor:
     """Change of the next token's probability when a head writes ``1 + factor`` times as much at the prompt's end.
 
-    Every head and factor costs one token a prompt: what comes before is read once.
+    Every head and factor costs one token a prompt: what comes before is read once, where it fits into memory.
 
     Args:
         model: The model, or a bridge around it, unedited.
@@ -56,16 +57,17 @@ def head_gains(
     gains = torch.zeros(len(prompts), anatomy.n_layers, anatomy.n_heads)
     for layer, head in tracked(anatomy.heads, progress):
         for factor in factors:
-            scale = torch.ones(anatomy.n_heads, 1, device=anatomy.device, dtype=anatomy.dtype)
-            scale[head] = 1 + factor
-
-            def scaled(_: nn.Module, inputs: tuple[Tensor, ...], scale: Tensor = scale) -> tuple[Tensor, ...]:
-                z = inputs[0].unflatten(-1, (len(scale), -1))
-                return ((z * scale).flatten(-2), *inputs[1:])
-
-            handle = anatomy.module("output_projection", layer).register_forward_pre_hook(scaled)
+            hook = partial(_scaled, slice(head * anatomy.d_head, (head + 1) * anatomy.d_head), 1 + factor)
+            handle = anatomy.module("output_projection", layer).register_forward_pre_hook(hook)
             try:
                 gains[:, layer, head] += (probabilities() - before) / len(factors)
             finally:
                 handle.remove()
     return gains
+
+
+def _scaled(head: slice, scale: float, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The z of all heads, of which one is scaled at the last token, which no padding follows."""
+    z = inputs[0].clone()
+    z[:, -1, head] *= scale
+    return (z, *inputs[1:])

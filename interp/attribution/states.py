@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
+from interp.doubled import check_single
 from interp.inputs import padded, prompt_batches
 from interp.progress import tracked
 
@@ -47,6 +48,7 @@ def last_token_states(
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
     """
+    check_single(model)
     anatomy = Anatomy(model)
     network: Any = anatomy.model
     n, dtype = len(prompts), anatomy.dtype

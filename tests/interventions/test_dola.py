@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from interp.inputs import encode
 from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
+from interventions.decoding import CAD
 from interventions.dola import DoLa
 from interventions.gate import ConflictGate
 from interventions.identity import ModelIdentity
 from interventions.juice import AddedHead, JuICE
+from interventions.two_streams import generate
 from tests.tiny import few_bridges
 
 tiny_bridge = few_bridges
@@ -70,6 +73,26 @@ def test_scores_are_those_of_the_formula_at_every_token(tiny_model, tiny_directo
             np.testing.assert_allclose(last[row].exp().numpy(), logits[row, -1].exp().numpy(), rtol=1e-3, atol=1e-6)
 
 
+def test_any_tokens_logits_may_be_asked_for_and_a_copy_reads_with_its_own_weights(tiny_plain):
+    model = tiny_plain("llama")
+    ids = torch.tensor([[5, 9, 2, 7]])
+    with applied(model, EDIT), torch.inference_mode():
+        every = model(ids).logits
+        some = model(ids, logits_to_keep=torch.tensor([1, 3])).logits
+        other = copy.deepcopy(model)
+        other.get_output_embeddings().weight *= 2
+        found = other(ids).logits[0].double().numpy()
+    torch.testing.assert_close(some, every[:, [1, 3]])
+    plain = tiny_plain("llama")
+    changed = copy.deepcopy(plain)
+    with torch.no_grad():
+        changed.get_output_embeddings().weight *= 2
+    expected = by_hand(changed, ids, EDIT.layers)
+    both = ~np.isinf(found) & ~np.isinf(expected)
+    assert both.any()
+    np.testing.assert_allclose(found[both], expected[both], atol=2e-3)
+
+
 def test_generated_batches_equal_one_prompt_at_a_time_without_a_cache(tiny_bridge):
     network: Any = tiny_bridge.original_model
     inputs = encode(tiny_bridge, PROMPTS)
@@ -102,6 +125,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(tiny_llama):
     ids = encode(tiny_llama, PROMPTS)["input_ids"]
     with pytest.raises(UserError, match="give one at least"):
         DoLa(())
+    with pytest.raises(UserError, match="listed twice"):
+        DoLa((0, 0))
+    with pytest.raises(UserError, match="layer 2, the last one"):
+        DoLa((0, 2)).attach(tiny_llama)
     with pytest.raises(UserError, match="Layer 9 does not exist"):
         DoLa((9,)).attach(tiny_llama)
     with pytest.raises(UserError, match="apply it without a gate"):
@@ -109,7 +136,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(tiny_llama):
     with applied(tiny_llama, EDIT):
         with pytest.raises(UserError, match="without a pass through the whole model"):
             network.forward(input_ids=ids)
-        with applied(tiny_llama, JuICE((AddedHead(1, 0, 1.0),))), pytest.raises(UserError, match="attached after"):
-            network(input_ids=ids)
+        for other in (EDIT, JuICE((AddedHead(1, 0, 1.0),))):
+            with pytest.raises(UserError, match="made of two by one edit, not by several"):
+                other.attach(tiny_llama)
+        with pytest.raises(UserError, match="which a rule for two prompts cannot weigh"):
+            generate(network, CAD(1.0), input_ids=ids[:1], without={"input_ids": ids[2:, -4:]}, max_new_tokens=1)
         with torch.inference_mode():
             network(input_ids=ids)

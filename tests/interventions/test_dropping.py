@@ -66,7 +66,7 @@ def test_who_does_not_run_its_module_gets_no_model(tiny_directories, tmp_path):
     write_folded(source, file, tmp_path / "dropped", drop=True)
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dropped", trust_remote_code=False)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="contains custom code"):
         load_checkpoint(str(tmp_path / "dropped"))
 
 

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from interp.activations import record
 from interp.anatomy import Anatomy
+from interp.attention import attention_from_last
+from interp.attribution.states import last_token_states
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import Intervention, applied
 from interventions.config import InterventionFile
 from interventions.decoding import CAD
 from interventions.decore import DeCoRe
+from interventions.dola import DoLa
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
@@ -153,19 +158,25 @@ def test_several_samples_of_a_prompt_have_the_tokens_that_the_scores_allow(tiny_
 
 
 @BOTH
-@pytest.mark.parametrize(("bias", "is_open"), [(1.0, True), (-1.0, False)])
-def test_behind_a_gate_prompts_that_do_not_open_it_are_left_alone(tiny_llama, edit, bias, is_open):
+def test_behind_a_gate_prompts_that_do_not_open_it_are_left_alone(tiny_llama, edit):
     above = JuICE((AddedHead(2, 1, 3.0),)) if isinstance(edit, JuICE) else DeCoRe(((2, 0), (2, 1)), 2.0)
-    gate = ConflictGate("block", 0, torch.zeros(Anatomy(tiny_llama).d_model), bias, 0.0, (above,))
     inputs = encode(tiny_llama, PROMPTS)
     network: Any = tiny_llama.original_model
     with torch.inference_mode():
         own = network(**inputs).logits
         with applied(tiny_llama, above):
-            expected = network(**inputs).logits if is_open else own
+            edited = network(**inputs).logits
+        # A probe that separates the prompts in the middle.
+        last = network(**inputs, output_hidden_states=True).hidden_states[1][:, -1]
+        weight = last[0] - last[1]
+        sums = last @ weight
+        gate = ConflictGate("block", 0, weight, 0.0, sums.median().item(), (above,))
+        is_open = sums > sums.median()
         with applied(tiny_llama, gate):
             gated = network(**inputs).logits
-    torch.testing.assert_close(gated, expected, rtol=1e-4, atol=1e-4)
+    assert 0 < is_open.sum() < len(PROMPTS)
+    assert not torch.allclose(own, edited, atol=1e-2)
+    torch.testing.assert_close(gated, torch.where(is_open[:, None, None], edited, own), rtol=1e-4, atol=1e-4)
 
 
 @BOTH
@@ -228,6 +239,9 @@ def test_what_an_edit_cannot_do_is_refused_in_a_sentence(tiny_llama):
         for options, message in (
             ({"num_beams": 2}, "does not generate by beams; set num_beams to 1"),
             ({"prompt_lookup_num_tokens": 2}, "by prompt lookup decoding"),
+            ({"assistant_model": network}, "by assisted decoding"),
+            ({"prefill_chunk_size": 2}, "by reading a prompt in chunks"),
+            ({"generation_config": GenerationConfig(num_beams=3)}, "by beams"),
         ):
             with pytest.raises(UserError, match=message):
                 network.generate(**inputs, max_new_tokens=2, **options)
@@ -240,8 +254,18 @@ def test_what_an_edit_cannot_do_is_refused_in_a_sentence(tiny_llama):
                 network(input_ids=ids, **given)
         with pytest.raises(UserError, match="without a pass through the whole model"):
             network.forward(input_ids=ids)
-        with pytest.raises(UserError, match="twice for one edit, not for several"):
-            DECORE.attach(tiny_llama)
+        with pytest.raises(UserError, match="continuous batching, which packs"):
+            network.init_continuous_batching()
+        for other in (DECORE, DoLa((0, 1))):
+            with pytest.raises(UserError, match="made of two by one edit, not by several"):
+                other.attach(tiny_llama)
+        for look in (
+            lambda: record(tiny_llama, PROMPTS, ["blocks.0.hook_out"]),
+            lambda: attention_from_last(tiny_llama, PROMPTS[0], [(0, 0)]),
+            lambda: last_token_states(tiny_llama, PROMPTS),
+        ):
+            with pytest.raises(UserError, match="take the edit off to look into it"):
+                look()
         # What failed leaves nothing behind.
         with torch.inference_mode():
             assert len(network(input_ids=ids).logits) == len(ids)
@@ -252,6 +276,35 @@ def test_what_an_edit_cannot_do_is_refused_in_a_sentence(tiny_llama):
         DeCoRe(((0, 0), (0, 0)))
     with pytest.raises(UserError, match="give it one at least"):
         DeCoRe(())
+
+
+def test_tuples_and_half_precision_are_given_as_without_it(tiny_directories):
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_directories["llama"], dtype=torch.bfloat16).eval()
+    ids = torch.tensor([[5, 9, 2, 7], [5, 9, 2, 8]])
+    with applied(model, JUICE), torch.inference_mode():
+        output, (logits, *_) = model(ids), model(ids, return_dict=False)
+        assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0).shape == (2, 7)
+    assert output.logits.dtype == torch.bfloat16
+    assert torch.equal(output.logits, logits)
+
+
+def test_two_edits_refuse_each_what_it_cannot_do_in_whatever_order_they_come_and_go(tiny_llama):
+    network: Any = tiny_llama.original_model
+    inputs = encode(tiny_llama, PROMPTS)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    steering = Steering(1, torch.full((Anatomy(tiny_llama).d_model,), 0.3), 1.0, "last_prompt", "add")
+    for first, second in ((JUICE, steering), (steering, JUICE)):
+        handles = {id(edit): edit.attach(tiny_llama) for edit in (first, second)}
+        with pytest.raises(UserError, match="by beams"):
+            network.generate(**given, max_new_tokens=2, num_beams=2)
+        with pytest.raises(UserError, match="prefill_chunk_size"):
+            network.generate(**given, max_new_tokens=2, prefill_chunk_size=2)
+        handles[id(JUICE)].remove()
+        with pytest.raises(UserError, match="meant for certain tokens"):
+            network.generate(**given, max_new_tokens=2, prefill_chunk_size=2)
+        assert network.generate(**given, max_new_tokens=2, num_beams=2, pad_token_id=0).shape[0] == len(PROMPTS)
+        handles[id(steering)].remove()
+        assert "generate" not in vars(network)
 
 
 def test_a_copy_of_an_edited_model_is_edited_as_well(tiny_plain):

@@ -228,7 +228,9 @@ def test_a_ratio_that_is_undefined_is_said_to_be(run, tmp_path, tiny, data, monk
     assert line.count("undefined") == 3
 
 
-@pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching", "retrieval"])
+@pytest.mark.parametrize(
+    "method", ["path-patching", "direct-logits", "attribution-patching", "retrieval", "attention-drift"]
+)
 def test_attribute_writes_scores_and_a_picture(run, tmp_path, tiny, data, method):
     arguments = ["attribute", "--model", tiny, "--data", data, "--method", method, "--out", "heads.parquet"]
     code, output, _ = run(*arguments)

@@ -24,7 +24,7 @@ def edit_of(condition: Condition) -> DeCoRe:
 
 
 def test_the_heads_with_the_highest_retrieval_scores_are_left_out(lab):
-    train = evenly(lab.prompts.train.select(kind="conflict"), 96, lab.seed)
+    train = evenly(lab.prompts.train.select(kind="conflict"), 24, lab.seed)
     mean = retrieval_scores(lab.model, ConflictSet("train", tuple(train)), name="tiny").mean()
     chosen = RetrievalHeadContrast(counts=(2,), strengths=(0.5, 2.0)).candidates(lab, "context")
     assert [c.settings["strength"] for c in chosen] == [0.5, 2.0]

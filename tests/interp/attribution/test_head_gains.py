@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from interp.anatomy import Anatomy
@@ -14,20 +15,23 @@ from tests.tiny import few_bridges, tiny_conflicts
 tiny_bridge = few_bridges
 
 
-def test_gains_are_those_of_whole_passes_with_the_last_token_scaled(tiny_bridge):
+@pytest.mark.parametrize("whole", [False, True])
+def test_gains_are_those_of_whole_passes_with_the_last_token_scaled(tiny_bridge, whole):
     anatomy = Anatomy(tiny_bridge)
     network: Any = anatomy.model
-    prompts = [e.prompt for e in list(tiny_conflicts())[:3]] + ["In"]
-    tokens, factors = [3, 17, 40, 8], [1.0, -2.0]
+    # With a prompt of one token nothing is read ahead.
+    prompts = [e.prompt for e in list(tiny_conflicts())[:3]] + ([tiny_bridge.tokenizer.decode([44])] if whole else [])
+    tokens, factors = [3, 17, 40, 8][: len(prompts)], [1.0, -2.0]
+    assert not whole or len(encode(tiny_bridge, prompts[-1:])["input_ids"][0]) == 1
 
     def probability(prompt: str, token: int) -> float:
         with torch.inference_mode():
             return network(**encode(tiny_bridge, [prompt])).logits[0, -1].softmax(-1)[token].item()
 
     found = head_gains(tiny_bridge, prompts, tokens, factors)
-    assert found.shape == (4, anatomy.n_layers, anatomy.n_heads)
+    assert found.shape == (len(prompts), anatomy.n_layers, anatomy.n_heads)
     for layer, head in anatomy.heads:
-        changes = torch.zeros(4)
+        changes = torch.zeros(len(prompts))
         for factor in factors:
 
             def scale(_: Any, inputs: Any, factor: float = factor, head: int = head) -> Any:
