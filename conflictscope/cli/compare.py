@@ -17,6 +17,7 @@ def compare(
     method: Annotated[
         list[str] | None, typer.Option(help="A method; repeatable; all by default. A wrong name lists all.")
     ] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A method to leave out; repeatable.")] = None,
     leave_out: Annotated[str | None, typer.Option(help="Test on this relation; learn from the others alone.")] = None,
     test_data: Annotated[
         Path | None, typer.Option(help="Test on this file instead; learn from the relations or --data.")
@@ -34,7 +35,10 @@ def compare(
     from conflictscope.study.method import method_named, registered
     from interp.sae import load_saes
 
-    methods = [method_named(name) for name in dict.fromkeys(method or registered())]
+    left_out = {method_named(name).name for name in without or ()}
+    methods = [method_named(name) for name in dict.fromkeys(method or registered()) if name not in left_out]
+    if not methods:
+        raise UserError("No method is left to measure; leave out fewer.")
     if leave_out is not None and test_data is not None:
         raise UserError("Give --leave-out or --test-data, not both.")
     if test_format is not None and test_data is None:
