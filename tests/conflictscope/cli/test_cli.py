@@ -108,6 +108,12 @@ def test_options_that_do_not_go_together(run, tiny, data):
     assert_one_sentence(result, "belong to path-patching")
 
 
+def test_all_methods_left_out(run, tiny):
+    study = ["compare", "--model", tiny, "--method", "pruning", "--without"]
+    assert_one_sentence(run(*study, "pruning"), "No method is left to measure")
+    assert_one_sentence(run(*study, "prunning"), "There is no method 'prunning'", "greedy_pruning")
+
+
 def test_data_and_relation_together(run, tiny, data):
     assert_one_sentence(run("evaluate", "--model", tiny, "--data", data, "--relation", "capital"), "not both")
 
