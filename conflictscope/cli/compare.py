@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,12 @@ def compare(
         list[str] | None, typer.Option(help="A method; repeatable; all by default. A wrong name lists all.")
     ] = None,
     without: Annotated[list[str] | None, typer.Option(help="A method to leave out; repeatable.")] = None,
+    controls: Annotated[
+        Literal["each", "kinds", "winners"],
+        typer.Option(
+            help="Random controls of each method, of the best that shares a kind of control, or of the best alone."
+        ),
+    ] = "kinds",
     leave_out: Annotated[str | None, typer.Option(help="Test on this relation; learn from the others alone.")] = None,
     test_data: Annotated[
         Path | None, typer.Option(help="Test on this file instead; learn from the relations or --data.")
@@ -48,4 +54,4 @@ def compare(
         lab = lab.on(lab.prompts.left_out(leave_out))
     if test_data is not None:
         lab = lab.on(lab.prompts.tested_on(asked.file_prompts(lab.model, lab.records, test_data, test_format)))
-    study(lab, methods, "compare", out, controls="kinds")
+    study(lab, methods, "compare", out, controls=controls)
