@@ -74,7 +74,9 @@ class DecodingRule(Intervention):
 
     def described(self) -> Iterator[str]:
         """Its name and its settings."""
-        said = (f"{name} {value}" for name, value in asdict(self).items())  # pyright: ignore[reportArgumentType]
+        settings = asdict(self)  # pyright: ignore[reportArgumentType]
+        numbers = {name: f"{value:g}" if isinstance(value, float) else value for name, value in settings.items()}
+        said = (f"{name} {value}" for name, value in numbers.items())
         yield ", ".join((f"next token by {type(self).__name__}", *said))
 
 

@@ -138,7 +138,7 @@ def test_a_study_writes_the_rule_into_a_file(lab, tmp_path):
     assert best is not None
     assert best.file is not None
     assert InterventionFile.load(tmp_path / best.file).build() == [CAD(best.settings["alpha"])]
-    assert best.does == f"next token by CAD, alpha {best.settings['alpha']}"
+    assert best.does == f"next token by CAD, alpha {best.settings['alpha']:g}"
     assert best.does in CliRunner().invoke(app, ["inspect", str(tmp_path / best.file)]).output
     (control,) = record.controls_of(best)
     assert (control.name, control.draws, control.file) == ("random contexts for cad, towards context", 1, None)
