@@ -234,15 +234,33 @@ def test_a_ratio_that_is_undefined_is_said_to_be(run, tmp_path, tiny, data, monk
     assert line.count("undefined") == 3
 
 
-@pytest.mark.parametrize(
-    "method", ["path-patching", "direct-logits", "attribution-patching", "retrieval", "attention-drift"]
-)
+@pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching", "retrieval"])
 def test_attribute_writes_scores_and_a_picture(run, tmp_path, tiny, data, method):
     arguments = ["attribute", "--model", tiny, "--data", data, "--method", method, "--out", "heads.parquet"]
     code, output, _ = run(*arguments)
     assert code == 0
     assert "towards" in output
     assert {"heads.parquet", "heads.json", "heads.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_attention_drift_needs_contexts_that_agree(run, tmp_path, tiny, data, capital_conflicts):
+    arguments = [
+        "attribute",
+        "--model",
+        tiny,
+        "--method",
+        "attention-drift",
+        "--out",
+        "heads.parquet",
+        "--split",
+        "all",
+    ]
+    assert_one_sentence(run(*arguments, "--data", data), "give both for the same subjects and phrasings")
+    some = capital_conflicts.subjects[:2]
+    ConflictSet("some", tuple(e for e in capital_conflicts if e.subject in some)).save(tmp_path / "both.jsonl")
+    code, output, _ = run(*arguments, "--data", "both.jsonl")
+    assert code == 0
+    assert "drift of attention" in output
 
 
 def test_models_lists_the_default_and_the_architectures(run):
