@@ -7,7 +7,6 @@ as without an edit; it costs two passes.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections import defaultdict
@@ -24,6 +23,7 @@ from interp.errors import UserError
 from interp.pairs import Combined
 from interventions.base import Patch, Placed
 from interventions.replaced import Replaced
+from interventions.tokens import argument_names
 
 _BY_ROW = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 # What a pass gives by row besides logits, or makes of them.
@@ -187,12 +187,12 @@ class _Doubling:
 
     def __init__(self, side_by_side: SideBySide, network: Any) -> None:
         claim_logits(network)
-        parameters = inspect.signature(type(network).forward).parameters.values()
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
         self._network = weakref.ref(network)
         self._parts = [
             # Before anything else looks at what a pass is given, and before it looks at what comes out.
-            network.register_forward_pre_hook(partial(side_by_side.double, names), with_kwargs=True, prepend=True),
+            network.register_forward_pre_hook(
+                partial(side_by_side.double, argument_names(network)), with_kwargs=True, prepend=True
+            ),
             network.register_forward_hook(side_by_side.combine, prepend=True, always_call=True),
             Replaced(network, _REFUSING),
         ]

@@ -140,8 +140,7 @@ class Following:
 
     def __init__(self, tracker: TokenTracker, network: Any) -> None:
         inside = getattr(network.base_model, "_orig_mod", network.base_model)
-        parameters = inspect.signature(type(inside).forward).parameters.values()
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+        names = argument_names(inside)
         self._parts = [
             inside.register_forward_pre_hook(partial(tracker.see, names), with_kwargs=True),
             inside.register_forward_hook(tracker.leave, always_call=True),
@@ -154,6 +153,12 @@ class Following:
         """Follow no more."""
         while self._parts:
             self._parts.pop().remove()
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module takes by position, in order."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
 
 
 def _generate(network: Any, generate: Any, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,8 @@ def spare_fit(
 def steer_fit(
     *,
     method: Annotated[
-        list[str] | None, typer.Option(help="actadd, caa, context_focus, ...; repeatable; all by default.")
+        list[str] | None,
+        typer.Option(help="actadd, probe_direction, task_vector, caa or context_focus; repeatable; all by default."),
     ] = None,
     tokens: TokensOption = "last_prompt",
     out: OutOption = Path("out/steer"),
