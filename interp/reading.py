@@ -99,12 +99,25 @@ class ReadPrompts:
         Args:
             changed: What the edits that are applied now change.
         """
-        for batch in self._batches:
-            with torch.inference_mode():
-                cache = self._cache(batch, changed)
-                inputs = batch.inputs if cache is None else _last(batch.inputs)
-                output = self._network(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-                yield batch.numbers, output.logits[:, -1]
+        for number, batch in enumerate(self._batches):
+            yield batch.numbers, self.batch_logits(number, changed)
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """The numbers of the prompts that are run together."""
+        return [batch.numbers for batch in self._batches]
+
+    @torch.inference_mode()
+    def batch_logits(self, batch: int, changed: Changed = "end") -> Tensor:
+        """Run what is left of the prompts of one of ``batches``, for their ``(n, d_vocab)`` logits at the end.
+
+        Where one token is left of each, modules see that alone; else whole prompts, padded on the left.
+        """
+        read = self._batches[batch]
+        cache = self._cache(read, changed)
+        inputs = read.inputs if cache is None else _last(read.inputs)
+        output = self._network(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        return output.logits[:, -1]
 
     def continue_greedily(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from interp.errors import UserError
 from interp.evaluation import answer_token_ids, check_starts
 
 _ROWS_AT_ONCE = 64
+
+Alike = Callable[[ConflictExample], Hashable]
+"""What an example and the one that it is corrupted with have in common."""
 
 
 def scorable(model: nn.Module, conflicts: ConflictSet) -> tuple[list[ConflictExample], Tensor]:
@@ -44,29 +47,39 @@ def check_attributed(anatomy: Anatomy, final: Tensor, token_ids: Tensor) -> None
     check_starts(torch.cat(first).tolist(), token_ids.tolist())
 
 
-def with_partners(examples: Sequence[ConflictExample]) -> list[ConflictExample]:
+def phrasing(example: ConflictExample) -> Hashable:
+    """What prompts that are corrupted with one another share."""
+    return example.relation, example.template
+
+
+def with_partners(examples: Sequence[ConflictExample], alike: Alike = phrasing) -> list[ConflictExample]:
     """The examples that ``corrupted_partners`` finds a partner for among themselves."""
     kept = list(examples)
     while kept:
-        groups = _groups(kept)
-        left = [e for e in kept if any(_differ(e, kept[j]) for j in groups[e.relation, e.template])]
+        groups = _groups(kept, alike)
+        left = [e for e in kept if any(_differ(e, kept[j]) for j in groups[alike(e)])]
         if len(left) == len(kept):
             break
         kept = left
     return kept
 
 
-def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[int]:
-    """For each example the index of another with the same template and relation, whose answers are all others.
+def corrupted_partners(examples: Sequence[ConflictExample], seed: int, alike: Alike = phrasing) -> list[int]:
+    """For each example the index of another that is alike, whose subject and answers are all others.
+
+    Args:
+        examples: The examples.
+        seed: Decides among several.
+        alike: What an example and its partner share: by default template and relation.
 
     Raises:
         UserError: If an example has no such partner.
     """
     rng = random.Random(seed)
-    groups = _groups(examples)
+    groups = _groups(examples, alike)
     partners = []
     for example in examples:
-        candidates = [j for j in groups[example.relation, example.template] if _differ(example, examples[j])]
+        candidates = [j for j in groups[alike(example)] if _differ(example, examples[j])]
         if not candidates:
             raise UserError(
                 f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
@@ -76,11 +89,11 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int) -> list[i
     return partners
 
 
-def _groups(examples: Sequence[ConflictExample]) -> dict[tuple[str, str], list[int]]:
-    """Indices by relation and phrasing."""
-    groups: dict[tuple[str, str], list[int]] = {}
+def _groups(examples: Sequence[ConflictExample], alike: Alike) -> dict[Hashable, list[int]]:
+    """Indices of the examples that are alike."""
+    groups: dict[Hashable, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault((example.relation, example.template), []).append(index)
+        groups.setdefault(alike(example), []).append(index)
     return groups
 
 

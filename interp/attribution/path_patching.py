@@ -80,14 +80,14 @@ def path_patching(
     Raises:
         UserError: If an option is not known or no example can be scored.
     """
-    _check_choice("baseline", baseline, get_args(Baseline))
-    _check_choice("mlps", mlps, get_args(Mlps))
+    check_choice("baseline", baseline, get_args(Baseline))
+    check_choice("mlps", mlps, get_args(Mlps))
     for metric in metrics:
-        _check_choice("metric", metric, get_args(Metric))
+        check_choice("metric", metric, get_args(Metric))
     examples, token_ids = scorable(model, conflicts)
     states = last_token_states(model, [example.prompt for example in examples])
     check_attributed(Anatomy(model), states.final, token_ids)
-    replacement = _replacement_z(states, examples, baseline, seed)
+    replacement = replacement_z(states, examples, baseline, seed)
     values = patching_scores(
         Anatomy(model),
         states,
@@ -112,9 +112,10 @@ def path_patching(
     }
 
 
-def _replacement_z(
+def replacement_z(
     states: LastTokenStates, examples: Sequence[ConflictExample], baseline: Baseline, seed: int
 ) -> Tensor:
+    """What a baseline puts in the place of each head's z at the last token, ``(n, n_layers, n_heads, d_head)``."""
     if baseline == "zero":
         return torch.zeros_like(states.z)
     if baseline == "mean":
@@ -205,6 +206,51 @@ def patched_streams(
     return streams
 
 
+@torch.inference_mode()
+def head_effects(
+    anatomy: Anatomy,
+    clean: LastTokenStates,
+    head: tuple[int, int],
+    z: Tensor,
+    token_ids: Tensor,
+    *,
+    memory_budget: int = 2**29,
+) -> Tensor:
+    """What happens to the logit difference when one head takes other values, all later heads frozen.
+
+    Args:
+        anatomy: The model's anatomy.
+        clean: States of ``n`` clean prompts.
+        head: ``(layer, head)``.
+        z: What the head's z is replaced by, ``(n, m, d_head)``: ``m`` values for every prompt.
+        token_ids: First tokens of the (context, memory) answers, ``(n, 2)``.
+        memory_budget: Bytes that the streams and one step of them may take.
+
+    Returns:
+        ``(n, m)`` float32 on the CPU, with the sign of ``HeadScores``.
+    """
+    layer, number = head
+    half_budget = memory_budget // (2 * z.element_size())
+    rows_at_once = max(64, half_budget // (3 * anatomy.d_mlp + 4 * anatomy.d_model))
+    examples_at_once = max(1, half_budget // (4 * (1 + z.shape[1]) * anatomy.d_model))
+    effects = []
+    for start in range(0, len(z), examples_at_once):
+        rows = slice(start, start + examples_at_once)
+        states, streams = clean[rows], clean.embedding[rows].unsqueeze(1)
+        for at in range(anatomy.n_layers):
+            output = anatomy.attention_output(at, states.z[:, at]).unsqueeze(1)
+            write = anatomy.post_attention_norm(at, output)
+            writes = write.expand(-1, streams.shape[1], -1)
+            if at == layer:
+                change = (z[rows] - states.z[:, at, number].unsqueeze(1)) @ anatomy.output_matrix(at)[number]
+                writes = torch.cat([write, anatomy.post_attention_norm(at, output + change)], 1)
+                streams = streams.expand(-1, writes.shape[1], -1)
+            streams = _step(anatomy, at, streams, writes, rows_at_once)
+        check_clean_stream(anatomy, streams[:, 0], states.final)
+        effects.append(_scores(anatomy, streams, token_ids[rows], ("logit_diff",), rows_at_once)["logit_diff"].cpu())
+    return torch.cat(effects)
+
+
 def _attention_writes(anatomy: Anatomy, layer: int, z: Tensor, replacement: Tensor) -> tuple[Tensor, Tensor]:
     """The clean attention write ``(n, 1, d_model)`` and those with one head replaced ``(n, n_heads, d_model)``."""
     output = anatomy.attention_output(layer, z).unsqueeze(1)
@@ -248,6 +294,11 @@ def _scores(
     return {metric: scores[metric] for metric in metrics}
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of an option's choices.
+
+    Raises:
+        UserError: If it is none.
+    """
     if value not in choices:
         raise UserError(f"{option} must be one of {', '.join(choices)}, not {value!r}.")

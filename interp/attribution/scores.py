@@ -1,12 +1,13 @@
-"""HeadScores: what every attribution method returns."""
+"""What every attribution method returns: HeadScores, or LayerScores where whole layers are scored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import polars as pl
@@ -32,15 +33,24 @@ class RankedHead(NamedTuple):
     high: float
 
 
+class RankedLayer(NamedTuple):
+    """One layer with its mean score and 95 % interval over examples."""
+
+    layer: int
+    score: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
-class HeadScores:
-    """How far each head pushes towards one of the two sources, example by example.
+class Scores:
+    """How far each part of a model pushes towards one of the two sources, example by example.
 
     Sign: **positive pushes towards the context answer, negative towards the memory answer.** Some methods tell how much
-    a head has to do with it, not towards which source: their scores have no sign.
+    a part has to do with it, not towards which source: their scores have no sign.
 
     Attributes:
-        values: ``(n_examples, n_layers, n_heads)`` float32 on the CPU.
+        values: ``(n_examples, *parts)`` float32 on the CPU; a dimension for each of ``axes``.
         example_ids: The examples' ids.
         subjects: The examples' subjects, the clusters of the intervals.
         method: The attribution method.
@@ -49,6 +59,8 @@ class HeadScores:
         data: Digest of the examples.
         settings: Every other choice that decides the values.
     """
+
+    axes: ClassVar[tuple[str, ...]]
 
     values: Tensor
     example_ids: tuple[str, ...]
@@ -70,7 +82,7 @@ class HeadScores:
         metric: str,
         model: str,
         settings: dict[str, Any],
-    ) -> HeadScores:
+    ) -> Self:
         """The scores of ``examples``, those of ``conflicts`` that could be scored."""
         return cls(
             values,
@@ -85,41 +97,26 @@ class HeadScores:
 
     @property
     def signed(self) -> bool:
-        """Whether scores tell towards which source a head pushes."""
+        """Whether scores tell towards which source a part pushes."""
         return self.settings.get("signed", True)
 
     def mean(self) -> Tensor:
-        """Mean over examples, ``(n_layers, n_heads)``."""
+        """Mean over examples, ``(*parts)``."""
         return self.values.mean(0)
 
     @cached_property
     def interval(self) -> tuple[Tensor, Tensor]:
-        """95 % interval of the mean, resampled by subject: low and high, each ``(n_layers, n_heads)``."""
+        """95 % interval of the mean, resampled by subject: low and high, each ``(*parts)``."""
         means = bootstrap_means(self.values.double().numpy(), self.subjects)
         low, high = np.quantile(means, [0.025, 0.975], axis=0)
         return torch.from_numpy(low).float(), torch.from_numpy(high).float()
 
-    def select(self, examples: Sequence[int]) -> HeadScores:
+    def select(self, examples: Sequence[int]) -> Self:
         """The scores of some of the examples, by their numbers."""
         ids, subjects = ([names[i] for i in examples] for names in (self.example_ids, self.subjects))
         return replace(self, values=self.values[list(examples)], example_ids=tuple(ids), subjects=tuple(subjects))
 
-    def ranked(self, pushing_towards: Direction) -> list[RankedHead]:
-        """All heads, those that push hardest towards ``pushing_towards`` first.
-
-        Of scores without a sign ``context`` gives the highest first.
-        """
-        mean, (low, high) = self.mean(), self.interval
-        order = mean.flatten().argsort(descending=pushing_towards == "context", stable=True).tolist()
-        n_heads = mean.shape[1]
-
-        def head(index: int) -> RankedHead:
-            at = divmod(index, n_heads)
-            return RankedHead(*at, mean[at].item(), low[at].item(), high[at].item())
-
-        return [head(index) for index in order]
-
-    def rank_correlation(self, other: HeadScores) -> float:
+    def rank_correlation(self, other: Scores) -> float:
         """Spearman's correlation of the two mean maps.
 
         Raises:
@@ -127,28 +124,28 @@ class HeadScores:
         """
         if self.mean().shape != other.mean().shape:
             raise UserError(
-                f"Head scores of shape {tuple(self.mean().shape)} and {tuple(other.mean().shape)} cannot be compared; "
-                "take both from the same model."
+                f"Scores of shape {tuple(self.mean().shape)} and {tuple(other.mean().shape)} cannot be compared; "
+                "take both from the same model, and both of heads or of layers."
             )
         own, others = (pl.Series(scores.mean().flatten().numpy()).rank().to_numpy() for scores in (self, other))
         return float(np.corrcoef(own, others)[0, 1])
 
     def to_frame(self) -> pl.DataFrame:
-        """One row per example and head: ``example_id, subject, layer, head, score``."""
-        n, n_layers, n_heads = self.values.shape
+        """One row per example and part: ``example_id, subject, layer``, of heads ``head``, and ``score``."""
+        n, *shape = self.values.shape
+        places = np.indices(shape, dtype=np.int32).reshape(len(shape), -1)
         return pl.DataFrame(
             {
-                "example_id": np.repeat(np.array(self.example_ids, dtype=object), n_layers * n_heads),
-                "subject": np.repeat(np.array(self.subjects, dtype=object), n_layers * n_heads),
-                "layer": np.tile(np.repeat(np.arange(n_layers, dtype=np.int32), n_heads), n),
-                "head": np.tile(np.arange(n_heads, dtype=np.int32), n * n_layers),
+                "example_id": np.repeat(np.array(self.example_ids, dtype=object), math.prod(shape)),
+                "subject": np.repeat(np.array(self.subjects, dtype=object), math.prod(shape)),
+                **{axis: np.tile(numbers, n) for axis, numbers in zip(self.axes, places, strict=True)},
                 "score": self.values.flatten().numpy(),
             },
             schema_overrides={"example_id": pl.String, "subject": pl.String},
         )
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (Parquet, a row per example and head) and a JSON file next to it that says how it was made."""
+        """Write ``path`` (Parquet, a row per example and part) and a JSON file next to it that says how it was made."""
         path = Path(path)
         write_parquet(path, self.to_frame())
         record = {
@@ -157,25 +154,27 @@ class HeadScores:
             "model": self.model,
             "data": self.data,
             "shape": list(self.values.shape),
-            "sign": _SIGN if self.signed else "none: scores do not tell towards which source a head pushes",
+            "sign": _SIGN if self.signed else f"none: scores do not tell towards which source a {self.axes[-1]} pushes",
             "settings": self.settings,
         }
         write_json(path.with_suffix(".json"), record)
 
     @classmethod
-    def load(cls, path: str | Path) -> HeadScores:
+    def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote.
 
         Raises:
-            UserError: If a file is missing or the two do not belong together.
+            UserError: If a file is missing, the two do not belong together, or they are scores of something else.
         """
         path = Path(path)
         record = read_json(path.with_suffix(".json"))
         try:
-            frame = pl.read_parquet(path)
-            n, n_layers, n_heads = record["shape"]
-            values = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(n, n_layers, n_heads)
-            first = frame.gather_every(n_layers * n_heads)
+            frame = pl.read_parquet(path, columns=["example_id", "subject", *cls.axes, "score"])
+            n, *shape = record["shape"]
+            values = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(n, *shape)
+            if len(shape) != len(cls.axes):
+                raise ValueError(f"they have {len(shape)} dimensions")
+            first = frame.gather_every(math.prod(shape))
             return cls(
                 values,
                 tuple(first["example_id"]),
@@ -184,8 +183,47 @@ class HeadScores:
             )
         except (OSError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{path} and its JSON file are not head scores ({error}); run the attribution again."
+                f"{path} and its JSON file are not {cls.axes[-1]} scores ({error}); run the attribution again."
             ) from error
+
+    def _ranked(self, pushing_towards: Direction) -> Iterator[tuple[tuple[int, ...], float, float, float]]:
+        """Place, mean and interval of all parts, those that push hardest towards ``pushing_towards`` first."""
+        mean, (low, high) = self.mean(), self.interval
+        for index in mean.flatten().argsort(descending=pushing_towards == "context", stable=True).tolist():
+            place = tuple(int(number) for number in np.unravel_index(index, mean.shape))
+            yield place, mean[place].item(), low[place].item(), high[place].item()
+
+
+class HeadScores(Scores):
+    """How far each head pushes towards one of the two sources, example by example; see ``Scores``.
+
+    Its values are ``(n_examples, n_layers, n_heads)``.
+    """
+
+    axes = ("layer", "head")
+
+    def ranked(self, pushing_towards: Direction) -> list[RankedHead]:
+        """All heads, those that push hardest towards ``pushing_towards`` first.
+
+        Of scores without a sign ``context`` gives the highest first.
+        """
+        return [RankedHead(*place, *numbers) for place, *numbers in self._ranked(pushing_towards)]
+
+
+class LayerScores(Scores):
+    """How far each layer pushes towards one of the two sources, example by example; see ``Scores``.
+
+    Its values are ``(n_examples, n_layers)``.
+    """
+
+    axes = ("layer",)
+
+    def ranked(self, pushing_towards: Direction) -> list[RankedLayer]:
+        """All layers, those that push hardest towards ``pushing_towards`` first.
+
+        Of scores without a sign ``context`` gives the highest first.
+        """
+        return [RankedLayer(*place, *numbers) for place, *numbers in self._ranked(pushing_towards)]
 
 
 def top_heads(ranked: Sequence[RankedHead], k: int) -> list[tuple[int, int]]:

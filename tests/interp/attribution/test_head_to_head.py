@@ -1,0 +1,116 @@
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from interp.anatomy import Anatomy
+from interp.attribution.examples import corrupted_partners, scorable
+from interp.attribution.head_to_head import head_to_head
+from interp.attribution.states import last_token_states
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.inputs import encode
+from tests.tiny import tiny_conflicts
+
+
+def run(anatomy, inputs, hook):
+    """One whole pass of one prompt, with ``hook(layer, z)`` at every output projection; the last token's logits."""
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in range(anatomy.n_layers):
+            module = anatomy.module("output_projection", layer)
+            handle = module.register_forward_pre_hook(
+                lambda _, inputs, layer=layer: (hook(layer, inputs[0].unflatten(-1, (anatomy.n_heads, -1))),)
+            )
+            hooks.callback(handle.remove)
+        return anatomy.model(**inputs).logits[0, -1]
+
+
+def brute_force(model, prompt, ids, sender, receiver, z, tokens):
+    """Both passes of one prompt, with whole forwards and nothing kept between them."""
+    anatomy, inputs = Anatomy(model), encode(model, [prompt])
+    clean, heard = {}, {}
+
+    def keep(layer, z):
+        clean[layer] = z.clone()
+        return z.flatten(-2)
+
+    def with_sender(layer, z):
+        heard[layer] = z.clone()
+        frozen = clean[layer].clone()
+        if layer == sender[0]:
+            frozen[:, tokens, sender[1]] = replacement
+        return frozen.flatten(-2)
+
+    def with_receiver(layer, _):
+        frozen = clean[layer].clone()
+        if layer == receiver[0]:
+            frozen[:, -1, receiver[1]] = heard[layer][:, -1, receiver[1]]
+        return frozen.flatten(-2)
+
+    replacement = z
+    before = run(anatomy, inputs, keep)
+    run(anatomy, inputs, with_sender)
+    after = run(anatomy, inputs, with_receiver)
+    (context, memory) = ids.tolist()
+    return ((before[context] - before[memory]) - (after[context] - after[memory])).item()
+
+
+def expected(model, examples, token_ids, senders, receiver, replacement, tokens):
+    return torch.tensor(
+        [
+            [brute_force(model, e.prompt, ids, sender, receiver, z[sender[0], sender[1]], tokens) for sender in senders]
+            for e, ids, z in zip(examples, token_ids, replacement, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("receiver", [(1, 0), (2, 1)])
+def test_scores_equal_whole_forward_passes_in_every_architecture(tiny_bridge, receiver):
+    conflicts = tiny_conflicts()
+    anatomy = Anatomy(tiny_bridge)
+    if receiver[0] >= anatomy.n_layers:
+        receiver = (anatomy.n_layers - 1, receiver[1])
+    examples, token_ids = scorable(tiny_bridge, conflicts)
+    z = last_token_states(tiny_bridge, [e.prompt for e in examples]).z
+    senders = [head for head in anatomy.heads if head[0] < receiver[0]]
+
+    corrupted = head_to_head(tiny_bridge, conflicts, [(1, 0), receiver], name="tiny")[receiver]
+    everywhere = head_to_head(tiny_bridge, conflicts, [receiver], name="tiny", baseline="zero", tokens="all")[receiver]
+
+    for scores, replacement, tokens in (
+        (corrupted, z[corrupted_partners(examples, 0)], slice(-1, None)),
+        (everywhere, torch.zeros_like(z), slice(None)),
+    ):
+        found = torch.stack([scores.values[:, layer, head] for layer, head in senders], 1)
+        by_hand = expected(tiny_bridge, examples, token_ids, senders, receiver, replacement, tokens)
+        assert ((found - by_hand).norm() / by_hand.norm()).item() < 1e-3
+        assert not scores.values[:, receiver[0] :].any()
+
+
+def test_scores_equal_whole_forward_passes_on_the_real_model(smollm2, capital_conflicts):
+    conflicts = ConflictSet("four", capital_conflicts.select(kind="conflict").examples[:4])
+    examples, token_ids = scorable(smollm2, conflicts)
+    receiver, senders = (18, 6), [(0, 0), (9, 3), (15, 8), (17, 4)]
+    z = torch.zeros_like(last_token_states(smollm2, [e.prompt for e in examples]).z)
+
+    scores = head_to_head(smollm2, conflicts, [receiver], name="smollm2", baseline="zero")[receiver]
+
+    found = torch.stack([scores.values[:, layer, head] for layer, head in senders], 1)
+    by_hand = expected(smollm2, examples, token_ids, senders, receiver, z, slice(-1, None))
+    assert ((found - by_hand).norm() / by_hand.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("receivers", "options", "message"),
+    [
+        ([], {}, "above layer 0"),
+        ([(0, 1)], {}, "above layer 0"),
+        ([(1, 99)], {}, "does not exist"),
+        ([(1, 0)], {"baseline": "noise"}, "must be one of"),
+        ([(1, 0)], {"tokens": "some"}, "must be one of"),
+        ([(1, 0)], {"tokens": "all"}, "take zero"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(tiny_llama, receivers, options, message):
+    with pytest.raises(UserError, match=message):
+        head_to_head(tiny_llama, tiny_conflicts(), receivers, name="tiny", **options)
