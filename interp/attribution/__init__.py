@@ -1,1 +1,1 @@
-"""Which heads decide: path patching, direct logit attribution, attribution patching; all give HeadScores."""
+"""Which heads, layers and edges decide: patching, attribution and attention; all give scores of the same form."""

@@ -57,7 +57,7 @@ def with_partners(examples: Sequence[ConflictExample], alike: Alike = phrasing) 
     kept = list(examples)
     while kept:
         groups = _groups(kept, alike)
-        left = [e for e in kept if any(_differ(e, kept[j]) for j in groups[alike(e)])]
+        left = [e for e in kept if any(differ(e, kept[j]) for j in groups[alike(e)])]
         if len(left) == len(kept):
             break
         kept = left
@@ -79,7 +79,7 @@ def corrupted_partners(examples: Sequence[ConflictExample], seed: int, alike: Al
     groups = _groups(examples, alike)
     partners = []
     for example in examples:
-        candidates = [j for j in groups[alike(example)] if _differ(example, examples[j])]
+        candidates = [j for j in groups[alike(example)] if differ(example, examples[j])]
         if not candidates:
             raise UserError(
                 f"The example {example.id} has no other with the same phrasing and different answers to be corrupted "
@@ -97,7 +97,7 @@ def _groups(examples: Sequence[ConflictExample], alike: Alike) -> dict[Hashable,
     return groups
 
 
-def _differ(one: ConflictExample, other: ConflictExample) -> bool:
+def differ(one: ConflictExample, other: ConflictExample) -> bool:
     """Whether two examples are about different subjects and share no answer."""
     ours, theirs = (example.memory_answers + example.context_answers for example in (one, other))
     return one.subject != other.subject and not any(contains_answer(answer, ours) for answer in theirs)

@@ -225,6 +225,11 @@ class LayerScores(Scores):
         """
         return [RankedLayer(*place, *numbers) for place, *numbers in self._ranked(pushing_towards)]
 
+    def growth(self) -> LayerScores:
+        """By how much each layer's score exceeds that of the layer below, the first one's 0."""
+        grown = self.values.diff(dim=1, prepend=torch.zeros_like(self.values[:, :1]))
+        return replace(self, values=grown, metric=f"growth of {self.metric}")
+
 
 def top_heads(ranked: Sequence[RankedHead], k: int) -> list[tuple[int, int]]:
     """Give the first ``k`` heads of a ranking as ``(layer, head)``."""

@@ -102,8 +102,8 @@ def test_an_edge_is_what_moving_along_it_changes(tiny_plain, conflicts):
                 for some in (inputs, others)
             )
             up, down = (
-                difference(model, inputs, ids, [(norm, lambda _, given, by=by: (given[0] + by * (ours - theirs),))])
-                for by in (small, -small)
+                difference(model, inputs, ids, [(norm, lambda _, given, change=change: (given[0] + change,))])
+                for change in (small * (ours - theirs), -small * (ours - theirs))
             )
         effects.append((up - down).item() / (2 * small))
     found = scores.values[scores.senders.index("mlp 0"), scores.receivers.index("attention 2")]
