@@ -7,9 +7,20 @@ from collections.abc import Iterable, Mapping
 import plotly.graph_objects as go
 
 from figures.parts import ROW, grouped_rows
-from figures.theme import COLOURS, CONTEXT_COLOUR, LIGHT_THEME, MEMORY_COLOUR, SYMBOLS, escape, integer_ticks, interval
+from figures.theme import (
+    COLOURS,
+    CONTEXT_COLOUR,
+    LIGHT_THEME,
+    MEMORY_COLOUR,
+    SERIES_COLOURS,
+    SYMBOLS,
+    escape,
+    integer_ticks,
+    interval,
+    translucent,
+)
 from interp.answers import DIRECTIONS
-from interp.attribution.scores import HeadScores, RankedHead
+from interp.attribution.scores import HeadScores, LayerScores, RankedHead, Scores
 from interp.errors import UserError
 from interp.statistics import Estimate
 
@@ -142,7 +153,7 @@ def top_heads_by_group(scores: HeadScores, groups: Mapping[str, str], k: int = 3
         members.setdefault(groups[example], []).append(number)
     parts = {group: scores.select(rows) for group, rows in members.items()}
     heads = [head for d in DIRECTIONS for head in scores.ranked(d)[:k] if (head.score > 0) == (d == "context")]
-    headings = [f"head {h.layer}.{h.head}, towards {'context' if h.score > 0 else 'memory'}" for h in heads]
+    headings = [f"head {h.layer}.{h.head}{_towards(scores, h)}" for h in heads]
     figure, y = grouped_rows(headings, list(parts))
     for number, head in enumerate(heads):
         colour = COLOURS["context" if head.score > 0 else "memory"]
@@ -174,19 +185,78 @@ def top_heads_by_group(scores: HeadScores, groups: Mapping[str, str], k: int = 3
     )
 
 
+def layer_lines(scores: LayerScores) -> go.Figure:
+    """Each layer's mean score with its 95 % interval."""
+    mean, (low, high) = scores.mean(), scores.interval
+    layers = list(range(len(mean)))
+    figure = go.Figure()
+    figure.add_scatter(
+        x=layers + layers[::-1],
+        y=[*high.tolist(), *low.tolist()[::-1]],
+        fill="toself",
+        fillcolor=translucent(SERIES_COLOURS[0]),
+        line_width=0,
+        hoverinfo="skip",
+        name="95% interval by subject",
+    )
+    figure.add_scatter(
+        x=layers,
+        y=mean.tolist(),
+        mode="lines+markers",
+        line={"color": SERIES_COLOURS[0], "width": 2},
+        name=escape(scores.metric),
+        hovertemplate="layer %{x}: %{y:.2f}<extra></extra>",
+    )
+    return figure.update_layout(
+        template=LIGHT_THEME,
+        xaxis={"title": {"text": "layer"}} | integer_ticks(len(layers)),
+        yaxis={"title": {"text": f"{escape(scores.metric)} ({_unit(scores)})"}, "rangemode": "tozero"},
+    )
+
+
+def agreement_map(correlations: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """How far ways to score heads agree, as ``interp.attribution.ways.agreement`` gives it: -1 blue, 1 vermillion."""
+    ways = list(correlations)
+    rows = [[correlations[one].get(other) for other in ways] for one in ways]
+    figure = go.Figure(
+        go.Heatmap(
+            x=ways,
+            y=ways,
+            z=rows,
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            text=[["" if value is None else f"{value:.2f}" for value in row] for row in rows],
+            texttemplate="%{text}",
+            hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
+        )
+    )
+    return figure.update_layout(
+        template=LIGHT_THEME,
+        height=34 * len(ways) + 150,
+        xaxis={"showgrid": False, "tickangle": -40, "side": "bottom", "type": "category"},
+        yaxis={"showgrid": False, "autorange": "reversed", "type": "category"},
+        coloraxis={"cmin": -1, "cmax": 1, "showscale": False},
+    )
+
+
 def _score_title(scores: HeadScores) -> str:
     scale = "\N{LEFTWARDS ARROW} memory \N{MIDDLE DOT} mean score \N{MIDDLE DOT} context \N{RIGHTWARDS ARROW}"
     return f"{scale if scores.signed else 'mean score'}<br>{_unit(scores)}"
 
 
-def _unit(scores: HeadScores) -> str:
+def _unit(scores: Scores) -> str:
     return escape(str(scores.settings.get("unit", scores.metric)))
 
 
+def _towards(scores: HeadScores, head: RankedHead) -> str:
+    """The source that a head pushes towards, where that is known."""
+    return f", towards {'context' if head.score > 0 else 'memory'}" if scores.signed else ""
+
+
 def _head_hover(scores: HeadScores, head: RankedHead, *, edited: bool = False) -> str:
-    towards = f", towards {'context' if head.score > 0 else 'memory'}" if scores.signed else ""
     n, n_subjects = len(scores.example_ids), len(set(scores.subjects))
-    name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}{towards}"
+    name = f"<b>head {head.layer}.{head.head}</b>{' (edited)' if edited else ''}{_towards(scores, head)}"
     if n_subjects == 1:
         return f"{name}<br>mean score {head.score:+.3f}<br>{_unit(scores)}<br>n = {n} of one subject, no interval"
     return (

@@ -10,6 +10,7 @@ import typer
 
 from conflictscope.cli import (
     ask,
+    attribute,
     compare,
     control,
     data,
@@ -18,6 +19,7 @@ from conflictscope.cli import (
     doctor,
     explore,
     gate,
+    locate,
     look,
     probe,
     report,
@@ -37,8 +39,8 @@ app = typer.Typer(
 _START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Data and models"
 for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
-    _LOOK: (look.evaluate, look.attribute, look.record),
-    _STUDY: (compare.compare, report.report),
+    _LOOK: (look.evaluate, attribute.attribute, look.record),
+    _STUDY: (compare.compare, locate.locate, report.report),
     _SHIP: (ship.inspect, ship.generate, ship.export, ship.serve),
     _DATA: (look.models, doctor.doctor),
 }.items():

@@ -13,7 +13,7 @@ from conflictscope.report.words import clipped, share, words
 from conflictscope.study.record import UNEDITED, Measured
 from figures.dial import dial_curve
 from figures.gain import Point, damage_fronts, gain_and_damage
-from figures.heads import head_map, top_heads_bars
+from figures.heads import agreement_map, head_map, top_heads_bars
 from figures.probe_scores import auroc_of_scores
 from figures.theme import percent
 from figures.usage import usage_bars, usage_by_template
@@ -41,6 +41,8 @@ def plots_of(run: Run) -> dict[str, Plot]:
         plots["cost"] = _gain_plot(_by_method(run))
     if run.scores is not None:
         plots |= _head_plots(run, run.scores)
+    if agreement := record.details.get("agreement"):
+        plots["agreement"] = _agreement_plot(agreement)
     if record.tried:
         tried = [{**candidate, "does": clipped(candidate["does"])} for candidate in record.tried]
         plots["tried"] = Plot(
@@ -117,6 +119,11 @@ def _head_plots(run: Run, scores: HeadScores) -> dict[str, Plot]:
         ),
         "top": Plot(top_heads_bars(scores, _STRONGEST), f"Bar chart of the strongest heads, {strongest}"),
     }
+
+
+def _agreement_plot(agreement: Mapping[str, Mapping[str, float]]) -> Plot:
+    pairs = [f"{a} and {b} {agreement[a][b]:.2f}" for a in agreement for b in agreement[a] if a < b]
+    return Plot(agreement_map(agreement), f"Heat map of rank correlations: {'; '.join(pairs)}")
 
 
 def _probe_plots(table: pl.DataFrame) -> dict[str, Plot]:

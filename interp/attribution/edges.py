@@ -204,18 +204,22 @@ class _Edges:
         """What senders write at every token of some prompts."""
         z: list[Tensor] = []
         mlps: list[Tensor] = []
-        embedding: list[Tensor] = []
+        embedding: list[Any] = []
         network: Any = self.anatomy.model
+
+        def keep_z(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            z.append(given[0].unflatten(-1, (self.anatomy.n_heads, -1)))
+
+        def keep_write(_: nn.Module, __: Any, output: Tensor) -> None:
+            mlps.append(output)
+
         with ExitStack() as hooks:
             for layer in range(self.anatomy.n_layers):
                 attention = self.anatomy.module("output_projection", layer)
-                handle = attention.register_forward_pre_hook(
-                    lambda _, given: z.append(given[0].unflatten(-1, (self.anatomy.n_heads, -1)))
-                )
-                hooks.callback(handle.remove)
+                hooks.callback(attention.register_forward_pre_hook(keep_z).remove)
                 mlp = self.anatomy.module(self.anatomy.writing_part("mlp"), layer)
-                hooks.callback(mlp.register_forward_hook(lambda _, __, output: mlps.append(output)).remove)
-            hooks.enter_context(self._entering(lambda given: embedding.append(given)))
+                hooks.callback(mlp.register_forward_hook(keep_write).remove)
+            hooks.enter_context(self._entering(embedding.append))
             network(**inputs, use_cache=False, logits_to_keep=1)
         return _Written(embedding[0], z, mlps)
 

@@ -117,7 +117,7 @@ class Scores:
         return replace(self, values=self.values[list(examples)], example_ids=tuple(ids), subjects=tuple(subjects))
 
     def rank_correlation(self, other: Scores) -> float:
-        """Spearman's correlation of the two mean maps.
+        """Spearman's correlation of the two mean maps; where one has no sign, the other counts by its size.
 
         Raises:
             UserError: If the maps have different shapes.
@@ -127,7 +127,8 @@ class Scores:
                 f"Scores of shape {tuple(self.mean().shape)} and {tuple(other.mean().shape)} cannot be compared; "
                 "take both from the same model, and both of heads or of layers."
             )
-        own, others = (pl.Series(scores.mean().flatten().numpy()).rank().to_numpy() for scores in (self, other))
+        means = [scores.mean() if self.signed == other.signed else scores.mean().abs() for scores in (self, other)]
+        own, others = (pl.Series(mean.flatten().numpy()).rank().to_numpy() for mean in means)
         return float(np.corrcoef(own, others)[0, 1])
 
     def to_frame(self) -> pl.DataFrame:

@@ -234,7 +234,7 @@ def test_a_ratio_that_is_undefined_is_said_to_be(run, tmp_path, tiny, data, monk
     assert line.count("undefined") == 3
 
 
-@pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching", "retrieval"])
+@pytest.mark.parametrize("method", ["path-patching", "direct-logits", "attribution-patching", "edges", "retrieval"])
 def test_attribute_writes_scores_and_a_picture(run, tmp_path, tiny, data, method):
     arguments = ["attribute", "--model", tiny, "--data", data, "--method", method, "--out", "heads.parquet"]
     code, output, _ = run(*arguments)
@@ -243,24 +243,46 @@ def test_attribute_writes_scores_and_a_picture(run, tmp_path, tiny, data, method
     assert {"heads.parquet", "heads.json", "heads.html"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_attention_drift_needs_contexts_that_agree(run, tmp_path, tiny, data, capital_conflicts):
-    arguments = [
-        "attribute",
-        "--model",
-        tiny,
-        "--method",
-        "attention-drift",
-        "--out",
-        "heads.parquet",
-        "--split",
-        "all",
-    ]
-    assert_one_sentence(run(*arguments, "--data", data), "give both for the same subjects and phrasings")
-    some = capital_conflicts.subjects[:2]
+def test_attribute_writes_edges_beside_the_heads(run, tmp_path, tiny, data):
+    code, output, _ = run("attribute", "--model", tiny, "--data", data, "--method", "edges", "--out", "heads.parquet")
+    assert code == 0
+    assert " to " in output
+    edges = pl.read_parquet(tmp_path / "heads_edges.parquet")
+    assert edges.columns == ["sender", "receiver", "score"]
+    assert edges["sender"][0] in output
+
+
+def test_attribute_scores_the_heads_that_a_head_listens_to(run, tmp_path, tiny, data):
+    arguments = ["attribute", "--model", tiny, "--data", data, "--method", "head-to-head", "--out", "heads.parquet"]
+    assert_one_sentence(run(*arguments), "needs a receiver")
+    assert_one_sentence(run(*arguments, "--receiver", "last"), "layer.head", "'last'")
+    assert_one_sentence(run(*arguments, "--receiver", "1.0", "--tokens", "all"), "take zero")
+    everywhere = ("--tokens", "all", "--baseline", "zero")
+    for options in ((), everywhere):
+        code, output, _ = run(*arguments, "--receiver", "1.0", *options)
+        assert code == 0
+        assert "through head 1.0" in output
+
+
+@pytest.mark.parametrize("method", ["attention-drift", "representations"])
+def test_attribute_needs_contexts_that_agree_for_what_compares_both(
+    run, tmp_path, tiny, data, capital_conflicts, method
+):
+    arguments = ["attribute", "--model", tiny, "--method", method, "--out", "scores.parquet", "--split", "all"]
+    agree = {"attention-drift": "comes with one whose context agrees", "representations": "whose contexts agree"}
+    assert_one_sentence(run(*arguments, "--data", data), agree[method])
+    some = capital_conflicts.subjects[:4]
     ConflictSet("some", tuple(e for e in capital_conflicts if e.subject in some)).save(tmp_path / "both.jsonl")
     code, output, _ = run(*arguments, "--data", "both.jsonl")
     assert code == 0
-    assert "drift of attention" in output
+    assert {"attention-drift": "drift of attention", "representations": "growth of gap, degrees"}[method] in output
+    assert {"scores.parquet", "scores.json", "scores.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_attribute_refuses_options_of_another_method(run, tiny, data):
+    for options in (("--baseline", "zero"), ("--receiver", "1.0"), ("--tokens", "all"), ("--mlps", "frozen")):
+        result = run("attribute", "--model", tiny, "--data", data, "--method", "edges", *options)
+        assert_one_sentence(result, options[0], "belong")
 
 
 def test_models_lists_the_default_and_the_architectures(run):

@@ -60,12 +60,14 @@ def test_what_the_embedding_does_adds_up_to_the_difference_between_the_prompts(t
     """Integrated gradients are complete (Sundararajan et al. 2017)."""
     two, clean, corrupted, answers = pair(tiny_bridge, conflicts)
     few, many = (edge_attribution(tiny_bridge, two, name="tiny", steps=steps).values[0].sum() for steps in (60, 120))
+    reverse = scorable(tiny_bridge, two)[1][1]
     with torch.no_grad():
-        expected = [difference(tiny_bridge, clean, answers) - difference(tiny_bridge, corrupted, answers)]
-        reverse = scorable(tiny_bridge, two)[1][1]
-        expected.append(difference(tiny_bridge, corrupted, reverse) - difference(tiny_bridge, clean, reverse))
+        expected = [
+            difference(tiny_bridge, inputs, ids) - difference(tiny_bridge, others, ids)
+            for inputs, others, ids in ((clean, corrupted, answers), (corrupted, clean, reverse))
+        ]
     # The error of a sum at one end of each step falls with their number (Richardson).
-    assert (2 * many - few).item() == pytest.approx((sum(expected) / 2).item(), rel=0.02, abs=1e-4)
+    assert (2 * many - few).item() == pytest.approx(torch.stack(expected).mean().item(), rel=0.02, abs=1e-4)
 
 
 def test_what_heads_do_is_the_gradient_at_their_outputs(tiny_bridge, conflicts):

@@ -1,0 +1,134 @@
+"""The command that scores the parts of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from conflictscope.cli.inputs import check_parquet
+from conflictscope.cli.options import Asked, SplitOption, say
+from interp.errors import UserError
+
+
+def attribute(
+    *,
+    method: Annotated[
+        Literal[
+            "path-patching",
+            "head-to-head",
+            "direct-logits",
+            "attribution-patching",
+            "edges",
+            "retrieval",
+            "attention-drift",
+            "representations",
+        ],
+        typer.Option(help="How parts are scored; the last three do not tell towards which source."),
+    ] = "path-patching",
+    metric: Annotated[
+        Literal["logit_diff", "memory_probability", "context_probability"],
+        typer.Option(help="What path patching attributes."),
+    ] = "logit_diff",
+    baseline: Annotated[
+        Literal["corrupted", "zero", "mean"],
+        typer.Option(help="What path patching, from head to head too, puts in a head's place."),
+    ] = "corrupted",
+    mlps: Annotated[
+        Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
+    ] = "recompute",
+    receiver: Annotated[
+        str | None, typer.Option(help="With head-to-head: the head that listens, for example 18.6.")
+    ] = None,
+    tokens: Annotated[
+        Literal["last", "all"],
+        typer.Option(help="With head-to-head: where other heads are replaced; all needs --baseline zero."),
+    ] = "last",
+    split: SplitOption = "train",
+    top: Annotated[int, typer.Option(min=1, help="How many parts to list for each direction.")] = 8,
+    out: Annotated[
+        Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
+    ] = Path("out/heads.parquet"),
+    source: Asked,
+) -> None:
+    """Score every head: which push the answer to the context, which to memory.
+
+    With edges, the strongest edges between all parts are listed and written too; with representations, layers are
+    scored, by how much each tells contradictions apart.
+    """
+    from figures.heads import head_map, layer_lines
+    from figures.theme import save_figure
+    from interp.attribution.scores import LayerScores
+
+    if method not in ("path-patching", "head-to-head") and baseline != "corrupted":
+        raise UserError(f"--baseline belongs to path-patching and head-to-head; leave it out with {method}.")
+    if method != "path-patching" and (metric, mlps) != ("logit_diff", "recompute"):
+        raise UserError(f"--metric and --mlps belong to path-patching; leave them out with {method}.")
+    if (method == "head-to-head") != (receiver is not None) or (tokens != "last" and method != "head-to-head"):
+        raise UserError("--receiver and --tokens belong to head-to-head, which needs a receiver, for example 18.6.")
+    listening = None if receiver is None else _head(receiver)
+    check_parquet(out)
+    model, conflicts = source.conflicts()
+    part = conflicts.select(split=None if split == "all" else split)
+    about = {"name": source.model, "progress": method.replace("-", " ").capitalize(), "seed": source.seed}
+    if method == "path-patching":
+        from interp.attribution.path_patching import path_patching
+
+        chosen = part.select(kind="conflict")
+        scores: Any = path_patching(model, chosen, baseline=baseline, mlps=mlps, metrics=(metric,), **about)[metric]
+    elif listening is not None:
+        from interp.attribution.head_to_head import head_to_head
+
+        chosen = part.select(kind="conflict")
+        scores = head_to_head(model, chosen, [listening], baseline=baseline, tokens=tokens, **about)[listening]
+    elif method == "edges":
+        from interp.attribution.edges import edge_attribution
+        from interp.files import write_parquet
+
+        edges = edge_attribution(model, part.select(kind="conflict"), **about)
+        scores, beside = edges.heads, out.with_name(f"{out.stem}_edges.parquet")
+        write_parquet(beside, edges.to_frame())
+        _print("edge", [(f"{e.sender} to {e.receiver}", e.score) for e in edges.strongest(top)])
+        say(f"All edges are in {beside}")
+    elif method == "representations":
+        from interp.attribution.representations import representation_gap
+
+        scores = representation_gap(model, part, **about)
+    else:
+        from interp.attribution.ways import scored
+
+        way: Any = method
+        scores = scored(way, model, part, **about)
+    scores.save(out)
+    is_layers = isinstance(scores, LayerScores)
+    save_figure(layer_lines(scores) if is_layers else head_map(scores), out.with_suffix(".html"))
+    _print_ranking(scores.growth() if is_layers else scores, top)
+    say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+
+
+def _head(receiver: str) -> tuple[int, int]:
+    try:
+        layer, head = map(int, receiver.split("."))
+    except ValueError:
+        raise UserError(f"--receiver must be a head as layer.head, for example 18.6, not {receiver!r}.") from None
+    return layer, head
+
+
+def _print(part: str, rows: list[tuple[str, float]]) -> None:
+    table = Table(part, "score")
+    for name, score in rows:
+        table.add_row(name, f"{score:+.3f}")
+    Console().print(table)
+
+
+def _print_ranking(scores: Any, top: int) -> None:
+    title = f"{scores.metric}, {scores.settings['unit']}, {len(scores.values)} prompts"
+    table = Table("towards", scores.axes[-1], "score", "95 % interval", title=title)
+    for towards in ("context", "memory") if scores.signed else ("context",):
+        for *place, score, low, high in scores.ranked(towards)[:top]:
+            name = ".".join(map(str, place))
+            table.add_row(towards if scores.signed else "-", name, f"{score:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    Console().print(table)

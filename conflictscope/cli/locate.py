@@ -1,0 +1,55 @@
+"""The command that compares ways to find heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import polars as pl
+import typer
+
+from conflictscope.cli.options import OutOption, say
+from conflictscope.cli.studies import BudgetedStudy, study
+from conflictscope.cli.tables import print_frame
+from interp.errors import UserError
+
+
+def locate(
+    *,
+    way: Annotated[
+        list[str] | None, typer.Option(help="A way to score heads; repeatable; all by default. A wrong name lists all.")
+    ] = None,
+    out: OutOption = Path("out/locate"),
+    asked: BudgetedStudy,
+) -> None:
+    """Compare ways to find the heads that decide: how far they agree, and what pruning their first heads does.
+
+    A way's agreement with itself is that of two halves of its subjects.
+    """
+    from conflictscope.methods.pruning_by import pruning_by, way_scores
+    from interp.attribution.scores import HeadScores
+    from interp.attribution.ways import WAYS, Way, agreement
+
+    if unknown := set(way or ()) - set(WAYS):
+        raise UserError(f"There is no way {min(unknown)!r} to score heads; choose among {', '.join(WAYS)}.")
+    left_out = set(WAYS) - set(way or WAYS)
+    chosen = [name for name in WAYS if name not in left_out]
+    lab = asked.lab(out)
+    scores: dict[Way, HeadScores] = {}
+    for name in chosen:
+        try:
+            scores[name] = way_scores(lab, name)
+        except UserError as error:
+            say(f"{name} cannot score heads here: {error}")
+    if not scores:
+        raise UserError("No way can score heads on these prompts; give more of them.")
+    agreeing = agreement({str(name): found for name, found in scores.items()})
+    print_frame(pl.DataFrame([{"rank correlation": one, **others} for one, others in agreeing.items()]))
+    study(
+        lab,
+        [pruning_by(name) for name in scores],
+        "locate",
+        out,
+        controls="kinds",
+        details={"agreement": agreeing},
+    )
