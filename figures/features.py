@@ -91,6 +91,44 @@ class _Panel(NamedTuple):
     gap: int
 
 
+def difference_bars(table: pl.DataFrame, one: str, other: str) -> go.Figure:
+    """The features that differ most between two sides, with 95 % intervals by subject.
+
+    Args:
+        table: What ``probes.feature_differences.FeatureDifferences.table`` gives.
+        one: What the one side is called; its features reach to the left.
+        other: What the other side is called.
+    """
+    rows = list(table.iter_rows(named=True))
+    estimates = [Estimate(row["difference"], row["low"], row["high"], 0) for row in rows]
+    figure = go.Figure(
+        go.Bar(
+            x=[estimate.value for estimate in estimates],
+            y=[f"feature {row['feature']}" for row in rows],
+            error_x=interval(estimates),
+            orientation="h",
+            marker_color=[_PROMOTED_COLOUR if row["difference"] > 0 else _SUPPRESSED_COLOUR for row in rows],
+            hovertext=[
+                f"layer {row['layer']}, feature {row['feature']}<br>{escape(one)}: mean {row['one']:.3f}, fires for "
+                f"{percent(row['fires_one'])}<br>{escape(other)}: mean {row['other']:.3f}, fires for "
+                f"{percent(row['fires_other'])}"
+                for row in rows
+            ],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    )
+    arrows = "\N{LEFTWARDS ARROW}", "\N{RIGHTWARDS ARROW}"
+    return figure.update_layout(
+        template=LIGHT_THEME,
+        height=24 * len(rows) + 110,
+        bargap=0.2,
+        xaxis_title_text=f"{arrows[0]} {escape(one)} \N{MIDDLE DOT} mean activation \N{MIDDLE DOT} "
+        f"{escape(other)} {arrows[1]}",
+        xaxis_zerolinewidth=1.5,
+        yaxis={"type": "category", "autorange": "reversed", "dtick": 1},
+    )
+
+
 def _add_text(figure: go.Figure, text: str, yref: str, y: float, **properties: Any) -> None:
     """Text at the left edge of a feature's view."""
     place = {"x": 0, "xref": "paper", "xanchor": "left", "y": y, "yref": yref, "align": "left"}

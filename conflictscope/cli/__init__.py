@@ -57,7 +57,12 @@ for _panel, _name, _help, _members in (
         _LOOK,
         "sae",
         "Train, measure and look into sparse autoencoders.",
-        {"train": sae.sae_train, "evaluate": sae.sae_evaluate, "features": sae.sae_features},
+        {
+            "train": sae.sae_train,
+            "evaluate": sae.sae_evaluate,
+            "features": sae.sae_features,
+            "diff": sae.sae_diff,
+        },
     ),
     (
         _STUDY,

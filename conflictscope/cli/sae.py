@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from conflictscope.cli.inputs import layers_of, listed_layers
-from conflictscope.cli.options import DEFAULT_MODEL, Model, SaeOption, SeedOption, say
+from conflictscope.cli.options import DEFAULT_MODEL, Asked, Model, SaeOption, SeedOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
@@ -165,6 +165,68 @@ def sae_features(
         save_figure(feature_view(view), out / f"layer_{view.layer}-feature_{view.feature}.html")
     print_frame(features_table(views))
     say(f"More about each is in {out / 'features.json'}, figures next to it")
+
+
+def sae_diff(
+    *,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            "--other", help="A fine-tune of the model, to compare with it; else prompts with and without context."
+        ),
+    ] = None,
+    sae: SaeOption = DEFAULT_MODEL,
+    layer: Annotated[int | None, typer.Option(help="Which of several SAEs; its layer. All by default.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many features of each SAE to list and to edit.")] = 16,
+    split: SplitOption = "train",
+    out: Annotated[Path, typer.Option(help="Folder for the table, a figure of each SAE and an edit.")] = Path(
+        "out/sae-diff"
+    ),
+    source: Asked,
+) -> None:
+    """Find the features that differ most between two models, or with and without a context; and edit them.
+
+    Both models read the same conflict prompts. Of two models the edit moves --model to what --other does; without
+    --other it moves the model to what a context does.
+    """
+    import polars as pl
+
+    from figures.features import difference_bars
+    from figures.theme import save_figure
+    from interp.files import write_parquet
+    from interp.sae import load_saes
+    from interventions.config import InterventionFile
+    from interventions.features import FeatureEdit
+    from interventions.identity import ModelIdentity
+    from probes.feature_differences import differences
+
+    saes = [one for one in load_saes(sae) if layer is None or one.layer == layer]
+    if not saes:
+        raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(load_saes(sae))}.")
+    model, conflicts = source.conflicts()
+    for one in saes:
+        one.check(model, source.model)
+    asked = conflicts.select(kind="conflict", split=None if split == "all" else split)
+    fine_tune = None if other is None else replace(source, model=other).load()
+    found = differences(saes, model, asked, other=fine_tune, progress="Recording")
+    table = pl.concat([one.table(count) for one in found])
+    write_parquet(out / "differences.parquet", table)
+    sides = ("without context", "with context") if other is None else (source.model, other)
+    for one in found:
+        save_figure(difference_bars(one.table(count), *sides), out / f"layer_{one.sae.layer}.html")
+    print_frame(table)
+    if table.is_empty():
+        raise UserError(f"No feature differs between {sides[0]} and {sides[1]}; there is no edit.")
+    edit = FeatureEdit(tuple(one.edit(count) for one in found if one.first(count)), tokens="last_prompt")
+    about = {"method": "feature_differences", "data": conflicts.digest, "one": sides[0], "other": sides[1]}
+    InterventionFile.of(
+        [edit],
+        name=f"{sides[0]} towards {sides[1]}",
+        towards="context" if other is None else None,
+        model=ModelIdentity.of(model, source.model),
+        provenance=about,
+    ).save(out / "edit.json")
+    say(f"The edit is in {out / 'edit.json'}; it is measured with: conflictscope evaluate --config {out / 'edit.json'}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from conflictscope.methods.context_focus import ContextFocus
 from conflictscope.methods.decore import RetrievalHeadContrast
 from conflictscope.methods.demonstrations import Demonstrations
 from conflictscope.methods.dola import LayerContrast
+from conflictscope.methods.feature_differences import ContextFeatures
 from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
 from conflictscope.methods.gate import Gate
 from conflictscope.methods.greedy_pruning import GreedyPruning
@@ -46,6 +47,7 @@ ALL: tuple[type[Method], ...] = (
     SpareRemoveOnly,
     SpareAddOnly,
     SpareConstant,
+    ContextFeatures,
     ContextAwareDecoding,
     AdaptiveContextAwareDecoding,
     EntropyConstraintDecoding,

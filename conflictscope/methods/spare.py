@@ -68,7 +68,7 @@ class Spare(Method):
         """
         saes = self._saes(lab)
         edited = {
-            (sae.layer, share): _selected(sae, feature_statistics(lab, sae), share, towards)
+            (sae.layer, share): _selected(sae, self.statistics(lab, sae), share, towards)
             for sae in saes
             for share in self.shares
         }
@@ -103,7 +103,7 @@ class Spare(Method):
             layers = []
             for layer in edit.layers:
                 sae, removed = saes[layer.sae.layer], int((~layer.added).sum())
-                statistics = feature_statistics(lab, sae)
+                statistics = self.statistics(lab, sae)
                 drawn = matched_random_features(statistics, list(layer.sae.kept or ()), seed)
                 layers.append(_edited(sae, statistics, drawn[:removed], drawn[removed:], chosen.towards))
             moved = replace(edit, layers=tuple(layers))
@@ -111,6 +111,14 @@ class Spare(Method):
                 Condition("random_features", chosen.towards, {"draw": draw}, (moved,), control_of=chosen.method)
             )
         return controls
+
+    def statistics(self, lab: Lab, sae: SparseAutoencoder) -> FeatureStatistics:
+        """What the features of an autoencoder have to do with the source.
+
+        Raises:
+            UserError: If train's prompts do not tell.
+        """
+        return feature_statistics(lab, sae)
 
     def _saes(self, lab: Lab) -> list[SparseAutoencoder]:
         there = [sae.layer for sae in lab.autoencoders]

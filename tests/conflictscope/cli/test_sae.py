@@ -18,7 +18,7 @@ from probes.sae_quality import measure_saes
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
-run = test_cli.run
+run, tiny, data = test_cli.run, test_cli.tiny, test_cli.data
 SHORT = [
     "--features",
     "48",
@@ -235,3 +235,25 @@ def test_features_are_looked_at_with_a_recording_of_answers(run, trained, tiny_d
     assert {path.name for path in (tmp_path / "looks").glob("*.html")} == {
         f"layer_2-feature_{feature}.html" for feature in (3, 5)
     }
+
+
+def test_differences_with_and_without_a_context_are_an_edit_that_can_be_evaluated(run, trained, tmp_path, tiny, data):
+    saes = ("--sae", trained, "--count", "3", "--out", "diff")
+    code, output, _ = run("sae", "diff", "--model", tiny, "--data", data, *saes)
+    assert code == 0
+    assert "difference" in output
+    table = pl.read_parquet(tmp_path / "diff" / "differences.parquet")
+    assert table["layer"].to_list() == [0, 0, 0, 2, 2, 2]
+    assert {"layer_0.html", "layer_2.html", "edit.json"} <= {path.name for path in (tmp_path / "diff").iterdir()}
+    edit = json.loads((tmp_path / "diff" / "edit.json").read_text())
+    assert edit["towards"] == "context"
+    evaluated = run("evaluate", "--model", tiny, "--data", data, "--split", "all", "--config", "diff/edit.json")
+    assert evaluated[0] == 0
+
+
+def test_differences_to_another_model(run, trained, tmp_path, tiny, data, tiny_directories):
+    arguments = ("sae", "diff", "--model", tiny, "--data", data, "--sae", trained, "--out", "diff")
+    assert_one_sentence(run(*arguments, "--other", tiny), "No feature differs")
+    assert_one_sentence(run(*arguments, "--layer", "1"), "has no SAE of layer 1")
+    assert run(*arguments, "--other", tiny_directories["mistral"])[0] == 0
+    assert json.loads((tmp_path / "diff" / "edit.json").read_text())["towards"] is None
