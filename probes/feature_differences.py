@@ -56,8 +56,10 @@ class FeatureDifferences:
         """
         if not len(one) or not len(one) == len(other) == len(subjects):
             raise UserError(f"Both sides need the same prompts, at least one; they have {len(one)} and {len(other)}.")
-        sides = ([sae.encode(part).cpu() for part in states.split(_ROWS_AT_ONCE)] for states in (one, other))
-        return cls(sae, *map(torch.cat, sides), tuple(subjects))
+        ours, theirs = (
+            torch.cat([sae.encode(part).cpu() for part in states.split(_ROWS_AT_ONCE)]) for states in (one, other)
+        )
+        return cls(sae, ours, theirs, tuple(subjects))
 
     @property
     def difference(self) -> Tensor:

@@ -100,8 +100,7 @@ def attribute(
     else:
         from interp.attribution.ways import scored
 
-        way: Any = method
-        scores = scored(way, model, part, **about)
+        scores = scored(method, model, part, **about)
     scores.save(out)
     is_layers = isinstance(scores, LayerScores)
     save_figure(layer_lines(scores) if is_layers else head_map(scores), out.with_suffix(".html"))

@@ -28,14 +28,14 @@ def locate(
     """
     from conflictscope.methods.pruning_by import pruning_by, way_scores
     from interp.attribution.scores import HeadScores
-    from interp.attribution.ways import WAYS, Way, agreement
+    from interp.attribution.ways import WAYS, agreement
 
     if unknown := set(way or ()) - set(WAYS):
         raise UserError(f"There is no way {min(unknown)!r} to score heads; choose among {', '.join(WAYS)}.")
     left_out = set(WAYS) - set(way or WAYS)
     chosen = [name for name in WAYS if name not in left_out]
     lab = asked.lab(out)
-    scores: dict[Way, HeadScores] = {}
+    scores: dict[str, HeadScores] = {}
     for name in chosen:
         try:
             scores[name] = way_scores(lab, name)
@@ -43,7 +43,7 @@ def locate(
             say(f"{name} cannot score heads here: {error}")
     if not scores:
         raise UserError("No way can score heads on these prompts; give more of them.")
-    agreeing = agreement({str(name): found for name, found in scores.items()})
+    agreeing = agreement(scores)
     print_frame(pl.DataFrame([{"rank correlation": one, **others} for one, others in agreeing.items()]))
     study(
         lab,

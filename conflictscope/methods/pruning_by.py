@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from conflictscope.methods._heads import HeadMethod, distinct, scaling, strongest
@@ -17,7 +18,7 @@ from conflictscope.study.lab import Lab
 from interp.answers import OPPOSITE, Direction
 from interp.attribution.examples import with_partners
 from interp.attribution.scores import HeadScores
-from interp.attribution.ways import WAYS_VERSION, Way, scored
+from interp.attribution.ways import WAYS_VERSION, scored
 from interp.conflicts import ConflictSet, evenly
 
 _PROMPTS, _FEW = 96, 24
@@ -27,7 +28,7 @@ _PROMPTS, _FEW = 96, 24
 class _PruningBy(HeadMethod):
     """Prune the first heads by one way's scores."""
 
-    way: Way
+    way: str
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """Each number of heads.
@@ -50,13 +51,14 @@ class _PruningBy(HeadMethod):
         return {"first_heads": [[f"{head.layer}.{head.head}", head.score] for head in ranking[: max(COUNTS)]]}
 
 
-def pruning_by(way: Way) -> HeadMethod:
+@cache
+def pruning_by(way: str) -> HeadMethod:
     """The method that prunes what one way to score heads finds; its name says by which."""
     named = type("PruningBy", (_PruningBy,), {"name": f"pruning_by_{way.replace('-', '_')}"})
     return named(way)
 
 
-def way_scores(lab: Lab, way: Way) -> HeadScores:
+def way_scores(lab: Lab, way: str) -> HeadScores:
     """One way's scores on some of train's conflict prompts, the same ones for every way; computed once.
 
     Raises:

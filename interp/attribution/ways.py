@@ -24,7 +24,7 @@ WAYS_VERSION = 1
 
 
 def scored(
-    way: Way, model: nn.Module, conflicts: ConflictSet, *, name: str, seed: int = 0, progress: str | None = None
+    way: str, model: nn.Module, conflicts: ConflictSet, *, name: str, seed: int = 0, progress: str | None = None
 ) -> HeadScores:
     """Score every head in one way.
 

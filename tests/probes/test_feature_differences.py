@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,8 +87,9 @@ def _prompts(asked):
 def test_two_models_read_the_same_prompts_and_the_edit_leads_from_one_to_the_other(tiny_plain):
     model = tiny_plain("llama")
     other = copy.deepcopy(model)
+    mlp: Any = Anatomy(other).module("mlp", 1)
     with torch.no_grad():
-        Anatomy(other).module("mlp", 1).down_proj.weight.mul_(3)
+        mlp.down_proj.weight.mul_(3)
     asked = ConflictSet("one", tiny_conflicts().examples[:1])
     sae = identity(Anatomy(model).d_model)
     (found,) = differences([sae], model, asked, other=other)
