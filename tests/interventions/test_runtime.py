@@ -20,6 +20,7 @@ from interventions.dial import DialScale, TrustDial
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
+from interventions.juice import AddedHead, JuICE
 from interventions.runtime import apply, remove
 from interventions.steering import Steering
 from tests.tiny import CONFIGS, tiny_conflicts
@@ -31,6 +32,7 @@ KINDS: dict[str, list[Any]] = {
     "heads": [HEADS],
     "steering": [Steering(1, VECTOR)],
     "gate": [ConflictGate("block", 0, VECTOR, 0.0, 0.0, (HEADS, Steering(1, VECTOR, tokens="answer")))],
+    "juice": [JuICE((AddedHead(1, 1, 3.0), AddedHead(2, 3, -2.0)))],
 }
 
 
@@ -124,6 +126,10 @@ def test_greedy_texts_ignore_what_the_checkpoint_would_penalise(llama, tokenizer
 )
 def test_each_row_of_a_batch_gets_what_it_gets_alone(llama, batch, tokenizer, kind, options):
     with apply(llama, file_of(kind, llama)):
+        if kind == "juice" and "num_beams" in options:
+            with pytest.raises(UserError, match="set num_beams to 1"):
+                greedy(llama, batch, **options)
+            return
         together = greedy(llama, batch, **options)[:, batch["input_ids"].shape[1] :]
         for row, prompt in enumerate(PROMPTS):
             alone = dict(tokenizer([prompt], return_tensors="pt"))
@@ -230,7 +236,7 @@ def test_continuous_batching_is_refused_where_tokens_or_rows_matter(llama, kind)
         if kind == "heads":
             assert "init_continuous_batching" not in vars(llama)
         else:
-            with pytest.raises(UserError, match="cannot tell them apart in continuous batching"):
+            with pytest.raises(UserError, match="in continuous batching|by continuous batching"):
                 llama.init_continuous_batching()
     assert not {"generate", "init_continuous_batching"} & vars(llama).keys()
 
@@ -286,8 +292,13 @@ def test_a_model_called_by_position_or_by_its_forward_method_is_edited(llama, ba
     with apply(llama, file_of(kind, llama)), torch.inference_mode():
         expected = llama(input_ids=ids, attention_mask=mask).logits
         llama.generate(ids[:1, -3:], max_new_tokens=2)
-        for called in (llama, llama.forward):
-            assert torch.equal(called(ids, mask).logits, expected)
+        assert torch.equal(llama(ids, mask).logits, expected)
+        if kind == "juice":
+            # Its two readings of a prompt are put side by side where the model is called.
+            with pytest.raises(UserError, match="call the model"):
+                llama.forward(ids, mask)
+        else:
+            assert torch.equal(llama.forward(ids, mask).logits, expected)
 
 
 # Applied twice, and saved
