@@ -204,6 +204,7 @@ def layer_lines(scores: LayerScores) -> go.Figure:
         y=mean.tolist(),
         mode="lines+markers",
         line={"color": SERIES_COLOURS[0], "width": 2},
+        marker={"color": SERIES_COLOURS[0]},
         name=escape(scores.metric),
         hovertemplate="layer %{x}: %{y:.2f}<extra></extra>",
     )

@@ -3,7 +3,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from figures.features import feature_view
+from figures.features import difference_bars, feature_view
 from figures.theme import CONTEXT_COLOUR, DARK_THEME, MEMORY_COLOUR, OTHER_COLOUR
 from probes.feature_views import FeatureView
 from tests.figures.samples import trace
@@ -123,3 +123,17 @@ def test_a_theme_swap_changes_no_data_colour() -> None:
     figure: Any = feature_view(view(PROMPTS))
     before = figure.to_plotly_json()["data"]
     assert figure.update_layout(template=DARK_THEME).to_plotly_json()["data"] == before
+
+
+def test_differences_reach_to_the_side_on_which_a_feature_is_larger() -> None:
+    sides = {"one": [1.0, 3.0], "other": [4.0, 2.0], "fires_one": [0.5, 1.0], "fires_other": [1.0, 1.0]}
+    bounds = {"difference": [3.0, -1.0], "low": [2.5, -1.5], "high": [3.5, -0.5]}
+    table = pl.DataFrame({"layer": [16, 16], "feature": [7, 9], **sides, **bounds})
+    figure: Any = difference_bars(table, "<base>", "tuned")
+    bars = trace(figure, type="bar")
+    assert list(bars.x) == [3.0, -1.0]
+    assert list(bars.y) == ["feature 7", "feature 9"]
+    assert bars.marker.color[0] != bars.marker.color[1]
+    assert list(bars.error_x.array) == pytest.approx([0.5, 0.5])
+    assert "&lt;base&gt;: mean 1.000, fires for 50%" in bars.hovertext[0]
+    assert "&lt;base&gt;" in figure.layout.xaxis.title.text

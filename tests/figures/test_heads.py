@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 import torch
 
-from figures.heads import head_map, top_heads_bars, top_heads_by_group
+from figures.heads import agreement_map, head_map, layer_lines, top_heads_bars, top_heads_by_group
 from figures.theme import CONTEXT_COLOUR, MEMORY_COLOUR
-from interp.attribution.scores import HeadScores
+from interp.attribution.scores import HeadScores, LayerScores
 from interp.errors import UserError
 from tests.figures.samples import MAP, trace
 
@@ -50,6 +50,31 @@ def test_top_heads_run_from_context_to_memory() -> None:
     assert list(bars.marker.color) == [CONTEXT_COLOUR, CONTEXT_COLOUR, MEMORY_COLOUR]
     assert list(bars.error_x.array) == pytest.approx([0.1] * 3, abs=1e-6)
     assert figure.layout.yaxis.autorange == "reversed"
+
+
+def test_layers_are_a_line_with_its_interval() -> None:
+    values = torch.tensor([[0.0, 1.0, 4.0], [0.0, 3.0, 6.0]])
+    about = {"unit": "degrees", "signed": False}
+    scores = LayerScores(values, ("a", "b"), ("A", "B"), "representation_gap", "gap", "m", "d", about)
+    figure: Any = layer_lines(scores)
+    assert list(trace(figure, mode="lines+markers").y) == [0.0, 2.0, 5.0]
+    assert list(trace(figure, fill="toself").y) == pytest.approx([0.0, 3.0, 6.0, 4.0, 1.0, 0.0])
+    assert figure.layout.yaxis.title.text == "gap (degrees)"
+
+
+def test_agreement_is_a_map_with_its_numbers() -> None:
+    figure: Any = agreement_map({"exact": {"exact": 1.0, "estimate": 0.5}, "estimate": {"exact": 0.5}})
+    heat = trace(figure, type="heatmap")
+    assert [list(row) for row in heat.text] == [["1.00", "0.50"], ["0.50", ""]]
+    assert list(heat.x) == list(heat.y) == ["exact", "estimate"]
+
+
+def test_heads_without_a_sign_are_not_said_to_push_towards_a_source() -> None:
+    values = torch.tensor([[[0.5, 0.25]]])
+    about = {"unit": "share", "signed": False}
+    scores = HeadScores(values, ("a",), ("A",), "retrieval", "retrieval", "m", "d", about)
+    figure: Any = top_heads_by_group(scores, {"a": "question"}, k=1)
+    assert "towards" not in str(figure.layout.annotations)
 
 
 def test_heads_are_compared_between_groups_by_the_groups_own_means() -> None:
