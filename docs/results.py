@@ -45,13 +45,15 @@ def tables(
 ) -> str:
     """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
 
-    With ``first``, so many methods are shown, those with the highest rates on test, and the one that dev prefers; no
-    sentence about those that could not be measured.
+    A study of ways to find heads begins with how far they agree. With ``first``, so many methods are shown, those with
+    the highest rates on test, and the one that dev prefers; no sentence about those that could not be measured.
 
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
     random controls; then what the edit costs. ``n`` is the number of conflict prompts.
     """
     shown = [_table(record, d, c, first) for d in directions for c in choices if record.chosen(d, c)]
+    if not first and (agreement := record.details.get("agreement")):
+        shown.insert(0, _agreement(agreement))
     refused = (
         [] if first else [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
     )
@@ -70,10 +72,20 @@ def _table(record: StudyRecord, towards: Direction, choice: Choice, first: int |
     if len(shown) < len(chosen):
         head[0] += f", {len(shown)} of {len(chosen)} methods"
     rows = [[*_row(record, c, towards)] for c in (record.unedited, *shown)]
-    lines = (
-        " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line)
-        for line in (head, ["---"] * len(head), *rows)
-    )
+    return _markdown([head, ["---"] * len(head), *rows])
+
+
+def _agreement(correlations: Mapping[str, Mapping[str, float]]) -> str:
+    ways = list(correlations)
+    rows = [
+        [one, *(f"{found[other]:z.2f}" if other in found else "" for other in ways)]
+        for one, found in correlations.items()
+    ]
+    return _markdown([["rank correlation", *ways], ["---"] * (len(ways) + 1), *rows])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = (" | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) for row in rows)
     return "\n".join(f"| {line} |" for line in lines)
 
 

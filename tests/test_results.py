@@ -84,6 +84,19 @@ def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):
     ]
 
 
+def test_ways_to_find_heads_begin_with_how_far_they_agree(record):
+    agreement = {"exact": {"exact": 0.9, "estimate": -0.004}, "estimate": {"exact": -0.004}}
+    located = replace(record, details={"agreement": agreement})
+    first, *_ = tables(located, ["context"], ["best"]).split("\n\n")
+    assert first.splitlines() == [
+        "| rank correlation | exact | estimate |",
+        "| --- | --- | --- |",
+        "| exact | 0.90 | 0.00 |",
+        "| estimate | 0.00 |  |",
+    ]
+    assert "rank correlation" not in tables(located, ["context"], ["best"], first=3)
+
+
 def test_only_what_stands_between_marks_is_written_and_twice_is_as_once(record):
     after = "<!-- end of results -->\n\n<!-- results of other -->\nkept\n<!-- end of results -->\nAfter.\n"
     page = f"Before.\n\n<!-- results of mine, towards context, within budget -->\nold\n{after}"
