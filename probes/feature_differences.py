@@ -1,14 +1,17 @@
 """Find the features of a sparse autoencoder that two conditions, or two models, differ in most.
 
 Model diffing with SAEs (Wang et al. 2025, arXiv 2506.19823, who find the features of a persona so): the same prompts
-are read twice, by a model and by a fine-tune of it, or with a context and without one. Features are ordered by the
-change of their mean activation; the first ones, moved to what they are on the other side, are an edit.
+are read twice, by a model and by a fine-tune of it, or without a context and with it. Features are ordered by the
+change of their mean activation. An edit of the first ones shifts what fires less on the other side down by the change,
+to 0 at the least, and raises what fires more to its mean there: it moves means, not every prompt to where it would be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,13 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from interp.activations import record
+from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
+from interp.inputs import token_ids, tokenizer_of
 from interp.sae import SparseAutoencoder
 from interp.statistics import bootstrap_means
 from interventions.features import EditedFeatures
 
 _ROWS_AT_ONCE = 512
+
+
+class Side(NamedTuple):
+    """What the features of an autoencoder do on one side; each ``(n_features,)`` float64 on the CPU.
+
+    Attributes:
+        mean: Mean activation.
+        fires: Share of the prompts for which it is not 0.
+    """
+
+    mean: Tensor
+    fires: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,40 +48,32 @@ class FeatureDifferences:
 
     Attributes:
         sae: The autoencoder.
-        one: Activations on one side, ``(n_prompts, n_features)``, on the CPU.
-        other: The same on the other.
+        states: Residual streams after its layer on the one side and on the other, each ``(n_prompts, d_model)``.
         subjects: The prompts' subjects, the clusters of the intervals.
+
+    Raises:
+        UserError: If there is no prompt, or the sides differ in their number.
     """
 
     sae: SparseAutoencoder
-    one: Tensor
-    other: Tensor
+    states: tuple[Tensor, Tensor]
     subjects: tuple[str, ...]
 
-    @classmethod
-    def of(cls, sae: SparseAutoencoder, one: Tensor, other: Tensor, subjects: Sequence[str]) -> FeatureDifferences:
-        """Encode the residual streams of the same prompts on both sides.
+    def __post_init__(self) -> None:
+        one, other = map(len, self.states)
+        if not one or not one == other == len(self.subjects):
+            raise UserError(f"Both sides need the same prompts, at least one; they have {one} and {other}.")
 
-        Args:
-            sae: The autoencoder.
-            one: Residual streams after its layer, ``(n_prompts, d_model)``.
-            other: The same on the other side.
-            subjects: The prompts' subjects.
-
-        Raises:
-            UserError: If there is no prompt, or the sides differ in their number.
-        """
-        if not len(one) or not len(one) == len(other) == len(subjects):
-            raise UserError(f"Both sides need the same prompts, at least one; they have {len(one)} and {len(other)}.")
-        ours, theirs = (
-            torch.cat([sae.encode(part).cpu() for part in states.split(_ROWS_AT_ONCE)]) for states in (one, other)
-        )
-        return cls(sae, ours, theirs, tuple(subjects))
+    @cached_property
+    def sides(self) -> tuple[Side, Side]:
+        """What features do on the one side and on the other."""
+        one, other = (self._side(states) for states in self.states)
+        return one, other
 
     @property
     def difference(self) -> Tensor:
         """Mean activation on the other side less that on the one, ``(n_features,)``."""
-        return (self.other.double() - self.one.double()).mean(0)
+        return self.sides[1].mean - self.sides[0].mean
 
     def first(self, count: int) -> list[int]:
         """The features that differ most, those that do not differ left out."""
@@ -81,25 +90,26 @@ class FeatureDifferences:
             ``fires_other``.
         """
         chosen = self.first(count)
-        one, other = self.one[:, chosen].double(), self.other[:, chosen].double()
-        means = bootstrap_means((other - one).numpy(), self.subjects)
+        ours, theirs = (torch.cat([z[:, chosen] for z in self._encoded(states)]) for states in self.states)
+        means = bootstrap_means((theirs - ours).double().numpy(), self.subjects)
         low, high = np.quantile(means, [0.025, 0.975], axis=0) if chosen else (np.empty(0), np.empty(0))
+        one, other = self.sides
         return pl.DataFrame(
             {
                 "layer": pl.Series([self.sae.layer] * len(chosen), dtype=pl.Int64),
                 "feature": pl.Series(chosen, dtype=pl.Int64),
-                "one": one.mean(0).numpy(),
-                "other": other.mean(0).numpy(),
-                "difference": (other - one).mean(0).numpy(),
+                "one": one.mean[chosen].numpy(),
+                "other": other.mean[chosen].numpy(),
+                "difference": self.difference[chosen].numpy(),
                 "low": low,
                 "high": high,
-                "fires_one": (one != 0).double().mean(0).numpy(),
-                "fires_other": (other != 0).double().mean(0).numpy(),
+                "fires_one": one.fires[chosen].numpy(),
+                "fires_other": other.fires[chosen].numpy(),
             }
         )
 
     def edit(self, count: int) -> EditedFeatures:
-        """Move the features that differ most to their means on the other side: down by the difference, or up to it.
+        """Move the features that differ most as the module says.
 
         Raises:
             UserError: If no feature differs.
@@ -108,8 +118,21 @@ class FeatureDifferences:
         if not len(chosen):
             raise UserError(f"No feature of the SAE {self.sae.name} differs between the two sides; there is no edit.")
         removed, added = (chosen[(self.difference[chosen] > 0) == rises] for rises in (False, True))
-        fall, mean = -self.difference[removed], self.other.double().mean(0)[added]
+        fall, mean = -self.difference[removed], self.sides[1].mean[added]
         return EditedFeatures.of(self.sae, removed.tolist(), fall, added.tolist(), mean)
+
+    def _side(self, states: Tensor) -> Side:
+        total, fires = torch.zeros(2, self.sae.d_sae, dtype=torch.float64)
+        for z in self._encoded(states):
+            total += z.double().sum(0)
+            fires += (z != 0).sum(0)
+        return Side(total / len(states), fires / len(states))
+
+    def _encoded(self, states: Tensor) -> Iterator[Tensor]:
+        """Activations of some prompts at a time, ``(n, n_features)`` on the CPU: wide autoencoders' are large."""
+        device = self.sae.weights["W_dec"].device
+        for part in states.split(_ROWS_AT_ONCE):
+            yield self.sae.encode(part.to(device)).cpu()
 
 
 def differences(
@@ -126,27 +149,40 @@ def differences(
         saes: Autoencoders of the model's residual stream; they read both sides.
         model: The one side.
         conflicts: The prompts; those that are not known without their context are left out where that is compared.
-        other: The other side, a model of the same shape; ``None`` compares prompts without and with their context.
+        other: The other side, a fine-tune of the model; ``None`` compares prompts without and with their context.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
         For each autoencoder how its features differ at the prompts' last token.
 
     Raises:
-        UserError: If there is no prompt, or an autoencoder does not fit the other model.
+        UserError: If there is no prompt, or the other model is no fine-tune of the one.
     """
-    examples = list(conflicts) if other is not None else [e for e in conflicts if e.bare_prompt]
+    examples = [example for example in conflicts if other is not None or example.bare_prompt]
     if not examples:
-        raise UserError("There is no prompt to compare; give conflict prompts that are known without their context.")
+        known = "" if other is not None else " that are known without their context"
+        raise UserError(f"There is no prompt to compare; give conflict prompts{known}.")
     sites = list(dict.fromkeys(sae.site for sae in saes))
     whole = [example.prompt for example in examples]
     if other is None:
         one = record(model, [example.bare_prompt for example in examples], sites, progress=progress)
         two = record(model, whole, sites, progress=progress)
     else:
-        for sae in saes:
-            # It was trained on the one side, and need not have seen the other.
-            replace(sae, card={}).check(other, "the other model")
+        _check_related(model, other, whole)
         one, two = (record(side, whole, sites, progress=progress) for side in (model, other))
-    subjects = [example.subject for example in examples]
-    return [FeatureDifferences.of(sae, one[sae.site], two[sae.site], subjects) for sae in saes]
+    subjects = tuple(example.subject for example in examples)
+    device = Anatomy(model).device
+    return [FeatureDifferences(sae.to(device), (one[sae.site], two[sae.site]), subjects) for sae in saes]
+
+
+def _check_related(model: nn.Module, other: nn.Module, prompts: Sequence[str]) -> None:
+    ours, theirs = Anatomy(model), Anatomy(other)
+    for said, one, two in (
+        ("architecture", ours.architecture, theirs.architecture),
+        ("number of layers", ours.n_layers, theirs.n_layers),
+        ("width", ours.d_model, theirs.d_model),
+    ):
+        if one != two:
+            raise UserError(f"The other model has another {said}, {two} and not {one}; give a fine-tune of the model.")
+    if token_ids(tokenizer_of(model), prompts) != token_ids(tokenizer_of(other), prompts):
+        raise UserError("The other model's tokenizer gives other tokens; give a fine-tune that kept the tokenizer.")

@@ -116,7 +116,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "out/demo/interventions/pruning-towards_context.json": edit,
         "out/dial/dial.json": TrustDial((DialScale(1, 1, 2.0, 0.5),), 0.0, points),
         "out/gate/gated.json": ConflictGate("block", 0, vector, 0.0, 0.0, (edit,)),
-        "out/sae-diff/edit.json": Steering(1, vector),
+        "out/sae-diff/layer_20.json": Steering(1, vector),
         "out/steer/interventions/actadd-towards_context.json": Steering(1, vector),
     }.items():
         InterventionFile.of([part], name="edit", model=identity, towards="context").save(root / place)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from conflictscope.cli.inputs import check_parquet
 from conflictscope.cli.options import Asked, SplitOption, say
+from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 
@@ -69,6 +70,8 @@ def attribute(
         raise UserError(f"--metric and --mlps belong to path-patching; leave them out with {method}.")
     if (method == "head-to-head") != (receiver is not None) or (tokens != "last" and method != "head-to-head"):
         raise UserError("--receiver and --tokens belong to head-to-head, which needs a receiver, for example 18.6.")
+    if tokens == "all" and baseline != "zero":
+        raise UserError("--tokens all replaces heads at every token, which only --baseline zero can do; give it.")
     listening = None if receiver is None else _head(receiver)
     check_parquet(out)
     model, conflicts = source.conflicts()
@@ -91,7 +94,7 @@ def attribute(
         edges = edge_attribution(model, part.select(kind="conflict"), **about)
         scores, beside = edges.heads, out.with_name(f"{out.stem}_edges.parquet")
         write_parquet(beside, edges.to_frame())
-        _print("edge", [(f"{e.sender} to {e.receiver}", e.score) for e in edges.strongest(top)])
+        print_frame(edges.to_frame().head(top))
         say(f"All edges are in {beside}")
     elif method == "representations":
         from interp.attribution.representations import representation_gap
@@ -113,14 +116,9 @@ def _head(receiver: str) -> tuple[int, int]:
         layer, head = map(int, receiver.split("."))
     except ValueError:
         raise UserError(f"--receiver must be a head as layer.head, for example 18.6, not {receiver!r}.") from None
+    if layer == 0:
+        raise UserError(f"--receiver {receiver} is in layer 0, where no head listens to another; give a later one.")
     return layer, head
-
-
-def _print(part: str, rows: list[tuple[str, float]]) -> None:
-    table = Table(part, "score")
-    for name, score in rows:
-        table.add_row(name, f"{score:+.3f}")
-    Console().print(table)
 
 
 def _print_ranking(scores: Any, top: int) -> None:

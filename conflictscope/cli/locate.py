@@ -32,24 +32,17 @@ def locate(
 
     if unknown := set(way or ()) - set(WAYS):
         raise UserError(f"There is no way {min(unknown)!r} to score heads; choose among {', '.join(WAYS)}.")
-    left_out = set(WAYS) - set(way or WAYS)
-    chosen = [name for name in WAYS if name not in left_out]
+    chosen = [name for name in WAYS if not way or name in way]
     lab = asked.lab(out)
     scores: dict[str, HeadScores] = {}
     for name in chosen:
         try:
             scores[name] = way_scores(lab, name)
         except UserError as error:
+            # The study says so in its record too.
             say(f"{name} cannot score heads here: {error}")
-    if not scores:
-        raise UserError("No way can score heads on these prompts; give more of them.")
     agreeing = agreement(scores)
-    print_frame(pl.DataFrame([{"rank correlation": one, **others} for one, others in agreeing.items()]))
-    study(
-        lab,
-        [pruning_by(name) for name in scores],
-        "locate",
-        out,
-        controls="kinds",
-        details={"agreement": agreeing},
-    )
+    if agreeing:
+        print_frame(pl.DataFrame([{"rank correlation": one, **others} for one, others in agreeing.items()]))
+    methods = [pruning_by(name) for name in chosen]
+    study(lab, methods, "locate", out, controls="kinds", details={"agreement": agreeing})

@@ -179,15 +179,15 @@ def sae_diff(
     layer: Annotated[int | None, typer.Option(help="Which of several SAEs; its layer. All by default.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many features of each SAE to list and to edit.")] = 16,
     split: SplitOption = "train",
-    out: Annotated[Path, typer.Option(help="Folder for the table, a figure of each SAE and an edit.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the table, and a figure and an edit of each SAE.")] = Path(
         "out/sae-diff"
     ),
     source: Asked,
 ) -> None:
     """Find the features that differ most between two models, or with and without a context; and edit them.
 
-    Both models read the same conflict prompts. Of two models the edit moves --model to what --other does; without
-    --other it moves the model to what a context does.
+    Both models read the same conflict prompts. Each edit moves one layer's features of --model to their means in
+    --other, or, without --other, to their means with a context.
     """
     import polars as pl
 
@@ -200,9 +200,12 @@ def sae_diff(
     from interventions.identity import ModelIdentity
     from probes.feature_differences import differences
 
-    saes = [one for one in load_saes(sae) if layer is None or one.layer == layer]
+    there = load_saes(sae)
+    saes = [one for one in there if layer is None or one.layer == layer]
     if not saes:
-        raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(load_saes(sae))}.")
+        raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(there)}.")
+    if len({one.layer for one in saes}) < len(saes):
+        raise UserError(f"{sae} has several SAEs of one layer; give a folder with one SAE for each.")
     model, conflicts = source.conflicts()
     for one in saes:
         one.check(model, source.model)
@@ -210,23 +213,25 @@ def sae_diff(
     fine_tune = None if other is None else replace(source, model=other).load()
     found = differences(saes, model, asked, other=fine_tune, progress="Recording")
     table = pl.concat([one.table(count) for one in found])
-    write_parquet(out / "differences.parquet", table)
     sides = ("without context", "with context") if other is None else (source.model, other)
-    for one in found:
-        save_figure(difference_bars(one.table(count), *sides), out / f"layer_{one.sae.layer}.html")
-    print_frame(table)
     if table.is_empty():
         raise UserError(f"No feature differs between {sides[0]} and {sides[1]}; there is no edit.")
-    edit = FeatureEdit(tuple(one.edit(count) for one in found if one.first(count)), tokens="last_prompt")
-    about = {"method": "feature_differences", "data": conflicts.digest, "one": sides[0], "other": sides[1]}
-    InterventionFile.of(
-        [edit],
-        name=f"{sides[0]} towards {sides[1]}",
-        towards="context" if other is None else None,
-        model=ModelIdentity.of(model, source.model),
-        provenance=about,
-    ).save(out / "edit.json")
-    say(f"The edit is in {out / 'edit.json'}; it is measured with: conflictscope evaluate --config {out / 'edit.json'}")
+    write_parquet(out / "differences.parquet", table)
+    print_frame(table)
+    about = {"method": "feature_differences", "data": asked.digest, "seed": source.seed, "split": split}
+    for one in (one for one in found if one.first(count)):
+        place = out / f"layer_{one.sae.layer}"
+        save_figure(difference_bars(one.table(count), *sides), place.with_suffix(".html"))
+        InterventionFile.of(
+            [FeatureEdit((one.edit(count),), tokens="last_prompt")],
+            name=f"{sides[0]} towards {sides[1]}, layer {one.sae.layer}",
+            towards="context" if other is None else None,
+            model=ModelIdentity.of(model, source.model),
+            provenance={**about, "sides": list(sides)},
+        ).save(place.with_suffix(".json"))
+    say(
+        f"All are in {out}: the table, and of each layer a figure and an edit, for example {place.with_suffix('.json')}"
+    )
 
 
 def _lines(path: Path) -> list[str]:

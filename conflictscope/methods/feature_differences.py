@@ -36,8 +36,8 @@ class ContextFeatures(Spare):
 
         def compute() -> Tensor:
             (found,) = differences([sae], lab.model, asked, progress=f"Recording layer {sae.layer}")
-            fires = torch.cat([found.one, found.other]) != 0
-            parts = (found.difference.abs(), found.other.mean(0), found.one.mean(0), fires.double().mean(0))
-            return torch.stack([part.double() for part in parts])
+            bare, whole = found.sides
+            fires = (bare.fires + whole.fires) / 2
+            return torch.stack([found.difference.abs(), whole.mean, bare.mean, fires])
 
         return FeatureStatistics(*kept(lab, "feature_differences", sae.digest, compute, torch.float64))

@@ -16,12 +16,9 @@ from conflictscope.methods.pruning import COUNTS
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from interp.answers import OPPOSITE, Direction
-from interp.attribution.examples import with_partners
 from interp.attribution.scores import HeadScores
 from interp.attribution.ways import WAYS_VERSION, scored
-from interp.conflicts import ConflictSet, evenly
-
-_PROMPTS, _FEW = 96, 24
+from interp.conflicts import ConflictSet
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,15 @@ def pruning_by(way: str) -> HeadMethod:
 
 
 def way_scores(lab: Lab, way: str) -> HeadScores:
-    """One way's scores on some of train's conflict prompts, the same ones for every way; computed once.
+    """One way's scores on those of the lab's prompts that it can score; computed once.
 
     Raises:
         UserError: If the way cannot score heads on this model or these prompts.
     """
-    train = lab.prompts.train
-    some = with_partners(evenly(train.select(kind="conflict"), _FEW if lab.quick else _PROMPTS, lab.seed))
-    about = {(e.subject, e.relation, e.template) for e in some}
-    agreeing = [e for e in train.select(kind="aligned") if (e.subject, e.relation, e.template) in about]
-    prompts = ConflictSet(train.name, (*some, *agreeing))
+    about = {(e.subject, e.relation, e.template) for e in lab.scored}
+    aligned = lab.prompts.train.select(kind="aligned")
+    agreeing = [e for e in aligned if (e.subject, e.relation, e.template) in about]
+    prompts = ConflictSet(lab.scored.name, (*lab.scored, *agreeing))
 
     def compute() -> dict[str, HeadScores]:
         said = f"Scoring heads by {way.replace('-', ' ')}"

@@ -125,16 +125,20 @@ class Lab:
         )
 
     @cached_property
+    def scored(self) -> ConflictSet:
+        """Some conflict prompts of train, those on which heads are scored; each has a partner to be corrupted with."""
+        count = _QUICK_SCORED_ON if self.quick else _SCORED_ON
+        train = evenly(self.prompts.train.select(kind="conflict"), count, self.seed)
+        return ConflictSet(self.prompts.train.name, tuple(with_partners(train)))
+
+    @cached_property
     def head_scores(self) -> dict[str, HeadScores]:
-        """Path patching on some conflict prompts of train, by metric: ``logit_diff`` and both ``..._probability``.
+        """Path patching on ``scored``, by metric: ``logit_diff`` and both ``..._probability``.
 
         Raises:
             UserError: If no prompt has a partner to be corrupted with.
         """
-        train = evenly(
-            self.prompts.train.select(kind="conflict"), _QUICK_SCORED_ON if self.quick else _SCORED_ON, self.seed
-        )
-        some = ConflictSet(self.prompts.train.name, tuple(with_partners(train)))
+        some = self.scored
         return self.records.head_scores(
             "head_scores",
             [some.digest, self.seed],

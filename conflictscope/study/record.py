@@ -6,7 +6,8 @@
  "settings": {"seed", "quick", "budgets", "device", "dtype", "versions"},
  "conditions": [unedited first, then every chosen condition, then random controls: see ``Measured``],
  "tried": [{"method", "towards", "settings", "does", "moved", "rate", "kept", "damage", "spent"}],
- "lines": {name: [a measurement at each dose]}, "not_run": {method: reason}, "details": {method: what it says besides},
+ "lines": {name: [a measurement at each dose]}, "not_run": {method: reason},
+ "details": {method, "dial" or "agreement": what is said besides},
  "to_come": [the methods that an unfinished study has not measured yet]}
 """
 

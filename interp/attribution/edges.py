@@ -31,6 +31,8 @@ from interp.errors import UserError
 from interp.inputs import padded, prompt_batches, token_ids, tokenizer_of
 from interp.progress import tracked
 
+_TOKENS_AT_ONCE = 512
+
 
 class Edge(NamedTuple):
     """One edge with its mean score, positive where it carries what pushes towards the context answer."""
@@ -50,6 +52,7 @@ class EdgeScores:
         receivers: Names of the receivers: ``attention 3``, ``mlp 3``, ``logits``.
         heads: For each head the sum over all its edges, by example.
         mlps: The same of each MLP.
+        is_edge: Where there is an edge, boolean ``(n_senders, n_receivers)``.
     """
 
     values: Tensor
@@ -57,18 +60,18 @@ class EdgeScores:
     receivers: tuple[str, ...]
     heads: HeadScores
     mlps: LayerScores
+    is_edge: Tensor
 
     def strongest(self, count: int) -> list[Edge]:
         """The edges whose mean score is furthest from 0, the furthest first."""
-        order = self.values.abs().flatten().argsort(descending=True, stable=True)[:count].tolist()
+        sizes = self.values.abs().masked_fill(~self.is_edge, -1).flatten()
+        order = sizes.argsort(descending=True, stable=True)[: min(count, int(self.is_edge.sum()))].tolist()
         places = [divmod(index, len(self.receivers)) for index in order]
         return [Edge(self.senders[s], self.receivers[r], self.values[s, r].item()) for s, r in places]
 
     def to_frame(self) -> pl.DataFrame:
         """One row an edge: ``sender, receiver, score``."""
-        return pl.DataFrame(
-            self.strongest(self.values.numel()), schema=["sender", "receiver", "score"], orient="row"
-        ).filter(pl.col("score") != 0)
+        return pl.DataFrame(self.strongest(self.values.numel()), schema=list(Edge._fields), orient="row")
 
 
 def edge_attribution(
@@ -89,7 +92,7 @@ def edge_attribution(
             the same phrasing and number of tokens is to be found, are left out.
         name: Name of the model, for the record.
         steps: Points between the corrupted and the clean prompt at which the gradient is taken; ``m`` above.
-        batch_size: Prompts per pass.
+        batch_size: Prompts per pass at most; fewer of long ones.
         seed: Decides the corrupted prompts.
         progress: Label of a progress bar; ``None`` shows none.
 
@@ -108,7 +111,7 @@ def edge_attribution(
     model_edges = _Edges(anatomy)
     total = torch.zeros(len(model_edges.senders), len(model_edges.receivers))
     outgoing = torch.zeros(len(examples), len(model_edges.senders))
-    for numbers, _ in tracked(prompt_batches(model, prompts, batch_size), progress):
+    for numbers, _ in tracked(prompt_batches(model, prompts, batch_size, most_tokens=_TOKENS_AT_ONCE), progress):
         clean, corrupted = (
             padded(model, [tokens[i] for i in rows]) for rows in (numbers, [partners[i] for i in numbers])
         )
@@ -134,6 +137,7 @@ def edge_attribution(
         model_edges.receivers,
         HeadScores.of(heads, examples, conflicts, **about),
         LayerScores.of(outgoing[:, 1 + n_heads :], examples, conflicts, **about),
+        model_edges.is_edge,
     )
 
 
@@ -173,7 +177,7 @@ class _Edges:
         # Receivers stand in the order in which they read, those of a parallel layer side by side.
         of_heads = [2 * layer + (2 if anatomy.parallel else 1) for layer, _ in anatomy.heads]
         first = torch.tensor([0, *of_heads, *(2 * layer + 2 for layer in layers)])
-        self._is_edge = torch.arange(len(self.receivers)) >= first.unsqueeze(1)
+        self.is_edge = torch.arange(len(self.receivers)) >= first.unsqueeze(1)
 
     @torch.no_grad()
     def scores(self, clean: dict[str, Tensor], corrupted: dict[str, Tensor], answers: Tensor, steps: int) -> Tensor:
@@ -182,7 +186,7 @@ class _Edges:
         gradient: Tensor | None = None
         for step in range(1, steps + 1):
             at = other.embedding + step / steps * (written.embedding - other.embedding)
-            found = self._gradient(clean, at, answers) / steps
+            found = self._gradient(clean, at, answers).float() / steps
             gradient = found if gradient is None else gradient + found
         assert gradient is not None
         parts = [self._through((written.embedding - other.embedding).unsqueeze(2), gradient)]
@@ -193,12 +197,12 @@ class _Edges:
             self._through((ours - theirs).unsqueeze(2), gradient)
             for ours, theirs in zip(written.mlps, other.mlps, strict=True)
         ]
-        return torch.cat(parts, 1) * self._is_edge
+        return torch.cat(parts, 1) * self.is_edge
 
     @staticmethod
     def _through(change: Tensor, gradient: Tensor) -> Tensor:
         """Changes ``(n, n_tokens, k, d_model)`` by gradients ``(n, n_receivers, n_tokens, d_model)``."""
-        return torch.einsum("ntkm,nrtm->nkr", change.float(), gradient.float()).cpu()
+        return torch.einsum("ntkm,nrtm->nkr", change.float(), gradient).cpu()
 
     def _written(self, inputs: dict[str, Tensor]) -> _Written:
         """What senders write at every token of some prompts."""

@@ -14,7 +14,7 @@ one token. Replaced at all tokens, it also reaches what the receiver finds in th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -83,13 +83,15 @@ def head_to_head(
     prompts = [example.prompt for example in examples]
     clean = last_token_states(model, prompts)
     check_attributed(anatomy, clean.final, token_ids)
-    patch = _Patch(anatomy, ReadPrompts(model, prompts), listening, tokens)
-    heard = patch.heard(replacement_z(clean, examples, baseline, seed), progress)
+    # Whole prompts are run anew for each sender, so that nothing need be kept of them.
+    read = ReadPrompts(model, prompts) if tokens == "last" else ReadPrompts(model, prompts, most_kept=0)
+    changes = _Patch(anatomy, read, listening, tokens).changes(replacement_z(clean, examples, baseline, seed), progress)
     scores = {}
     for at, receiver in enumerate(listening):
         senders = receiver[0] * anatomy.n_heads
         values = torch.zeros(len(examples), anatomy.n_layers * anatomy.n_heads)
-        values[:, :senders] = head_effects(anatomy, clean, receiver, heard[:, :senders, at], token_ids)
+        z = clean.z[:, receiver[0], receiver[1]].unsqueeze(1) + changes[:, :senders, at]
+        values[:, :senders] = head_effects(anatomy, clean, receiver, z, token_ids)
         scores[receiver] = HeadScores.of(
             values.unflatten(1, (anatomy.n_layers, anatomy.n_heads)),
             examples,
@@ -108,6 +110,10 @@ def head_to_head(
     return scores
 
 
+class _Enough(Exception):
+    """What is above is not needed."""
+
+
 @dataclass(frozen=True)
 class _Patch:
     """The first of the two passes."""
@@ -117,8 +123,10 @@ class _Patch:
     receivers: list[Head]
     tokens: Tokens
 
-    def heard(self, replacement: Tensor, progress: str | None) -> Tensor:
-        """Each receiver's z at the last token when a sender is replaced, ``(n, n_senders, n_receivers, d_head)``.
+    def changes(self, replacement: Tensor, progress: str | None) -> Tensor:
+        """How each receiver's z changes at the last token with a sender, ``(n, n_senders, n_receivers, d_head)``.
+
+        Both are of the same kind of pass, so that what rounding does to one kind is no change.
 
         Args:
             replacement: What each sender's z is replaced by, ``(n, n_layers, n_heads, d_head)``.
@@ -126,15 +134,15 @@ class _Patch:
         """
         senders = [head for head in self.anatomy.heads if head[0] < max(self.receivers)[0]]
         shape = (len(replacement), len(senders), len(self.receivers), self.anatomy.d_head)
-        heard = torch.empty(shape, device=self.anatomy.device, dtype=self.anatomy.dtype)
+        changes = torch.empty(shape, device=self.anatomy.device, dtype=self.anatomy.dtype)
         steps = [(batch, at) for batch in range(len(self.read.batches)) for at in range(len(senders))]
         clean: dict[int, Tensor] = {}
         for batch, at in tracked(steps, progress):
             rows = self.read.batches[batch]
             if at == 0:
                 clean = self._clean(batch)
-            heard[rows, at] = self._pass(batch, senders[at], clean, replacement[rows])
-        return heard
+            changes[rows, at] = self._heard(batch, senders[at], clean, replacement[rows]) - self._of_receivers(clean)
+        return changes
 
     def _clean(self, batch: int) -> dict[int, Tensor]:
         """Every layer's z ``(n, n_tokens, n_heads * d_head)`` of the tokens that a pass runs."""
@@ -142,7 +150,12 @@ class _Patch:
         self._run(batch, lambda layer, _, inputs: clean.update({layer: inputs[0]}))
         return clean
 
-    def _pass(self, batch: int, sender: Head, clean: dict[int, Tensor], replacement: Tensor) -> Tensor:
+    def _of_receivers(self, z: dict[int, Tensor]) -> Tensor:
+        """Each receiver's z at the last token, ``(n, n_receivers, d_head)``."""
+        heads = {layer: values[:, -1].unflatten(-1, (self.anatomy.n_heads, -1)) for layer, values in z.items()}
+        return torch.stack([heads[layer][:, head] for layer, head in self.receivers], 1)
+
+    def _heard(self, batch: int, sender: Head, clean: dict[int, Tensor], replacement: Tensor) -> Tensor:
         """Each receiver's z when one sender is replaced in the prompts of a batch, ``(n, n_receivers, d_head)``."""
         heard: dict[int, Tensor] = {}
         replaced = slice(-1, None) if self.tokens == "last" else slice(None)
@@ -153,15 +166,23 @@ class _Patch:
                 z = z.unflatten(-1, (self.anatomy.n_heads, -1)).clone()
                 z[:, replaced, sender[1]] = replacement[:, None, layer, sender[1]]
                 z = z.flatten(-2)
-            heard[layer] = inputs[0][:, -1].unflatten(-1, (self.anatomy.n_heads, -1))
+            heard[layer] = inputs[0]
             return (z, *inputs[1:])
 
         self._run(batch, freeze)
-        return torch.stack([heard[layer][:, head] for layer, head in self.receivers], 1)
+        return self._of_receivers(heard)
 
     def _run(self, batch: int, hook: Callable[..., Any]) -> None:
-        with ExitStack() as hooks:
-            for layer in range(self.anatomy.n_layers):
+        """A pass with a hook at the output projections, which ends behind the highest receiver."""
+
+        def enough(*_: Any) -> None:
+            raise _Enough
+
+        highest, _ = max(self.receivers)
+        with ExitStack() as hooks, suppress(_Enough):
+            for layer in range(highest + 1):
                 projection = self.anatomy.module("output_projection", layer)
                 hooks.callback(projection.register_forward_pre_hook(partial(hook, layer)).remove)
+            last = self.anatomy.module("output_projection", highest)
+            hooks.callback(last.register_forward_hook(enough).remove)
             self.read.batch_logits(batch, "end" if self.tokens == "last" else "whole")

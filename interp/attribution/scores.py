@@ -119,6 +119,8 @@ class Scores:
     def rank_correlation(self, other: Scores) -> float:
         """Spearman's correlation of the two mean maps; where one has no sign, the other counts by its size.
 
+        It is NaN where one map is the same everywhere.
+
         Raises:
             UserError: If the maps have different shapes.
         """
@@ -129,7 +131,8 @@ class Scores:
             )
         means = [scores.mean() if self.signed == other.signed else scores.mean().abs() for scores in (self, other)]
         own, others = (pl.Series(mean.flatten().numpy()).rank().to_numpy() for mean in means)
-        return float(np.corrcoef(own, others)[0, 1])
+        with np.errstate(invalid="ignore"):
+            return float(np.corrcoef(own, others)[0, 1])
 
     def to_frame(self) -> pl.DataFrame:
         """One row per example and part: ``example_id, subject, layer``, of heads ``head``, and ``score``."""
@@ -227,7 +230,7 @@ class LayerScores(Scores):
         return [RankedLayer(*place, *numbers) for place, *numbers in self._ranked(pushing_towards)]
 
     def growth(self) -> LayerScores:
-        """By how much each layer's score exceeds that of the layer below, the first one's 0."""
+        """By how much each layer's score exceeds that of the layer below; layer 0's is its whole score."""
         grown = self.values.diff(dim=1, prepend=torch.zeros_like(self.values[:, :1]))
         return replace(self, values=grown, metric=f"growth of {self.metric}")
 

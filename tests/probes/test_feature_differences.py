@@ -28,7 +28,7 @@ def three():
     """Three prompts about two subjects; features 0 to 2 fire where numbers are positive, 3 to 5 where negative."""
     one = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 2.0], [1.0, 0.0, 5.0]])
     other = torch.tensor([[4.0, 0.0, 1.0], [4.0, 0.0, 1.0], [4.0, -3.0, 4.0]])
-    return FeatureDifferences.of(identity(3), one, other, ["a", "a", "b"])
+    return FeatureDifferences(identity(3), (one, other), ("a", "a", "b"))
 
 
 def test_features_are_ordered_by_how_far_their_means_differ(three):
@@ -58,7 +58,7 @@ def test_the_edit_moves_features_to_what_they_are_on_the_other_side(three):
 
 def test_without_a_difference_there_is_no_edit():
     same = torch.ones(2, 3)
-    alike = FeatureDifferences.of(identity(3), same, same, ["a", "b"])
+    alike = FeatureDifferences(identity(3), (same, same), ("a", "b"))
     assert alike.table(4).is_empty()
     with pytest.raises(UserError, match="No feature of the SAE identity differs"):
         alike.edit(4)
@@ -67,7 +67,7 @@ def test_without_a_difference_there_is_no_edit():
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (2, 1)])
 def test_sides_need_the_same_prompts(one, other):
     with pytest.raises(UserError, match="the same prompts"):
-        FeatureDifferences.of(identity(3), torch.ones(one, 3), torch.ones(other, 3), ["a"] * one)
+        FeatureDifferences(identity(3), (torch.ones(one, 3), torch.ones(other, 3)), ("a",) * one)
 
 
 def test_contexts_make_the_difference_between_prompts_with_and_without_them(tiny_plain):
@@ -75,8 +75,10 @@ def test_contexts_make_the_difference_between_prompts_with_and_without_them(tiny
     sae = identity(Anatomy(model).d_model)
     (found,) = differences([sae], model, asked)
     bare, whole = (record(model, prompts, [sae.site])[sae.site] for prompts in zip(*_prompts(asked), strict=True))
-    torch.testing.assert_close(found.one, torch.cat([bare.relu(), (-bare).relu()], 1))
-    torch.testing.assert_close(found.other, torch.cat([whole.relu(), (-whole).relu()], 1))
+    for side, states in zip(found.sides, (bare, whole), strict=True):
+        features = torch.cat([states.relu(), (-states).relu()], 1).double()
+        torch.testing.assert_close(side.mean, features.mean(0))
+        torch.testing.assert_close(side.fires, (features > 0).double().mean(0))
     assert found.subjects == tuple(example.subject for example in asked)
 
 
@@ -95,16 +97,25 @@ def test_two_models_read_the_same_prompts_and_the_edit_leads_from_one_to_the_oth
     (found,) = differences([sae], model, asked, other=other)
     (prompt,) = (example.prompt for example in asked)
     theirs = record(other, [prompt], [sae.site])[sae.site]
-    torch.testing.assert_close(found.other, torch.cat([theirs.relu(), (-theirs).relu()], 1))
-    # Every feature of a lossless autoencoder, moved on the only prompt, gives the other model's residual stream.
+    torch.testing.assert_close(found.sides[1].mean.float(), torch.cat([theirs.relu(), (-theirs).relu()], 1)[0])
+    # Of one prompt the mean is all there is: all features of a lossless autoencoder give the other model's stream.
     with applied(model, FeatureEdit((found.edit(sae.d_sae),), tokens="last_prompt")):
         edited = record(model, [prompt], [sae.site])[sae.site]
     torch.testing.assert_close(edited, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_of_another_shape_and_prompts_without_a_bare_one_are_refused(tiny_plain):
-    model = tiny_plain("llama")
-    with pytest.raises(UserError, match="layer 9"):
-        differences([identity(Anatomy(model).d_model, layer=9)], model, tiny_conflicts(), other=model)
-    with pytest.raises(UserError, match="no prompt to compare"):
-        differences([identity(Anatomy(model).d_model)], model, ConflictSet("none", ()))
+def test_means_move_as_far_as_activations_allow(three):
+    """Feature 2 falls by 1 for every prompt; feature 0, below its new mean of 4 everywhere, is raised to it."""
+    edit = three.edit(2)
+    moved = three.states[0] + edit.change(three.states[0], 1.0, "targets")
+    torch.testing.assert_close(moved, torch.tensor([[4.0, 0.0, 1.0], [4.0, 0.0, 1.0], [4.0, 0.0, 4.0]]))
+
+
+def test_what_is_no_fine_tune_is_refused(tiny_plain):
+    model, asked = tiny_plain("llama"), tiny_conflicts()
+    sae = identity(Anatomy(model).d_model)
+    with pytest.raises(UserError, match="another architecture, MistralForCausalLM and not LlamaForCausalLM"):
+        differences([sae], model, asked, other=tiny_plain("mistral"))
+    for other, known in ((None, "without their context"), (model, "give conflict prompts\\.")):
+        with pytest.raises(UserError, match=known):
+            differences([sae], model, ConflictSet("none", ()), other=other)

@@ -37,6 +37,9 @@ def test_a_way_that_cannot_score_is_said_and_the_others_go_on(run, small, tmp_pa
     )
     assert code == 0
     assert "retrieval cannot score heads here" in error
+    record = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert record["not_run"] == {"pruning_by_retrieval": "no"}
+    assert list(record["details"]["agreement"]) == ["direct-logits"]
 
 
 def test_an_unknown_way_is_refused_in_a_sentence(run, tiny):

@@ -1,16 +1,20 @@
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
 from conflictscope.cli import app
 from interp import corpus
 from interp.activation_store import ActivationStore
-from interp.conflicts import split_of
+from interp.conflicts import ConflictSet, split_of
 from interp.facts import HELD_OUT_PHRASING, relations, usable_facts
+from interp.inputs import tokenizer_of
+from interp.models import load_model
 from interp.sae import load_sae, load_saes
 from probes import sae_data, sae_making
 from probes.sae_data import check_unseen
@@ -244,10 +248,12 @@ def test_differences_with_and_without_a_context_are_an_edit_that_can_be_evaluate
     assert "difference" in output
     table = pl.read_parquet(tmp_path / "diff" / "differences.parquet")
     assert table["layer"].to_list() == [0, 0, 0, 2, 2, 2]
-    assert {"layer_0.html", "layer_2.html", "edit.json"} <= {path.name for path in (tmp_path / "diff").iterdir()}
-    edit = json.loads((tmp_path / "diff" / "edit.json").read_text())
+    pictures = {f"layer_{layer}.{kind}" for layer in (0, 2) for kind in ("html", "json")}
+    assert pictures <= {path.name for path in (tmp_path / "diff").iterdir()}
+    edit = json.loads((tmp_path / "diff" / "layer_2.json").read_text())
     assert edit["towards"] == "context"
-    evaluated = run("evaluate", "--model", tiny, "--data", data, "--split", "all", "--config", "diff/edit.json")
+    assert edit["provenance"]["data"] == ConflictSet.load(data).select(kind="conflict", split="train").digest
+    evaluated = run("evaluate", "--model", tiny, "--data", data, "--split", "all", "--config", "diff/layer_2.json")
     assert evaluated[0] == 0
 
 
@@ -255,5 +261,20 @@ def test_differences_to_another_model(run, trained, tmp_path, tiny, data, tiny_d
     arguments = ("sae", "diff", "--model", tiny, "--data", data, "--sae", trained, "--out", "diff")
     assert_one_sentence(run(*arguments, "--other", tiny), "No feature differs")
     assert_one_sentence(run(*arguments, "--layer", "1"), "has no SAE of layer 1")
-    assert run(*arguments, "--other", tiny_directories["mistral"])[0] == 0
-    assert json.loads((tmp_path / "diff" / "edit.json").read_text())["towards"] is None
+    assert_one_sentence(run(*arguments, "--other", tiny_directories["mistral"]), "another architecture")
+    tuned = load_model(str(tiny), device="cpu")
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.down_proj.weight.mul_(3)
+    for part in (tuned, tokenizer_of(tuned)):
+        part.save_pretrained(tmp_path / "tuned")
+    assert run(*arguments, "--other", "tuned")[0] == 0
+    # Below the layer that was tuned nothing differs.
+    assert set(pl.read_parquet(tmp_path / "diff" / "differences.parquet")["layer"]) == {2}
+    assert json.loads((tmp_path / "diff" / "layer_2.json").read_text())["towards"] is None
+
+
+def test_several_autoencoders_of_a_layer_are_refused_before_anything_runs(run, trained, tmp_path, tiny, data):
+    for number in (1, 2):
+        shutil.copytree(trained / "layer_0", tmp_path / "two" / f"layer_0_{number}")
+    result = run("sae", "diff", "--model", tiny, "--data", data, "--sae", "two", "--out", "diff")
+    assert_one_sentence(result, "several SAEs of one layer")

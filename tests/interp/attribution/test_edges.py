@@ -70,22 +70,40 @@ def test_what_the_embedding_does_adds_up_to_the_difference_between_the_prompts(t
     assert (2 * many - few).item() == pytest.approx(torch.stack(expected).mean().item(), rel=0.02, abs=1e-4)
 
 
-def test_what_heads_do_is_the_gradient_at_their_outputs(tiny_bridge, conflicts):
-    """With one step: the first-order effect of corrupting a head's z at all tokens."""
+def test_what_heads_do_is_the_gradient_at_what_they_write(tiny_bridge, conflicts):
+    """With one step: the first-order effect of corrupting what a head adds to the residual stream at all tokens."""
     two, clean, corrupted, answers = pair(tiny_bridge, conflicts)
     anatomy = Anatomy(tiny_bridge)
     scores = edge_attribution(tiny_bridge, two, name="tiny", steps=1)
     for layer in range(anatomy.n_layers):
         projection = anatomy.module("output_projection", layer)
-        ours, theirs = (
-            values_at(projection, lambda inputs=inputs: difference(tiny_bridge, inputs, answers), output=False)
+        written = [
+            anatomy.head_writes(
+                layer,
+                values_at(
+                    projection, lambda inputs=inputs: difference(tiny_bridge, inputs, answers), output=False
+                ).unflatten(-1, (anatomy.n_heads, -1)),
+            )[0]
             for inputs in (clean, corrupted)
-        )
-        z = ours.clone().requires_grad_()
-        difference(tiny_bridge, clean, answers, [(projection, lambda _, given, z=z: (z, *given[1:]))]).backward()
-        by_head = ((ours - theirs) * z.grad)[0].unflatten(-1, (anatomy.n_heads, -1)).sum((0, 2))
-        if anatomy.blueprint.attention_post_norm is None:
-            torch.testing.assert_close(scores.heads.values[0, layer], by_head, rtol=1e-3, atol=1e-5)
+        ]
+        gradient = gradient_at(tiny_bridge, anatomy.module(anatomy.writing_part("attention"), layer), clean, answers)
+        by_head = ((written[0] - written[1]) * gradient.unsqueeze(2)).sum((0, 1, 3))
+        torch.testing.assert_close(scores.heads.values[0, layer], by_head.float(), rtol=1e-3, atol=1e-5)
+
+
+def gradient_at(model, module, inputs, answers):
+    """The logit difference's gradient at what a module puts out, ``(1, n_tokens, d_model)``."""
+    offsets = []
+
+    def moved(_, __, output):
+        first = output[0] if isinstance(output, tuple) else output
+        offsets.append(torch.zeros_like(first, requires_grad=True))
+        return (first + offsets[0], *output[1:]) if isinstance(output, tuple) else first + offsets[0]
+
+    handle = module.register_forward_hook(moved)
+    difference(model, inputs, answers).backward()
+    handle.remove()
+    return offsets[0].grad
 
 
 def test_an_edge_is_what_moving_along_it_changes(tiny_plain, conflicts):

@@ -10,6 +10,7 @@ from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.inputs import encode
+from interp.models import load_model
 from tests.tiny import tiny_conflicts
 
 
@@ -98,6 +99,16 @@ def test_scores_equal_whole_forward_passes_on_the_real_model(smollm2, capital_co
     found = torch.stack([scores.values[:, layer, head] for layer, head in senders], 1)
     by_hand = expected(smollm2, examples, token_ids, senders, receiver, z, slice(-1, None))
     assert ((found - by_hand).norm() / by_hand.norm()).item() < 1e-3
+
+
+def test_half_precision_scores_are_close_to_full_precision(tiny_directories):
+    """What rounding does to a pass with a cache, and not to one without, is no effect of a sender."""
+    half, full = (load_model(str(tiny_directories["llama"]), device="cpu", dtype=d) for d in ("bfloat16", "float32"))
+    found, expected = (
+        head_to_head(model, tiny_conflicts(), [(2, 1)], name="tiny", baseline="zero")[2, 1].values[:, :2].flatten()
+        for model in (half, full)
+    )
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.95
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,16 @@ def test_agreement_of_a_way_with_itself_is_that_of_two_halves_of_its_subjects():
     expected = rho(first, second)
     assert agreement({"one": one})["one"]["one"] == pytest.approx(expected)
     assert agreement({"one": replace(one, subjects=("a",) * 4)}) == {"one": {}}
+
+
+def test_two_ways_are_compared_on_the_examples_that_both_could_score():
+    one, other = made_up(1), replace(made_up(2), example_ids=("e2", "e9", "e0", "e8"))
+    expected = rho(one.values[[0, 2]].mean(0), other.values[[0, 2]].mean(0))
+    assert agreement({"one": one, "other": other})["other"]["one"] == pytest.approx(expected)
+    apart = replace(other, example_ids=("f0", "f1", "f2", "f3"))
+    assert set(agreement({"one": one, "apart": apart})["one"]) == {"one"}
+
+
+def test_a_way_that_scores_all_heads_alike_agrees_with_none():
+    flat = replace(made_up(2), values=torch.zeros(4, 3, 5))
+    assert agreement({"one": made_up(1), "flat": flat})["flat"] == {}
