@@ -229,9 +229,7 @@ def sae_diff(
             model=ModelIdentity.of(model, source.model),
             provenance={**about, "sides": list(sides)},
         ).save(place.with_suffix(".json"))
-    say(
-        f"All are in {out}: the table, and of each layer a figure and an edit, for example {place.with_suffix('.json')}"
-    )
+    say(f"In {out} are the table, and of each layer a figure and an edit, for example layer_{table['layer'][0]}.json")
 
 
 def _lines(path: Path) -> list[str]:

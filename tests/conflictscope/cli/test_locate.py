@@ -32,9 +32,8 @@ def test_a_way_that_cannot_score_is_said_and_the_others_go_on(run, small, tmp_pa
         raise UserError("no")
 
     monkeypatch.setattr("interp.attribution.ways.retrieval_scores", refused)
-    code, _, error = run(
-        "locate", "--model", tiny, *QUICK, "--way", "direct-logits", "--way", "retrieval", "--out", "o"
-    )
+    ways = ("--way", "direct-logits", "--way", "retrieval")
+    code, _, error = run("locate", "--model", tiny, *QUICK, *ways, "--out", "out")
     assert code == 0
     assert "retrieval cannot score heads here" in error
     record = json.loads((tmp_path / "out" / "study.json").read_text())
