@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,65 @@ from conflictscope.cli.inputs import check_parquet
 from conflictscope.cli.options import Asked, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What is replaced, and what is measured, where heads are patched."""
+
+    metric: Annotated[
+        Literal["logit_diff", "memory_probability", "context_probability"],
+        typer.Option(help="What path patching attributes."),
+    ] = "logit_diff"
+    baseline: Annotated[
+        Literal["corrupted", "zero", "mean"],
+        typer.Option(help="What path patching, from head to head too, puts in a head's place."),
+    ] = "corrupted"
+    mlps: Annotated[Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")] = (
+        "recompute"
+    )
+    receiver: Annotated[
+        str | None, typer.Option(help="With head-to-head: the head that listens, for example 18.6.")
+    ] = None
+    tokens: Annotated[
+        Literal["last", "all"],
+        typer.Option(help="With head-to-head: where other heads are replaced; all needs --baseline zero."),
+    ] = "last"
+
+    def check(self, method: str) -> None:
+        """See that the options belong to the method.
+
+        Raises:
+            UserError: If one does not.
+        """
+        if method not in ("path-patching", "head-to-head") and self.baseline != "corrupted":
+            raise UserError(f"--baseline belongs to path-patching and head-to-head; leave it out with {method}.")
+        if method != "path-patching" and (self.metric, self.mlps) != ("logit_diff", "recompute"):
+            raise UserError(f"--metric and --mlps belong to path-patching; leave them out with {method}.")
+        is_heard = method == "head-to-head"
+        if is_heard != (self.receiver is not None) or (self.tokens == "all" and not is_heard):
+            raise UserError("--receiver belongs to head-to-head, which needs one, for example 18.6; --tokens too.")
+        if self.tokens == "all" and self.baseline != "zero":
+            raise UserError("--tokens all replaces heads at every token, which only --baseline zero can do; give it.")
+        if self.receiver is not None and self.listening[0] == 0:
+            raise UserError(
+                f"--receiver {self.receiver} is in layer 0, where no head listens to another; give a later one."
+            )
+
+    @property
+    def listening(self) -> tuple[int, int]:
+        """The receiver as ``(layer, head)``.
+
+        Raises:
+            UserError: If it is not written so.
+        """
+        try:
+            layer, head = map(int, str(self.receiver).split("."))
+        except ValueError:
+            raise UserError(
+                f"--receiver must be a head as layer.head, for example 18.6, not {self.receiver!r}."
+            ) from None
+        return layer, head
 
 
 def attribute(
@@ -30,24 +90,7 @@ def attribute(
         ],
         typer.Option(help="How parts are scored; the last three do not tell towards which source."),
     ] = "path-patching",
-    metric: Annotated[
-        Literal["logit_diff", "memory_probability", "context_probability"],
-        typer.Option(help="What path patching attributes."),
-    ] = "logit_diff",
-    baseline: Annotated[
-        Literal["corrupted", "zero", "mean"],
-        typer.Option(help="What path patching, from head to head too, puts in a head's place."),
-    ] = "corrupted",
-    mlps: Annotated[
-        Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")
-    ] = "recompute",
-    receiver: Annotated[
-        str | None, typer.Option(help="With head-to-head: the head that listens, for example 18.6.")
-    ] = None,
-    tokens: Annotated[
-        Literal["last", "all"],
-        typer.Option(help="With head-to-head: where other heads are replaced; all needs --baseline zero."),
-    ] = "last",
+    patching: Patching,
     split: SplitOption = "train",
     top: Annotated[int, typer.Option(min=1, help="How many parts to list for each direction.")] = 8,
     out: Annotated[
@@ -64,46 +107,15 @@ def attribute(
     from figures.theme import save_figure
     from interp.attribution.scores import LayerScores
 
-    if method not in ("path-patching", "head-to-head") and baseline != "corrupted":
-        raise UserError(f"--baseline belongs to path-patching and head-to-head; leave it out with {method}.")
-    if method != "path-patching" and (metric, mlps) != ("logit_diff", "recompute"):
-        raise UserError(f"--metric and --mlps belong to path-patching; leave them out with {method}.")
-    if (method == "head-to-head") != (receiver is not None) or (tokens != "last" and method != "head-to-head"):
-        raise UserError("--receiver and --tokens belong to head-to-head, which needs a receiver, for example 18.6.")
-    if tokens == "all" and baseline != "zero":
-        raise UserError("--tokens all replaces heads at every token, which only --baseline zero can do; give it.")
-    listening = None if receiver is None else _head(receiver)
+    patching.check(method)
     check_parquet(out)
     model, conflicts = source.conflicts()
     part = conflicts.select(split=None if split == "all" else split)
     about = {"name": source.model, "progress": method.replace("-", " ").capitalize(), "seed": source.seed}
-    if method == "path-patching":
-        from interp.attribution.path_patching import path_patching
-
-        chosen = part.select(kind="conflict")
-        scores: Any = path_patching(model, chosen, baseline=baseline, mlps=mlps, metrics=(metric,), **about)[metric]
-    elif listening is not None:
-        from interp.attribution.head_to_head import head_to_head
-
-        chosen = part.select(kind="conflict")
-        scores = head_to_head(model, chosen, [listening], baseline=baseline, tokens=tokens, **about)[listening]
-    elif method == "edges":
-        from interp.attribution.edges import edge_attribution
-        from interp.files import write_parquet
-
-        edges = edge_attribution(model, part.select(kind="conflict"), **about)
-        scores, beside = edges.heads, out.with_name(f"{out.stem}_edges.parquet")
-        write_parquet(beside, edges.to_frame())
-        print_frame(edges.to_frame().head(top))
-        say(f"All edges are in {beside}")
-    elif method == "representations":
-        from interp.attribution.representations import representation_gap
-
-        scores = representation_gap(model, part, **about)
+    if method == "edges":
+        scores: Any = _edges(model, part, out, top, about)
     else:
-        from interp.attribution.ways import scored
-
-        scores = scored(method, model, part, **about)
+        scores = _scores(method, patching, model, part, about)
     scores.save(out)
     is_layers = isinstance(scores, LayerScores)
     save_figure(layer_lines(scores) if is_layers else head_map(scores), out.with_suffix(".html"))
@@ -111,14 +123,39 @@ def attribute(
     say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
 
 
-def _head(receiver: str) -> tuple[int, int]:
-    try:
-        layer, head = map(int, receiver.split("."))
-    except ValueError:
-        raise UserError(f"--receiver must be a head as layer.head, for example 18.6, not {receiver!r}.") from None
-    if layer == 0:
-        raise UserError(f"--receiver {receiver} is in layer 0, where no head listens to another; give a later one.")
-    return layer, head
+def _scores(method: str, patching: Patching, model: Any, part: Any, about: dict[str, Any]) -> Any:
+    """The scores by a method, of heads or of layers."""
+    if method == "path-patching":
+        from interp.attribution.path_patching import path_patching
+
+        options: dict[str, Any] = {"baseline": patching.baseline, "mlps": patching.mlps, "metrics": (patching.metric,)}
+        return path_patching(model, part.select(kind="conflict"), **options, **about)[patching.metric]
+    if method == "head-to-head":
+        from interp.attribution.head_to_head import head_to_head
+
+        options = {"baseline": patching.baseline, "tokens": patching.tokens}
+        heard = head_to_head(model, part.select(kind="conflict"), [patching.listening], **options, **about)
+        return heard[patching.listening]
+    if method == "representations":
+        from interp.attribution.representations import representation_gap
+
+        return representation_gap(model, part, **about)
+    from interp.attribution.ways import scored
+
+    return scored(method, model, part, **about)
+
+
+def _edges(model: Any, part: Any, out: Path, top: int, about: dict[str, Any]) -> Any:
+    """The scores of heads by edges, which are written beside them and listed."""
+    from interp.attribution.edges import edge_attribution
+    from interp.files import write_parquet
+
+    found = edge_attribution(model, part.select(kind="conflict"), **about)
+    beside = out.with_name(f"{out.stem}_edges.parquet")
+    write_parquet(beside, found.to_frame())
+    print_frame(found.to_frame().head(top))
+    say(f"All edges are in {beside}")
+    return found.heads
 
 
 def _print_ranking(scores: Any, top: int) -> None:

@@ -194,18 +194,12 @@ def sae_diff(
     from figures.features import difference_bars
     from figures.theme import save_figure
     from interp.files import write_parquet
-    from interp.sae import load_saes
     from interventions.config import InterventionFile
     from interventions.features import FeatureEdit
     from interventions.identity import ModelIdentity
     from probes.feature_differences import differences
 
-    there = load_saes(sae)
-    saes = [one for one in there if layer is None or one.layer == layer]
-    if not saes:
-        raise UserError(f"{sae} has no SAE of layer {layer}; it has {listed_layers(there)}.")
-    if len({one.layer for one in saes}) < len(saes):
-        raise UserError(f"{sae} has several SAEs of one layer; give a folder with one SAE for each.")
+    saes = _one_for_each_layer(sae, layer)
     model, conflicts = source.conflicts()
     for one in saes:
         one.check(model, source.model)
@@ -230,6 +224,19 @@ def sae_diff(
             provenance={**about, "sides": list(sides)},
         ).save(place.with_suffix(".json"))
     say(f"In {out} are the table, and of each layer a figure and an edit, for example layer_{table['layer'][0]}.json")
+
+
+def _one_for_each_layer(source: str, layer: int | None) -> list[Any]:
+    """The autoencoders of a source, or that of one layer."""
+    from interp.sae import load_saes
+
+    there = load_saes(source)
+    saes = [one for one in there if layer is None or one.layer == layer]
+    if not saes:
+        raise UserError(f"{source} has no SAE of layer {layer}; it has {listed_layers(there)}.")
+    if len({one.layer for one in saes}) < len(saes):
+        raise UserError(f"{source} has several SAEs of one layer; give a folder with one SAE for each.")
+    return saes
 
 
 def _lines(path: Path) -> list[str]:
