@@ -25,7 +25,6 @@ from interp.errors import UserError
 from interp.inputs import token_ids, tokenizer_of
 from interp.sae import SparseAutoencoder
 from interp.statistics import bootstrap_means
-from interventions.features import EditedFeatures
 
 _ROWS_AT_ONCE = 512
 
@@ -40,6 +39,22 @@ class Side(NamedTuple):
 
     mean: Tensor
     fires: Tensor
+
+
+class Moves(NamedTuple):
+    """Which features an edit moves, and where.
+
+    Attributes:
+        removed: Those that fall.
+        falls: By how much.
+        added: Those that rise.
+        means: To what.
+    """
+
+    removed: list[int]
+    falls: Tensor
+    added: list[int]
+    means: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +123,8 @@ class FeatureDifferences:
             }
         )
 
-    def edit(self, count: int) -> EditedFeatures:
-        """Move the features that differ most as the module says.
+    def moves(self, count: int) -> Moves:
+        """What becomes of the features that differ most; the arguments of ``interventions.features.EditedFeatures.of``.
 
         Raises:
             UserError: If no feature differs.
@@ -118,8 +133,7 @@ class FeatureDifferences:
         if not len(chosen):
             raise UserError(f"No feature of the SAE {self.sae.name} differs between the two sides; there is no edit.")
         removed, added = (chosen[(self.difference[chosen] > 0) == rises] for rises in (False, True))
-        fall, mean = -self.difference[removed], self.sides[1].mean[added]
-        return EditedFeatures.of(self.sae, removed.tolist(), fall, added.tolist(), mean)
+        return Moves(removed.tolist(), -self.difference[removed], added.tolist(), self.sides[1].mean[added])
 
     def _side(self, states: Tensor) -> Side:
         total, fires = torch.zeros(2, self.sae.d_sae, dtype=torch.float64)

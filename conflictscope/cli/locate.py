@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import polars as pl
 import typer
 
 from conflictscope.cli.options import OutOption, say
@@ -26,6 +25,8 @@ def locate(
 
     A way's agreement with itself is that of two halves of its subjects.
     """
+    import polars as pl
+
     from conflictscope.methods.pruning_by import pruning_by, way_scores
     from interp.attribution.scores import HeadScores
     from interp.attribution.ways import WAYS, agreement

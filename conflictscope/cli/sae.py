@@ -195,7 +195,7 @@ def sae_diff(
     from figures.theme import save_figure
     from interp.files import write_parquet
     from interventions.config import InterventionFile
-    from interventions.features import FeatureEdit
+    from interventions.features import EditedFeatures, FeatureEdit
     from interventions.identity import ModelIdentity
     from probes.feature_differences import differences
 
@@ -217,7 +217,7 @@ def sae_diff(
         place = out / f"layer_{one.sae.layer}"
         save_figure(difference_bars(one.table(count), *sides), place.with_suffix(".html"))
         InterventionFile.of(
-            [FeatureEdit((one.edit(count),), tokens="last_prompt")],
+            [FeatureEdit((EditedFeatures.of(one.sae, *one.moves(count)),), tokens="last_prompt")],
             name=f"{sides[0]} towards {sides[1]}, layer {one.sae.layer}",
             towards="context" if other is None else None,
             model=ModelIdentity.of(model, source.model),

@@ -11,7 +11,7 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.sae import SparseAutoencoder
 from interventions.base import applied
-from interventions.features import FeatureEdit
+from interventions.features import EditedFeatures, FeatureEdit
 from probes.feature_differences import FeatureDifferences, differences
 from tests.tiny import tiny_conflicts
 
@@ -21,6 +21,10 @@ def identity(width, layer=1):
     both = torch.cat([torch.eye(width), -torch.eye(width)])
     weights = {"W_enc": both.T.contiguous(), "b_enc": torch.zeros(2 * width)}
     return SparseAutoencoder("standard", weights | {"W_dec": both, "b_dec": torch.zeros(width)}, layer, name="identity")
+
+
+def edited(found, count):
+    return EditedFeatures.of(found.sae, *found.moves(count))
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_features_are_ordered_by_how_far_their_means_differ(three):
 
 
 def test_the_edit_moves_features_to_what_they_are_on_the_other_side(three):
-    edit = three.edit(9)
+    edit = edited(three, 9)
     assert edit.sae.kept == (2, 0, 4)
     assert edit.added.tolist() == [False, True, True]
     # Feature 2 goes from 3 to 2, features 0 and 4 to 4 and 1.
@@ -61,7 +65,7 @@ def test_without_a_difference_there_is_no_edit():
     alike = FeatureDifferences(identity(3), (same, same), ("a", "b"))
     assert alike.table(4).is_empty()
     with pytest.raises(UserError, match="No feature of the SAE identity differs"):
-        alike.edit(4)
+        alike.moves(4)
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (2, 1)])
@@ -99,14 +103,14 @@ def test_two_models_read_the_same_prompts_and_the_edit_leads_from_one_to_the_oth
     theirs = record(other, [prompt], [sae.site])[sae.site]
     torch.testing.assert_close(found.sides[1].mean.float(), torch.cat([theirs.relu(), (-theirs).relu()], 1)[0])
     # Of one prompt the mean is all there is: all features of a lossless autoencoder give the other model's stream.
-    with applied(model, FeatureEdit((found.edit(sae.d_sae),), tokens="last_prompt")):
-        edited = record(model, [prompt], [sae.site])[sae.site]
-    torch.testing.assert_close(edited, theirs, rtol=1e-4, atol=1e-4)
+    with applied(model, FeatureEdit((edited(found, sae.d_sae),), tokens="last_prompt")):
+        moved = record(model, [prompt], [sae.site])[sae.site]
+    torch.testing.assert_close(moved, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_means_move_as_far_as_activations_allow(three):
     """Feature 2 falls by 1 for every prompt; feature 0, below its new mean of 4 everywhere, is raised to it."""
-    edit = three.edit(2)
+    edit = edited(three, 2)
     moved = three.states[0] + edit.change(three.states[0], 1.0, "targets")
     torch.testing.assert_close(moved, torch.tensor([[4.0, 0.0, 1.0], [4.0, 0.0, 1.0], [4.0, 0.0, 4.0]]))
 
