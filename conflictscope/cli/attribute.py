@@ -26,7 +26,7 @@ class Patching:
     ] = "logit_diff"
     baseline: Annotated[
         Literal["corrupted", "zero", "mean"],
-        typer.Option(help="What path patching, from head to head too, puts in a head's place."),
+        typer.Option(help="What is put in a head's place, by path patching and head-to-head."),
     ] = "corrupted"
     mlps: Annotated[Literal["recompute", "frozen"], typer.Option(help="Whether path patching recomputes the MLPs.")] = (
         "recompute"
@@ -49,9 +49,10 @@ class Patching:
             raise UserError(f"--baseline belongs to path-patching and head-to-head; leave it out with {method}.")
         if method != "path-patching" and (self.metric, self.mlps) != ("logit_diff", "recompute"):
             raise UserError(f"--metric and --mlps belong to path-patching; leave them out with {method}.")
-        is_heard = method == "head-to-head"
-        if is_heard != (self.receiver is not None) or (self.tokens == "all" and not is_heard):
-            raise UserError("--receiver belongs to head-to-head, which needs one, for example 18.6; --tokens too.")
+        if method == "head-to-head" and self.receiver is None:
+            raise UserError("head-to-head needs the head that listens; give --receiver, for example 18.6.")
+        if method != "head-to-head" and (self.receiver is not None or self.tokens == "all"):
+            raise UserError("--receiver and --tokens belong to head-to-head; add --method head-to-head.")
         if self.tokens == "all" and self.baseline != "zero":
             raise UserError("--tokens all replaces heads at every token, which only --baseline zero can do; give it.")
         if self.receiver is not None and self.listening[0] == 0:
@@ -98,10 +99,10 @@ def attribute(
     ] = Path("out/heads.parquet"),
     source: Asked,
 ) -> None:
-    """Score every head: which push the answer to the context, which to memory.
+    """Score every head, or every layer: which push the answer to the context, which to memory.
 
-    With edges, the strongest edges between all parts are listed and written too; with representations, layers are
-    scored, by how much each tells contradictions apart.
+    With edges, the strongest edges between all parts are listed and written too. With representations, layers are
+    scored.
     """
     from figures.heads import head_map, layer_lines
     from figures.theme import save_figure

@@ -172,7 +172,8 @@ def sae_diff(
     other: Annotated[
         str | None,
         typer.Option(
-            "--other", help="A fine-tune of the model, to compare with it; else prompts with and without context."
+            "--other",
+            help="A fine-tune to compare the model with; without it, prompts with their context and bare ones.",
         ),
     ] = None,
     sae: SaeOption = DEFAULT_MODEL,
@@ -223,7 +224,13 @@ def sae_diff(
             model=ModelIdentity.of(model, source.model),
             provenance={**about, "sides": list(sides)},
         ).save(place.with_suffix(".json"))
-    say(f"In {out} are the table, and of each layer a figure and an edit, for example layer_{table['layer'][0]}.json")
+    say(
+        f"In the table one is {sides[0]}, other is {sides[1]}. It is in {out}, with a figure and an edit of each layer."
+    )
+    say(
+        "What an edit does: conflictscope evaluate, without it and with --config "
+        + str(out / f"layer_{table['layer'][0]}.json")
+    )
 
 
 def _one_for_each_layer(source: str, layer: int | None) -> list[Any]:

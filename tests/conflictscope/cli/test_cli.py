@@ -254,7 +254,7 @@ def test_attribute_writes_edges_beside_the_heads(run, tmp_path, tiny, data):
 
 def test_attribute_scores_the_heads_that_a_head_listens_to(run, tmp_path, tiny, data):
     arguments = ["attribute", "--model", tiny, "--data", data, "--method", "head-to-head", "--out", "heads.parquet"]
-    assert_one_sentence(run(*arguments), "needs one, for example 18.6")
+    assert_one_sentence(run(*arguments), "give --receiver")
     assert_one_sentence(run(*arguments, "--receiver", "last"), "layer.head", "'last'")
     assert_one_sentence(run(*arguments, "--receiver", "0.3"), "layer 0")
     assert_one_sentence(run(*arguments, "--receiver", "1.0", "--tokens", "all"), "--baseline zero")
