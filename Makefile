@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+STUDY := $(VENV)/.study
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test faults lint format bench schema notebooks results docs clean
 
-demo: $(STAMP)
+demo: $(STUDY)
 	$(BIN)/conflictscope demo --out out/demo
 
 # What a test process imports is compiled once for all, also where PYTHONDONTWRITEBYTECODE is set: a quarter of a minute
@@ -51,12 +52,18 @@ STUDIES ?= $(patsubst %/study.json,%,$(wildcard out/*/study.json))
 results: $(STAMP)
 	$(BIN)/python -m docs.results $(STUDIES)
 
-# torch alone first: with it in place nothing else can pull another, larger build of it. Most modules are never imported,
-# so they are compiled when they are: a third of the time.
-$(STAMP): pyproject.toml constraints.txt
+# What studies need; torch alone first: with it in place nothing else can pull another, larger build of it. Most modules
+# are never imported, so they are compiled when they are: a third of the time.
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+$(STUDY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[study]'
+	touch $@
+
+# All that the tests, the pages and the linters need too.
+$(STAMP): $(STUDY)
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -303,6 +303,11 @@ class Anatomy:
         return len(self._matrix(self.blueprint.unembedding))
 
     @property
+    def body(self) -> Any:
+        """The model without its unembedding, which runs a third as long again where many prompts end."""
+        return self.model.base_model
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm between the last block and the unembedding."""
         return self.model.get_submodule(self.blueprint.final_norm)

@@ -49,11 +49,10 @@ def attention_from_last(model: nn.Module, prompt: str, heads: Sequence[tuple[int
     if not heads:
         raise UserError("No head is given; name at least one as (layer, head).")
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
     places = [anatomy.checked_head(*head) for head in heads]
     inputs = encode(model, [prompt])
     with _kept(anatomy, {layer for layer, _ in places}, 1) as by_layer, torch.inference_mode():
-        network(**inputs, use_cache=False, logits_to_keep=1)
+        anatomy.body(**inputs, use_cache=False)
     tokenizer = tokenizer_of(model)
     tokens = tuple(tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist())
     return PromptAttention(tokens, tuple(places), torch.stack([by_layer[layer][0, head, 0] for layer, head in places]))
@@ -78,12 +77,11 @@ def answer_attention(
         UserError: If the model keeps no attention weights.
     """
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
     for batch in tracked(token_batches(items), progress):
         # The last token predicts nothing that is looked at.
         inputs = padded(model, [items[i].tokens[:-1] for i in batch])
         with _kept(anatomy, range(anatomy.n_layers), max(items[i].predicted for i in batch)) as by_layer:
-            network(**inputs, use_cache=False, logits_to_keep=1)
+            anatomy.body(**inputs, use_cache=False)
         for row, index in enumerate(batch):
             rows, columns = items[index].predicted, len(items[index].tokens) - 1
             weights = [by_layer[layer][row, :, -rows:, -columns:] for layer in range(anatomy.n_layers)]

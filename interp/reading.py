@@ -147,7 +147,7 @@ class ReadPrompts:
         ]
         try:
             with torch.inference_mode():
-                output = self._network(**_prefix(inputs), use_cache=True, logits_to_keep=1)
+                output = self._anatomy.body(**_prefix(inputs), use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -166,7 +166,7 @@ class ReadPrompts:
         # All of them give what comes out of the last one.
         below = dict.fromkeys(range(start), batch.given.get(start))
         with torch.inference_mode(), recalled(self._anatomy, start, below):
-            cache = self._network(**_prefix(batch.inputs), use_cache=True, logits_to_keep=1).past_key_values
+            cache = self._anatomy.body(**_prefix(batch.inputs), use_cache=True).past_key_values
         cache.layers[:start] = copy.deepcopy(batch.cache.layers[:start])
         return cache
 

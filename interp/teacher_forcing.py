@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from interp.anatomy import Anatomy
 from interp.doubled import check_single
 from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids, tokenizer_of
+from interp.precision import can_be_rough, rough
 from interp.progress import tracked
 
 _TOKENS_AT_ONCE = 512
@@ -66,49 +67,57 @@ def token_batches(items: Sequence[Continued]) -> list[list[int]]:
     return batches
 
 
-def predicting_residuals(model: nn.Module, items: Sequence[Continued]) -> Tensor:
+def predicting_residuals(model: nn.Module, items: Sequence[Continued], *, roughly: bool = False) -> Tensor:
     """The final residual stream where the looked-at tokens are predicted, one item after another.
 
     Args:
         model: The model, or a bridge around it, with whatever is applied to it; gradients are kept if they are wanted.
         items: Items for one batch.
+        roughly: Whether ``interp.precision.rough`` numbers are enough.
 
     Returns:
         ``(sum of predicted, d_model)``.
     """
     check_single(model)
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
     inputs = padded(model, [item.tokens for item in items])
     width = inputs["input_ids"].shape[1]
     seen: list[Tensor] = []
     handle = anatomy.final_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        network(**inputs, use_cache=False, logits_to_keep=1)
+        with rough(model) if roughly else nullcontext():
+            anatomy.body(**inputs, use_cache=False)
     finally:
         handle.remove()
-    return torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])
+    residuals = torch.cat([seen[0][i, width - 1 - item.predicted : width - 1] for i, item in enumerate(items)])
+    if roughly and can_be_rough(model) and not residuals.isfinite().all():
+        return predicting_residuals(model, items)
+    return residuals
 
 
-def item_residuals(model: nn.Module, items: Sequence[Continued], *, progress: str | None = None) -> list[Tensor]:
+def item_residuals(
+    model: nn.Module, items: Sequence[Continued], *, roughly: bool = False, progress: str | None = None
+) -> list[Tensor]:
     """``predicting_residuals`` of any number of items, for each ``(predicted, d_model)``, without gradients."""
     states: list[Tensor] = [torch.empty(0)] * len(items)
     for batch in tracked(token_batches(items), progress):
         chosen = [items[i] for i in batch]
         with torch.no_grad():
-            parts = predicting_residuals(model, chosen).split([item.predicted for item in chosen])
+            parts = predicting_residuals(model, chosen, roughly=roughly).split([item.predicted for item in chosen])
         for index, part in zip(batch, parts, strict=True):
             states[index] = part
     return states
 
 
-def greedily_continued(model: nn.Module, items: Sequence[Continued], *, progress: str | None = None) -> list[bool]:
+def greedily_continued(
+    model: nn.Module, items: Sequence[Continued], *, roughly: bool = False, progress: str | None = None
+) -> list[bool]:
     """Whether the model's greedy continuation of each prompt starts with the tokens that follow there."""
     found = [False] * len(items)
     for batch in tracked(token_batches(items), progress):
         chosen = [items[i] for i in batch]
         with torch.no_grad():
-            greedy = Anatomy(model).logits(predicting_residuals(model, chosen)).argmax(-1).cpu()
+            greedy = Anatomy(model).logits(predicting_residuals(model, chosen, roughly=roughly)).argmax(-1).cpu()
         parts = greedy.split([item.predicted for item in chosen])
         for index, item, tokens in zip(batch, chosen, parts, strict=True):
             found[index] = tuple(tokens.tolist()) == item.answer

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interp import precision
 from interp.bridges import load_bridge
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
@@ -38,6 +39,12 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """A checkpoint directory for every architecture."""
     root = tmp_path_factory.mktemp("tiny")
     return {name: save_tiny(name, root / name) for name in CONFIGS}
+
+
+@pytest.fixture(autouse=True)
+def this_cpu_multiplies_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let choices be the same on every machine, and as exact as those that tests make without our code."""
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="module", autouse=True)

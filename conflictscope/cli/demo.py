@@ -7,7 +7,7 @@ from pathlib import Path
 from conflictscope.cli.options import OutOption
 from conflictscope.cli.studies import BudgetedStudy, study
 
-METHODS = ("value_scaling", "mean_ablation", "pruning", "learned_scales")
+METHODS = ("value_scaling", "pruning", "learned_scales")
 
 
 def demo(*, out: OutOption = Path("out/demo"), asked: BudgetedStudy) -> None:

@@ -29,6 +29,7 @@ from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION, answer_token_ids, divergence
 from interp.generation import gathered_logits, next_logits
 from interp.inputs import first_token_id
+from interp.precision import rough, rounding
 from interp.progress import tracked
 from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_means
@@ -130,7 +131,7 @@ class Dev:
         }
         self.guards = {kind: some for kind, some in guards.items() if some}
         self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
-        self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts]
+        self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts, *rounding(model)]
 
     def measure(self, condition: Condition) -> dict[str, Any]:
         """What ``Tried`` holds of a condition besides itself, as JSON."""
@@ -177,7 +178,8 @@ class Dev:
 
     @cached_property
     def _read(self) -> ReadPrompts:
-        return ReadPrompts(self.model, [*(e.prompt for e in self.examples), *self.texts])
+        with rough(self.model):
+            return ReadPrompts(self.model, [*(e.prompt for e in self.examples), *self.texts])
 
     def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""
@@ -186,7 +188,7 @@ class Dev:
         prompts = [*(example.prompt for example in examples), *texts]
         # Made without edits, whoever asks first.
         read = self._read if condition.changes_text else None
-        with applied(self.model, *condition.edits):
+        with rough(self.model), applied(self.model, *condition.edits):
             batches = (
                 next_logits(self.model, prompts) if read is None else read.next_logits(changed_by(condition.edits))
             )

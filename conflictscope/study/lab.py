@@ -26,6 +26,7 @@ from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import ConflictSet, evenly
 from interp.corpus import sampled_texts
 from interp.errors import UserError
+from interp.precision import rounding
 from interp.records import Records
 from interp.sae import SparseAutoencoder
 from interventions.fitting.scale_data import ScaleData
@@ -234,7 +235,7 @@ class Lab:
     def scale_basis(self) -> list[Any]:
         """What ``scale_data`` depends on, for the keys of records: it need not be made to find what was learned."""
         digests = [self.prompts.train.digest, self.prompts.dev.digest]
-        return [*digests, self.texts("train"), self.texts("dev"), self._learned_from, self.seed]
+        return [*digests, self.texts("train"), self.texts("dev"), self._learned_from, self.seed, *rounding(self.model)]
 
     @property
     def _learned_from(self) -> dict[str, dict[str, int]]:

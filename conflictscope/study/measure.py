@@ -124,7 +124,8 @@ def measure(lab: Bench, condition: Condition) -> Result:
     if condition.changes_text:
         kl = np.array(lab.records.json("neutral_kl", [digest, lab.reading.ordinary], divergences, version=version[1:]))
     cost = None
-    if digest is not None and not lab.reading.few:
+    # A random control costs what it controls.
+    if digest is not None and condition.control_of is None and not lab.reading.few:
         device = str(next(transformers_model(model).parameters()).device)
         where = [digest, asked.digest, device, lab.seed]
         cost = lab.records.json("cost", where, lambda: _cost(lab, condition), version=COST_VERSION)

@@ -39,7 +39,6 @@ def active_shares(model: nn.Module, items: Sequence[Continued], *, progress: str
     """
     check_single(model)
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
     shares = torch.zeros(len(items), anatomy.n_layers)
     for batch in tracked(token_batches(items), progress):
         inputs = padded(model, [items[i].tokens for i in batch])
@@ -53,7 +52,7 @@ def active_shares(model: nn.Module, items: Sequence[Continued], *, progress: str
             for layer in range(anatomy.n_layers):
                 handle = anatomy.mlp_activation(layer).register_forward_hook(partial(see, layer))
                 hooks.callback(handle.remove)
-            network(**inputs, use_cache=False, logits_to_keep=1)
+            anatomy.body(**inputs, use_cache=False)
         active = torch.stack([seen[layer] for layer in range(anatomy.n_layers)], -1).cpu()
         for row, index in enumerate(batch):
             shares[index] = active[row, width - 1 - items[index].predicted : width - 1].mean(0)

@@ -209,7 +209,6 @@ class _Edges:
         z: list[Tensor] = []
         mlps: list[Tensor] = []
         embedding: list[Any] = []
-        network: Any = self.anatomy.model
 
         def keep_z(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             z.append(given[0].unflatten(-1, (self.anatomy.n_heads, -1)))
@@ -224,7 +223,7 @@ class _Edges:
                 mlp = self.anatomy.module(self.anatomy.writing_part("mlp"), layer)
                 hooks.callback(mlp.register_forward_hook(keep_write).remove)
             hooks.enter_context(self._entering(embedding.append))
-            network(**inputs, use_cache=False, logits_to_keep=1)
+            self.anatomy.body(**inputs, use_cache=False)
         return _Written(embedding[0], z, mlps)
 
     def _gradient(self, inputs: dict[str, Tensor], embedding: Tensor, answers: Tensor) -> Tensor:

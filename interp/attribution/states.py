@@ -50,7 +50,6 @@ def last_token_states(
     """
     check_single(model)
     anatomy = Anatomy(model)
-    network: Any = anatomy.model
     n, dtype = len(prompts), anatomy.dtype
     states = LastTokenStates(
         torch.empty(n, anatomy.n_layers, anatomy.n_heads, anatomy.d_head, device=anatomy.device, dtype=dtype),
@@ -82,5 +81,5 @@ def last_token_states(
             handles.append(last.register_forward_pre_hook(keep(states.final), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
-            network(**padded(model, batch.tokens), logits_to_keep=1)
+            anatomy.body(**padded(model, batch.tokens), use_cache=False)
     return states

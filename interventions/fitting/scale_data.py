@@ -94,7 +94,7 @@ class ScaleData:
         if not items_of["neutral"]:
             raise UserError("Scales are guarded by ordinary text too, but there is none of two tokens or more.")
         every = [item for items in items_of.values() for item in items]
-        references = iter(item_residuals(model, every, progress=progress))
+        references = iter(item_residuals(model, every, roughly=True, progress=progress))
         self.guards: dict[Guard, list[Guarded]] = {
             kind: [Guarded(item, next(references)) for item in items] for kind, items in items_of.items()
         }
@@ -196,24 +196,9 @@ def log_probabilities(model: nn.Module, items: Sequence[Continued], *, roughly: 
     Args:
         model: The model, or a bridge around it.
         items: Items that fit into one batch.
-        roughly: Run the blocks of a float32 model in bfloat16 on CPUs that multiply that twice as fast: enough for the
-            gradients of noisy steps, not for what is shown.
+        roughly: Whether ``interp.precision.rough`` numbers are enough.
     """
-    anatomy = Anatomy(model)
-    # A bridge's mask leaves the range of bfloat16, and the gradient of fused attention can.
-    is_plain = model is anatomy.model and getattr(anatomy.model.config, "_attn_implementation", None) == "eager"
-    can = is_plain and anatomy.device.type == "cpu" and anatomy.dtype == torch.float32 and _multiplies_bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=roughly and can):
-        residuals = predicting_residuals(model, items)
-    if roughly and can and not residuals.isfinite().all():
-        residuals = predicting_residuals(model, items)
-    return anatomy.logits(residuals).float().log_softmax(-1)
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions that multiply bfloat16; False where torch does not say."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    return Anatomy(model).logits(predicting_residuals(model, items, roughly=roughly)).float().log_softmax(-1)
 
 
 def answer_losses(log_p: Tensor, items: Sequence[Continued]) -> Tensor:
@@ -286,7 +271,7 @@ def check_scales(
             total, hits = 0.0, 0
             for batch in token_batches(items):
                 chosen = [items[i] for i in batch]
-                log_p = log_probabilities(model, chosen)
+                log_p = log_probabilities(model, chosen, roughly=True)
                 total += float(divergences(model, log_p, [guarded[i] for i in batch]).sum())
                 tokens = log_p.argmax(-1).cpu().split([item.predicted for item in chosen])
                 hits += sum(tuple(t.tolist()) == item.answer for t, item in zip(tokens, chosen, strict=True))
@@ -296,7 +281,7 @@ def check_scales(
         damage = Checked(0.0, divergence, right)
         if within is not None and damage.spent(within) > 1:
             return damage
-        return Checked(sum(greedily_continued(model, wanted)) / len(wanted), divergence, right)
+        return Checked(sum(greedily_continued(model, wanted, roughly=True)) / len(wanted), divergence, right)
 
 
 def to_budget(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from interp import precision
 from interp.anatomy import transformers_model
 from interp.conflicts import evenly
 from interp.errors import UserError
@@ -223,23 +224,9 @@ def test_rough_gradients_point_where_exact_ones_do_and_are_exact_where_the_cpu_h
     model = tiny_plain("llama")
     items = [continued(model, e.prompt, e.memory_answers[0]) for e in tiny_conflicts()]
     exact = slopes(model, items, roughly=False)
-    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: True)
     rough = slopes(model, items, roughly=True)
     assert not torch.equal(rough, exact)
     assert torch.cosine_similarity(rough, exact, dim=0) > 0.999
-    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: False)
     assert torch.equal(slopes(model, items, roughly=True), exact)
-
-
-def test_what_leaves_the_range_of_bfloat16_is_computed_exactly(tiny_plain, monkeypatch):
-    model = tiny_plain("llama")
-    items = [continued(model, e.prompt, e.memory_answers[0]) for e in list(tiny_conflicts())[:3]]
-    exact = scale_data.log_probabilities(model, items)
-    monkeypatch.setattr(scale_data, "_multiplies_bfloat16", lambda: True)
-    run = scale_data.predicting_residuals
-
-    def overflowing(*given):
-        return run(*given) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
-
-    monkeypatch.setattr(scale_data, "predicting_residuals", overflowing)
-    assert torch.equal(scale_data.log_probabilities(model, items, roughly=True), exact)
