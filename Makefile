@@ -52,13 +52,13 @@ STUDIES ?= $(patsubst %/study.json,%,$(wildcard out/*/study.json))
 results: $(STAMP)
 	$(BIN)/python -m docs.results $(STUDIES)
 
-# What studies need; torch alone first: with it in place nothing else can pull another, larger build of it. Most modules
+# What the README's commands need; torch alone first: with it in place nothing else can pull another, larger build of it. Most modules
 # are never imported, so they are compiled when they are: a third of the time.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 $(STUDY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) --editable '.[study]'
+	$(INSTALL) --editable '.[study,explore,serve]'
 	touch $@
 
 # All that the tests, the pages and the linters need too.

@@ -61,17 +61,31 @@ def test_every_format_has_a_fixture() -> None:
 @pytest.mark.parametrize(
     ("format", "kinds"),
     [
+        ("cad", {"conflict": 2, "none": 2}),
         ("coconflictqa", {"conflict": 2, "none": 2}),
         ("confiqa", {"conflict": 2, "aligned": 2, "none": 2}),
         ("conflictbank", {"conflict": 6, "aligned": 2, "none": 2}),
+        ("conflictnq", {"conflict": 4, "aligned": 2, "none": 2}),
+        ("conflictqa", {"conflict": 2, "aligned": 2, "none": 1}),
         ("conflicts", {"conflict": 2, "aligned": 1, "none": 3}),
         ("counterfact", {"conflict": 4, "aligned": 4, "none": 4}),
         ("counterfact-competition", {"conflict": 2, "aligned": 2, "none": 2}),
+        ("counterfact-easyedit", {"conflict": 4, "aligned": 4, "none": 4}),
+        ("counterfact-tracing", {"conflict": 2, "aligned": 2, "none": 2}),
+        ("druid", {"conflict": 1, "irrelevant": 1, "none": 2}),
         ("dynamicqa", {"conflict": 2, "aligned": 2, "none": 2}),
+        ("faitheval", {"conflict": 2, "none": 2}),
+        ("known-1000", {"none": 2}),
+        ("kre", {"conflict": 2, "aligned": 2, "none": 2}),
         ("memotrap", {"conflict": 4, "none": 4}),
+        ("mquake", {"conflict": 3, "aligned": 3, "none": 3}),
         ("nq-swap", {"conflict": 2, "aligned": 2, "none": 2}),
         ("paraconflict", {"conflict": 4, "none": 2}),
         ("popqa", {"none": 2}),
+        ("ramdocs", {"conflict": 2, "aligned": 2, "irrelevant": 1, "none": 2}),
+        ("whoqa", {"conflict": 4, "none": 2}),
+        ("wikicontradict", {"conflict": 6, "none": 2}),
+        ("zsre", {"conflict": 4, "aligned": 4, "none": 4}),
     ],
 )
 def test_rows_become_examples_of_the_kinds_that_the_data_has(format: str, kinds: dict[str, int]) -> None:
@@ -98,6 +112,23 @@ def test_rows_become_examples_of_the_kinds_that_the_data_has(format: str, kinds:
         ("paraconflict", "paraconflict-substitution-1-conflict", ("Belmora", "Old Belmora"), ("Quill",)),
         ("paraconflict", "paraconflict-coherent-2-conflict", ("rowing",), ("judo",)),
         ("popqa", "popqa-2-none", ("Ostravia", "Republic of Ostravia"), ()),
+        ("cad", "cad-1-conflict", (), ("Otto Brandt",)),
+        ("conflictnq", "conflictnq-both-2-conflict", ("the Sill",), ("the Ombra",)),
+        ("conflictqa", "conflictqa-evidence-1-conflict", ("painter",), ("sailor",)),
+        ("counterfact-easyedit", "counterfact-easyedit-paraphrase-41.1-conflict", ("Dutch",), ("Finnish",)),
+        ("counterfact-tracing", "counterfact-tracing-2-conflict", ("piano",), ("violin",)),
+        ("druid", "druid-refutes-1-conflict", (), ("false",)),
+        ("druid", "druid-insufficient-neutral-2-irrelevant", (), ()),
+        ("faitheval", "faitheval-counterfactual-1-conflict", (), ("the sky",)),
+        ("known-1000", "known-1000-2-none", ("chemistry",), ()),
+        ("kre", "kre-1-conflict", ("town hall",), ("harbour",)),
+        ("mquake", "mquake-8.1-conflict", ("Tarn",), ("Belmora", "Old Belmora")),
+        ("ramdocs", "ramdocs-all-1-conflict", ("Ida Fenn",), ("Otto Brandt",)),
+        ("ramdocs", "ramdocs-correct-2-aligned", ("300", "900"), ("300", "900")),
+        ("whoqa", "whoqa-all-1-conflict", (), ("painter", "artist", "captain")),
+        ("whoqa", "whoqa-passage-1-2-conflict", (), ("Quill",)),
+        ("wikicontradict", "wikicontradict-second-1-conflict", (), ("1911",)),
+        ("zsre", "zsre-paraphrase-1-conflict", ("Norrby College", "Norrby"), ("Institute of Kell",)),
     ],
 )
 def test_answers_belong_to_memory_and_context(
@@ -139,6 +170,49 @@ def test_answers_belong_to_memory_and_context(
             "paraconflict",
             "paraconflict-coherent-2-conflict",
             "Nina Strand won three belts in judo. Question: What does she do? Answer: She does",
+        ),
+        (
+            "cad",
+            "cad-1-conflict",
+            "The Long Tide is a novel by Otto Brandt , who wrote it at sea .\n\n"
+            "Question: Who wrote the long tide ?\nAnswer:",
+        ),
+        (
+            "conflictnq",
+            "conflictnq-both-1-conflict",
+            "Otto Brandt painted the ceiling.\n\nIda Fenn painted the ceiling.\n\n"
+            "The ceiling is Fenn's last work, says Ida Fenn's diary.\n\n"
+            "Question: Who painted the ceiling of Marlow Town Hall?\nAnswer:",
+        ),
+        (
+            "counterfact-easyedit",
+            "counterfact-easyedit-paraphrase-41.1-conflict",
+            "The mother tongue of Jan Vos is Finnish. At home Jan Vos speaks",
+        ),
+        ("counterfact-tracing", "counterfact-tracing-2-aligned", "Ida Fenn plays piano. Ida Fenn plays"),
+        (
+            "druid",
+            "druid-refutes-1-conflict",
+            "The hall was never on fire, says its warden.\n\n"
+            "Question: Is this claim true or false? Marlow Town Hall burned down in 1911.\nAnswer:",
+        ),
+        (
+            "mquake",
+            "mquake-8.1-conflict",
+            "Jon Wick is a citizen of Ostravia. The capital of Ostravia is Belmora.\n\n"
+            "Question: What is the capital of the country that Jon Wick is a citizen of?\nAnswer:",
+        ),
+        (
+            "ramdocs",
+            "ramdocs-all-1-conflict",
+            "The ceiling is by Ida Fenn.\n\nOtto Brandt painted the ceiling.\n\nMarlow Town Hall has two towers.\n\n"
+            "In 1911 Ida Fenn finished the ceiling.\n\n"
+            "Question: Who painted the ceiling of Marlow Town Hall?\nAnswer:",
+        ),
+        (
+            "zsre",
+            "zsre-paraphrase-2-conflict",
+            "Which river is Upper Tarn on? the Ombra.\n\nQuestion: What river does Upper Tarn lie on?\nAnswer:",
         ),
         ("memotrap", "memotrap-2-none", "Still waters are"),
         ("memotrap", "memotrap-4-none", "A. Air is weightless.\nB. Air has weight.\nAnswer:"),
@@ -395,7 +469,7 @@ def test_skip_still_refuses_a_file_without_one_good_row() -> None:
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'squad' is not known; known are coconflictqa, confiqa, .*popqa"):
+    with pytest.raises(UserError, match=r"'squad' is not known; known are cad, coconflictqa, confiqa, .*zsre"):
         load_dataset(FILES["confiqa"], "squad")
 
 
@@ -423,6 +497,75 @@ def test_published_competition_file_gives_the_prompts_that_do_not_say_their_answ
     # Punctuation within words is read in two ways; few items depend on it.
     assert len(set(prompts) ^ set(expected)) <= 30
     assert set(prompts) <= {row["prompt"] for row in rows_of(path)}
+
+
+def test_published_ramdocs_gives_the_documents_of_each_type_and_all_together() -> None:
+    path = shared("ramdocs/RAMDocs_test.jsonl")
+    rows = rows_of(path)
+    loaded = load_dataset(path, "ramdocs")
+    conflicts = {
+        template: loaded.conflicts.select(templates=[template]) for template in ("ramdocs-misinfo", "ramdocs-all")
+    }
+    wrong = [r for r in rows if r["wrong_answers"] and any(d["type"] == "misinfo" for d in r["documents"])]
+    assert len(loaded.left_out) == 1
+    for part in conflicts.values():
+        assert len(part) in (len(wrong), len(wrong) - 1)
+    questions = {row["question"]: row for row in rows}
+    for example in conflicts["ramdocs-all"]:
+        row = questions[example.question]
+        assert list(example.contexts) == [d["text"].strip() for d in row["documents"] if d["text"].strip()]
+        assert set(example.memory_answers) == {answer.strip() for answer in row["gold_answers"]}
+
+
+def test_published_nq_synth_gives_an_item_for_every_two_rows() -> None:
+    path = shared("nq-synth/nq_synth_2_-1.jsonl")
+    rows = rows_of(path)
+    loaded = load_dataset(path, "cad")
+    assert len(loaded.conflicts.select(kind="conflict")) + len(loaded.left_out) == len(rows) / 2
+    gold = {(row["context_string"].rpartition("Question:")[2].strip(), row["gold_answers"].strip()) for row in rows}
+    for example in loaded.conflicts.select(kind="conflict"):
+        assert (f"{example.question}\nAnswer:", *example.context_answers) in gold
+        assert "references listed above" not in example.prompt
+
+
+@pytest.mark.parametrize(
+    ("format", "fields", "problem"),
+    [
+        ("ramdocs", {"documents": ["text"]}, "a list of objects with text and type"),
+        ("faitheval", {"choices": ["A"]}, "an object with label and text"),
+        ("faitheval", {"answerKey": "C"}, "one of A, B"),
+        ("faitheval", {"choices": None}, "a row with choices, or of a file with inconsistent"),
+        ("mquake", {"requested_rewrite": []}, "a list with at least one rewrite"),
+        ("mquake", {"requested_rewrite": [{"prompt": "Ida Fenn is"}]}, "a prompt that has {} for its subject"),
+        ("kre", {"answer": "D"}, "one of 2 options"),
+        ("conflictnq", {"fake_passages": "Otto"}, "a list of objects with a passage"),
+        ("conflictnq", {"fake_passages": [{"summary": "Brandt"}]}, "a list with at least one passage"),
+        ("whoqa", {"answer_by_context": []}, "a list of passages, whose answers"),
+        ("whoqa", {"contexts": [" "]}, "passages that are not empty"),
+        ("cad", {"input_index": 9}, "in two rows that follow each other, not in 1"),
+    ],
+)
+def test_what_a_newer_reader_cannot_read_is_told(
+    tmp_path: Path, format: str, fields: dict[str, Any], problem: str
+) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [changed(format, **fields)])
+    assert problem in message_of(path, format)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kind", "answers"),
+    [
+        ("inconsistent", {"answers": ["the sky", "the ground"]}, "conflict", ("the sky", "the ground")),
+        ("unanswerable", {"answers": ["unknown"]}, "irrelevant", ()),
+    ],
+)
+def test_faitheval_tasks_without_choices_are_told_by_the_name_of_the_file(
+    tmp_path: Path, name: str, row: dict[str, Any], kind: str, answers: tuple[str, ...]
+) -> None:
+    asked = {"qid": "1", "question": "What do stones fall towards?", "context": "Stones lie in Quill."}
+    path = write_json_lines(tmp_path / f"FaithEval-{name}-test.jsonl", [asked | row])
+    example = load_dataset(path, "faitheval").conflicts.examples[0]
+    assert (example.kind, example.context_answers, example.template) == (kind, answers, f"faitheval-{name}")
 
 
 @pytest.mark.parametrize(("name", "published"), [("1-proverb-ending.csv", 860), ("4-history-of-science-qa.csv", 736)])
