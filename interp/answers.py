@@ -5,6 +5,7 @@ Exact match and F1 follow SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250); ``nor
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -28,6 +29,17 @@ _short_text = lru_cache(maxsize=2**13)(Words)
 _long_text = lru_cache(maxsize=8)(Words)
 _SHORT = 200
 
+_LONG_FORMS = (("\u2019", "'"), ("can't", "can not"), ("n't", " not"), ("cannot", "can not"), ("'m ", " am "))
+_ABSTAINS = re.compile(
+    r"\bI (?:am |do |can |could |was )?(?:not (?:know|sure|certain|able|answer|find|have|tell|say)|unable|unsure)\b"
+    r"|\b(?:is|are|was|were|has|have|does|do|did|can|could) not (?:be |been )?"
+    r"(?:mention|specif|state|provide|contain|include|known|given|available|clear|possible|answer|say|discuss|determin|found)"
+    r"|^\W*not (?:mentioned|specified|stated|provided|known|given|available|sure|found|enough|clear)\b"
+    r"|\bno (?:information|answer|mention|evidence|data)\b|\b(?:unknown|unanswerable|unclear|undetermined)\b"
+    r"|\b(?:insufficient|not enough) information\b",
+    re.IGNORECASE,
+)
+
 
 def normalise(text: str) -> str:
     """Reduce a text to its words in lower case, without articles, joined by single spaces.
@@ -41,15 +53,28 @@ def normalise(text: str) -> str:
     return _words(text).normal
 
 
+def without_thinking(continuation: str) -> str:
+    """What a model says after it has thought aloud; nothing while it still thinks."""
+    _, thinks, thought = continuation.partition("<think>")
+    return thought.partition("</think>")[2] if thinks else continuation
+
+
 def first_sentence(continuation: str) -> str:
-    """The part of a continuation that answers: up to its first sentence end or line break."""
-    text = continuation.strip() + "\n"
+    """The part of a continuation that answers: up to its first sentence end or line break, after what was thought."""
+    text = without_thinking(continuation).strip() + "\n"
     return text[: sentence_end(text)].rstrip()
 
 
 def is_complete(continuation: str) -> bool:
     """Whether more tokens could no longer change ``first_sentence(continuation)``."""
-    return sentence_end(continuation.lstrip()) is not None
+    return sentence_end(without_thinking(continuation).lstrip()) is not None
+
+
+def abstains(answer: str) -> bool:
+    """Whether an answer says that there is none to give: "I don't know", "not mentioned in the context"."""
+    for short, long in _LONG_FORMS:
+        answer = answer.replace(short, long)
+    return _ABSTAINS.search(answer) is not None
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:

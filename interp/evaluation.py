@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import transformers_model
-from interp.answers import USAGES, Usage, contains_answer, exact_match, token_f1, usage_of
+from interp.answers import USAGES, Usage, abstains, contains_answer, exact_match, token_f1, usage_of
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
 from interp.files import assets_directory, write_parquet
@@ -78,6 +78,10 @@ class UsageReport:
         """Share of prompts whose answer contains the memory answer (the truth, for kinds other than conflict)."""
         return self._rate(_IS_RIGHT)
 
+    def abstained(self) -> Estimate:
+        """Share of prompts whose answer says that there is none to give (``interp.answers.abstains``)."""
+        return self._rate(pl.col("answer").map_elements(abstains, return_dtype=pl.Boolean))
+
     def mean(self, column: str, *, seed: int = 0) -> Estimate:
         """Mean of a numeric column over the rows where it is not null; of one of zeros and ones it is a rate."""
         present = UsageReport(self.frame.drop_nulls(column))
@@ -132,7 +136,7 @@ class UsageReport:
         for key, frame in groups:
             part = UsageReport(frame)
             measures = {f"{usage}_rate": part.rate(usage) for usage in USAGES}
-            measures["accuracy"] = part.accuracy()
+            measures |= {"abstained_rate": part.abstained(), "accuracy": part.accuracy()}
             measures["memorisation_ratio"] = part.memorisation_ratio()
             measures |= {
                 column: part.mean(column) for column in _SCORE_COLUMNS if frame[column].null_count() < len(frame)

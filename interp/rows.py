@@ -1,14 +1,18 @@
 """The rows of a data file, one at a time, each with its place in the file.
 
-Files are JSON (an array, or one object a line), JSON lines, CSV, TSV or Parquet. None is held in memory whole.
+Files are JSON (an array, or one object a line), JSON lines, CSV, TSV or Parquet, all but the last also compressed
+(``.gz``), or the Arrow files that ``datasets`` saves. None but these is held in memory whole.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import itertools
 import json
 import re
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,16 +41,35 @@ def read_rows(path: str | Path) -> Rows:
         UserError: If the ending is not known, or the file cannot be read as what its ending says.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], Rows]] = {
-        ".json": _json_rows,
-        ".jsonl": _json_lines,
-        ".csv": lambda path: _table_rows(path, ","),
-        ".tsv": lambda path: _table_rows(path, "\t"),
-        ".parquet": _parquet_rows,
-    }
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path} has the ending {path.suffix!r}; expected one of {', '.join(readers)}.")
-    return readers[path.suffix.lower()](path)
+    if (suffix := _suffix(path)) not in _READERS:
+        raise UserError(f"{path} has the ending {path.suffix!r}; expected one of {', '.join(_READERS)}.")
+    return _READERS[suffix](path)
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files of rows that a path names: itself, or those of a folder and of folders in it, by name.
+
+    Raises:
+        UserError: If it does not exist, or is a folder without such a file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no {path}; check the path.")
+    if not path.is_dir():
+        return [path]
+    # What `datasets` writes beside its tables.
+    about = {"dataset_info.json", "state.json", "dataset_dict.json"}
+    found = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in _READERS and f.name not in about)
+    if not found:
+        raise UserError(f"{path} has no file that ends in one of {', '.join(_READERS)}; give another folder or a file.")
+    return found
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells how a file is read: of a compressed one, what stands before ``.gz``."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in (".json", ".jsonl", ".csv", ".tsv") else Path(name).suffix
 
 
 @contextmanager
@@ -57,10 +80,11 @@ def open_text(path: str | Path, *, newline: str | None = None) -> Iterator[TextI
         UserError: If it cannot be read, or is not UTF-8 (the line is named).
     """
     try:
-        with Path(path).open(encoding="utf-8-sig", newline=newline) as stream:
+        with _opened(Path(path), newline) as stream:
             yield stream
-    except OSError as error:
-        raise UserError(f"Could not read {path}: {error.strerror or error}; check the path.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Could not read {path}: {reason}; check the path.") from error
     except UnicodeDecodeError as error:
         line = _undecodable_line(Path(path))
         raise UserError(
@@ -68,8 +92,14 @@ def open_text(path: str | Path, *, newline: str | None = None) -> Iterator[TextI
         ) from error
 
 
+def _opened(path: Path, newline: str | None) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
 def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as stream:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
@@ -258,3 +288,28 @@ def _parquet_rows(path: Path) -> Rows:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Could not read {path} as Parquet: {reason}; check the path and the file.") from error
+
+
+def _arrow_rows(path: Path) -> Rows:
+    import polars as pl
+
+    try:
+        try:
+            frame = pl.read_ipc_stream(path)
+        except pl.exceptions.PolarsError:
+            frame = pl.read_ipc(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Could not read {path} as Arrow: {reason}; check the path and the file.") from error
+    for number, row in enumerate(frame.iter_rows(named=True), 1):
+        yield f"row {number}", row
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_lines,
+    ".csv": lambda path: _table_rows(path, ","),
+    ".tsv": lambda path: _table_rows(path, "\t"),
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}

@@ -93,6 +93,13 @@ def attribute(
     ] = "path-patching",
     patching: Patching,
     split: SplitOption = "train",
+    at_answer: Annotated[
+        bool,
+        typer.Option(
+            "--at-answer/--at-end",
+            help="Score where the two answers part in what the model says, or at the prompt's end.",
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="How many parts to list for each direction.")] = 8,
     out: Annotated[
         Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
@@ -112,6 +119,8 @@ def attribute(
     check_parquet(out)
     model, conflicts = source.conflicts()
     part = conflicts.select(split=None if split == "all" else split)
+    if at_answer:
+        part = _at_answers(model, part, source.longest_answer(model))
     about = {"name": source.model, "progress": method.replace("-", " ").capitalize(), "seed": source.seed}
     if method == "edges":
         scores: Any = _edges(model, part, out, top, about)
@@ -122,6 +131,16 @@ def attribute(
     save_figure(layer_lines(scores) if is_layers else head_map(scores), out.with_suffix(".html"))
     _print_ranking(scores.growth() if is_layers else scores, top)
     say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+
+
+def _at_answers(model: Any, part: Any, longest: int) -> Any:
+    """Conflict prompts, up to where the two answers part in what the model says."""
+    from interp.asking import at_answers
+
+    moved = at_answers(model, part.select(kind="conflict"), max_new_tokens=longest, progress="Answering")
+    if moved.left_out:
+        say(f"{moved.left_out} prompts are left out, as their answers name neither source.")
+    return moved.conflicts
 
 
 def _scores(method: str, patching: Patching, model: Any, part: Any, about: dict[str, Any]) -> Any:

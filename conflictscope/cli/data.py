@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from conflictscope.cli.options import Facts, Model, SeedOption, say
 from interp.errors import UserError
+
+_SHOWN_ROWS = 10
+_table_option = partial(typer.Option, rich_help_panel="Your own table")
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """A table of a person's own, and how it is read."""
+
+    path: Annotated[
+        Path | None,
+        _table_option(
+            "--from",
+            help="Your own table: questions, documents, answers. CSV, TSV, JSON, JSONL, Parquet, or a folder of these.",
+        ),
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        _table_option(
+            metavar="ROLE=NAME",
+            help="Which column holds the question, context, answer, memory, subject or id, where names do not say it.",
+        ),
+    ] = None
+    limit: Annotated[int | None, _table_option(min=1, help="Rows that are read at most.")] = None
+    sample: Annotated[int | None, _table_option(min=1, help="Rows that are kept at most, at random.")] = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are said, by role.
+
+        Raises:
+            UserError: If one is not said as ROLE=NAME.
+        """
+        pairs = [text.partition("=") for text in self.column or ()]
+        if wrong := ["".join(pair) for pair in pairs if not all(pair)]:
+            raise UserError(f"--column takes ROLE=NAME, for example question=Frage, not {wrong[0]!r}.")
+        return {role.strip(): name for role, _, name in pairs}
 
 
 def data_build(
@@ -19,19 +58,53 @@ def data_build(
     all_facts: Annotated[
         bool, typer.Option("--all-facts", help="Keep facts that no model was asked about; needs no model.")
     ] = False,
+    table: OwnTable,
     source: Facts,
 ) -> None:
-    """Build conflict data from the fact tables, of the facts that the model knows closed-book."""
+    """Build conflict data from a table of your own, or from the fact tables, of what the model knows closed-book.
+
+    From a table: what memory answers, where no column says it, is what the model says to the question alone; prompts
+    with an agreeing context, with one about something else and without one are made from the rows.
+    """
+    if all_facts and Model(source.model, source.device, source.dtype) != Model():
+        raise UserError("--all-facts needs no model; leave out --model, --device and --dtype.")
+    if table.path is None and table != OwnTable():
+        raise UserError("--column, --limit and --sample belong to --from; give a table, or leave them out.")
+    if table.path is not None and source.relation:
+        raise UserError("Give --from or --relation, not both.")
+    conflicts = _from_facts(source, all_facts) if table.path is None else _from_table(table, source, all_facts)
+    conflicts.save(out)
+    say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
+
+
+def _from_facts(source: Facts, all_facts: bool) -> Any:
     from interp.facts import build_conflicts, usable_facts
 
     if all_facts:
-        if Model(source.model, source.device, source.dtype) != Model():
-            raise UserError("--all-facts needs no model; leave out --model, --device and --dtype.")
-        conflicts = build_conflicts({name: usable_facts(name) for name in source.relations()}, seed=source.seed)
-    else:
-        _, conflicts = source.conflicts()
-    conflicts.save(out)
-    say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
+        return build_conflicts({name: usable_facts(name) for name in source.relations()}, seed=source.seed)
+    return source.conflicts()[1]
+
+
+def _from_table(own: OwnTable, source: Facts, all_facts: bool) -> Any:
+    """The prompts of a table, after saying what was left out of it and why."""
+    from interp.tables import read_table, table_conflicts
+
+    assert own.path is not None
+    table = read_table(own.path, own.columns, limit=own.limit, sample=own.sample, seed=source.seed)
+    columns = ", ".join(f"{role} from {name!r}" for role, name in table.columns.items())
+    say(f"Read {len(table.rows)} rows of {own.path}: {columns}.")
+    for sentence in table.left_out[:_SHOWN_ROWS]:
+        say(f"Left out: {sentence}")
+    if len(table.left_out) > _SHOWN_ROWS:
+        say(f"Left out {len(table.left_out)} rows in all.")
+    is_asked = not all_facts and any(not row.memory for row in table.rows)
+    model = source.load() if is_asked else None
+    built = table_conflicts(table, model, seed=source.seed, progress="Closed-book")
+    if built.asked:
+        say(f"Asked {source.model} {built.asked} questions closed-book for what memory answers.")
+    for reason, count in built.reasons.most_common():
+        say(f"{count} rows: {reason}.")
+    return built.conflicts
 
 
 def data_inspect(
@@ -61,9 +134,6 @@ def data_inspect(
         output.print(
             f"memory: {', '.join(example.memory_answers)}   context: {', '.join(example.context_answers)}", markup=False
         )
-
-
-_SHOWN_ROWS = 10
 
 
 def data_convert(

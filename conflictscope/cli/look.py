@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.cli.inputs import check_parquet, layers_of
-from conflictscope.cli.options import Asked, BatchSizeOption, MaxNewTokensOption, SplitOption, say
+from conflictscope.cli.options import CHAT_TOKENS, COMPLETION_TOKENS, Asked, BatchSizeOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
@@ -26,7 +26,10 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
         "out/usage.parquet"
     ),
-    max_new_tokens: MaxNewTokensOption = 8,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Longest answer in tokens: {COMPLETION_TOKENS}, or {CHAT_TOKENS} in a chat."),
+    ] = None,
     source: Asked,
 ) -> None:
     """Answer every prompt of a split and say how often memory and context were used."""
@@ -53,7 +56,8 @@ def evaluate(
     changes, rule = told_apart(part for edit in edits for part in edit.build())
     combined = None if rule is None else rule.scores
     with applied(model, *changes):
-        report = measure_usage(model, asked, combined=combined, max_new_tokens=max_new_tokens, progress="Answering")
+        longest = source.longest_answer(model, max_new_tokens)
+        report = measure_usage(model, asked, combined=combined, max_new_tokens=longest, progress="Answering")
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")
@@ -105,6 +109,7 @@ def record(
         folder = out.resolve().with_name(f"{out.resolve().name}-records")
         kinds = ("conflict", "aligned")
         conflicts = conflicts_for_probes(model, relations, folder=folder, seed=source.seed, kinds=kinds)
+    conflicts = source.asking.asked(model, source.model, conflicts)
     store = ActivationStore.record(
         out,
         model,

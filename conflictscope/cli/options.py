@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from interp.asking import Asking
+
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_RELATION = "capital"
+COMPLETION_TOKENS, CHAT_TOKENS = 8, 32
 MODEL_HELP = "A registered name (see `conflictscope models`), a local directory or a hub id."
 
 _model_option = partial(typer.Option, rich_help_panel="Model")
@@ -113,12 +117,19 @@ class Facts(Model):
 
 @dataclass(frozen=True)
 class Asked(Facts):
-    """Which model is asked what: facts, or conflict data from a file."""
+    """Which model is asked what, in which form: facts, or conflict data from a file."""
 
     data: Annotated[
         Path | None,
         asked_option(help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
     ] = None
+    format: Annotated[
+        Literal["completion", "chat", "auto"],
+        asked_option(help="Ask prompts as they are, or through the chat template; auto: where the model follows one."),
+    ] = "completion"
+    system: Annotated[str, asked_option(help="With chats: the system message.")] = ""
+    answer_prefix: Annotated[str, asked_option(help="What the answer begins with.")] = ""
+    shots: Annotated[int, asked_option(min=0, help="Answered examples of train before each prompt.")] = 0
 
     def relations(self, default: tuple[str, ...] = (DEFAULT_RELATION,)) -> list[str]:
         """The names of the relations.
@@ -142,9 +153,24 @@ class Asked(Facts):
 
         self.relations()
         if self.data is None:
-            return super().conflicts()
-        loaded = ConflictSet.load(self.data)
-        return self.load(), loaded
+            model, conflicts = super().conflicts()
+        else:
+            conflicts = ConflictSet.load(self.data)
+            model = self.load()
+        return model, self.asking.asked(model, self.model, conflicts)
+
+    def longest_answer(self, model: Any, wanted: int | None = None) -> int:
+        """How many tokens an answer has at most: as many as are wanted, else more in a chat, which takes a sentence."""
+        if wanted is not None:
+            return wanted
+        return CHAT_TOKENS if self.asking.settled(model, self.model).form == "chat" else COMPLETION_TOKENS
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are asked."""
+        from interp.asking import Asking
+
+        return Asking(self.format, self.system, self.answer_prefix, self.shots, self.seed)
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
     from conflictscope.study.method import Method
     from conflictscope.study.record import StudyRecord
+    from interp.conflicts import ConflictSet
     from interp.records import Records
 
 SUBJECTS, QUICK_SUBJECTS = 40, 12
@@ -31,7 +32,7 @@ _study_option = partial(typer.Option, rich_help_panel="Study")
 class StudyOptions(Asked):
     """What a study asks, and how much of it."""
 
-    format: Annotated[str | None, asked_option(help="The public format of --data; a wrong name lists all.")] = None
+    data_format: Annotated[str | None, asked_option(help="The public format of --data; a wrong name lists all.")] = None
     unknown_too: Annotated[
         bool,
         asked_option("--unknown-too", help="With --data: also ask what the model does not know closed-book."),
@@ -56,8 +57,8 @@ class StudyOptions(Asked):
         Raises:
             UserError: If options do not go together, or the model knows too little.
         """
-        if self.data is None and (self.format is not None or (self.unknown_too and not tested_elsewhere)):
-            raise UserError("--format and --unknown-too belong to --data; give a file, or leave them out.")
+        if self.data is None and (self.data_format is not None or (self.unknown_too and not tested_elsewhere)):
+            raise UserError("--data-format and --unknown-too belong to --data; give a file, or leave them out.")
         names = self.relations(default)
         from conflictscope.study.data import fact_prompts
         from conflictscope.study.lab import BUDGETS, Lab
@@ -67,14 +68,26 @@ class StudyOptions(Asked):
         model = self.load()
         records = Records(out / "records", model=fingerprint(model))
         if self.data is None:
-            prompts = fact_prompts(model, names, records, subjects=self._most, seed=self.seed)
+            prompts = fact_prompts(
+                model, names, records, subjects=self._most, seed=self.seed, asked=self._in_form(model)
+            )
         else:
-            prompts = self._all_prompts(model, records, self.data, self.format)
+            prompts = self._all_prompts(model, records, self.data, self.data_format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
         budgets = {**BUDGETS, **self.budgets()}
         prompts = prompts.few(self.seed) if self.quick else prompts
-        return Lab(model, self.model, prompts, records, seed=self.seed, quick=self.quick, budgets=budgets, saes=saes)
+        return Lab(
+            model,
+            self.model,
+            prompts,
+            records,
+            seed=self.seed,
+            quick=self.quick,
+            budgets=budgets,
+            saes=saes,
+            new_tokens=self.longest_answer(model),
+        )
 
     def file_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
         """Get prompts from a file.
@@ -93,8 +106,19 @@ class StudyOptions(Asked):
         from conflictscope.study.data import file_prompts
 
         return file_prompts(
-            model, file, records, subjects=self._most, seed=self.seed, format=format, unknown_too=self.unknown_too
+            model,
+            file,
+            records,
+            subjects=self._most,
+            seed=self.seed,
+            format=format,
+            unknown_too=self.unknown_too,
+            asked=self._in_form(model),
         )
+
+    def _in_form(self, model: Any) -> Callable[[ConflictSet], ConflictSet]:
+        """What asks a set of prompts in the form that is wanted."""
+        return partial(self.asking.asked, model, self.model)
 
     @property
     def _most(self) -> int:

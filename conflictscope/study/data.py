@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,15 @@ class Prompts:
         )
 
 
-def fact_prompts(model: nn.Module, relations: Sequence[str], records: Records, *, subjects: int, seed: int) -> Prompts:
+def fact_prompts(
+    model: nn.Module,
+    relations: Sequence[str],
+    records: Records,
+    *,
+    subjects: int,
+    seed: int,
+    asked: Callable[[ConflictSet], ConflictSet] = lambda conflicts: conflicts,
+) -> Prompts:
     """Prompts of every kind and phrasing about the facts of some relations that the model knows.
 
     Args:
@@ -132,20 +140,21 @@ def fact_prompts(model: nn.Module, relations: Sequence[str], records: Records, *
         subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
             as many to choose on.
         seed: Decides splits, subjects and conflicts.
+        asked: Asks the prompts in another form; what is known is asked in the form of the fact tables.
 
     Raises:
         UserError: If a relation is not known, or the model knows too little for one of the splits.
     """
-    asked: dict[str, list[Fact]] = {}
+    facts: dict[str, list[Fact]] = {}
     for relation in dict.fromkeys(relation_named(name).name for name in relations):
         usable = usable_facts(relation)
-        asked[relation] = []
+        facts[relation] = []
         for split, most in _subjects(subjects).items():
             members = [fact for fact in usable if split_of(fact.subject, seed) == split]
             rng = random.Random(f"{seed}/{relation}/{split}")
-            asked[relation] += rng.sample(members, min(most, len(members)))
-    conflicts = conflicts_about_known(model, asked, records, seed=seed)
-    return _split(conflicts, tuple(asked), sum(map(len, asked.values())))
+            facts[relation] += rng.sample(members, min(most, len(members)))
+    conflicts = asked(conflicts_about_known(model, facts, records, seed=seed))
+    return _split(conflicts, tuple(facts), sum(map(len, facts.values())))
 
 
 def file_prompts(
@@ -157,6 +166,7 @@ def file_prompts(
     seed: int,
     format: str | None = None,
     unknown_too: bool = False,
+    asked: Callable[[ConflictSet], ConflictSet] = lambda conflicts: conflicts,
 ) -> Prompts:
     """Prompts from a file.
 
@@ -168,6 +178,7 @@ def file_prompts(
         seed: Decides which subjects are asked, and the splits of a public data set.
         format: The public format (see ``conflictscope data convert``); ``None`` is conflict data.
         unknown_too: Whether facts that the model does not know are used too.
+        asked: Asks the prompts, and what is known, in another form.
 
     Raises:
         UserError: If the file cannot be read, or the model knows too little of it.
@@ -179,7 +190,7 @@ def file_prompts(
             part = loaded.select(split=split, relation=relation).subjects
             chosen = random.Random(f"{seed}/{relation}/{split}").sample(part, min(most, len(part)))
             kept |= {(relation, subject) for subject in chosen}
-    conflicts = ConflictSet(loaded.name, tuple(e for e in loaded if (e.relation, e.subject) in kept))
+    conflicts = asked(ConflictSet(loaded.name, tuple(e for e in loaded if (e.relation, e.subject) in kept)))
     if not unknown_too:
 
         def ask() -> list[str]:

@@ -26,6 +26,7 @@ from interp.attribution.states import STATES_VERSION, last_token_states
 from interp.conflicts import ConflictSet, evenly
 from interp.corpus import sampled_texts
 from interp.errors import UserError
+from interp.generation import MAX_NEW_TOKENS
 from interp.precision import rounding
 from interp.records import Records
 from interp.sae import SparseAutoencoder
@@ -59,6 +60,7 @@ class Lab:
         quick: Use little of everything: a check that all runs, not a measurement.
         budgets: The damage that is allowed on dev, by guard.
         saes: Loads autoencoders of the model, for methods that edit features.
+        new_tokens: Longest answer on test, in tokens.
     """
 
     model: nn.Module
@@ -70,10 +72,11 @@ class Lab:
     quick: bool = False
     budgets: Mapping[str, float] = field(default_factory=BUDGETS.copy)
     saes: Callable[[], Sequence[SparseAutoencoder]] | None = None
+    new_tokens: int = MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
         self.anatomy = Anatomy(self.model)
-        self.reading = Reading(self.model, self.prompts.test, few=self.quick)
+        self.reading = Reading(self.model, self.prompts.test, few=self.quick, new_tokens=self.new_tokens)
         self._chosen: dict[tuple[Method, Direction, bool], Chosen] = {}
 
     def on(self, prompts: Prompts) -> Lab:

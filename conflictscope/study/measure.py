@@ -77,18 +77,22 @@ class Reading:
         model: The model, or a bridge around it, unedited.
         asked: Test's prompts.
         few: Whether few texts are read and nothing is timed: a check that all runs, not a measurement.
+        new_tokens: Longest answer, in tokens.
     """
 
-    def __init__(self, model: nn.Module, asked: ConflictSet, *, few: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, asked: ConflictSet, *, few: bool = False, new_tokens: int = MAX_NEW_TOKENS
+    ) -> None:
         self.model = model
         self.asked = asked
         self.few = few
+        self.new_tokens = new_tokens
         self.ordinary = neutral_texts()[: _FEW_TEXTS if few else None]
 
     @cached_property
     def prompts(self) -> ReadPrompts:
         """Test's prompts."""
-        return ReadPrompts(self.model, [example.prompt for example in self.asked], new_tokens=MAX_NEW_TOKENS)
+        return ReadPrompts(self.model, [example.prompt for example in self.asked], new_tokens=self.new_tokens)
 
     @cached_property
     def texts(self) -> ReadPrompts:
@@ -110,7 +114,14 @@ def measure(lab: Bench, condition: Condition) -> Result:
         read = (lab.reading.prompts, changed) if condition.changes_text and changed != "whole" else None
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
-            return measure_usage(model, condition.asked(asked), combined=condition.combined, read=read, progress=label)
+            return measure_usage(
+                model,
+                condition.asked(asked),
+                combined=condition.combined,
+                read=read,
+                max_new_tokens=lab.reading.new_tokens,
+                progress=label,
+            )
 
     def divergences() -> list[float]:
         unedited = lab.reading.unedited
@@ -119,7 +130,8 @@ def measure(lab: Bench, condition: Condition) -> Result:
         return divergence(unedited, edited).tolist()
 
     version = (ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
-    report = lab.records.usage("test", [digest, asked.digest], answers, version=version)
+    longer = [lab.reading.new_tokens] if lab.reading.new_tokens != MAX_NEW_TOKENS else []
+    report = lab.records.usage("test", [digest, asked.digest, *longer], answers, version=version)
     kl = None
     if condition.changes_text:
         kl = np.array(lab.records.json("neutral_kl", [digest, lab.reading.ordinary], divergences, version=version[1:]))

@@ -12,16 +12,14 @@ def _read(row: Row) -> list[Item]:
     The evidence that was found for either answer, where a row has it, is a context of its own.
     """
     memory, counter = row.text("memory_answer"), row.text("counter_answer")
-    fields = {
-        "": ("counter_memory", "parametric_memory"),
-        "evidence": ("counter_memory_aligned_evidence", "parametric_memory_aligned_evidence"),
-    }
     contexts = [
-        Context(kind, row.text(field), (answer,), template)
-        for template, both in fields.items()
-        for kind, field, answer in (("conflict", both[0], counter), ("aligned", both[1], memory))
-        if not template or row.has(field)
+        Context("conflict", row.text("counter_memory"), (counter,)),
+        Context("aligned", row.text("parametric_memory"), (memory,)),
     ]
+    if row.has(found := "counter_memory_aligned_evidence"):
+        contexts.append(Context("conflict", row.text(found), (counter,), "evidence"))
+    if row.has(found := "parametric_memory_aligned_evidence"):
+        contexts.append(Context("aligned", row.text(found), (memory,), "evidence"))
     return [Item(row.text("question"), distinct(memory), tuple(contexts), unusable=too_long(memory, counter))]
 
 

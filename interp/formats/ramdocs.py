@@ -24,7 +24,7 @@ def _read(row: Row) -> list[Item]:
         raise row.unexpected("documents", "a list of objects with text and type")
     gold, wrong = row.answers("gold_answers"), distinct(*row.texts("wrong_answers"))
     answers: dict[ContextKind, tuple[str, ...]] = {"conflict": wrong, "aligned": gold, "irrelevant": ()}
-    texts = {kind: _texts(documents, template) for kind, template in _PARTS}
+    texts: dict[ContextKind, tuple[str, ...]] = {kind: _texts(documents, template) for kind, template in _PARTS}
     contexts = [Context(kind, texts[kind], answers[kind], template) for kind, template in _PARTS if texts[kind]]
     if texts["conflict"]:
         contexts.append(Context("conflict", _texts(documents), wrong, "all"))

@@ -76,7 +76,8 @@ class Reading:
                 reasons.append(why)
             else:
                 digests.add(digest)
-                examples += self._of_item(item, f"{file}{item.key}" if item.key else number)
+                key = f"{file}{item.key}" if item.key else number
+                examples += examples_of(item, self._format.name, key, self._seed, self._spellings)
         ids: set[str] = set()
         for example in examples:
             if example.id in self._ids or example.id in ids:
@@ -89,33 +90,42 @@ class Reading:
             self.reasons.update(reasons)
         return examples
 
-    def _of_item(self, item: Item, name: str) -> Iterator[ConflictExample]:
-        source = self._format.name
-        subject = item.subject or item.question
-        key = subject_key(subject)
-        subject = self._spellings.setdefault(key, subject)
-        split = split_of_key(key, self._seed)
-        ask = _ask(item)
-        for context in (*item.contexts, _NO_CONTEXT):
-            family = context.template or item.template
-            template = f"{source}-{family}" if family else source
-            text = context.joined
-            fields: dict[str, Any] = {
-                "id": f"{template}-{name}-{context.kind}",
-                "subject": subject,
-                "relation": item.relation or source,
-                "question": item.question,
-                "contexts": _documents(item, context),
-                "memory_answers": item.memory_answers,
-                "context_answers": context.answers,
-                "kind": context.kind,
-                "template": template,
-                "source": source,
-                "prompt": ask if not text else text if item.completion else f"{text}\n\n{ask}",
-                "bare_prompt": ask,
-                "split": split,
-            }
-            yield example_of(fields)
+
+def examples_of(item: Item, source: str, key: str, seed: int, spellings: dict[str, str]) -> Iterator[ConflictExample]:
+    """The examples of an item: one for each context, and one without.
+
+    Args:
+        item: The item.
+        source: What the data set is called.
+        key: Tells the item from others in ids.
+        seed: Decides the split.
+        spellings: The first spelling of every subject by its key; that of a new one is added.
+    """
+    subject = item.subject or item.question
+    known_as = subject_key(subject)
+    subject = spellings.setdefault(known_as, subject)
+    split = split_of_key(known_as, seed)
+    ask = _ask(item)
+    for context in (*item.contexts, _NO_CONTEXT):
+        family = context.template or item.template
+        template = f"{source}-{family}" if family else source
+        text = context.joined
+        fields: dict[str, Any] = {
+            "id": f"{template}-{key}-{context.kind}",
+            "subject": subject,
+            "relation": item.relation or source,
+            "question": item.question,
+            "contexts": _documents(item, context),
+            "memory_answers": item.memory_answers,
+            "context_answers": context.answers,
+            "kind": context.kind,
+            "template": template,
+            "source": source,
+            "prompt": ask if not text else text if item.completion else f"{text}\n\n{ask}",
+            "bare_prompt": ask,
+            "split": split,
+        }
+        yield example_of(fields)
 
 
 _NO_CONTEXT = Context("none", "", ())

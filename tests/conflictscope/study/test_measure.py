@@ -5,6 +5,7 @@ from conflictscope.study import measure as study
 from conflictscope.study.condition import Condition
 from conflictscope.study.executor import UnitBench
 from interp.evaluation import UsageReport
+from interp.generation import MAX_NEW_TOKENS
 from interp.records import Records
 from interventions.dial import DialScale, TrustDial
 from interventions.heads import HeadScaling
@@ -15,7 +16,8 @@ from tests.tiny import tiny_conflicts
 def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_path, monkeypatch):
     asked, measured = tiny_conflicts(), []
 
-    def measure(_, conflicts, *, combined, read, progress):
+    def measure(_, conflicts, *, combined, read, max_new_tokens, progress):
+        assert max_new_tokens == MAX_NEW_TOKENS
         assert combined is None
         assert read is not None
         measured.append(progress)

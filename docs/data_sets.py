@@ -1,0 +1,122 @@
+"""Measure how a model uses memory and context on facts and on public sets, and write it into a page.
+
+    python -m docs.data_sets ../data out/data_sets
+
+The first folder holds the public files; those that are missing are left out, and the page says so. Every prompt is
+asked as it is and through the model's chat template. What was asked is kept, so that a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from docs.results import ROOT
+from interp.asking import Asking
+from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.evaluation import ANSWERS_VERSION, UsageReport, measure_usage
+from interp.facts import STUDY_PHRASINGS, build_conflicts, known_facts
+from interp.files import write_text
+from interp.formats import load_dataset
+from interp.models import fingerprint, load_model
+from interp.records import Records
+
+PAGE = ROOT / "docs" / "results" / "data_sets.md"
+RELATIONS = ("capital", "language", "continent", "manufacturer")
+SETS = (
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 200),
+    ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 200),
+    ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 60),
+    ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 200),
+    ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 200),
+)
+"""Title, format, file, and how many questions are drawn."""
+FORMS = ("completion", "chat")
+_MARK = "<!-- results of data sets -->"
+_TOKENS = {"completion": 8, "chat": 32}
+
+
+def sets(folder: Path, model: object, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
+    """The title and the prompts of each set; ``None`` where its file is missing."""
+    facts = {relation: known_facts(model, relation) for relation in RELATIONS}  # pyright: ignore[reportArgumentType]
+    known = build_conflicts(facts, seed=seed, phrasings=STUDY_PHRASINGS)
+    yield "facts, four relations", drawn(known.select(split="test"), 60, seed)
+    for title, format, name, count in SETS:
+        path = folder / name
+        yield title, drawn(load_dataset(path, format, seed=seed).conflicts, count, seed) if path.exists() else None
+
+
+def drawn(conflicts: ConflictSet, count: int, seed: int) -> ConflictSet:
+    """All prompts about so many subjects, drawn at random."""
+    subjects = conflicts.subjects
+    chosen = set(random.Random(seed).sample(subjects, min(count, len(subjects))))
+    return ConflictSet(conflicts.name, tuple(example for example in conflicts if example.subject in chosen))
+
+
+def rows(title: str, form: str, report: UsageReport) -> Iterator[list[str]]:
+    """A row of the table for each kind of context, and each template of public sets that has several."""
+    for kind in CONTEXT_KINDS:
+        part = report.select(kind=kind)
+        templates = part.frame["template"].unique(maintain_order=True).to_list()
+        split = len(templates) > 1 and not title.startswith("facts")
+        for template in templates if split else [None]:
+            some = part if template is None else part.select(template=template)
+            if some.frame.is_empty():
+                continue
+            name = kind if template is None else f"{kind}: {template.partition('-')[2] or template}"
+            rates = [str(some.rate(usage)) for usage in ("memory", "context", "both")]
+            yield [title, form, name, *rates, str(some.accuracy()), str(some.abstained()), str(len(some.frame))]
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of the public files.")],
+    out: Annotated[Path, typer.Argument(help="Folder for what was asked.")] = Path("out/data_sets"),
+    model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m",
+    seed: Annotated[int, typer.Option(help="Decides which questions are drawn.")] = 0,
+) -> None:
+    """Measure, and write the table into the page."""
+    loaded = load_model(model)
+    records = Records(out / "records", model=fingerprint(loaded))
+    head = [
+        "set",
+        "asked as",
+        "context",
+        "memory rate",
+        "context rate",
+        "both",
+        "says memory's answer",
+        "abstained",
+        "n",
+    ]
+    table = [head, ["---"] * len(head)]
+    missing = []
+    for title, conflicts in sets(folder, loaded, seed):
+        if conflicts is None:
+            missing.append(title)
+            continue
+        for form in FORMS:
+            asked = Asking(form).asked(loaded, model, conflicts)
+            report = records.usage(
+                f"usage-{form}",
+                asked.digest,
+                lambda asked=asked, form=form, title=title: measure_usage(
+                    loaded, asked, max_new_tokens=_TOKENS[form], progress=f"{title}, {form}"
+                ),
+                version=ANSWERS_VERSION,
+            )
+            table += rows(title, form, report)
+    text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    if missing:
+        text += f"\n\nNot measured, as their files were not there: {', '.join(missing)}."
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(f"{_MARK}\n")
+    after = rest.partition("<!-- end of results -->")[2]
+    write_text(PAGE, f"{before}{_MARK}\n\n{text}\n\n<!-- end of results -->{after}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
