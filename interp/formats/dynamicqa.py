@@ -7,9 +7,14 @@ import re
 from interp.formats.items import INSIDE_A_WORD, Context, Format, Item, inside_a_word
 from interp.formats.row import Row, distinct
 
+_PARTS = ("static", "temporal", "disputable")
+
 
 def _read(row: Row) -> list[Item]:
-    """The disputable part has no placeholder: its contexts say ``obj`` themselves."""
+    """The disputable part has no placeholder: its contexts say ``obj`` themselves.
+
+    The parts, which lie in files of these names, are static, temporal and disputable facts.
+    """
     obj, replacement, context = row.text("obj"), row.text("replace_name"), row.text("context")
     place = r"\[ENTITY\]" if "[ENTITY]" in context else rf"(?<!\w){re.escape(obj)}(?!\w)"
     if not re.search(place, context):
@@ -21,7 +26,8 @@ def _read(row: Row) -> list[Item]:
     )
     unusable = INSIDE_A_WORD if inside_a_word("[ENTITY]", context) else ""
     relation = row.text("prop") if row.has("prop") else ""
-    return [Item(row.text("question"), memory, contexts, row.text("subj"), relation, unusable=unusable)]
+    part = next((part for part in _PARTS if row.file.lower().startswith(part)), "")
+    return [Item(row.text("question"), memory, contexts, row.text("subj"), relation, part, unusable=unusable)]
 
 
 FORMAT = Format(
