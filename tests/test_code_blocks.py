@@ -100,7 +100,9 @@ def blocks_of(page: Path) -> list[Block]:
 @pytest.fixture(scope="module")
 def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every command of the pages finds what it reads, for a tiny model."""
-    root, llama = tmp_path_factory.mktemp("reader"), tiny_directories["llama"]
+    root = tmp_path_factory.mktemp("reader")
+    llama = shutil.copytree(tiny_directories["llama"], root / "chatting")
+    (llama / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     for place in ("cache/models/smollm2-135m", "path/to/model", "my-model"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).symlink_to(llama)
@@ -125,6 +127,10 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         tiny_conflicts().save(root / place)
     (root / "nq-swap.jsonl").write_text(json.dumps(_NQ_SWAP))
     (root / "prompts.txt").write_text("The capital of Peru is\nThe capital of Chile is\n")
+    towns = ["question,context,answer,memory", *(f"Where is {n}?,{n} is in A{n}.,A{n},B{n}" for n in range(12))]
+    (root / "mine.csv").write_text("\n".join(towns))
+    for part in ("Static", "Temporal", "Disputable"):
+        shutil.copy(ROOT / "tests/interp/fixtures/formats/dynamicqa.csv", root / f"{part}_final.csv")
     return root
 
 

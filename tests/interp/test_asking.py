@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,13 @@ def test_a_chat_has_the_documents_and_the_question(chatty, capital_conflicts):
 
 
 def test_several_documents_are_numbered_and_stems_are_completed(chatty):
-    fields = {"subject": "s", "relation": "r", "memory_answers": ("m",), "context_answers": ("c",), "template": "t"}
+    fields: dict[str, Any] = {
+        "subject": "s",
+        "relation": "r",
+        "memory_answers": ("m",),
+        "context_answers": ("c",),
+        "template": "t",
+    }
     fields |= {"source": "x", "split": "test", "kind": "conflict", "prompt": "p", "id": "1"}
     several = ConflictExample(**fields, question="Who?", contexts=("One.", "Two."), bare_prompt="Question: Who?")
     stem = ConflictExample(
@@ -107,7 +114,7 @@ def test_others_are_not(name):
 
 
 def test_a_real_chat_is_tokenised_once_and_right(capital_conflicts):
-    model = load_model(device="cpu")
+    model: Any = load_model(device="cpu")
     one = example(Asking("chat").asked(model, "smollm2-135m", capital_conflicts), "conflict")
     content = one.prompt.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
     expected = model.tokenizer.apply_chat_template(
@@ -145,7 +152,14 @@ def test_what_both_answers_begin_with_is_part_of_the_prompt(tiny_plain, monkeypa
 
     model = tiny_plain("llama")
     word = model.tokenizer.decode([7]).strip()
-    fields = {"subject": "s", "relation": "r", "template": "t", "source": "x", "split": "test", "kind": "conflict"}
+    fields: dict[str, Any] = {
+        "subject": "s",
+        "relation": "r",
+        "template": "t",
+        "source": "x",
+        "split": "test",
+        "kind": "conflict",
+    }
     fields |= {
         "question": "Who?",
         "contexts": ("c",),

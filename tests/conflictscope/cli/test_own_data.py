@@ -1,0 +1,74 @@
+"""A table of one's own, from the file to every kind of command; chats and examples on the command line."""
+
+import shutil
+
+import polars as pl
+import pytest
+
+from interp.conflicts import ConflictSet
+from tests.conflictscope.cli.test_cli import assert_one_sentence, run
+
+run = run
+TOWNS = ["Where is {n}?", "{n} is in A{n}.", "A{n}", "B{n}"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    lines = ["Question,Context,Answer,Memory", *(",".join(TOWNS).format(n=f"town{n}") for n in range(20))]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    return tmp_path / "mine.csv"
+
+
+@pytest.fixture
+def chatting(tiny_directories, tmp_path):
+    """A model directory with a chat template."""
+    folder = shutil.copytree(tiny_directories["llama"], tmp_path / "tiny-instruct")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}A:")
+    return folder
+
+
+def test_a_table_goes_through_the_commands(run, table, chatting):
+    code, _, error = run("data", "build", "--from", table, "--out", "mine.jsonl", "--all-facts")
+    assert code == 0
+    assert "Read 20 rows of" in error
+    assert "question from 'Question', context from 'Context', answer from 'Answer', memory from 'Memory'" in error
+    built = ConflictSet.load("mine.jsonl")
+    assert built.counts()["by_kind"] == {"conflict": 20, "aligned": 20, "irrelevant": 20, "none": 20}
+    model = ("--model", chatting, "--data", "mine.jsonl", "--split", "all")
+    assert run("evaluate", *model, "--by", "kind", "--out", "u.parquet")[0] == 0
+    assert len(pl.read_parquet("u.parquet")) == 80
+    assert run("attribute", *model, "--method", "direct-logits", "--out", "h.parquet")[0] == 0
+    sampling = ("--samples", 2, "--max-new-tokens", 2)
+    code, out, _ = run("persuasion", *model, "--by", "kind", *sampling, "--out", "p.parquet")
+    assert code == 0
+    assert "coherent_persuasion" in out
+    assert "change of semantic_entropy" in out
+    assert set(pl.read_parquet("p.parquet")["kind"]) == {"conflict", "aligned", "irrelevant"}
+
+
+def test_what_is_asked_of_a_table_is_checked(run, table):
+    assert_one_sentence(run("data", "build", "--limit", 3), "belong to --from")
+    assert_one_sentence(run("data", "build", "--from", table, "--relation", "capital"), "Give --from or --relation")
+    assert_one_sentence(run("data", "build", "--from", table, "--column", "question"), "--column takes ROLE=NAME")
+    assert_one_sentence(run("data", "build", "--from", table, "--column", "question=Frage"), "no column 'Frage'")
+    assert_one_sentence(run("data", "build", "--from", "none.csv"), "There is no none.csv")
+
+
+@pytest.mark.parametrize("form", [("--format", "chat"), ("--format", "auto", "--shots", "2"), ("--shots", "2")])
+def test_prompts_are_asked_in_the_form_that_is_wanted(run, table, chatting, form):
+    run("data", "build", "--from", table, "--out", "mine.jsonl", "--all-facts")
+    code, _, _ = run("evaluate", "--model", chatting, "--data", "mine.jsonl", *form, "--out", "u.parquet")
+    assert code == 0
+    prompts = pl.read_parquet("u.parquet").filter(kind="conflict")["prompt"].to_list()
+    assert all(prompt.startswith("user: ") for prompt in prompts) == ("--format" in form)
+    turns = 3 if "--shots" in form else 1
+    assert {prompt.count("Where is") for prompt in prompts} == {turns}
+
+
+def test_a_form_that_cannot_be_had_is_told(run, table, chatting, tiny_directories):
+    run("data", "build", "--from", table, "--out", "mine.jsonl", "--all-facts")
+    plain = ("evaluate", "--model", tiny_directories["llama"], "--data", "mine.jsonl")
+    assert_one_sentence(run(*plain, "--format", "chat"), "has no chat template; ask with --format completion")
+    assert_one_sentence(run(*plain, "--system", "Be brief."), "A system message belongs to a chat")
+    told = ("--model", chatting, "--data", "mine.jsonl", "--at-answer", "--split", "all")
+    assert_one_sentence(run("attribute", *told), "names what memory or context says")
