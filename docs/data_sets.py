@@ -28,11 +28,11 @@ from interp.records import Records
 PAGE = ROOT / "docs" / "results" / "data_sets.md"
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 SETS = (
-    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 200),
-    ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 200),
-    ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 60),
-    ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 200),
-    ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 200),
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 100),
+    ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
+    ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 24),
+    ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 100),
+    ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 100),
 )
 """Title, format, file, and how many questions are drawn."""
 FORMS = ("completion", "chat")

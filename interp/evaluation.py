@@ -136,7 +136,9 @@ class UsageReport:
         for key, frame in groups:
             part = UsageReport(frame)
             measures = {f"{usage}_rate": part.rate(usage) for usage in USAGES}
-            measures |= {"abstained_rate": part.abstained(), "accuracy": part.accuracy()}
+            if "answer" in frame.columns:
+                measures["abstained_rate"] = part.abstained()
+            measures["accuracy"] = part.accuracy()
             measures["memorisation_ratio"] = part.memorisation_ratio()
             measures |= {
                 column: part.mean(column) for column in _SCORE_COLUMNS if frame[column].null_count() < len(frame)
@@ -209,6 +211,7 @@ def measure_usage(
     combined: Combined | None = None,
     read: tuple[ReadPrompts, Changed] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    whole: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
 ) -> UsageReport:
@@ -224,6 +227,7 @@ def measure_usage(
         read: The same prompts, read before without edits, and what the edits that are applied now change; ``None``
             reads them now.
         max_new_tokens: Longest answer, in tokens.
+        whole: Judge all that the model says, not only its first sentence; not of prompts that were read before.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
 
@@ -238,7 +242,9 @@ def measure_usage(
     if read is None:
         bare = None if combined is None else [e.bare_prompt or e.prompt for e in conflicts]
         prompts = [example.prompt for example in conflicts]
-        continuations = continue_greedily(model, prompts, without=bare, combined=combined, batch_size=batch_size, **how)
+        continuations = continue_greedily(
+            model, prompts, without=bare, combined=combined, whole=whole, batch_size=batch_size, **how
+        )
     else:
         continuations = read[0].continue_greedily(read[1], **how)
     check_starts(continuations.first_tokens.tolist(), tokens)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from interp.anatomy import transformers_model
-from interp.answers import first_sentence, is_complete
+from interp.answers import first_sentence, is_complete, without_thinking
 from interp.errors import UserError
 from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids, tokenizer_of
 from interp.pairs import Combined, generate_pairs
@@ -86,6 +86,7 @@ def continue_greedily(
     without: Sequence[str] | None = None,
     combined: Combined | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    whole: bool = False,
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
 ) -> Continuations:
@@ -98,6 +99,7 @@ def continue_greedily(
         without: The same prompts without their contexts, for ``combined``; where one is the same nothing is combined.
         combined: Chooses the next token from both prompts, which are read side by side, each with a cache of its own.
         max_new_tokens: Longest answer, in tokens.
+        whole: Take all that the model says as its answer, not only the first sentence.
         batch_size: Prompts per batch.
         progress: Label of a progress bar; ``None`` shows none.
 
@@ -112,13 +114,13 @@ def continue_greedily(
     def answered() -> Iterator[Answered]:
         for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size, new_tokens=max_new_tokens), progress):
             if without is None or combined is None:
-                yield Answered(numbers, *generated(model, tokens, max_new_tokens))
+                yield Answered(numbers, *generated(model, tokens, max_new_tokens, whole=whole))
                 continue
             second = token_ids(tokenizer, [without[i] for i in numbers])
             rule = _where(combined, [without[i] != prompts[i] for i in numbers])
-            yield Answered(numbers, *generated(model, [*tokens, *second], max_new_tokens, rule=rule))
+            yield Answered(numbers, *generated(model, [*tokens, *second], max_new_tokens, rule=rule, whole=whole))
 
-    return gathered(model, answered(), len(prompts), watch)
+    return gathered(model, answered(), len(prompts), watch, whole=whole)
 
 
 class Answered(NamedTuple):
@@ -135,8 +137,10 @@ class Answered(NamedTuple):
     scores: Sequence[Tensor]
 
 
-def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor | None) -> Continuations:
-    """Put answers of batches in the order of their prompts; ``watch`` is that of ``continue_greedily``."""
+def gathered(
+    model: Any, batches: Iterable[Answered], count: int, watch: Tensor | None, *, whole: bool = False
+) -> Continuations:
+    """Put answers of batches in the order of their prompts; ``watch`` and ``whole`` are ``continue_greedily``'s."""
     tokenizer = tokenizer_of(model)
     answers = [""] * count
     watched = torch.zeros(count, 0, dtype=torch.long) if watch is None else watch.cpu()
@@ -148,7 +152,7 @@ def gathered(model: Any, batches: Iterable[Answered], count: int, watch: Tensor 
         first_logits[numbers] = scores[0].float().cpu().gather(1, watched[numbers])
         texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
         for index, text in zip(numbers, texts, strict=True):
-            answers[index] = first_sentence(text)
+            answers[index] = without_thinking(text).strip() if whole else first_sentence(text)
     return Continuations(answers, first_tokens, first_logits)
 
 
@@ -165,6 +169,7 @@ def generated(
     *,
     rule: Combined | None = None,
     cache: Any = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Let the model go on until first sentences are complete.
 
@@ -174,6 +179,7 @@ def generated(
         max_new_tokens: Longest answer, in tokens.
         rule: Chooses the next token of both prompts of each pair; ``None`` takes the most probable one.
         cache: Keys and values of all tokens but the last; ``None`` reads the prompts.
+        whole: Go on until the model ends by itself.
 
     Returns:
         The tokens of each answer, ``(n, n_new)``, and each step's scores, ``(n, d_vocab)``; ``n`` counts pairs, if any.
@@ -188,10 +194,11 @@ def generated(
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": padding_id(model),
-        "stopping_criteria": StoppingCriteriaList([_AllAnswered(tokenizer_of(model), prompt_length)]),
         "return_dict_in_generate": True,
         "output_scores": True,
     }
+    if not whole:
+        options["stopping_criteria"] = StoppingCriteriaList([_AllAnswered(tokenizer_of(model), prompt_length)])
     with torch.inference_mode():
         if rule is None:
             output = network.generate(**prompts, **options)

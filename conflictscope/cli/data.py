@@ -16,6 +16,7 @@ from interp.errors import UserError
 
 _SHOWN_ROWS = 10
 _table_option = partial(typer.Option, rich_help_panel="Your own table")
+_documents_option = partial(typer.Option, rich_help_panel="Several documents")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,28 @@ class OwnTable:
         return {role.strip(): name for role, _, name in pairs}
 
 
+@dataclass(frozen=True)
+class ManyDocuments:
+    """How many documents a prompt about a fact shows; none said is one."""
+
+    against: Annotated[int | None, _documents_option(min=0, help="Documents that contradict memory.")] = None
+    agreeing: Annotated[int | None, _documents_option(min=0, help="Documents that agree with memory.")] = None
+    beside: Annotated[int | None, _documents_option(min=0, help="Documents about something else.")] = None
+    position: Annotated[
+        Literal["first", "last", "mixed"], _documents_option(help="Where those that contradict stand.")
+    ] = "mixed"
+
+    def put(self, conflicts: Any, seed: int) -> Any:
+        """The prompts with so many documents; as they are where no number is said."""
+        from interp.documents import Documents
+
+        if (self.against, self.agreeing, self.beside) == (None, None, None):
+            if self.position != "mixed":
+                raise UserError("--position says where documents stand; say how many: --against 1 --agreeing 2.")
+            return conflicts
+        return Documents(self.against or 0, self.agreeing or 0, self.beside or 0, self.position, seed).of(conflicts)
+
+
 def data_build(
     *,
     out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
@@ -59,6 +82,7 @@ def data_build(
         bool, typer.Option("--all-facts", help="Keep facts that no model was asked about; needs no model.")
     ] = False,
     table: OwnTable,
+    documents: ManyDocuments,
     source: Facts,
 ) -> None:
     """Build conflict data from a table of your own, or from the fact tables, of what the model knows closed-book.
@@ -72,7 +96,12 @@ def data_build(
         raise UserError("--column, --limit and --sample belong to --from; give a table, or leave them out.")
     if table.path is not None and source.relation:
         raise UserError("Give --from or --relation, not both.")
-    conflicts = _from_facts(source, all_facts) if table.path is None else _from_table(table, source, all_facts)
+    if table.path is not None and documents != ManyDocuments():
+        raise UserError("--against, --agreeing, --beside and --position are for facts; a table has its own documents.")
+    if table.path is None:
+        conflicts = documents.put(_from_facts(source, all_facts), source.seed)
+    else:
+        conflicts = _from_table(table, source, all_facts)
     conflicts.save(out)
     say(f"Wrote {len(conflicts)} examples about {len(conflicts.subjects)} subjects to {out}")
 

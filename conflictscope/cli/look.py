@@ -30,6 +30,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help=f"Longest answer in tokens: {COMPLETION_TOKENS}, or {CHAT_TOKENS} in a chat."),
     ] = None,
+    whole_answer: Annotated[
+        bool, typer.Option("--whole-answer", help="Judge all that the model says, not only its first sentence.")
+    ] = False,
     source: Asked,
 ) -> None:
     """Answer every prompt of a split and say how often memory and context were used."""
@@ -56,8 +59,8 @@ def evaluate(
     changes, rule = told_apart(part for edit in edits for part in edit.build())
     combined = None if rule is None else rule.scores
     with applied(model, *changes):
-        longest = source.longest_answer(model, max_new_tokens)
-        report = measure_usage(model, asked, combined=combined, max_new_tokens=longest, progress="Answering")
+        how: dict[str, Any] = {"max_new_tokens": source.longest_answer(model, max_new_tokens), "whole": whole_answer}
+        report = measure_usage(model, asked, combined=combined, progress="Answering", **how)
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")

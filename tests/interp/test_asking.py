@@ -21,6 +21,10 @@ TEMPLATE = (
 )
 
 
+def made(**fields: Any) -> ConflictExample:
+    return ConflictExample(**fields)
+
+
 @pytest.fixture
 def chatty(tiny_plain):
     """What carries a tokenizer with a chat template."""
@@ -54,7 +58,7 @@ def test_several_documents_are_numbered_and_stems_are_completed(chatty):
         "template": "t",
     }
     fields |= {"source": "x", "split": "test", "kind": "conflict", "prompt": "p", "id": "1"}
-    several = ConflictExample(**fields, question="Who?", contexts=("One.", "Two."), bare_prompt="Question: Who?")
+    several = made(**fields, question="Who?", contexts=("One.", "Two."), bare_prompt="Question: Who?")
     stem = ConflictExample(
         **fields | {"id": "2"}, question="Ida plays", contexts=("Ida sings.",), bare_prompt="Ida plays"
     )
@@ -167,8 +171,8 @@ def test_what_both_answers_begin_with_is_part_of_the_prompt(tiny_plain, monkeypa
         "bare_prompt": "b",
         "id": "1",
     }
-    one = ConflictExample(**fields, memory_answers=("Rome and Paris",), context_answers=("Rome and Lima",))
-    other = ConflictExample(**fields | {"id": "2"}, memory_answers=("Rome",), context_answers=("Lima",))
+    one = made(**fields, memory_answers=("Rome and Paris",), context_answers=("Rome and Lima",))
+    other = made(**fields | {"id": "2"}, memory_answers=("Rome",), context_answers=("Lima",))
     texts = ["Rome and Paris are", f"{word} is all"]
     found = type("Found", (), {"answers": texts, "first_tokens": torch.zeros(2)})
     monkeypatch.setattr(asking, "continue_greedily", lambda *_, **__: found)

@@ -72,3 +72,23 @@ def test_a_form_that_cannot_be_had_is_told(run, table, chatting, tiny_directorie
     assert_one_sentence(run(*plain, "--system", "Be brief."), "A system message belongs to a chat")
     told = ("--model", chatting, "--data", "mine.jsonl", "--at-answer", "--split", "all")
     assert_one_sentence(run("attribute", *told), "names what memory or context says")
+
+
+def test_facts_are_asked_with_several_documents(run):
+    several = ("--against", 2, "--agreeing", 1, "--position", "last")
+    code, _, _ = run("data", "build", "--all-facts", "--relation", "capital", *several, "--out", "d.jsonl")
+    assert code == 0
+    built = ConflictSet.load("d.jsonl")
+    assert {len(e.contexts) for e in built} == {0, 3}
+    assert {e.template for e in built} == {"2-against-1-last"}
+    assert_one_sentence(run("data", "build", "--all-facts", "--position", "last"), "say how many")
+
+
+def test_all_that_a_model_says_is_judged_where_it_is_asked(run, table, tiny_directories):
+    run("data", "build", "--from", table, "--out", "mine.jsonl", "--all-facts")
+    model = ("--model", tiny_directories["llama"], "--data", "mine.jsonl", "--max-new-tokens", 12)
+    run("evaluate", *model, "--out", "first.parquet")
+    run("evaluate", *model, "--whole-answer", "--out", "whole.parquet")
+    first, whole = (pl.read_parquet(f"{name}.parquet")["answer"].to_list() for name in ("first", "whole"))
+    assert all(long.startswith(short) for short, long in zip(first, whole, strict=True))
+    assert sum(map(len, whole)) >= sum(map(len, first))
