@@ -33,6 +33,12 @@ def evaluate(
     whole_answer: Annotated[
         bool, typer.Option("--whole-answer", help="Judge all that the model says, not only its first sentence.")
     ] = False,
+    reliance: Annotated[
+        Path | None,
+        typer.Option(
+            help="Parquet file for what the context adds to each token of the answers; a figure goes next to it."
+        ),
+    ] = None,
     source: Asked,
 ) -> None:
     """Answer every prompt of a split and say how often memory and context were used."""
@@ -43,7 +49,8 @@ def evaluate(
 
     columns = [column.strip() for column in by.split(",") if column.strip()]
     _check_columns(columns)
-    check_parquet(out)
+    for path in (out, *([reliance] if reliance else [])):
+        check_parquet(path)
     edits = [InterventionFile.load(path) for path in config or []]
     model, conflicts = source.conflicts()
     asked = conflicts if split == "all" else conflicts.select(split=split)
@@ -64,6 +71,22 @@ def evaluate(
     report.save(out)
     print_frame(report.summary(by=columns))
     say(f"Answers are in {out}")
+    if reliance is not None:
+        with applied(model, *changes):
+            _write_reliance(model, asked, reliance, how["max_new_tokens"])
+
+
+def _write_reliance(model: Any, asked: Any, path: Path, longest: int) -> None:
+    """What the context adds to each token of the answers, and a figure of it."""
+    from figures.reliance import reliance_map
+    from figures.theme import save_figure
+    from interp.files import write_parquet
+    from interp.reliance import token_reliance
+
+    frame = token_reliance(model, asked, max_new_tokens=longest, progress="Token by token")
+    write_parquet(path, frame)
+    save_figure(reliance_map(frame), path.with_suffix(".html"))
+    say(f"What the context adds to each token is in {path}, a picture in {path.with_suffix('.html')}")
 
 
 def record(

@@ -27,7 +27,7 @@ def chatting(tiny_directories, tmp_path):
     return folder
 
 
-def test_a_table_goes_through_the_commands(run, table, chatting):
+def test_a_table_goes_through_the_commands(run, table, chatting, tmp_path):
     code, _, error = run("data", "build", "--from", table, "--out", "mine.jsonl", "--all-facts")
     assert code == 0
     assert "Read 20 rows of" in error
@@ -37,6 +37,10 @@ def test_a_table_goes_through_the_commands(run, table, chatting):
     model = ("--model", chatting, "--data", "mine.jsonl", "--split", "all")
     assert run("evaluate", *model, "--by", "kind", "--out", "u.parquet")[0] == 0
     assert len(pl.read_parquet("u.parquet")) == 80
+    code, _, _ = run("evaluate", *model, "--reliance", "r.parquet", "--out", "u.parquet")
+    assert code == 0
+    assert {"token", "gain", "divergence"} <= set(pl.read_parquet("r.parquet").columns)
+    assert (tmp_path / "r.html").exists()
     assert run("attribute", *model, "--method", "direct-logits", "--out", "h.parquet")[0] == 0
     sampling = ("--samples", 2, "--max-new-tokens", 2)
     code, out, _ = run("persuasion", *model, "--by", "kind", *sampling, "--out", "p.parquet")

@@ -1,0 +1,54 @@
+"""What a context adds to each token, against passes of their own."""
+
+import pytest
+
+from figures.reliance import reliance_map
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.generation import continue_greedily, next_logits
+from interp.inputs import token_ids
+from interp.reliance import token_reliance
+from tests.tiny import tiny_conflicts
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_each_token_is_compared_with_itself_without_the_context(architecture, tiny_plain):
+    model = tiny_plain(architecture)
+    conflicts = ConflictSet("some", tuple(e for e in tiny_conflicts() if e.bare_prompt != e.prompt)[:5])
+    frame = token_reliance(model, conflicts, max_new_tokens=4)
+    answers = continue_greedily(model, [e.prompt for e in conflicts], max_new_tokens=4).answers
+    for example, answer in zip(conflicts, answers, strict=True):
+        rows = frame.filter(id=example.id).sort("position").to_dicts()
+        assert "".join(row["token"] for row in rows).strip() == answer
+        said = ""
+        for row in rows:
+            # A prompt that ends where a token ends is tokenised alike.
+            ids = [token_ids(model.tokenizer, [prompt + said])[0] for prompt in (example.prompt, example.bare_prompt)]
+            p, q = (
+                next(next_logits(model, [prompt + said]))[1][0].float().log_softmax(-1)
+                for prompt in (example.prompt, example.bare_prompt)
+            )
+            said += row["token"]
+            after = token_ids(model.tokenizer, [example.prompt + said])[0]
+            if after[: len(ids[0])] != ids[0] or len(after) != len(ids[0]) + 1:
+                break
+            assert row["log_p"] == pytest.approx(p[after[-1]].item(), abs=1e-3)
+            assert row["log_p_without"] == pytest.approx(q[after[-1]].item(), abs=1e-3)
+            assert row["gain"] == pytest.approx(row["log_p"] - row["log_p_without"], abs=1e-6)
+            assert row["divergence"] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-3)
+
+
+def test_the_figure_shows_answers_token_by_token(tiny_plain):
+    frame = token_reliance(tiny_plain("llama"), tiny_conflicts(), max_new_tokens=4)
+    figure = reliance_map(frame, count=3)
+    first = frame["id"].unique(maintain_order=True).to_list()[0]
+    shown = frame.filter(id=first)["gain"].to_list()
+    assert list(figure.data[0].z[0])[: len(shown)] == shown
+    assert len(figure.data[0].z) == 3
+    with pytest.raises(UserError, match="There is no answer to draw"):
+        reliance_map(frame.clear())
+
+
+def test_what_cannot_be_measured_is_told(tiny_plain):
+    with pytest.raises(UserError, match="has no prompt with a context that can be asked without it"):
+        token_reliance(tiny_plain("llama"), ConflictSet("none", ()))
