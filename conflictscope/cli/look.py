@@ -132,9 +132,8 @@ def record(
     model = source.load()
     sites = _sites(model, chosen, layers_of(layers))
     if conflicts is None:
-        folder = out.resolve().with_name(f"{out.resolve().name}-records")
-        kinds = ("conflict", "aligned")
-        conflicts = conflicts_for_probes(model, relations, folder=folder, seed=source.seed, kinds=kinds)
+        near, kinds = out.resolve().with_name(f"{out.resolve().name}-records"), ("conflict", "aligned")
+        conflicts = conflicts_for_probes(model, relations, folder=near, seed=source.seed, kinds=kinds)
     conflicts = source.asking.asked(model, source.model, conflicts)
     store = ActivationStore.record(
         out,

@@ -224,13 +224,8 @@ def sae_diff(
             model=ModelIdentity.of(model, source.model),
             provenance={**about, "sides": list(sides)},
         ).save(place.with_suffix(".json"))
-    say(
-        f"In the table one is {sides[0]}, other is {sides[1]}. It is in {out}, with a figure and an edit of each layer."
-    )
-    say(
-        "What an edit does: conflictscope evaluate, without it and with --config "
-        + str(out / f"layer_{table['layer'][0]}.json")
-    )
+    say(f"One is {sides[0]}, other is {sides[1]}. The table is in {out}, with a figure and an edit of each layer.")
+    say(f"What an edit does: conflictscope evaluate, without and with --config {out}/layer_{table['layer'][0]}.json")
 
 
 def _one_for_each_layer(source: str, layer: int | None) -> list[Any]:
