@@ -28,7 +28,7 @@ from interp.records import Records
 PAGE = ROOT / "docs" / "results" / "data_sets.md"
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 SETS = (
-    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 100),
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 60),
     ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
     ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 24),
     ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 100),
@@ -38,6 +38,8 @@ SETS = (
 FORMS = ("completion", "chat")
 _MARK = "<!-- results of data sets -->"
 _TOKENS = {"completion": 8, "chat": 32}
+# Passages of public sets are long.
+_BATCH_SIZE = 8
 
 
 def sets(folder: Path, model: object, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
@@ -104,7 +106,7 @@ def main(
                 f"usage-{form}",
                 asked.digest,
                 lambda asked=asked, form=form, title=title: measure_usage(
-                    loaded, asked, max_new_tokens=_TOKENS[form], progress=f"{title}, {form}"
+                    loaded, asked, max_new_tokens=_TOKENS[form], batch_size=_BATCH_SIZE, progress=f"{title}, {form}"
                 ),
                 version=ANSWERS_VERSION,
             )
