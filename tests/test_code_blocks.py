@@ -127,7 +127,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         tiny_conflicts().save(root / place)
     (root / "nq-swap.jsonl").write_text(json.dumps(_NQ_SWAP))
     (root / "prompts.txt").write_text("The capital of Peru is\nThe capital of Chile is\n")
-    towns = ["question,context,answer,memory", *(f"Where is {n}?,{n} is in A{n}.,A{n},B{n}" for n in range(12))]
+    towns = ["question,context,answer,memory", *(f"Where is {n}?,{n} is in A{n}.,A{n},B{n}" for n in range(40))]
     (root / "mine.csv").write_text("\n".join(towns))
     for part in ("Static", "Temporal", "Disputable"):
         shutil.copy(ROOT / "tests/interp/fixtures/formats/dynamicqa.csv", root / f"{part}_final.csv")
