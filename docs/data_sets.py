@@ -28,11 +28,11 @@ from interp.records import Records
 PAGE = ROOT / "docs" / "results" / "data_sets.md"
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 SETS = (
-    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 60),
     ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
     ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 24),
     ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 100),
     ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 100),
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 60),
 )
 """Title, format, file, and how many questions are drawn."""
 FORMS = ("completion", "chat")
@@ -99,6 +99,7 @@ def main(
     for title, conflicts in sets(folder, loaded, seed):
         if conflicts is None:
             missing.append(title)
+            _write(table, missing)
             continue
         for form in FORMS:
             asked = Asking(form).asked(loaded, model, conflicts)
@@ -111,6 +112,11 @@ def main(
                 version=ANSWERS_VERSION,
             )
             table += rows(title, form, report)
+        _write(table, missing)
+
+
+def _write(table: list[list[str]], missing: list[str]) -> None:
+    """Put the table into the page, between its marks."""
     text = "\n".join(f"| {' | '.join(row)} |" for row in table)
     if missing:
         text += f"\n\nNot measured, as their files were not there: {', '.join(missing)}."
