@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from docs.results import ROOT
 from interp.asking import Asking
 from interp.conflicts import CONTEXT_KINDS, ConflictSet
 from interp.evaluation import ANSWERS_VERSION, UsageReport, measure_usage
-from interp.facts import STUDY_PHRASINGS, build_conflicts, known_facts
+from interp.facts import STUDY_PHRASINGS, usable_facts
 from interp.files import write_text
 from interp.formats import load_dataset
+from interp.known import conflicts_about_known
 from interp.models import fingerprint, load_model
 from interp.records import Records
 
@@ -42,11 +44,11 @@ _TOKENS = {"completion": 8, "chat": 32}
 _BATCH_SIZE = 8
 
 
-def sets(folder: Path, model: object, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
+def sets(folder: Path, model: nn.Module, records: Records, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
     """The title and the prompts of each set; ``None`` where its file is missing."""
-    facts = {relation: known_facts(model, relation) for relation in RELATIONS}  # pyright: ignore[reportArgumentType]
-    known = build_conflicts(facts, seed=seed, phrasings=STUDY_PHRASINGS)
-    yield "facts, four relations", drawn(known.select(split="test"), 60, seed)
+    facts = {relation: usable_facts(relation) for relation in RELATIONS}
+    known = conflicts_about_known(model, facts, records, seed=seed).select(split="test", templates=STUDY_PHRASINGS)
+    yield "facts, four relations", drawn(known, 60, seed)
     for title, format, name, count in SETS:
         path = folder / name
         yield title, drawn(load_dataset(path, format, seed=seed).conflicts, count, seed) if path.exists() else None
@@ -96,7 +98,7 @@ def main(
     ]
     table = [head, ["---"] * len(head)]
     missing = []
-    for title, conflicts in sets(folder, loaded, seed):
+    for title, conflicts in sets(folder, loaded, records, seed):
         if conflicts is None:
             missing.append(title)
             _write(table, missing)
