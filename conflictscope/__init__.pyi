@@ -1,7 +1,5 @@
 from conflictscope.study.record import StudyRecord as StudyRecord
 from interp.activations import record as record
-from interp.asking import Asking as Asking
-from interp.asking import at_answers as at_answers
 from interp.attribution.attribution_patching import attribution_patching as attribution_patching
 from interp.attribution.direct_logits import direct_logit_attribution as direct_logit_attribution
 from interp.attribution.path_patching import path_patching as path_patching
@@ -15,10 +13,7 @@ from interp.facts import build_conflicts as build_conflicts
 from interp.facts import known_facts as known_facts
 from interp.formats import load_dataset as load_dataset
 from interp.models import load_model as load_model
-from interp.persuasion import persuasion as persuasion
 from interp.sae import load_saes as load_saes
-from interp.tables import read_table as read_table
-from interp.tables import table_conflicts as table_conflicts
 from interventions.base import applied as applied
 from interventions.config import InterventionFile as InterventionFile
 from interventions.dial import TrustDial as TrustDial
