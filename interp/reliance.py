@@ -9,11 +9,14 @@ For each token of a greedy answer, with the same tokens forced after the prompt 
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import torch
 from torch import nn
 
 from interp.anatomy import Anatomy
+from interp.answers import is_complete
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.generation import generated
@@ -49,7 +52,8 @@ def token_reliance(
     prompts = [e.prompt for e in examples]
     before, bare = token_ids(tokenizer, prompts), token_ids(tokenizer, [e.bare_prompt for e in examples])
     answers: list[list[int]] = [[] for _ in examples]
-    ends = Anatomy(model).model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    network: Any = Anatomy(model).model
+    ends = network.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     for batch in tracked(prompt_batches(model, prompts, _BATCH_SIZE, new_tokens=max_new_tokens), progress):
         said, _ = generated(model, batch.tokens, max_new_tokens)
@@ -76,14 +80,12 @@ def token_reliance(
     return pl.DataFrame(rows)
 
 
-def _until_end(tokenizer: object, tokens: list[int], ends: set[int | None]) -> list[int]:
+def _until_end(tokenizer: Any, tokens: list[int], ends: set[int | None]) -> list[int]:
     """The tokens of an answer's first sentence, without the end of the text."""
-    from interp.answers import is_complete
-
     kept: list[int] = []
     for token in tokens:
         # What makes the sentence complete, a line break for example, is no part of it.
-        if token in ends or is_complete(tokenizer.decode([*kept, token])):  # pyright: ignore[reportAttributeAccessIssue]
+        if token in ends or is_complete(tokenizer.decode([*kept, token])):
             break
         kept.append(token)
     return kept

@@ -132,8 +132,8 @@ def record(
     model = source.load()
     sites = _sites(model, chosen, layers_of(layers))
     if conflicts is None:
-        near, kinds = out.resolve().with_name(f"{out.resolve().name}-records"), ("conflict", "aligned")
-        conflicts = conflicts_for_probes(model, relations, folder=near, seed=source.seed, kinds=kinds)
+        how: Any = {"folder": out.resolve().with_name(f"{out.resolve().name}-records"), "seed": source.seed}
+        conflicts = conflicts_for_probes(model, relations, kinds=("conflict", "aligned"), **how)
     conflicts = source.asking.asked(model, source.model, conflicts)
     store = ActivationStore.record(
         out,

@@ -59,9 +59,7 @@ def test_several_documents_are_numbered_and_stems_are_completed(chatty):
     }
     fields |= {"source": "x", "split": "test", "kind": "conflict", "prompt": "p", "id": "1"}
     several = made(**fields, question="Who?", contexts=("One.", "Two."), bare_prompt="Question: Who?")
-    stem = ConflictExample(
-        **fields | {"id": "2"}, question="Ida plays", contexts=("Ida sings.",), bare_prompt="Ida plays"
-    )
+    stem = made(**fields | {"id": "2"}, question="Ida plays", contexts=("Ida sings.",), bare_prompt="Ida plays")
     first, second = Asking("chat").asked(chatty, "tiny", ConflictSet("x", (several, stem)))
     assert "Documents:\n[1] One.\n\n[2] Two.\n\nQuestion: Who?" in first.prompt
     assert "Context:\nIda sings.\n\nComplete the sentence in a few words: Ida plays<" in second.prompt
