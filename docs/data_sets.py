@@ -61,8 +61,15 @@ def drawn(conflicts: ConflictSet, count: int, seed: int) -> ConflictSet:
     return ConflictSet(conflicts.name, tuple(example for example in conflicts if example.subject in chosen))
 
 
-def rows(title: str, form: str, report: UsageReport) -> Iterator[list[str]]:
-    """A row of the table for each kind of context, and each template of public sets that has several."""
+def rows(title: str, form: str, report: UsageReport, *, has_memory: bool) -> Iterator[list[str]]:
+    """A row of the table for each kind of context, and each template of public sets that has several.
+
+    Args:
+        title: The set.
+        form: How it was asked.
+        report: The answers.
+        has_memory: Whether the set says what memory answers.
+    """
     for kind in CONTEXT_KINDS:
         part = report.select(kind=kind)
         templates = part.frame["template"].unique(maintain_order=True).to_list()
@@ -72,8 +79,10 @@ def rows(title: str, form: str, report: UsageReport) -> Iterator[list[str]]:
             if some.frame.is_empty():
                 continue
             name = kind if template is None else f"{kind}: {template.partition('-')[2] or template}"
-            rates = [str(some.rate(usage)) for usage in ("memory", "context", "both")]
-            yield [title, form, name, *rates, str(some.accuracy()), str(some.abstained()), str(len(some.frame))]
+            of_memory = [some.rate("memory"), some.rate("both"), some.accuracy()] if has_memory else ["not given"] * 3
+            memory, both, right = map(str, of_memory)
+            others = [str(some.rate(usage)) for usage in ("other", "empty")]
+            yield [title, form, name, memory, str(some.rate("context")), both, *others, right, str(len(some.frame))]
 
 
 def main(
@@ -85,17 +94,8 @@ def main(
     """Measure, and write the table into the page."""
     loaded = load_model(model)
     records = Records(out / "records", model=fingerprint(loaded))
-    head = [
-        "set",
-        "asked as",
-        "context",
-        "memory rate",
-        "context rate",
-        "both",
-        "says memory's answer",
-        "abstained",
-        "n",
-    ]
+    rates = ["memory rate", "context rate", "both", "other", "empty", "says memory's answer"]
+    head = ["set", "asked as", "context", *rates, "n"]
     table = [head, ["---"] * len(head)]
     missing = []
     for title, conflicts in sets(folder, loaded, records, seed):
@@ -113,7 +113,8 @@ def main(
                 ),
                 version=ANSWERS_VERSION,
             )
-            table += rows(title, form, report)
+            has_memory = any(example.memory_answers for example in conflicts)
+            table += rows(title, form, report, has_memory=has_memory)
         _write(table, missing)
 
 
