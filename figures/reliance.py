@@ -59,12 +59,18 @@ def reliance_map(frame: pl.DataFrame, *, count: int = _SHOWN, longest: int = _LO
     return figure.update_layout(
         template=LIGHT_THEME,
         height=_ROW * len(answers) + 110,
-        xaxis={"title": {"text": "token of the answer"}, "showgrid": False, "dtick": max(1, width // 8)},
+        xaxis={
+            "title": {"text": "token of the answer"},
+            "showgrid": False,
+            "zeroline": False,
+            "dtick": max(1, width // 8),
+        },
         yaxis={
             "autorange": "reversed",
             "tickvals": [f"{number}" for number in range(len(labels))],
             "ticktext": labels,
             "showgrid": False,
+            "zeroline": False,
         },
         coloraxis={
             "cmin": -_MOST,
