@@ -15,6 +15,9 @@ from conflictscope.cli.options import Asked, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
+# Ways that need the whole set of prompts, as it is.
+_COMPARED = ("attention-drift", "representations")
+
 
 @dataclass(frozen=True)
 class Patching:
@@ -116,6 +119,8 @@ def attribute(
     from interp.attribution.scores import LayerScores
 
     patching.check(method)
+    if at_answer and method in _COMPARED:
+        raise UserError(f"{method} compares prompts that contradict with prompts that agree; leave out --at-answer.")
     check_parquet(out)
     model, conflicts = source.conflicts()
     part = conflicts.select(split=None if split == "all" else split)

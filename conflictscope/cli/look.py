@@ -53,17 +53,12 @@ def evaluate(
         check_parquet(path)
     edits = [InterventionFile.load(path) for path in config or []]
     model, conflicts = source.conflicts()
-    asked = conflicts if split == "all" else conflicts.select(split=split)
-    if not len(asked):
-        counts = {name: count for name, count in conflicts.counts()["examples_by_split"].items() if count}
-        there = " and ".join(f"{count} of {name}" for name, count in counts.items())
-        raise UserError(
-            f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
-            "or --split all."
-        )
+    asked = _part(conflicts, split)
     for edit in edits:
         edit.model.check(model)
     changes, rule = told_apart(part for edit in edits for part in edit.build())
+    if reliance is not None and (rule is not None or whole_answer):
+        raise UserError("--reliance takes first sentences: leave out --whole-answer and decoding rules, or --reliance.")
     combined = None if rule is None else rule.scores
     with applied(model, *changes):
         how: dict[str, Any] = {"max_new_tokens": source.longest_answer(model, max_new_tokens), "whole": whole_answer}
@@ -74,6 +69,23 @@ def evaluate(
     if reliance is not None:
         with applied(model, *changes):
             _write_reliance(model, asked, reliance, how["max_new_tokens"])
+
+
+def _part(conflicts: Any, split: str) -> Any:
+    """The prompts of a split.
+
+    Raises:
+        UserError: If it has none; the message says which splits have some.
+    """
+    part = conflicts if split == "all" else conflicts.select(split=split)
+    if not len(part):
+        counts = {name: count for name, count in conflicts.counts()["examples_by_split"].items() if count}
+        there = " and ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(
+            f"{conflicts.name} has no examples of the split {split}, but {there}; give --split {next(iter(counts))} "
+            "or --split all."
+        )
+    return part
 
 
 def _write_reliance(model: Any, asked: Any, path: Path, longest: int) -> None:

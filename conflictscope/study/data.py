@@ -18,7 +18,7 @@ from torch import nn
 from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, evenly, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
-from interp.facts import HELD_OUT_PHRASING, SOURCE, STUDY_PHRASINGS, Fact, relation_named, usable_facts
+from interp.facts import HELD_OUT_PHRASING, PHRASINGS, SOURCE, STUDY_PHRASINGS, Fact, relation_named, usable_facts
 from interp.formats import load_dataset
 from interp.known import KNOWN_VERSION, conflicts_about_known, known_part
 from interp.records import Records
@@ -208,7 +208,7 @@ def _subjects(most: int) -> dict[Split, int]:
 
 def _split(conflicts: ConflictSet, relations: tuple[str, ...], asked: int) -> Prompts:
     def is_tested(e: ConflictExample) -> bool:
-        return e.source != SOURCE or e.template in TESTED_PHRASINGS[e.kind]
+        return e.source != SOURCE or e.template not in PHRASINGS or e.template in TESTED_PHRASINGS[e.kind]
 
     train, dev = (
         ConflictSet(conflicts.name, tuple(e for e in conflicts.select(split=split) if e.template != HELD_OUT_PHRASING))

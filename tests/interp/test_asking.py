@@ -41,10 +41,13 @@ def test_a_chat_has_the_documents_and_the_question(chatty, capital_conflicts):
     asked = Asking("chat", system="Be brief.", prefix="It is").asked(chatty, "tiny", capital_conflicts)
     found = example(asked, "aligned")
     assert found.prompt == (
-        "<system>Be brief.</system><user>Context:\nFact: the capital of France is Paris.\n\n"
-        "Question: What is the capital of France?\nAnswer in a few words.</user><assistant> It is"
-    ) or found.prompt.endswith("</user><assistant>It is")
-    assert "Context:" not in found.bare_prompt
+        "<system>Be brief.</system><user>Context:\nFact: The capital of France is Paris.\n\n"
+        "Question: What is the capital of France?\nAnswer in a few words.</user><assistant>It is"
+    )
+    assert found.bare_prompt == (
+        "<system>Be brief.</system><user>Question: What is the capital of France?\n"
+        "Answer in a few words.</user><assistant>It is"
+    )
     assert found.bare_prompt == example(asked, "none").prompt
     assert [e.id for e in asked] == [e.id for e in capital_conflicts]
 

@@ -76,6 +76,9 @@ def test_a_form_that_cannot_be_had_is_told(run, table, chatting, tiny_directorie
     assert_one_sentence(run(*plain, "--system", "Be brief."), "A system message belongs to a chat")
     told = ("--model", chatting, "--data", "mine.jsonl", "--at-answer", "--split", "all")
     assert_one_sentence(run("attribute", *told), "names what memory or context says")
+    assert_one_sentence(run("attribute", *told, "--method", "representations"), "leave out --at-answer")
+    whole = (*told[:4], "--whole-answer", "--reliance", "r.parquet")
+    assert_one_sentence(run("evaluate", *whole), "leave out --whole-answer and decoding rules, or --reliance")
 
 
 def test_facts_are_asked_with_several_documents(run):

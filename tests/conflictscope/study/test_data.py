@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from conflictscope.study.data import Prompts
+from conflictscope.study.data import Prompts, file_prompts
 from interp.conflicts import ConflictSet
+from interp.documents import Documents
 from interp.facts import build_conflicts, usable_facts
+from interp.records import Records
 
 
 def test_a_quick_study_asks_few_of_every_relation_and_kind_and_learns_from_the_same():
@@ -21,3 +23,13 @@ def test_a_quick_study_asks_few_of_every_relation_and_kind_and_learns_from_the_s
         counts = {kind: len(asked_of.select(kind=kind)) for kind in ("conflict", "aligned", "irrelevant", "none")}
         assert counts == {"conflict": 6, "aligned": 2, "irrelevant": 2, "none": 3}
     assert prompts.few(0).test.digest == few.test.digest != prompts.few(1).test.digest
+
+
+def test_facts_with_several_documents_are_tested_too(tmp_path, tiny_plain):
+    """Only phrasings of the fact tables are thinned out for the test."""
+    several = Documents(1, 1).of(build_conflicts({"capital": usable_facts("capital")}))
+    several.save(tmp_path / "several.jsonl")
+    how = {"subjects": 20, "seed": 0, "unknown_too": True}
+    prompts = file_prompts(tiny_plain("llama"), tmp_path / "several.jsonl", Records(tmp_path), **how)
+    asked = {kind: prompts.test.select(kind=kind) for kind in ("conflict", "none")}
+    assert {len(part) for part in asked.values()} == {len(prompts.test.subjects)} != {0}
