@@ -7,12 +7,12 @@ from pathlib import Path
 from conflictscope.cli.options import OutOption
 from conflictscope.cli.studies import BudgetedStudy, study
 
-METHODS = ("value_scaling", "pruning", "learned_scales")
-
 
 def demo(*, out: OutOption = Path("out/demo"), asked: BudgetedStudy) -> None:
     """Do the whole job on one model: measure, locate, intervene, verify; then look at OUT/report.html."""
-    from conflictscope.study.method import method_named
+    from conflictscope.methods.learned_scales import LearnedScales
+    from conflictscope.methods.pruning import Pruning
 
-    methods = [method_named(name) for name in METHODS]
-    study(asked.lab(out), methods, "demo", out, choices=("best",), controls="winners")
+    # The best by gain alone is wanted, and weaker than learned is never that.
+    methods = [Pruning(), LearnedScales(strengths=(1.0, 1.5, 2.0))]
+    study(asked.lab(out), methods, "demo", out, choices=("best",), controls="winners", draws=1)

@@ -82,6 +82,7 @@ class Study:
         choices: Which of dev's choices are measured.
         controls: Whether random controls are measured for each method, for the best, by each choice, of those that
             share a kind of control (random heads, directions, ...) towards each source, or for the best alone.
+        draws: How many draws of each control are measured; ``None`` measures all that its method makes.
         executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
@@ -96,6 +97,7 @@ class Study:
     directions: Sequence[Direction] = DIRECTIONS
     choices: Sequence[Choice] = ("best", "within_budget")
     controls: Literal["each", "kinds", "winners"] = "each"
+    draws: int | None = None
     executor: Executor = serial
     lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -193,7 +195,8 @@ class Study:
 
     def _controls(self, lab: Lab, edits: Sequence[tuple[Method, _Row]]) -> tuple[dict[str, list[_Row]], dict[str, str]]:
         """The random controls that are measured, by the row that they control, and why others could not be drawn."""
-        drawn = {row.name: _control(lab, method, row) for method, row in edits}
+        most = 1 if lab.quick else self.draws
+        drawn = {row.name: _control(lab, method, row, most) for method, row in edits}
         wanted = {row.name for _, row in edits}
         if self.controls != "each":
             kinds: dict[tuple[Choice, Direction | None, str], list[_Row]] = {}
@@ -295,10 +298,10 @@ def example_frame(asked: ConflictSet, reports: dict[str, UsageReport]) -> pl.Dat
     return pl.concat(rows).join(expected, on="id", how="left", maintain_order="left")
 
 
-def _control(lab: Lab, method: Method, row: _Row) -> tuple[list[_Row], dict[str, str]]:
-    """The random control of a row, if its method has one, or why it could not be drawn."""
+def _control(lab: Lab, method: Method, row: _Row, most: int | None) -> tuple[list[_Row], dict[str, str]]:
+    """The random control of a row, of so many draws at most, if its method has one, or why it could not be drawn."""
     try:
-        draws = method.controls(lab, row.conditions[0])[: 1 if lab.quick else None]
+        draws = method.controls(lab, row.conditions[0])[:most]
     except UserError as error:
         return [], {f"random control of {row.name}": str(error)}
     kinds = [draw.method.replace("_", " ") for draw in draws[:1]]

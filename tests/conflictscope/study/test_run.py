@@ -368,6 +368,16 @@ def test_controls_are_measured_of_each_edit_of_each_kind_or_of_the_best_alone(
     assert alone
 
 
+@pytest.mark.parametrize(("draws", "measured"), [(None, 2), (1, 1)])
+def test_no_more_draws_of_a_control_are_measured_than_wanted(
+    draws: int | None, measured: int, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A quick study draws once in any case.
+    monkeypatch.setattr(lab, "quick", False)
+    record = Study("compare", "", tmp_path, directions=("memory",), draws=draws).run(lab, [OneHead()])
+    assert {control.draws for control in record.conditions if control.is_control} == {measured}
+
+
 def test_a_study_without_a_method_that_can_run_says_why(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such thing"):
         Study("compare", "", tmp_path).run(lab, [Impossible()])
