@@ -9,7 +9,7 @@ asked as it is and through the model's chat template. What was asked is kept, so
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +17,12 @@ import typer
 from torch import nn
 
 from docs.results import ROOT
-from interp.asking import Asking
-from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.asking import Asking, at_answers
+from interp.attribution.examples import with_partners
+from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
+from interp.attribution.scores import HeadScores
+from interp.attribution.ways import agreement
+from interp.conflicts import CONTEXT_KINDS, ConflictSet, evenly
 from interp.evaluation import ANSWERS_VERSION, UsageReport, measure_usage
 from interp.facts import STUDY_PHRASINGS, usable_facts
 from interp.files import write_text
@@ -30,25 +34,23 @@ from interp.records import Records
 PAGE = ROOT / "docs" / "results" / "data_sets.md"
 RELATIONS = ("capital", "language", "continent", "manufacturer")
 SETS = (
-    ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
-    ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 24),
     ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 100),
     ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 100),
-    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 60),
+    ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 600),
+    ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 60),
 )
 """Title, format, file, and how many questions are drawn."""
 FORMS = ("completion", "chat")
-_MARK = "<!-- results of data sets -->"
 _TOKENS = {"completion": 8, "chat": 32}
 # Passages of public sets are long.
 _BATCH_SIZE = 8
+_SCORED, _HEADS = 96, 4
 
 
-def sets(folder: Path, model: nn.Module, records: Records, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
+def sets(folder: Path, known: ConflictSet, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
     """The title and the prompts of each set; ``None`` where its file is missing."""
-    facts = {relation: usable_facts(relation) for relation in RELATIONS}
-    known = conflicts_about_known(model, facts, records, seed=seed).select(split="test", templates=STUDY_PHRASINGS)
-    yield "facts, four relations", drawn(known, 60, seed)
+    yield "facts, four relations", drawn(known.select(split="test", templates=STUDY_PHRASINGS), 60, seed)
     for title, format, name, count in SETS:
         path = folder / name
         yield title, drawn(load_dataset(path, format, seed=seed).conflicts, count, seed) if path.exists() else None
@@ -85,6 +87,39 @@ def rows(title: str, form: str, report: UsageReport, *, has_memory: bool) -> Ite
             yield [title, form, name, memory, str(some.rate("context")), both, *others, right, str(len(some.frame))]
 
 
+def same_heads(model: nn.Module, name: str, known: ConflictSet, records: Records, seed: int) -> list[list[str]]:
+    """A table of how far the heads that path patching finds in one form are those of the other.
+
+    Scored on prompts of train; in a chat where the answer itself begins.
+    """
+    scores: dict[str, HeadScores] = {}
+    chosen = evenly(known.select(kind="conflict", split="train", templates=STUDY_PHRASINGS), _SCORED, seed)
+    prompts = ConflictSet(known.name, tuple(chosen))
+    for form in FORMS:
+        asked = Asking(form).asked(model, name, prompts)
+
+        def score(asked: ConflictSet = asked, form: str = form) -> dict[str, HeadScores]:
+            at = at_answers(model, asked, max_new_tokens=_TOKENS["chat"]).conflicts if form == "chat" else asked
+            some = ConflictSet(asked.name, tuple(with_partners(at.examples)))
+            found = path_patching(model, some, name=name, seed=seed, progress=f"Path patching, {form}")
+            return {"logit_diff": found["logit_diff"]}
+
+        scores[form] = records.head_scores(f"heads-{form}", [asked.digest, seed], score, version=PATH_PATCHING_VERSION)[
+            "logit_diff"
+        ]
+    alike = agreement(scores)
+    head = ["asked as", "prompts", *(f"agreement with {form}" for form in FORMS), "memory heads", "context heads"]
+    table = [head, ["---"] * len(head)]
+    for form, found in scores.items():
+        strongest = [
+            ", ".join(f"{one.layer}.{one.head} ({one.score:+.2f})" for one in found.ranked(source)[:_HEADS])
+            for source in ("memory", "context")
+        ]
+        correlations = [f"{alike[form][other]:.2f}" for other in FORMS]
+        table.append([form, str(len(found.example_ids)), *correlations, *strongest])
+    return table
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of the public files.")],
     out: Annotated[Path, typer.Argument(help="Folder for what was asked.")] = Path("out/data_sets"),
@@ -92,16 +127,19 @@ def main(
     seed: Annotated[int, typer.Option(help="Decides which questions are drawn.")] = 0,
 ) -> None:
     """Measure, and write the table into the page."""
-    loaded = load_model(model)
+    # Attention's weights are not looked at, and passages are long.
+    loaded = load_model(model, attention="sdpa")
     records = Records(out / "records", model=fingerprint(loaded))
+    facts = {relation: usable_facts(relation) for relation in RELATIONS}
+    known = conflicts_about_known(loaded, facts, records, seed=seed)
+    _write(same_heads(loaded, model, known, records, seed), "heads")
     rates = ["memory rate", "context rate", "both", "other", "empty", "says memory's answer"]
     head = ["set", "asked as", "context", *rates, "n"]
     table = [head, ["---"] * len(head)]
     missing = []
-    for title, conflicts in sets(folder, loaded, records, seed):
+    for title, conflicts in sets(folder, known, seed):
         if conflicts is None:
             missing.append(title)
-            _write(table, missing)
             continue
         for form in FORMS:
             asked = Asking(form).asked(loaded, model, conflicts)
@@ -115,18 +153,19 @@ def main(
             )
             has_memory = any(example.memory_answers for example in conflicts)
             table += rows(title, form, report, has_memory=has_memory)
-        _write(table, missing)
+        _write(table, "data sets", missing)
 
 
-def _write(table: list[list[str]], missing: list[str]) -> None:
-    """Put the table into the page, between its marks."""
+def _write(table: list[list[str]], what: str, missing: Sequence[str] = ()) -> None:
+    """Put a table into the page, between its marks."""
     text = "\n".join(f"| {' | '.join(row)} |" for row in table)
     if missing:
         text += f"\n\nNot measured, as their files were not there: {', '.join(missing)}."
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(f"{_MARK}\n")
-    after = rest.partition("<!-- end of results -->")[2]
-    write_text(PAGE, f"{before}{_MARK}\n\n{text}\n\n<!-- end of results -->{after}")
+    begin, end = f"<!-- results of {what} -->", f"<!-- end of {what} -->"
+    before, _, rest = page.partition(f"{begin}\n")
+    after = rest.partition(end)[2]
+    write_text(PAGE, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

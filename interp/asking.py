@@ -1,7 +1,7 @@
 """Ask the same questions in another form: through a chat template, after answered examples, up to the answer itself.
 
-A set of prompts becomes another one with the same ids, answers and splits; whatever reads prompts works on it. A chat
-template's text is tokenised as any other: what it begins with is not put before it again (see ``interp.inputs``).
+A set of prompts becomes another one with the same ids, answers and splits; whatever reads prompts works on it. In a
+chat every phrasing family of facts has a layout of its own (``interp.facts.PHRASINGS``); other data has the usual one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
+from interp.chat import Layout, Message, answered, chat_text
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
+from interp.facts import PHRASINGS, SOURCE
 from interp.generation import continue_greedily
 from interp.inputs import continuation_ids, joined, tokenizer_of
 
@@ -24,7 +26,6 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 # What names of models that were taught to follow instructions have in them.
 _INSTRUCTED = re.compile(r"(?:^|[-_/ .])(?:instruct|chat|it|sft|dpo|rlhf)(?:[-_/ .]|$)", re.IGNORECASE)
-_SHORTLY = "Answer in a few words."
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,34 @@ class Asking:
         writer = _Writer(tokenizer_of(model), settled, conflicts)
         return ConflictSet(conflicts.name, tuple(writer.written(example) for example in conflicts))
 
+    def prompt(self, model: nn.Module, question: str, documents: Sequence[str] = ()) -> str:
+        """One question in this form, which is settled: a line each in a completion.
+
+        Args:
+            model: The model, or a bridge around it.
+            question: A question that ends with a question mark, or the start of a sentence.
+            documents: What is put before it.
+        """
+        tokenizer, is_question = tokenizer_of(model), question.endswith("?")
+        if self.form == "chat":
+            text = chat_text(tokenizer, Layout().messages(question, documents, is_stem=not is_question), self.system)
+        elif is_question:
+            text = f"User: {' '.join([*documents, question])}\nAssistant:"
+        else:
+            text = "\n".join([*documents, question])
+        return self.begun(tokenizer, text)
+
+    def said(self, model: nn.Module, text: str) -> str:
+        """A prompt of one's own in this form, which is settled: in a chat the user says it, word for word."""
+        tokenizer = tokenizer_of(model)
+        if self.form == "chat":
+            text = chat_text(tokenizer, [{"role": "user", "content": text}], self.system)
+        return self.begun(tokenizer, text)
+
+    def begun(self, tokenizer: Any, prompt: str) -> str:
+        """A prompt with what the answer begins with."""
+        return joined(tokenizer, prompt, self.prefix) if self.prefix else prompt
+
 
 def is_instructed(name: str) -> bool:
     """Whether a model's name, or what is registered under it, says that it was taught to follow instructions."""
@@ -115,19 +144,14 @@ class _Writer:
     def _prompt(self, example: ConflictExample, text: str) -> str:
         shown = self._examples(example)
         if self._asking.form == "chat":
-            turns: list[dict[str, str]] = []
-            if self._asking.system:
-                turns.append({"role": "system", "content": self._asking.system})
+            turns: list[Message] = []
             for one in shown:
-                turns += [_user(one), {"role": "assistant", "content": one.memory_answers[0]}]
-            # Models that think at length are asked not to, where their template can say so.
-            text = self._tokenizer.apply_chat_template(
-                [*turns, _user(example)], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+                turns += [*_messages(one, is_shown=True), answered(one.memory_answers[0])]
+            text = chat_text(self._tokenizer, [*turns, *_messages(example)], self._asking.system)
         else:
-            answered = (joined(self._tokenizer, one.prompt, one.memory_answers[0]) for one in shown)
-            text = "\n\n".join([*answered, text])
-        return joined(self._tokenizer, text, self._asking.prefix) if self._asking.prefix else text
+            before = (joined(self._tokenizer, one.prompt, one.memory_answers[0]) for one in shown)
+            text = "\n\n".join([*before, text])
+        return self._asking.begun(self._tokenizer, text)
 
     def _examples(self, example: ConflictExample) -> list[ConflictExample]:
         """What is shown before an example: others, with contexts if it has one, in its wording if there are enough."""
@@ -144,20 +168,15 @@ class _Writer:
         )
 
 
-def _user(example: ConflictExample) -> dict[str, str]:
-    """What a user says: the documents, numbered where they are several, and the question."""
-    documents = example.contexts
-    parts = [f"[{number}] {text}" for number, text in enumerate(documents, 1)] if len(documents) > 1 else [*documents]
-    if parts:
-        parts.insert(0, "Documents:" if len(documents) > 1 else "Context:")
-    if example.question.rstrip().endswith("?") or example.bare_prompt != example.question:
-        parts.append(f"Question: {example.question}\n{_SHORTLY}")
-    else:
-        parts.append(f"Complete the sentence in a few words: {example.question}")
-    # Each document is a paragraph of its own, below the line that names them.
-    first, *rest = parts
-    content = "\n\n".join([f"{first}\n{rest[0]}", *rest[1:]] if rest else [first])
-    return {"role": "user", "content": content}
+def _messages(example: ConflictExample, *, is_shown: bool = False) -> list[Message]:
+    """What is said up to an example's answer: of facts by their phrasing's layout, where it needs no system message."""
+    layout = (
+        PHRASINGS[example.template].chat if example.source == SOURCE and example.template in PHRASINGS else Layout()
+    )
+    if is_shown and layout.place == "system":
+        layout = Layout()
+    is_stem = not example.question.rstrip().endswith("?") and example.bare_prompt == example.question
+    return layout.messages(example.question, example.contexts, is_stem=is_stem)
 
 
 class AtAnswers(NamedTuple):

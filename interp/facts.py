@@ -23,6 +23,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from interp.answers import contains_answer
+from interp.chat import Layout
 from interp.conflicts import (
     CONTEXT_KINDS,
     SPLITS,
@@ -77,13 +78,14 @@ class Phrasing:
     """A family of prompts: how the context is worded, and how the question is asked after it.
 
     Both are functions of the relation; their texts still contain ``{subject}`` and, in the context, ``{answer}``.
-    ``bare`` asks without a context.
+    ``bare`` asks without a context; ``chat`` says how a chat lays out the same.
     """
 
     name: str
     context: Callable[[Relation], str]
     ask: Callable[[Relation], str]
     bare: Callable[[Relation], str]
+    chat: Layout
 
 
 def _short_question(relation: Relation) -> str:
@@ -110,42 +112,49 @@ PHRASINGS: dict[str, Phrasing] = {
             context=lambda r: f"Fact: {r.stem} {{answer}}.\n",
             ask=lambda r: f"Fact: {r.stem}",
             bare=lambda r: f"Fact: {r.stem}",
+            chat=Layout(),
         ),
         Phrasing(
             "question",
             context=lambda r: f"{r.stem} {{answer}}. ",
             ask=_short_question,
             bare=_short_question,
+            chat=Layout("{text}", "{question}"),
         ),
         Phrasing(
             "document",
             context=lambda r: f"Document: {r.inverse}. {r.document}\n\n",
             ask=_question,
             bare=_question,
+            chat=Layout("<document>\n{text}\n</document>", "{question}", label="Document: "),
         ),
         Phrasing(
             "according_to",
             context=lambda r: f"According to {r.authority}, {_lower_clause(r.inverse)}. ",
             ask=lambda r: f"{r.question} {r.stem}",
             bare=lambda r: f"{r.question} {r.stem}",
+            chat=Layout("I found this: {text}", "Now tell me: {question}"),
         ),
         Phrasing(
             "note",
             context=lambda r: f"Note: {r.inverse}.\n",
             ask=lambda r: r.stem,
             bare=lambda r: r.stem,
+            chat=Layout("You have these notes:\n- {text}", "{question}", "system", label="Note: "),
         ),
         Phrasing(
             "dialogue",
             context=lambda r: f"User: I read that {_lower_clause(r.inverse)}. ",
             ask=lambda r: f"{r.question}\nAssistant: {r.stem}",
             bare=lambda r: f"User: {r.question}\nAssistant: {r.stem}",
+            chat=Layout("{text}", "{question}", "earlier", label="User: "),
         ),
         Phrasing(
             "passage",
             context=lambda r: f"Here is what is known. {r.document}\n",
             ask=_in_short,
             bare=_in_short,
+            chat=Layout("Passage:\n{text}", "{question}", "after", label="Here is what is known. "),
         ),
     )
 }

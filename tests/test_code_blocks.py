@@ -131,6 +131,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
     (root / "mine.csv").write_text("\n".join(towns))
     for part in ("Static", "Temporal", "Disputable"):
         shutil.copy(ROOT / "tests/interp/fixtures/formats/dynamicqa.csv", root / f"{part}_final.csv")
+    shutil.copytree(ROOT / "tests/interp/fixtures/ragtruth", root / "RAGTruth/dataset")
     return root
 
 

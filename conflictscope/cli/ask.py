@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.options import Model, say
+from conflictscope.cli.options import Form, Model, say
 from interp.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def ask(
     out: Annotated[
         Path | None, typer.Option(help="JSON lines file to write: the question as conflict data, for --data.")
     ] = None,
+    form: Form,
     loaded: Model,
 ) -> None:
     """Ask a question without its context and with it: which source wins, how clearly, and which heads push."""
@@ -44,7 +45,7 @@ def ask(
     from interventions.config import InterventionFile
 
     edits = {} if config is None else {"edit": InterventionFile.load(config)}
-    explorer = Explorer(loaded.load(), name=loaded.model, files=edits)
+    explorer = Explorer(loaded.load(), name=loaded.model, files=edits, asking=form.asking)
     look = explorer.look(Asked(question, context, memory_answer, context_answer), Edit(next(iter(edits), UNEDITED)))
     output = Console()
     output.print(_table(look), markup=False)

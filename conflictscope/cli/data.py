@@ -175,12 +175,16 @@ def data_convert(
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="What to do with a malformed row: stop, or skip and count it.")
     ] = "stop",
+    markup: Annotated[
+        Literal["keep", "clean"],
+        typer.Option(help="What becomes of tags, entities and spaces before punctuation, in all texts alike."),
+    ] = "keep",
     seed: SeedOption = 0,
 ) -> None:
     """Convert a public data set to conflict data; leaves out, and counts, what could not be measured."""
     from interp.formats import convert_dataset
 
-    converted = convert_dataset(files, format, out, on_error=on_error, seed=seed)
+    converted = convert_dataset(files, format, out, on_error=on_error, seed=seed, markup=markup)
     for sentence in converted.skipped[:_SHOWN_ROWS]:
         say(f"Skipped: {sentence}")
     for sentence in converted.left_out[:_SHOWN_ROWS]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from conflictscope.addresses import is_local
-from conflictscope.cli.options import DEFAULT_MODEL, MODEL_HELP, Model, say
+from conflictscope.cli.options import DEFAULT_MODEL, MODEL_HELP, Form, Model, say
 from interp.errors import UserError
 
 
@@ -38,6 +38,7 @@ def explore(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8050,
     public: Annotated[bool, typer.Option("--public", help="Let others use the page: it has no password.")] = False,
+    form: Form,
     explored: Explored,
 ) -> None:
     """Open a local page to ask a model live: its answers, their race by layer, its heads, and what edits change."""
@@ -54,9 +55,8 @@ def explore(
     name = explored.model or next((file.model.name for file in files.values()), DEFAULT_MODEL)
     model = replace(explored, model=name).load()
     found, no_detector = find_detector(model, detector)
-    app = build_app(
-        Explorer(model, name=name, files=files, detector=found), no_detector=no_detector, local_only=not public
-    )
+    explorer = Explorer(model, name=name, files=files, detector=found, asking=form.asking)
+    app = build_app(explorer, no_detector=no_detector, local_only=not public)
     # One line for every request would bury what matters.
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with listening(app, host, port) as server:

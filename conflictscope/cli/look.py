@@ -63,12 +63,25 @@ def evaluate(
     with applied(model, *changes):
         how: dict[str, Any] = {"max_new_tokens": source.longest_answer(model, max_new_tokens), "whole": whole_answer}
         report = measure_usage(model, asked, combined=combined, progress="Answering", **how)
-    report.save(out)
-    print_frame(report.summary(by=columns))
+    _print_usage(report, asked, columns, out)
     say(f"Answers are in {out}")
     if reliance is not None:
         with applied(model, *changes):
             _write_reliance(model, asked, reliance, how["max_new_tokens"])
+
+
+def _print_usage(report: Any, asked: Any, columns: list[str], path: Path) -> None:
+    """Write a report and print its rates; of data with types of conflicts also whether answers are as expected."""
+    from interp.evaluation import UsageReport
+    from interp.expected import expected_rates, with_expected
+
+    rows = with_expected(report.frame, asked)
+    rates = expected_rates(rows)
+    has_types = not rates.is_empty()
+    (UsageReport(rows) if has_types else report).save(path)
+    print_frame(report.summary(by=columns))
+    if has_types:
+        print_frame(rates)
 
 
 def _part(conflicts: Any, split: str) -> Any:

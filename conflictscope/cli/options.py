@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -116,19 +116,32 @@ class Facts(Model):
 
 
 @dataclass(frozen=True)
-class Asked(Facts):
-    """Which model is asked what, in which form: facts, or conflict data from a file."""
+class Form:
+    """In which form a model is asked."""
 
-    data: Annotated[
-        Path | None,
-        asked_option(help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
-    ] = None
     format: Annotated[
         Literal["completion", "chat", "auto"],
         asked_option(help="Ask prompts as they are, or through the chat template; auto: where the model follows one."),
     ] = "completion"
     system: Annotated[str, asked_option(help="With chats: the system message.")] = ""
     answer_prefix: Annotated[str, asked_option(help="What the answer begins with.")] = ""
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are asked."""
+        from interp.asking import Asking
+
+        return Asking(self.format, self.system, self.answer_prefix)
+
+
+@dataclass(frozen=True)
+class Asked(Form, Facts):
+    """Which model is asked what, in which form: facts, or conflict data from a file."""
+
+    data: Annotated[
+        Path | None,
+        asked_option(help="Conflict data (JSON lines from `conflictscope data`) instead of relations."),
+    ] = None
     shots: Annotated[int, asked_option(min=0, help="Answered examples of train before each prompt.")] = 0
 
     def relations(self, default: tuple[str, ...] = (DEFAULT_RELATION,)) -> list[str]:
@@ -168,9 +181,7 @@ class Asked(Facts):
     @property
     def asking(self) -> Asking:
         """How questions are asked."""
-        from interp.asking import Asking
-
-        return Asking(self.format, self.system, self.answer_prefix, self.shots, self.seed)
+        return replace(super().asking, shots=self.shots, seed=self.seed)
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.addresses import is_local
-from conflictscope.cli.options import MODEL_HELP, Model, ModelArgument, NamedModel, TrustOption, say
+from conflictscope.cli.options import MODEL_HELP, Form, Model, ModelArgument, NamedModel, TrustOption, say
 from interp.errors import UserError
 
 StrengthOption = Annotated[
@@ -65,6 +65,7 @@ def generate(
     trust: TrustOption = None,
     strength: StrengthOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 24,
+    form: Form,
 ) -> None:
     """Answer prompts without an intervention and with it, side by side."""
     from interp.generation import greedy_texts
@@ -75,9 +76,11 @@ def generate(
     network = loaded.load(attention=None)
     tokenizer = network.tokenizer
     table = Table("prompt", "without", "with", title=file.name, show_lines=True)
-    plain = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    asking = form.asking.settled(network, loaded.model)
+    asked = [asking.said(network, text) for text in prompt]
+    plain = greedy_texts(network, tokenizer, asked, max_new_tokens=max_new_tokens)
     with apply(network, file, tokenizer=tokenizer, trust=trust, strength=strength):
-        edited = greedy_texts(network, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        edited = greedy_texts(network, tokenizer, asked, max_new_tokens=max_new_tokens)
     for row in zip(prompt, plain, edited, strict=True):
         table.add_row(*row)
     Console().print(table, markup=False)

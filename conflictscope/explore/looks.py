@@ -1,7 +1,8 @@
 """What ``conflictscope explore`` shows of one prompt, as plain records; ``conflictscope.explore.page`` draws them.
 
 1. The model is asked without the context. Where its answer repeats the question ("The capital of Japan is Tokyo"), what
-   it repeats is written into the prompt, so that the next token is the answer itself.
+   it repeats is written into the prompt, so that the next token is the answer itself. In a chat the answer with the
+   context, which may begin in other words, says what is written into its own prompt.
 2. It is asked with the context, unedited and edited: greedy answers, each with its source, and the logit lens.
 3. On the unedited prompt the conflict detector speaks, the heads' direct parts of the logit difference are taken, and
    what heads look at.
@@ -22,6 +23,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.answers import Usage, contains_answer, normalise, overlap, usage_of
+from interp.asking import Asking
 from interp.attention import PromptAttention, attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.attribution.scores import HeadScores
@@ -31,7 +33,7 @@ from interp.errors import UserError
 from interp.evaluation import answer_token_ids
 from interp.facts import load_facts, relation_named
 from interp.generation import AnswerStep, answer_steps, continue_greedily
-from interp.inputs import most_positions, token_ids, tokenizer_of
+from interp.inputs import joined, most_positions, token_ids, tokenizer_of
 from interp.lens import LogitLens, logit_lens
 from interp.models import fingerprint
 from interventions.base import Intervention, applied
@@ -45,10 +47,13 @@ LONGEST = {"question": 500, "context": 4000, "answer": 100}
 """Most characters of what is typed."""
 STRENGTHS = (0.0, 2.0)
 SCALES = (-2.0, 3.0)
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS, CHAT_TOKENS = 12, 32
+"""Longest answer, in tokens; a chat's takes a sentence."""
 
+_AS_THEY_ARE = Asking()
 _MOST_TOKENS = 1024
 _FEWEST_REPEATED = 3
+_SMALL_WORDS = {"the", "a", "an", "it", "is", "was", "are", "were", "by", "in", "of", "at", "from"}
 _HOW_TO_DETECT = "make one with `conflictscope record` and `conflictscope probe fit`, then start explore again"
 _EXAMPLES = (
     ("capital", "Japan", "Peru", "question"),
@@ -166,9 +171,10 @@ class Explorer:
         name: What the model is called.
         files: Intervention files by name.
         detector: A conflict detector that was fitted on this model.
+        asking: In which form questions are asked; its examples to show are not.
 
     Raises:
-        UserError: If a file is for another model, or is called ``none``.
+        UserError: If a file is for another model, or is called ``none``; or the form does not fit the model.
     """
 
     def __init__(
@@ -178,15 +184,18 @@ class Explorer:
         name: str,
         files: Mapping[str, InterventionFile] | None = None,
         detector: ConflictDetector | None = None,
+        asking: Asking = _AS_THEY_ARE,
     ) -> None:
         self.model = model
         self.name = name
+        self.asking = asking.settled(model, name)
+        self.new_tokens = CHAT_TOKENS if self.asking.form == "chat" else MAX_NEW_TOKENS
         self.files = dict(files or {})
         self.detector = detector
         check_choice(self.files, model, tokenizer_of(model))
         self.heads = Anatomy(model).heads
         positions = most_positions(model) or _MOST_TOKENS
-        self.most_tokens = min(_MOST_TOKENS, positions - MAX_NEW_TOKENS)
+        self.most_tokens = min(_MOST_TOKENS, positions - self.new_tokens)
         # Hooks and intervention are the model's, not the thread's.
         self._lock = threading.Lock()
         # Moving a slider must not ask anew what it does not change.
@@ -252,18 +261,19 @@ class Explorer:
         return edits
 
     def _find_case(self, asked: Asked) -> _Case:
-        self._check_length(_prompt(asked.question, asked.context))
-        said = continue_greedily(self.model, [_prompt(asked.question)], max_new_tokens=MAX_NEW_TOKENS).answers[0]
-        opening = repeated_opening(said, asked.question) if _is_question(asked.question) else ""
-        bare, prompt = (_prompt(asked.question, context, opening) for context in ("", asked.context))
+        self._check_length(self._prompt(asked.question, asked.context))
+        bare, prompt = (
+            self._prompt(asked.question, context, opening)
+            for context, opening in zip(("", asked.context), self._openings(asked), strict=True)
+        )
         self._check_length(prompt)
         memory, context = asked.memory_answer, asked.context_answer
         if not (memory and context):
-            own = continue_greedily(self.model, [bare, prompt], max_new_tokens=MAX_NEW_TOKENS).answers
+            own = self._answers([bare, prompt])
             memory = memory or short_answer(own[0])
-            found = short_answer(own[1])
+            found = said_by(asked.context, short_answer(own[1]))
             # What the model says is the context's answer only if the context says it.
-            is_context = contains_answer(asked.context, (found,)) and usage_of(found, [memory], []) != "memory"
+            is_context = usage_of(found, [memory], []) != "memory"
             context = context or (found if found and is_context else "")
         agrees = overlap((memory,), (context,)) == "same"
         example = ConflictExample(
@@ -305,6 +315,23 @@ class Explorer:
             )
         return ""
 
+    def _prompt(self, question: str, context: str = "", opening: str = "") -> str:
+        """The text that the model continues, which may say how the answer begins."""
+        prompt = self.asking.prompt(self.model, question, [context] if context else [])
+        return joined(tokenizer_of(self.model), prompt, opening) if opening else prompt
+
+    def _openings(self, asked: Asked) -> list[str]:
+        """What the answers without and with the context begin with before they tell anything."""
+        is_chat = self.asking.form == "chat"
+        if not (is_chat or asked.question.endswith("?")):
+            return ["", ""]
+        prompts = [self._prompt(asked.question, context) for context in ("", *([asked.context] if is_chat else []))]
+        found = [repeated_opening(answer, asked.question) for answer in self._answers(prompts)]
+        return found if is_chat else found * 2
+
+    def _answers(self, prompts: list[str]) -> list[str]:
+        return continue_greedily(self.model, prompts, max_new_tokens=self.new_tokens).answers
+
     def _check_length(self, prompt: str) -> None:
         count = len(token_ids(tokenizer_of(self.model), [prompt])[0])
         if count > self.most_tokens:
@@ -313,10 +340,8 @@ class Explorer:
     def _read(self, case: _Case, edit: Edit) -> Reading:
         example = case.example
         with applied(self.model, *self._interventions(edit)):
-            answers = continue_greedily(
-                self.model, [example.bare_prompt, example.prompt], max_new_tokens=MAX_NEW_TOKENS
-            ).answers
-            steps = answer_steps(self.model, example.prompt, max_new_tokens=MAX_NEW_TOKENS)
+            answers = self._answers([example.bare_prompt, example.prompt])
+            steps = answer_steps(self.model, example.prompt, max_new_tokens=self.new_tokens)
             no_lens = case.no_race or is_doubled(self.model)
             lens = None if no_lens else logit_lens(self.model, _alone(example))
         usages: list[Usage] = [usage_of(a, example.memory_answers, example.context_answers) for a in answers]
@@ -376,11 +401,22 @@ def short_answer(answer: str) -> str:
     return re.split(r"[:;(]|,(?!\d)", answer.lstrip(" :,;("), maxsplit=1)[0].strip()
 
 
-def repeated_opening(answer: str, question: str) -> str:
-    """The words that an answer begins with and that stand in the question; nothing where they are too few to matter."""
-    asked = set(normalise(question).split())
+def said_by(context: str, answer: str) -> str:
+    """As many of the answer's first words as stand together in the context; nothing if these tell nothing."""
     words = answer.split()
-    count = next((i for i, word in enumerate(words) if not set(normalise(word).split()) <= asked | {"the"}), 0)
+    counts = [n for n in range(len(words), 0, -1) if contains_answer(context, (" ".join(words[:n]),))]
+    found = words[: counts[0]] if counts else []
+    return " ".join(found) if {normalise(word) for word in found} - _SMALL_WORDS - {""} else ""
+
+
+def repeated_opening(answer: str, question: str) -> str:
+    """The words that an answer begins with and that stand in the question, and small words among and after them.
+
+    Nothing where they are too few to matter.
+    """
+    told_nothing = set(normalise(question).split()) | _SMALL_WORDS
+    words = answer.split()
+    count = next((i for i, word in enumerate(words) if not set(normalise(word).split()) <= told_nothing), 0)
     return " ".join(words[:count]) if count >= _FEWEST_REPEATED else ""
 
 
@@ -396,17 +432,6 @@ def _checked(asked: Asked) -> Asked:
     if not stripped.context:
         raise UserError("There is no context; type what the model is to read before it answers.")
     return replace(stripped, question=" ".join(stripped.question.split()))
-
-
-def _is_question(question: str) -> bool:
-    return question.endswith("?")
-
-
-def _prompt(question: str, context: str = "", opening: str = "") -> str:
-    """The text that the model continues: a dialogue for a question, a plain text for a sentence."""
-    if _is_question(question):
-        return f"User: {' '.join(filter(None, (context, question)))}\nAssistant: {opening}".rstrip()
-    return "\n".join(filter(None, (context, question)))
 
 
 def _alone(example: ConflictExample) -> ConflictSet:

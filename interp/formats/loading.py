@@ -11,7 +11,7 @@ from interp.conflicts import ConflictSet, write_examples
 from interp.errors import UserError
 from interp.formats.items import Format
 from interp.formats.known import FORMATS, format_names
-from interp.formats.reading import OnError, Reading
+from interp.formats.reading import Markup, OnError, Reading
 
 
 class Loaded(NamedTuple):
@@ -45,7 +45,12 @@ class Converted(NamedTuple):
 
 
 def load_dataset(
-    path: str | Path | Sequence[str | Path], format: str, *, on_error: OnError = "stop", seed: int = 0
+    path: str | Path | Sequence[str | Path],
+    format: str,
+    *,
+    on_error: OnError = "stop",
+    seed: int = 0,
+    markup: Markup = "keep",
 ) -> Loaded:
     """Read a data set from local files.
 
@@ -59,11 +64,13 @@ def load_dataset(
         format: One of ``format_names()``.
         on_error: What to do with a row that cannot be read: ``stop`` raises, ``skip`` reports it in the result.
         seed: Decides the splits, which are by subject, or by question where rows name no subject.
+        markup: What becomes of tags, entities and split punctuation in contexts, questions and answers: ``keep``
+            leaves them as published evaluations do, ``clean`` takes them out (``interp.formats.markup.cleaned``).
 
     Raises:
         UserError: If the format is not known, a file cannot be read, nothing is left, or a row is bad.
     """
-    reading = Reading(_paths(path), _known(format), on_error, seed)
+    reading = Reading(_paths(path), _known(format), on_error, seed, markup)
     examples = tuple(reading.examples())
     return Loaded(ConflictSet(format, examples), reading.skipped, reading.left_out)
 
@@ -75,6 +82,7 @@ def convert_dataset(
     *,
     on_error: OnError = "stop",
     seed: int = 0,
+    markup: Markup = "keep",
 ) -> Converted:
     """Write the examples of a data set as conflict data, row by row: what ``load_dataset(...).conflicts.save`` writes.
 
@@ -84,6 +92,7 @@ def convert_dataset(
         out: The JSON lines file to write, atomically.
         on_error: As for ``load_dataset``.
         seed: Decides the splits.
+        markup: As for ``load_dataset``.
 
     Raises:
         UserError: As ``load_dataset`` does, or if ``out`` is one of the files to read.
@@ -91,7 +100,7 @@ def convert_dataset(
     paths = _paths(path)
     if same := [file for file in paths if Path(out).exists() and file.exists() and file.samefile(out)]:
         raise UserError(f"{out} is to be written, but {same[0]} is read from it; give another name to write to.")
-    reading = Reading(paths, _known(format), on_error, seed)
+    reading = Reading(paths, _known(format), on_error, seed, markup)
     written = write_examples(out, reading.examples())
     return Converted(written, reading.skipped, reading.left_out, reading.reasons)
 

@@ -13,11 +13,13 @@ from interp.answers import overlap
 from interp.conflicts import ConflictExample, example_of, split_of_key, subject_key
 from interp.errors import UserError
 from interp.formats.items import Context, Format, Item
+from interp.formats.markup import cleaned_item
 from interp.formats.row import Row, row_of
 from interp.rows import BadRow, Rows, read_rows
 from interp.sentences import unfinished_sentence
 
 OnError = Literal["stop", "skip"]
+Markup = Literal["keep", "clean"]
 
 _SAME = "the conflict context gives an answer of memory"
 _COPY = "an earlier item says the same"
@@ -33,11 +35,14 @@ class Reading:
         reasons: As in ``Converted``.
     """
 
-    def __init__(self, paths: Sequence[Path], format: Format, on_error: OnError, seed: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], format: Format, on_error: OnError, seed: int, markup: Markup = "keep"
+    ) -> None:
         self.skipped: list[str] = []
         self.left_out: list[str] = []
         self.reasons: Counter[str] = Counter()
         self._paths, self._format, self._on_error, self._seed = paths, format, on_error, seed
+        self._read = format.read if markup == "keep" else lambda row: [cleaned_item(item) for item in format.read(row)]
         self._ids: set[str] = set()
         self._digests: set[bytes] = set()
         self._spellings: dict[str, str] = {}
@@ -69,7 +74,7 @@ class Reading:
         examples: list[ConflictExample] = []
         digests: set[bytes] = set()
         reasons: list[str] = []
-        for item in self._format.read(row):
+        for item in self._read(row):
             digest = _digest(item)
             is_copy = digest in self._digests or digest in digests
             if why := _unusable(item) or (_COPY if is_copy else ""):

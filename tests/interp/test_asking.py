@@ -11,6 +11,7 @@ from interp.answers import abstains, first_sentence, is_complete
 from interp.asking import Asking, at_answers, is_instructed
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
+from interp.facts import PHRASINGS, build_conflicts, usable_facts
 from interp.generation import continue_greedily
 from interp.inputs import continuation_ids, first_token_id, token_ids
 from interp.models import load_model
@@ -52,6 +53,56 @@ def test_a_chat_has_the_documents_and_the_question(chatty, capital_conflicts):
     assert [e.id for e in asked] == [e.id for e in capital_conflicts]
 
 
+CHATS = {
+    "statement": (
+        "<user>Context:\nFact: The capital of France is Paris.\n\n"
+        "Question: What is the capital of France?\nAnswer in a few words.</user>"
+    ),
+    "question": (
+        "<user>The capital of France is Paris.\n\nWhat is the capital of France?\nAnswer in a few words.</user>"
+    ),
+    "note": (
+        "<system>Be brief.\n\nYou have these notes:\n- Paris is the capital of France.</system>"
+        "<user>What is the capital of France?\nAnswer in a few words.</user>"
+    ),
+    "dialogue": (
+        "<user>I read that Paris is the capital of France.</user>"
+        "<assistant>Thank you, I have read it.</assistant>"
+        "<user>What is the capital of France?\nAnswer in a few words.</user>"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_every_phrasing_of_facts_has_a_layout_of_its_own(template, chatty):
+    facts = build_conflicts({"capital": usable_facts("capital")}, phrasings=[template], kinds=["aligned"])
+    asked = Asking("chat", system="Be brief.").asked(chatty, "tiny", facts)
+    head = "" if template == "note" else "<system>Be brief.</system>"
+    assert example(asked, "aligned", template=template).prompt == f"{head}{CHATS[template]}<assistant>"
+
+
+def test_layouts_tell_documents_from_questions():
+    layouts = {name: phrasing.chat for name, phrasing in PHRASINGS.items()}
+    assert len(set(layouts.values())) == len(layouts)
+    for layout in layouts.values():
+        said = [message["content"] for message in layout.messages("Who?", ["Ida."])]
+        assert sum(text.count("Ida.") for text in said) == sum(text.count("Who?") for text in said) == 1
+        assert said != layout.messages("Who?", [])
+        assert layout.messages("Who?", ["One.", "Two."])[0]["content"].startswith("Documents:\n[1] One.\n\n[2] Two.")
+
+
+def test_one_question_and_a_text_of_ones_own(chatty):
+    chat = Asking("chat", prefix="It is").settled(chatty, "tiny")
+    assert chat.said(chatty, "Hello") == "<user>Hello</user><assistant>It is"
+    assert chat.prompt(chatty, "Ida plays") == (
+        "<user>Complete the sentence in a few words: Ida plays</user><assistant>It is"
+    )
+    plain = Asking().settled(chatty, "tiny")
+    assert plain.said(chatty, "Hello") == "Hello"
+    assert plain.prompt(chatty, "Who?", ["Ida did."]) == "User: Ida did. Who?\nAssistant:"
+    assert plain.prompt(chatty, "Ida plays", ["Ida sings."]) == "Ida sings.\nIda plays"
+
+
 def test_several_documents_are_numbered_and_stems_are_completed(chatty):
     fields: dict[str, Any] = {
         "subject": "s",
@@ -85,8 +136,9 @@ def test_examples_are_of_train_about_others_and_have_a_context_where_the_prompt_
             answers = [e.memory_answers[0] for e in capital_conflicts if e.subject in shown]
             assert all(answer in one.prompt for answer in answers)
         else:
-            assert one.prompt.count("Context:") == (3 if one.contexts else 0)
-            assert one.prompt.count("<assistant>") == 3
+            if one.template == "statement":
+                assert one.prompt.count("Context:") == (3 if one.contexts else 0)
+            assert one.prompt.count("Answer in a few words.") == 3
 
 
 def test_too_few_examples_are_told(chatty, capital_conflicts):

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import sys
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -161,6 +162,13 @@ def test_several_files_are_converted_to_one_set_and_what_is_left_out_is_counted_
     assert ids == {f"nq-swap-{name}-1-{kind}" for name in ("one", "two") for kind in ("conflict", "aligned", "none")}
 
 
+@pytest.mark.parametrize(("markup", "context"), [((), "<P> It is B1 . </P>"), (("--markup", "clean"), "It is B1.")])
+def test_markup_is_kept_unless_it_is_to_be_cleaned(run, tmp_path, markup, context):
+    (tmp_path / "one.jsonl").write_text(json.dumps(swap(1, sub_context="<P> It is B1 . </P>")))
+    assert run("data", "convert", "one.jsonl", "--format", "nq-swap", "--out", "out.jsonl", *markup)[0] == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["contexts"] == [context]
+
+
 @pytest.mark.parametrize("out", ["two.jsonl", "./folder/../two.jsonl", "link.jsonl"])
 def test_a_conversion_onto_its_own_input_is_refused_and_the_input_stays(run, tmp_path, out):
     (tmp_path / "folder").mkdir()
@@ -218,6 +226,20 @@ def test_evaluate_asks_every_split_where_that_is_wanted(run, tmp_path, tiny, dat
     assert len(pl.read_parquet(tmp_path / "usage.parquet")) == len(tiny_conflicts())
     assert run("evaluate", *arguments, "--split", "dev")[0] == 0
     assert set(pl.read_parquet(tmp_path / "usage.parquet")["split"]) == {"dev"}
+
+
+def test_evaluate_says_by_type_whether_conflicts_were_dealt_with_as_expected(run, tmp_path, tiny, data):
+    fixture = Path(__file__).parents[2] / "interp" / "fixtures" / "formats" / "conflicts.jsonl"
+    assert run("data", "convert", fixture, "--format", "conflicts", "--out", "typed.jsonl")[0] == 0
+    arguments = ("evaluate", "--model", tiny, "--split", "all", "--out", "usage.parquet", "--data")
+    code, output, _ = run(*arguments, "typed.jsonl")
+    assert code == 0
+    assert "conflicts-no-conflict" in output
+    assert "the newest information" in output
+    rows = pl.read_parquet("usage.parquet")
+    assert set(rows.drop_nulls("expected")["kind"]) == {"conflict", "aligned"}
+    run(*arguments, data)
+    assert "expected" not in pl.read_parquet("usage.parquet").columns
 
 
 def test_evaluate_says_which_splits_there_are(run, tmp_path, tiny):

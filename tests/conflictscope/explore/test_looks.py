@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from conflictscope.explore import looks
 from conflictscope.explore.looks import (
+    CHAT_TOKENS,
     LONGEST,
     MAX_NEW_TOKENS,
     UNEDITED,
@@ -17,9 +19,11 @@ from conflictscope.explore.looks import (
     examples,
     find_detector,
     repeated_opening,
+    said_by,
     short_answer,
 )
 from interp.answers import usage_of
+from interp.asking import Asking
 from interp.attention import attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.conflicts import ConflictSet
@@ -332,3 +336,43 @@ def test_a_detector_of_another_model_is_refused_if_given_and_passed_over_if_only
     assert "fitted on tiny with other weights" in reason
     with pytest.raises(UserError, match="fitted on tiny with other weights"):
         find_detector(other, Path("out/probes/detector"))
+
+
+def test_in_a_chat_the_race_is_run_where_the_answer_begins() -> None:
+    """The real model answers in a sentence; what it writes from the prompt on is the rest of that sentence."""
+    model = load_model(device="cpu")
+    explorer = Explorer(model, name="smollm2-135m", asking=Asking("chat", "Be brief."))
+    question = "Who invented the AC induction motor?"
+    look = explorer.look(Asked(question, "Marie Curie did.", "Nikola Tesla", "Marie Curie"))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "CONTENT"}]
+    head, _, tail = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).partition(
+        "CONTENT"
+    )
+    content = f"Context:\nMarie Curie did.\n\nQuestion: {question}\nAnswer in a few words."
+    start = head + content + tail
+    assert look.example.prompt.startswith(start)
+    opening = look.example.prompt.removeprefix(start).strip()
+    # What is left is the answer itself.
+    assert look.unedited.with_context.startswith("Marie Curie")
+    whole = continue_greedily(model, [start], max_new_tokens=CHAT_TOKENS).answers[0]
+    assert f"{opening} {look.unedited.with_context}".strip() == whole
+    assert look.heads is not None
+
+
+def test_a_chat_needs_a_template(tiny_llama: nn.Module) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        Explorer(tiny_llama, name="tiny", asking=Asking("chat"))
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "found"),
+    [
+        ("Marie Curie invented it.", "Marie Curie is credited as the inventor", "Marie Curie"),
+        ("Lima is the capital.", "Lima", "Lima"),
+        ("The city is old.", "The answer", ""),
+        ("Lima is big.", "Tokyo", ""),
+        ("Lima is big.", "", ""),
+    ],
+)
+def test_what_the_context_says_of_an_answer_are_its_first_words(context: str, answer: str, found: str) -> None:
+    assert said_by(context, answer) == found

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from conflictscope.cli.explore import Explored, explore
+from conflictscope.cli.options import Form
 from conflictscope.explore.looks import Asked, Edit, Explorer, examples
 from conflictscope.explore.page import Listening, build_app, listening
 from figures.theme import percent
@@ -301,7 +302,7 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(explorer, address):
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "studio.example"])
 def test_an_address_that_others_reach_is_refused_unless_it_is_meant(host):
     with pytest.raises(UserError, match="add --public if that is meant"):
-        explore(host=host, explored=Explored())
+        explore(host=host, form=Form(), explored=Explored())
 
 
 def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, monkeypatch):
@@ -326,7 +327,7 @@ def test_the_command_serves_the_page_until_it_is_interrupted(tiny_directories, m
     monkeypatch.setattr(Listening, "wait", waiting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        explore(port=0, explored=Explored(str(tiny_directories["llama"]), device="cpu"))
+        explore(port=0, form=Form(), explored=Explored(str(tiny_directories["llama"]), device="cpu"))
     finally:
         signal.signal(signal.SIGINT, before)
     assert "ConflictScope" in found[0]
