@@ -5,6 +5,7 @@ Values of one subject depend on each other, so subjects are what counts:
     bootstrap_mean        the mean of any values: percentiles of the means of resampled subjects
     rate                  a share of yes or no: Wilson's interval with an effective number of values
     paired_difference     what changes between two measurements of the same things, and a sign-flip test
+    group_difference      how the means of two groups of other things differ, and a permutation test
     kept_share            which share of such a change a third measurement keeps
 """
 
@@ -75,7 +76,7 @@ class Difference(Estimate):
     """A mean change with its 95 % interval and the p-value of no change.
 
     Attributes:
-        p: Probability of a change as large, in either direction, if before and after were exchangeable.
+        p: Probability of a change as large, in either direction, if before and after, or the groups, were exchangeable.
     """
 
     p: float
@@ -225,6 +226,43 @@ def paired_difference(
     return Difference(float(change.mean()), float(low), float(high), len(change), p)
 
 
+def group_difference(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    first_clusters: Sequence[Hashable],
+    second_clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+) -> Difference:
+    """Compare the means of two groups of different things: the second's less the first's, with a test of no difference.
+
+    The test deals whole clusters out to groups of as many (Fisher 1935): in all ways where these are at most 10,000,
+    else in as many at random. The interval is bootstrapped, each group on its own.
+
+    Args:
+        first: ``(n,)``.
+        second: ``(m,)``.
+        first_clusters: ``n`` cluster labels; a label that both groups have is a cluster in each.
+        second_clusters: ``m`` cluster labels.
+        seed: Seed of the deals and of the resampling.
+
+    Raises:
+        ValueError: If a group has no values.
+    """
+    groups = [np.asarray(values, dtype=float) for values in (first, second)]
+    if not all(map(len, groups)):
+        raise ValueError("group_difference needs values in both groups")
+    of_clusters, means = [], []
+    for number, (values, clusters) in enumerate(zip(groups, (first_clusters, second_clusters), strict=True)):
+        index, _ = _members(clusters)
+        of_clusters.append(np.stack([np.bincount(index, values), np.bincount(index)]))
+        means.append(bootstrap_means(values, clusters, seed=seed + number))
+    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
+    value = float(groups[1].mean() - groups[0].mean())
+    p = _dealt_p(np.hstack(of_clusters), of_clusters[0].shape[1], seed)
+    return Difference(value, float(low), float(high), sum(map(len, groups)), p)
+
+
 def kept_share(hits: np.ndarray, clusters: Sequence[Hashable]) -> Estimate:
     """Which share of a mean change from zeros and ones is kept, undefined where nothing changes.
 
@@ -260,6 +298,32 @@ def _sign_flip_p(changes: np.ndarray, seed: int) -> float:
         return float((np.abs(signs @ moved) >= reached).mean())
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(_FLIPS, len(moved)))
     return float((1 + (np.abs(signs @ moved) >= reached).sum()) / (1 + _FLIPS))
+
+
+def _dealt_p(clusters: np.ndarray, count: int, seed: int) -> float:
+    """Share of deals of clusters, sums and sizes ``(2, n)``, whose means differ at least as far as with the first.
+
+    Args:
+        clusters: Sums and sizes of all clusters, ``(2, n)``, those of the first group first.
+        count: How many clusters the first group has.
+        seed: Seed of the deals.
+    """
+    n_clusters = clusters.shape[1]
+    is_all = math.comb(n_clusters, count) <= _FLIPS
+    if is_all:
+        chosen = np.array(list(itertools.combinations(range(n_clusters), count)))
+    else:
+        order = np.random.default_rng(seed).permuted(np.tile(np.arange(n_clusters), (_FLIPS, 1)), axis=1)
+        chosen = order[:, :count]
+
+    def differences(members: np.ndarray) -> np.ndarray:
+        inside = clusters[:, members].sum(-1)
+        outside = clusters.sum(-1, keepdims=True) - inside
+        return np.abs(outside[0] / outside[1] - inside[0] / inside[1])
+
+    # Sums of the same numbers in another order may differ in their last digits.
+    reached = (differences(chosen) >= differences(np.arange(count)[None]) * (1 - 1e-9)).sum()
+    return float(reached / len(chosen) if is_all else (1 + reached) / (1 + len(chosen)))
 
 
 def _share_difference(rose: Estimate, fell: Estimate) -> tuple[float, float]:

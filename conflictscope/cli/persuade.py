@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 _MEASURES = ("coherent_persuasion", "semantic_entropy", "semantic_entropy_without", "confidence_gain", "divergence")
+_COMPARED = ("coherent_persuasion", "semantic_entropy")
 _PARTS = ("kind", "template", "relation")
 
 
@@ -39,7 +41,7 @@ def persuasion(
     """Sample answers with and without each context: how far does it move them, and how sure is the model?
 
     Prints coherent persuasion and semantic entropy (DYNAMICQA), the confidence gain and the divergence of the first
-    token, and how the entropy changes prompt by prompt.
+    token, how the entropy changes prompt by prompt, and how the groups differ, with tests that deal subjects out anew.
     """
     from interp.entailment import Entailment
     from interp.files import write_parquet
@@ -56,6 +58,8 @@ def persuasion(
     frame = persuasion(model, asked, sampling, same=same, progress="Sampling")
     write_parquet(out, frame)
     print_frame(_summary(frame, columns))
+    if columns and not (compared := _compared(frame, columns)).is_empty():
+        print_frame(compared)
     say(f"Measures of {len(frame)} prompts are in {out}")
 
 
@@ -70,6 +74,22 @@ def _summary(frame: pl.DataFrame, by: list[str]) -> pl.DataFrame:
         for measure, record in _measured(part)
     ]
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _compared(frame: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """How any two groups differ in DYNAMICQA's measures, with a test."""
+    import polars as pl
+
+    from interp.statistics import group_difference
+
+    parts = {", ".join(map(str, key)): part for key, part in frame.group_by(by, maintain_order=True)}
+    rows = []
+    for (first, one), (second, other) in combinations(parts.items(), 2):
+        subjects = one["subject"].to_list(), other["subject"].to_list()
+        for measure in _COMPARED:
+            found = group_difference(one[measure].to_numpy(), other[measure].to_numpy(), *subjects)
+            rows.append({"measure": measure, "of": second, "less that of": first, **found.to_record()})
+    return pl.DataFrame(rows)
 
 
 def _measured(part: pl.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:

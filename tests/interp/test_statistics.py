@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from interp.files import read_json, write_json
 from interp.statistics import (
@@ -13,6 +13,7 @@ from interp.statistics import (
     bootstrap_means,
     bootstrap_weights,
     cluster_wilson,
+    group_difference,
     kept_share,
     paired_difference,
     rate,
@@ -202,3 +203,29 @@ def test_where_changes_go_both_ways_the_kept_share_is_the_ratio_of_the_mean_chan
 def test_of_what_does_not_change_there_is_no_share_to_keep():
     hits = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     assert not kept_share(hits, "ab").is_defined
+
+
+def test_two_groups_of_other_things_are_compared_by_dealing_clusters_out_anew():
+    """Clusters 1, 1, 1 against 4, 4: of ten deals of five clusters only the given one is as far apart."""
+    found = group_difference([1, 1, 1, 1], [4, 4], ["a", "a", "b", "c"], ["d", "e"])
+    assert found.value == 3
+    assert (found.low, found.high, found.n) == (3, 3, 6)
+    assert found.p == pytest.approx(1 / 10)
+
+
+def test_groups_are_compared_as_scipy_does_where_every_value_is_its_own_cluster():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 1, 20), rng.normal(0.7, 1, 25)
+    found = group_difference(first, second, range(20), range(25))
+    expected = permutation_test(
+        (second, first), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True, n_resamples=20_000, rng=1
+    )
+    assert found.value == pytest.approx(expected.statistic)
+    assert found.p == pytest.approx(expected.pvalue, abs=0.01)
+    assert found.low < found.value < found.high
+
+
+def test_a_label_in_both_groups_is_a_cluster_in_each_and_an_empty_group_is_refused():
+    assert group_difference([0, 1], [0, 1], ["a", "b"], ["a", "b"]).p == 1
+    with pytest.raises(ValueError, match="needs values in both groups"):
+        group_difference([], [1], [], ["a"])

@@ -6,6 +6,10 @@ import polars as pl
 import pytest
 
 from interp.conflicts import ConflictSet
+from interp.models import load_model
+from interventions.config import InterventionFile
+from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
 from tests.conflictscope.cli.test_cli import assert_one_sentence, run
 
 run = run
@@ -47,6 +51,7 @@ def test_a_table_goes_through_the_commands(run, table, chatting, tmp_path):
     assert code == 0
     assert "coherent_persuasion" in out
     assert "change of semantic_entropy" in out
+    assert "less that of" in out
     assert set(pl.read_parquet("p.parquet")["kind"]) == {"conflict", "aligned", "irrelevant"}
 
 
@@ -67,6 +72,21 @@ def test_prompts_are_asked_in_the_form_that_is_wanted(run, table, chatting, form
     assert all(prompt.startswith("user: ") for prompt in prompts) == ("--format" in form)
     turns = 3 if "--shots" in form else 1
     assert {prompt.count("Where is") for prompt in prompts} == {turns}
+
+
+def test_one_question_and_texts_of_ones_own_are_asked_in_a_chat(run, chatting, tmp_path):
+    asked = ("ask", "Where is Ys?", "--context", "Ys is in A.", "--memory-answer", "B", "--context-answer", "A")
+    assert run(*asked, "--model", chatting, "--format", "chat", "--answer-prefix", "In", "--out", "asked.jsonl")[0] == 0
+    with_context, bare = (example.prompt for example in ConflictSet.load("asked.jsonl"))
+    question = "Question: Where is Ys?\nAnswer in a few words.\nA: In"
+    assert (with_context, bare) == (f"user: Context:\nYs is in A.\n\n{question}", f"user: {question}")
+    identity = ModelIdentity.of(load_model(str(chatting), device="cpu"), str(chatting))
+    InterventionFile.of([HeadScaling.of([(0, 0)], 0.0)], name="edit", model=identity).save(tmp_path / "edit.json")
+    replies = {}
+    for form in ("chat", "completion"):
+        code, replies[form], _ = run("generate", chatting, "Hello", "--config", "edit.json", "--format", form)
+        assert code == 0
+    assert replies["chat"] != replies["completion"]
 
 
 def test_a_form_that_cannot_be_had_is_told(run, table, chatting, tiny_directories):
@@ -99,3 +119,23 @@ def test_all_that_a_model_says_is_judged_where_it_is_asked(run, table, tiny_dire
     first, whole = (pl.read_parquet(f"{name}.parquet")["answer"].to_list() for name in ("first", "whole"))
     assert all(long.startswith(short) for short, long in zip(first, whole, strict=True))
     assert sum(map(len, whole)) >= sum(map(len, first))
+
+
+def test_facts_contradict_memory_for_a_cause_and_are_asked_by_task(run):
+    facts = ("data", "build", "--all-facts", "--relation", "capital", "--out", "c.jsonl")
+    assert run(*facts, "--cause", "temporal", "--plausibility", "high")[0] == 0
+    built = ConflictSet.load("c.jsonl")
+    assert {e.template for e in built} == {"temporal-high"}
+    assert all("As of 2031, the capital of" in e.context for e in built.select(kind="conflict"))
+    assert run(*facts, "--cause", "semantic", "--task", "none", "--task", "memory")[0] == 0
+    assert {e.template for e in ConflictSet.load("c.jsonl")} == {"semantic-task-none", "semantic-task-memory"}
+    assert run(*facts, "--task", "both")[0] == 0
+    assert {e.template for e in ConflictSet.load("c.jsonl")} == {"task-both"}
+
+
+def test_causes_and_tasks_that_do_not_go_with_the_rest_are_told(run, table):
+    facts = ("data", "build", "--all-facts")
+    assert_one_sentence(run(*facts, "--plausibility", "low"), "--plausibility is that of a cause; say which")
+    assert_one_sentence(run(*facts, "--task", "all"), "There is no task 'all'; choose none, context, memory or both")
+    assert_one_sentence(run(*facts, "--cause", "temporal", "--against", 1), "are for facts with one document")
+    assert_one_sentence(run(*facts, "--from", table, "--task", "memory"), "are for facts with one document")
