@@ -12,6 +12,7 @@ from conflictscope.cli import (
     ask,
     attribute,
     compare,
+    consistent,
     control,
     data,
     demo,
@@ -40,7 +41,7 @@ app = typer.Typer(
 _START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Data and models"
 for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
-    _LOOK: (look.evaluate, persuade.persuasion, attribute.attribute, look.record),
+    _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report),
     _SHIP: (ship.inspect, ship.generate, ship.export, ship.serve),
     _DATA: (look.models, doctor.doctor),

@@ -17,6 +17,7 @@ from interp.errors import UserError
 _SHOWN_ROWS = 10
 _table_option = partial(typer.Option, rich_help_panel="Your own table")
 _documents_option = partial(typer.Option, rich_help_panel="Several documents")
+_cause_option = partial(typer.Option, rich_help_panel="Causes and tasks")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,49 @@ class ManyDocuments:
         return Documents(self.against or 0, self.agreeing or 0, self.beside or 0, self.position, seed).of(conflicts)
 
 
+@dataclass(frozen=True)
+class CausesAndTasks:
+    """Why the contexts of facts contradict memory, and what is asked about them."""
+
+    cause: Annotated[
+        Literal["misinformation", "temporal", "semantic"] | None,
+        _cause_option(
+            metavar="CAUSE",
+            help="Why contexts contradict memory: misinformation, temporal (it changed), semantic (it is a namesake).",
+        ),
+    ] = None
+    plausibility: Annotated[
+        Literal["high", "low"] | None,
+        _cause_option(help="With --cause: explain the contradiction, or give it a doubtful source."),
+    ] = None
+    task: Annotated[
+        list[str] | None,
+        _cause_option(help="Which knowledge the answer takes: none (copying), context, memory or both; repeatable."),
+    ] = None
+
+    def check(self) -> None:
+        """See that these go together.
+
+        Raises:
+            UserError: If not, or if there is no such task.
+        """
+        from interp.tasks import task_named
+
+        if self.cause is None and self.plausibility is not None:
+            raise UserError("--plausibility is that of a cause; say which: --cause misinformation.")
+        for name in self.task or ():
+            task_named(name)
+
+    def put(self, conflicts: Any) -> Any:
+        """The prompts with contexts of the cause, asked by the tasks; as they are where nothing is said."""
+        from interp.causes import Cause
+        from interp.tasks import asked_by
+
+        if self.cause is not None:
+            conflicts = Cause(self.cause, self.plausibility).of(conflicts)
+        return asked_by(conflicts, self.task) if self.task else conflicts
+
+
 def data_build(
     *,
     out: Annotated[Path, typer.Option(help="JSON lines file to write.")] = Path("out/conflicts.jsonl"),
@@ -83,6 +127,7 @@ def data_build(
     ] = False,
     table: OwnTable,
     documents: ManyDocuments,
+    causes: CausesAndTasks,
     source: Facts,
 ) -> None:
     """Build conflict data from a table of your own, or from the fact tables, of what the model knows closed-book.
@@ -98,8 +143,14 @@ def data_build(
         raise UserError("Give --from or --relation, not both.")
     if table.path is not None and documents != ManyDocuments():
         raise UserError("--against, --agreeing, --beside and --position are for facts; a table has its own documents.")
+    if causes != CausesAndTasks() and (table.path is not None or documents != ManyDocuments()):
+        raise UserError(
+            "--cause, --plausibility and --task are for facts with one document; leave them out, or --from and the "
+            "numbers of documents."
+        )
+    causes.check()
     if table.path is None:
-        conflicts = documents.put(_from_facts(source, all_facts), source.seed)
+        conflicts = causes.put(documents.put(_from_facts(source, all_facts), source.seed))
     else:
         conflicts = _from_table(table, source, all_facts)
     conflicts.save(out)

@@ -60,7 +60,8 @@ class Prompts:
             if not len(self.part(split).select(kind="conflict")):
                 raise UserError(
                     f"The model knows too little of {self.name} for a {split} split, which has no conflict prompts; "
-                    "choose more relations or subjects, another seed, or a model that knows more."
+                    "give more of it (--relation, --subjects, rows of --data), --unknown-too with --data, another "
+                    "--seed, or a model that knows more."
                 )
 
     def part(self, split: Split) -> ConflictSet:
