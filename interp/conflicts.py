@@ -332,6 +332,7 @@ def _without(context: str, prompt: str) -> str:
 _FIELDS = [field.name for field in dataclasses.fields(ConflictExample)]
 _OLD_FIELDS = {*_FIELDS, "context"} - {"contexts", "bare_prompt"}
 _LISTS = {"contexts", "memory_answers", "context_answers"}
+_TABLES = {".csv", ".tsv", ".parquet", ".arrow"}
 _NOT_EMPTY = ("id", "subject", "prompt")
 
 
@@ -340,6 +341,10 @@ def _parsed(line: str, path: str | Path, number: int) -> tuple[ConflictExample, 
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
+        if Path(path).suffix.lower() in _TABLES:
+            raise UserError(
+                f"{path} is a table, not conflict data; make that of it with `conflictscope data build --from {path}`."
+            ) from error
         raise UserError(f"{path}, line {number}: not valid JSON ({error}); mend or remove the line.") from error
     is_old = isinstance(row, dict) and row.keys() == _OLD_FIELDS
     if not is_old and (not isinstance(row, dict) or row.keys() != set(_FIELDS)):

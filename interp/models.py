@@ -8,6 +8,7 @@ A model counts as loaded only when every weight of it was in the checkpoint: tha
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -388,6 +389,10 @@ def _source(name: str) -> tuple[str, bool]:
 
 def _not_loadable(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n", 1)[0]
+    if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+        return f"The directory {name} has no tokenizer; write it there with tokenizer.save_pretrained."
+    if close := difflib.get_close_matches(name, REGISTERED, 1):
+        return f"Could not load the model {name!r} ({reason}); do you mean {close[0]!r}?"
     return (
         f"Could not load the model {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local directory with "
         "weights and tokenizer, or the id of a causal language model on the hub."

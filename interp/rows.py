@@ -203,6 +203,16 @@ class _ArrayReader:
         return _BrokenJson(f"line {self._lines_before + before + 1}: {problem}")
 
 
+def _separator(path: Path) -> str:
+    """What parts the fields of a CSV: a semicolon where the first line has some and no comma, as spreadsheets write it.
+
+    Where the comma is the decimal mark of a language, its spreadsheets do that.
+    """
+    with open_text(path) as stream:
+        first = stream.readline()
+    return ";" if ";" in first and "," not in first else ","
+
+
 def _table_rows(path: Path, delimiter: str) -> Rows:
     header: list[str] | None = None
     for first, last, values in _table_records(path, delimiter):
@@ -308,7 +318,7 @@ def _arrow_rows(path: Path) -> Rows:
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _json_rows,
     ".jsonl": _json_lines,
-    ".csv": lambda path: _table_rows(path, ","),
+    ".csv": lambda path: _table_rows(path, _separator(path)),
     ".tsv": lambda path: _table_rows(path, "\t"),
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,

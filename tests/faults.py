@@ -203,7 +203,7 @@ FAULTS = (
         "interp/evaluation.py",
         "paired_difference(values, _numbers(self.frame, outcome),",
         "paired_difference(_numbers(self.frame, outcome), values,",
-        "tests/conflictscope/study/test_run.py",
+        "tests/interp/test_evaluation.py",
     ),
     Fault(
         "threshold of the detector one rank low",

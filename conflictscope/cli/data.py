@@ -181,7 +181,10 @@ def _from_table(own: OwnTable, source: Facts, all_facts: bool) -> Any:
     model = source.load() if is_asked else None
     built = table_conflicts(table, model, seed=source.seed, progress="Closed-book")
     if built.asked:
-        say(f"Asked {source.model} {built.asked} questions closed-book for what memory answers.")
+        say(
+            f"Asked {source.model} {built.asked} questions closed-book, after short examples, for what memory answers; "
+            "it may answer otherwise without them: --shots 4 asks the prompts after examples too."
+        )
     for reason, count in built.reasons.most_common():
         say(f"{count} rows: {reason}.")
     return built.conflicts

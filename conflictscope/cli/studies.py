@@ -74,7 +74,9 @@ class StudyOptions(Asked):
         else:
             prompts = self._all_prompts(model, records, self.data, self.data_format)
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
-        say(f"{self.model} knows {sum(counts.values())} of {prompts.asked} subjects of {prompts.name} closed-book.")
+        taken = "is asked about" if self.unknown_too else "knows"
+        known = " whether it knows them or not." if self.unknown_too else " closed-book."
+        say(f"{self.model} {taken} {sum(counts.values())} of {prompts.asked} subjects of {prompts.name}{known}")
         budgets = {**BUDGETS, **self.budgets()}
         prompts = prompts.few(self.seed) if self.quick else prompts
         return Lab(

@@ -53,7 +53,10 @@ MAX_NEW_TOKENS, CHAT_TOKENS = 12, 32
 _AS_THEY_ARE = Asking()
 _MOST_TOKENS = 1024
 _FEWEST_REPEATED = 3
-_SMALL_WORDS = {"the", "a", "an", "it", "is", "was", "are", "were", "by", "in", "of", "at", "from"}
+_SMALL_WORDS = {
+    *("the", "a", "an", "it", "is", "was", "are", "were", "by", "in", "of", "at", "from", "called", "named"),
+    *("made", "written", "born", "located", "spoken", "painted", "founded", "based"),
+}
 _HOW_TO_DETECT = "make one with `conflictscope record` and `conflictscope probe fit`, then start explore again"
 _EXAMPLES = (
     ("capital", "Japan", "Peru", "question"),
@@ -397,8 +400,10 @@ def find_detector(model: nn.Module, folder: Path | None) -> tuple[ConflictDetect
 
 
 def short_answer(answer: str) -> str:
-    """The answer itself, without what a model adds to it: the part before the first punctuation mark."""
-    return re.split(r"[:;(]|,(?!\d)", answer.lstrip(" :,;("), maxsplit=1)[0].strip()
+    """The answer itself, without what a model adds to it: the part before a punctuation mark or a clause about it."""
+    return re.split(r"[:;(]|,(?!\d)| (?:is|was|are|were|who|which|that|in \d+)\b", answer.lstrip(" :,;("), maxsplit=1)[
+        0
+    ].strip()
 
 
 def said_by(context: str, answer: str) -> str:

@@ -53,6 +53,14 @@ def test_a_row_gives_prompts_of_every_kind(tmp_path):
     assert {e.source for e in built.conflicts} == {"mine"}
 
 
+def test_a_spreadsheet_may_part_fields_by_semicolons(tmp_path):
+    """The comma stays a comma in its fields, and a semicolon in those of a table with commas a semicolon."""
+    path = write_csv(tmp_path / "mine.csv", rows(), delimiter=";")
+    assert path.read_text().startswith("Question;Passage")
+    commas = write_csv(tmp_path / "commas.csv", rows())
+    assert read_table(path).rows == read_table(commas).rows
+
+
 def test_irrelevant_contexts_are_of_the_same_split_and_say_nothing_of_the_row(tmp_path):
     many = [
         {"question": f"What is the code of town {n}?", "context": f"Town {n} has the code x{n}y.", "answer": f"x{n}y"}

@@ -23,12 +23,22 @@ def prompts():
 
 
 def test_logits_of_the_looked_at_tokens_are_those_of_each_prompt_alone(tiny_bridge):
-    items = [continued(tiny_bridge, *prompt) for prompt in prompts()]
-    for item, residual in zip(items, item_residuals(tiny_bridge, items), strict=True):
+    check_against_each_prompt_alone(tiny_bridge)
+
+
+def test_learned_positions_are_counted_from_the_first_token_and_not_from_the_padding(tiny_plain):
+    """Rotary ones tell only how far tokens are apart."""
+    check_against_each_prompt_alone(tiny_plain("gpt2"))
+
+
+def check_against_each_prompt_alone(model):
+    items = [continued(model, *prompt) for prompt in prompts()]
+    assert len({len(item.tokens) for item in items}) > 1
+    for item, residual in zip(items, item_residuals(model, items), strict=True):
         with torch.inference_mode():
-            alone = transformers_model(tiny_bridge)(input_ids=torch.tensor([item.tokens])).logits[0]
+            alone = transformers_model(model)(input_ids=torch.tensor([item.tokens])).logits[0]
         start = len(item.tokens) - item.predicted - 1
-        torch.testing.assert_close(Anatomy(tiny_bridge).logits(residual), alone[start:-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(Anatomy(model).logits(residual), alone[start:-1], rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_follows_greedily_if_generate_begins_with_it(tiny_bridge):

@@ -55,6 +55,13 @@ def test_a_table_goes_through_the_commands(run, table, chatting, tmp_path):
     assert set(pl.read_parquet("p.parquet")["kind"]) == {"conflict", "aligned", "irrelevant"}
 
 
+def test_a_table_in_place_of_conflict_data_is_told_the_way(run, table, chatting):
+    asked = ("evaluate", "--model", chatting, "--data", table)
+    assert_one_sentence(
+        run(*asked), f"is a table, not conflict data; make that of it with `conflictscope data build --from {table}`"
+    )
+
+
 def test_what_is_asked_of_a_table_is_checked(run, table):
     assert_one_sentence(run("data", "build", "--limit", 3), "belong to --from")
     assert_one_sentence(run("data", "build", "--from", table, "--relation", "capital"), "Give --from or --relation")

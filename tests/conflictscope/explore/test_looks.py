@@ -223,11 +223,14 @@ def test_where_answers_cannot_race_a_sentence_says_why_and_the_rest_is_shown(
         ("Tokyo", "Tokyo"),
         ("Tokyo, which is large", "Tokyo"),
         (": Tokyo (the city)", "Tokyo"),
+        ("William Shakespeare is written by the renowned", "William Shakespeare"),
+        ("Nikola Tesla in 1875", "Nikola Tesla"),
+        ("Isabel", "Isabel"),
         ("2,000 people", "2,000 people"),
         ("", ""),
     ],
 )
-def test_a_short_answer_ends_at_the_first_punctuation(answer, short):
+def test_a_short_answer_ends_at_the_first_punctuation_or_clause(answer, short):
     assert short_answer(answer) == short
 
 
