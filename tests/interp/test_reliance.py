@@ -1,5 +1,7 @@
 """What a context adds to each token, against passes of their own."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,11 +43,11 @@ def test_each_token_is_compared_with_itself_without_the_context(architecture, ti
 
 def test_the_figure_shows_answers_token_by_token(tiny_plain):
     frame = token_reliance(tiny_plain("llama"), tiny_conflicts(), max_new_tokens=4)
-    figure = reliance_map(frame, count=3)
+    heat: Any = reliance_map(frame, count=3).data[0]
     first = frame["id"].unique(maintain_order=True).to_list()[0]
     shown = frame.filter(id=first)["gain"].to_list()
-    assert list(figure.data[0].z[0])[: len(shown)] == shown
-    assert len(figure.data[0].z) == 3
+    assert list(heat.z[0])[: len(shown)] == shown
+    assert len(heat.z) == 3
     with pytest.raises(UserError, match="There is no answer to draw"):
         reliance_map(frame.clear())
 

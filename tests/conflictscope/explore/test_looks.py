@@ -343,7 +343,7 @@ def test_a_detector_of_another_model_is_refused_if_given_and_passed_over_if_only
 
 def test_in_a_chat_the_race_is_run_where_the_answer_begins() -> None:
     """The real model answers in a sentence; what it writes from the prompt on is the rest of that sentence."""
-    model = load_model(device="cpu")
+    model: Any = load_model(device="cpu")
     explorer = Explorer(model, name="smollm2-135m", asking=Asking("chat", "Be brief."))
     question = "Who invented the AC induction motor?"
     look = explorer.look(Asked(question, "Marie Curie did.", "Nikola Tesla", "Marie Curie"))
