@@ -37,10 +37,10 @@ SETS = (
     ("MemoTrap, proverbs", "memotrap", "memotrap/1-proverb-ending.csv", 100),
     ("MemoTrap, history of science", "memotrap", "memotrap/4-history-of-science-qa.csv", 100),
     ("NQ-Synth", "cad", "nq-synth/nq_synth_2_-1.jsonl", 60),
-    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 600),
+    ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 212),
     ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 60),
 )
-"""Title, format, file, and how many questions are drawn."""
+"""Title, format, file, and of how many subjects all rows are drawn: of NQ-Swap 600 rows."""
 FORMS = ("completion", "chat")
 _TOKENS = {"completion": 8, "chat": 32}
 # Passages of public sets are long.
