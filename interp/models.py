@@ -387,9 +387,13 @@ def _source(name: str) -> tuple[str, bool]:
     return name, False
 
 
+# Files of which a tokenizer has one at least: its own, or a vocabulary.
+_OF_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.gguf")
+
+
 def _not_loadable(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n", 1)[0]
-    if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _OF_TOKENIZERS):
         return f"The directory {name} has no tokenizer; write it there with tokenizer.save_pretrained."
     if close := difflib.get_close_matches(name, REGISTERED, 1):
         return f"Could not load the model {name!r} ({reason}); do you mean {close[0]!r}?"

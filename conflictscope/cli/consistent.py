@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from conflictscope.cli.inputs import check_parquet
+from conflictscope.cli.inputs import check_parquet, columns_of
 from conflictscope.cli.options import Asked, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
@@ -46,9 +46,7 @@ def consistency(
     from interp.files import write_parquet
     from interp.persuasion import TEMPERATURE, Sampling
 
-    columns = [column.strip() for column in by.split(",") if column.strip()]
-    if unknown := [column for column in columns if column not in PARTS]:
-        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(PARTS)}.")
+    columns = columns_of(by, PARTS)
     if samples == 1 or (temperature is not None and not samples):
         raise UserError(
             "Sampling takes two answers or more; give --samples 10, or leave out --samples and --temperature."

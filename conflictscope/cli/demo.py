@@ -13,6 +13,6 @@ def demo(*, out: OutOption = Path("out/demo"), asked: BudgetedStudy) -> None:
     from conflictscope.methods.learned_scales import LearnedScales
     from conflictscope.methods.pruning import Pruning
 
-    # The best by gain alone is wanted, and weaker than learned is never that.
+    # Half of what is learned gains least: `compare` tries that too.
     methods = [Pruning(), LearnedScales(strengths=(1.0, 1.5, 2.0))]
     study(asked.lab(out), methods, "demo", out, choices=("best",), controls="winners", draws=1)

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,18 @@ def layers_of(text: str | None) -> list[int] | None:
 def listed_layers(saes: Any) -> str:
     """List the layers of autoencoders, for a sentence."""
     return ", ".join(str(sae.layer) for sae in saes)
+
+
+def columns_of(by: str, allowed: Sequence[str]) -> list[str]:
+    """The columns that --by names, separated by commas.
+
+    Raises:
+        UserError: If one is none of those that a table can be broken down by.
+    """
+    columns = [column.strip() for column in by.split(",") if column.strip()]
+    if unknown := [column for column in columns if column not in allowed]:
+        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(allowed)}.")
+    return columns
 
 
 def check_parquet(path: Path) -> None:

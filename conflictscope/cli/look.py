@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.inputs import check_parquet, layers_of
+from conflictscope.cli.inputs import check_parquet, columns_of, layers_of
 from conflictscope.cli.options import CHAT_TOKENS, COMPLETION_TOKENS, Asked, BatchSizeOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
+
+_PARTS = ("kind", "template", "relation", "split", "subject")
 
 
 def evaluate(
@@ -47,8 +49,7 @@ def evaluate(
     from interventions.config import InterventionFile
     from interventions.decoding import told_apart
 
-    columns = [column.strip() for column in by.split(",") if column.strip()]
-    _check_columns(columns)
+    columns = columns_of(by, _PARTS)
     for path in (out, *([reliance] if reliance else [])):
         check_parquet(path)
     edits = [InterventionFile.load(path) for path in config or []]
@@ -209,9 +210,3 @@ def models() -> None:
     from interp.anatomy import BLUEPRINTS
 
     Console().print(", ".join(sorted(BLUEPRINTS)))
-
-
-def _check_columns(columns: list[str]) -> None:
-    allowed = ("kind", "template", "relation", "split", "subject")
-    if unknown := [column for column in columns if column not in allowed]:
-        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(allowed)}.")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conflictscope.cli.inputs import check_parquet
+from conflictscope.cli.inputs import check_parquet, columns_of
 from conflictscope.cli.options import Asked, SplitOption, say
 from conflictscope.cli.tables import print_frame
-from interp.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,9 +46,7 @@ def persuasion(
     from interp.files import write_parquet
     from interp.persuasion import Sampling, persuasion
 
-    columns = [column.strip() for column in by.split(",") if column.strip()]
-    if unknown := [column for column in columns if column not in _PARTS]:
-        raise UserError(f"--by cannot break down by {unknown[0]!r}; choose among {', '.join(_PARTS)}.")
+    columns = columns_of(by, _PARTS)
     check_parquet(out)
     same = None if entailment is None else Entailment(entailment)
     model, conflicts = source.conflicts()

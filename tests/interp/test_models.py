@@ -401,3 +401,15 @@ def test_a_model_loads_in_evaluation_mode_with_frozen_weights(tiny_directories):
     model = load_model(str(tiny_directories["gemma2"]), device="cpu")
     assert not any(module.training for module in model.modules())
     assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_directory_without_a_tokenizer_is_told_how_to_write_one(tmp_path, tiny_directories):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_directories["llama"] / name).read_bytes())
+    with pytest.raises(UserError, match=r"has no tokenizer; write it there with tokenizer\.save_pretrained"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "said"), [("smollm-135m", "do you mean 'smollm2-135m'"), ("qqq", "give one of")])
+def test_a_name_that_is_nearly_known_is_told(name, said):
+    assert said in models._not_loadable(name, OSError("no such repository"))
