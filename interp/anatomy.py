@@ -378,6 +378,11 @@ class Anatomy:
         """The module at ``path(part, layer)``; on a bridge this is the bridge component, so hooks on it fire."""
         return self.model.get_submodule(self.path(part, layer))
 
+    @property
+    def transposed(self) -> bool:
+        """Whether linear maps keep their weights as ``(d_in, d_out)``, as GPT-2's do."""
+        return not isinstance(_unwrapped(self.module("output_projection", 0)), nn.Linear)
+
     def checked_layer(self, layer: int) -> int:
         """``layer`` if the model has it.
 

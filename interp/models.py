@@ -256,6 +256,16 @@ def load_model(
     return model.requires_grad_(False)
 
 
+def checkpoint_source(name: str) -> str:
+    """What other libraries load a model from: a local directory, by its whole path, or a hub id.
+
+    Raises:
+        UserError: If there is no such directory, or a registered model cannot be fetched.
+    """
+    source, local = _source(name)
+    return str(Path(source).resolve()) if local else source
+
+
 def load_checkpoint(name: str) -> tuple[Any, Any]:
     """Load a causal language model as transformers does, with the dtype and generation settings it was saved with.
 

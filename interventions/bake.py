@@ -13,8 +13,7 @@ edits and gates.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.files import atomic_directory
+from interp.files import atomic_directory, write_json
 from interp.models import load_checkpoint, save_checkpoint
 from interventions import dropping
 from interventions.base import Intervention, applied
-from interventions.config import InterventionFile
+from interventions.config import DOCUMENT, InterventionFile
+from interventions.export.card import PROMPTS, card
 from interventions.folding import Folding, HeadMap
 
 
@@ -98,10 +98,12 @@ def write_folded(
     trust: float | None = None,
     strength: float = 1.0,
     drop: bool = False,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint that is ``model`` with an intervention file folded into its weights.
 
-    The folder holds weights, tokenizer, generation settings and a model card, and loads like the model itself. The
+    The folder holds weights, tokenizer, generation settings and a model card, and loads like the model itself; beside
+    them the intervention file at its setting, and prompts. The
     weights keep the dtype in which the model was saved.
 
     Args:
@@ -112,6 +114,7 @@ def write_folded(
         strength: How far another edit is to go; 1 is what the file says.
         drop: Leave out the weights of feed-forward layers that are scaled by 0: the checkpoint is smaller, and is
             loaded with ``trust_remote_code=True``.
+        prompts: What ``verify`` is to ask.
 
     Raises:
         UserError: If the file is for another model or cannot be folded, the model cannot be loaded, trust lies
@@ -140,6 +143,8 @@ def write_folded(
         # A dial's file was measured at both ends, and says so; at another strength nothing was.
         measured = file.measured if strength == 1 else {}
         card = "\n".join(_card(model, folded, changes, measured, len(dropped)))
+        folded.save(partial / DOCUMENT)
+        write_json(partial / PROMPTS, list(prompts))
         (partial / "README.md").write_text(card + "\n", encoding="utf-8")
 
 
@@ -161,46 +166,17 @@ def _scale_mlp(anatomy: Anatomy, layer: int, scale: float) -> None:
 
 
 def _card(
-    model: str, file: InterventionFile, changes: Folding, measured: dict[str, Any], n_dropped: int
+    model: str, file: InterventionFile, changes: Folding, measured: Mapping[str, Any], n_dropped: int
 ) -> Iterator[str]:
     """The lines of the model card."""
-    dials = file.dials
-    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(entry.kind for entry in file.interventions))
-    yield from (
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [conflictscope]",
-        "---",
-        "",
+    loads = (
+        "It loads with `trust_remote_code=True`, and holds no weights of layers that write nothing."
+        if n_dropped
+        else "It loads like the model itself; nothing has to be installed or attached."
     )
-    yield from (f"# {file.name}", "")
-    yield f"`{model}` ({file.model.architecture}) with an intervention folded into its weights by ConflictScope."
+    what = f"`{model}` ({file.model.architecture}) with an intervention folded into its weights by ConflictScope."
+    own = {"attention heads changed": len(changes.heads), "feed-forward layers changed": len(changes.layers)}
     if n_dropped:
-        yield from ("It loads with `trust_remote_code=True`, and holds no weights of layers that write nothing.", "")
-    else:
-        yield from ("It loads like the model itself; nothing has to be installed or attached.", "")
-    yield from ("| | |", "|---|---|")
-    yield f"| made from | `{model}` |"
-    yield f"| intervention file | {file.name} |"
-    if file.towards is not None:
-        yield f"| strengthens | {file.towards} |"
-    yield f"| kinds of change | {kinds} |"
-    yield from (f"| trust, from -1 (memory) to 1 (context) | {dial.trust:+g} |" for dial in dials)
-    yield f"| attention heads changed | {len(changes.heads)} |"
-    yield f"| feed-forward layers changed | {len(changes.layers)} |"
-    if n_dropped:
-        yield f"| of these left out | {n_dropped} |"
-    yield f"| layers after which a direction is added | {len(changes.directions)} |"
-    for dial in dials:
-        if dial.calibration:
-            yield from (
-                "",
-                "Conflict prompts answered from memory and from the context, by the first token, on dev:",
-                "",
-            )
-            yield from ("| trust | memory | context |", "|---:|---:|---:|")
-            yield from (f"| {p.trust:+g} | {p.memory_rate:.3f} | {p.context_rate:.3f} |" for p in dial.calibration)
-    if measured:
-        yield from ("", "Measured when the intervention file was made, not with this checkpoint:", "")
-        yield from ("```json", json.dumps(measured, indent=2, ensure_ascii=False), "```")
+        own["of these left out"] = n_dropped
+    own["layers after which a direction is added"] = len(changes.directions)
+    return card(file, model, f"{what} {loads}", own, measured=measured)

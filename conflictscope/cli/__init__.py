@@ -27,6 +27,7 @@ from conflictscope.cli import (
     report,
     sae,
     ship,
+    verify,
 )
 from conflictscope.cli.options import console, with_groups
 from interp.errors import Caution, UserError
@@ -43,7 +44,7 @@ for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report),
-    _SHIP: (ship.inspect, ship.generate, ship.export, ship.serve),
+    _SHIP: (ship.inspect, ship.generate, ship.export, verify.verify, ship.serve),
     _DATA: (look.models, doctor.doctor),
 }.items():
     for _command in _commands:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from conflictscope.addresses import is_local
 from conflictscope.cli.options import MODEL_HELP, Form, Model, ModelArgument, NamedModel, TrustOption, say
+from conflictscope.cli.verify import recorded
 from interp.errors import UserError
 
 StrengthOption = Annotated[
@@ -89,7 +90,7 @@ def generate(
 def export(
     model: ModelArgument,
     config: Annotated[Path, typer.Argument(help="An intervention file for that model.")],
-    out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or with --bake a new folder.")],
+    out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or in another form a new folder.")],
     bake: Annotated[
         bool,
         typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
@@ -97,22 +98,45 @@ def export(
     drop: Annotated[
         bool, typer.Option("--drop", help="With --bake: leave out feed-forward layers that are scaled by 0.")
     ] = False,
-    trust: TrustOption = None,
+    lora: Annotated[
+        bool,
+        typer.Option("--lora", help="Write the edit of heads as a LoRA adapter, for vLLM, PEFT and transformers."),
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="With --lora and --bake: what `verify` asks, as for `ask`; else facts in conflict."),
+    ] = None,
+    trust: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own. With --lora repeatable."
+        ),
+    ] = None,
     strength: StrengthOption = 1.0,
 ) -> None:
-    """Write an edit at one setting: as an intervention file, or folded into the weights of its model."""
+    """Write an edit at one setting: as an intervention file, folded into the weights, or as an adapter."""
     from interp.models import load_checkpoint
     from interventions.bake import write_folded
     from interventions.config import InterventionFile
+    from interventions.export.lora import write_adapters
 
     if drop and not bake:
         raise UserError("--drop leaves weights out of a checkpoint; give --bake as well.")
+    if bake and lora:
+        raise UserError("--bake and --lora are two forms; give one.")
+    if len(trust or ()) > 1 and not lora:
+        raise UserError("Several settings at once are written as adapters only; give --lora, or one --trust.")
     file = InterventionFile.load(config)
-    if bake:
-        write_folded(model, file, out, trust=trust, strength=strength, drop=drop)
+    one = trust[0] if trust else None
+    asked = recorded(prompts) if lora or bake else []
+    if lora:
+        name = config.resolve().name if config.is_dir() else config.stem
+        write_adapters(model, file, out, name=name, trusts=trust or (), strength=strength, prompts=asked)
+    elif bake:
+        write_folded(model, file, out, trust=one, strength=strength, drop=drop, prompts=asked)
     else:
         file.model.check(*load_checkpoint(model))
-        file.at(trust=trust, strength=strength).save(out)
+        file.at(trust=one, strength=strength).save(out)
     say(f"Wrote {out}")
 
 

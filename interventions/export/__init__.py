@@ -1,0 +1,1 @@
+"""Write interventions in the forms that other engines load."""
