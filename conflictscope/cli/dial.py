@@ -19,6 +19,12 @@ _COUNTERFACT, _COUNTERFACT_SUBJECTS = "counterfact-competition", 1000
 def dial_fit(
     *,
     max_scales: Annotated[int, typer.Option(min=1, help="Heads that may move in each direction, at most.")] = 40,
+    max_heads_per_layer: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of these in one layer, at most: vLLM takes 512 / d_head of an adapter. Else no bound."
+        ),
+    ] = None,
     feed_forward: Annotated[
         bool, typer.Option("--feed-forward", help="Let feed-forward layers move too, counted among the heads.")
     ] = False,
@@ -54,6 +60,7 @@ def dial_fit(
         budget=asked.budget,
         context_budget=asked.context_budget,
         max_scales=max_scales,
+        max_heads_per_layer=max_heads_per_layer,
         feed_forward=feed_forward,
         steps=steps,
         seed=asked.seed,

@@ -12,13 +12,15 @@ With s all scales, a step does this:
    the multipliers; the length of the step is limited in the same way. Models flatter the prompts that they were made
    of: their budgets are tightened while fresh prompts diverge by more than the user's, and relaxed while by less.
 4. Until two thirds of the steps, scales are closed (1 for good) down to the wanted number, by the same share each
-   time: those whose closing costs least once all others make up for it (optimal brain surgeon: Hassibi and Stork 1993,
-   equation 5).
+   time, in all and in a layer: those whose closing costs least once all others make up for it (optimal brain surgeon:
+   Hassibi and Stork 1993, equation 5).
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -229,12 +231,10 @@ class GaussNewton:
         constraints, budgets = [models[kind] for kind in GUARDS], self._budgets.tolist()
         while True:
             found = constrained_step(objective, constraints, budgets, self._scales, self._open)
-            surplus = int(self._open.sum()) - self._most_open()
-            if surplus <= 0:
+            closing = self._surplus(closing_costs(found, self._open))
+            if not closing.any():
                 break
-            # A third at a time: what is closed changes what the others are worth.
-            cheapest = closing_costs(found, self._open).topk(min(surplus, surplus // 3 + 1), largest=False).indices
-            self._open[self._open.nonzero().flatten()[cheapest]] = False
+            self._open &= ~closing
         way = (found.scales - self._scales).double()
         for name, average in self._averages.items():
             average.move(models[name], way)
@@ -268,11 +268,28 @@ class GaussNewton:
             outer = torch.einsum("dig,dih->gh", scores, scores)
             self._averages[kind].add(divergence, gradients[0].mean(0), outer / len(guarded))
 
-    def _most_open(self) -> int:
-        """How many scales may be open after this step."""
+    def _surplus(self, costs: Tensor) -> Tensor:
+        """Which scales to close next, ``(n_scales,)``: the cheapest of those that are too many, in all or in a layer.
+
+        Args:
+            costs: What closing each open scale costs, in their order.
+        """
+        everywhere = torch.full((len(self.places),), math.inf, dtype=costs.dtype)
+        everywhere[self._open] = costs
+        closing = _cheapest(everywhere, self._most_open(self.settings.max_scales, len(self.places)))
+        if (most := self.settings.max_heads_per_layer) is not None:
+            heads: dict[int, list[int]] = defaultdict(list)
+            for index, (layer, head) in enumerate(self.places):
+                if head is not None:
+                    heads[layer].append(index)
+            for indices in heads.values():
+                closing[indices] |= _cheapest(everywhere[indices], self._most_open(most, len(indices)))
+        return closing
+
+    def _most_open(self, at_last: int, n_scales: int) -> int:
+        """How many of some scales may be open after this step, if so many may be at last."""
         share = min(1.0, (self.step + 1) / max(1, self.settings.steps * 2 // 3))
-        n_scales = len(self.places)
-        return max(self.settings.max_scales, round(n_scales * (self.settings.max_scales / n_scales) ** share))
+        return max(at_last, round(n_scales * (at_last / n_scales) ** share))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step needs, but the number of steps."""
@@ -293,6 +310,18 @@ class GaussNewton:
         for name, average in self._averages.items():
             vars(average).update({key: found[f"{name}.{key}"] for key in vars(average)})
         self.step = step
+
+
+def _cheapest(costs: Tensor, most: int) -> Tensor:
+    """Which of some scales to close first, if so many may stay open; a closed one costs infinity.
+
+    A third of the surplus at a time: what is closed changes what the others are worth.
+    """
+    surplus = int(costs.isfinite().sum()) - most
+    closing = torch.zeros(len(costs), dtype=torch.bool)
+    if surplus > 0:
+        closing[costs.topk(min(surplus, surplus // 3 + 1), largest=False).indices] = True
+    return closing
 
 
 def pooled(models: Sequence[Model]) -> list[Model]:

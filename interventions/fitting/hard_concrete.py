@@ -87,13 +87,18 @@ class MaskedScales:
         """How many masks are open on average."""
         return torch.sigmoid(self.location - _TEMPERATURE * math.log(-_LOW / _HIGH)).sum()
 
-    def keep(self, count: int) -> None:
-        """Keep the ``count`` scales that move most for good."""
+    def keep(self, count: int, per_layer: int | None = None) -> None:
+        """Keep the ``count`` scales that move most for good, of the heads of a layer ``per_layer`` at most."""
         moved = (self.scales() - 1).abs()
         with torch.no_grad():
             self.offset.copy_(self.scales() - 1)
         self.kept = torch.zeros(len(self.places))
-        self.kept[moved.topk(min(count, len(moved))).indices] = 1
+        heads: Counter[int] = Counter()
+        for index in moved.argsort(descending=True).tolist():
+            layer, head = self.places[index]
+            if self.kept.sum() < count and (head is None or per_layer is None or heads[layer] < per_layer):
+                self.kept[index] = 1
+                heads[layer] += head is not None
 
 
 def _stretched(logits: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ class HardConcrete:
         """
         settings = self.settings
         if self.step == settings.steps * 2 // 3:
-            self._masked.keep(settings.max_scales)
+            self._masked.keep(settings.max_scales, settings.max_heads_per_layer)
         rng = random.Random(f"{settings.seed}/{self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         sampled = self._masked.sampled(generator)

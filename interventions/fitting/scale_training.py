@@ -21,6 +21,8 @@ class ScaleTraining:
             it sampled.
         context_budget: The same on prompts with a context that agrees, or is about something else.
         max_scales: Most heads (and feed-forward layers) that may move, in each direction.
+        max_heads_per_layer: Most heads of one layer that may move, in each direction: an engine that serves the dial as
+            an adapter may take so many. ``None`` is no bound.
         feed_forward: Whether feed-forward layers have scales too.
         learner: Who learns.
         steps: Steps of the learner. Up to the default, every step sees fresh prompts.
@@ -34,6 +36,7 @@ class ScaleTraining:
     budget: float = 0.02
     context_budget: float = 0.2
     max_scales: int = 40
+    max_heads_per_layer: int | None = None
     feed_forward: bool = False
     learner: LearnerName = "gauss_newton"
     steps: int = 7
@@ -46,8 +49,9 @@ class ScaleTraining:
         for name in ("budget", "context_budget"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"The {name.replace('_', ' ')} is a number above 0, not {getattr(self, name):g}.")
-        for name, least in (("max_scales", 1), ("steps", 3), ("conflicts", 1), ("guards", 1)):
-            if getattr(self, name) < least:
+        bounds = (("max_scales", 1), ("max_heads_per_layer", 1), ("steps", 3), ("conflicts", 1), ("guards", 1))
+        for name, least in bounds:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"Learning scales needs {name} of at least {least}, not {getattr(self, name)}.")
         if self.learner not in get_args(LearnerName):
             raise UserError(f"There is no learner {self.learner!r}; choose among {', '.join(get_args(LearnerName))}.")

@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from interventions.fitting.gauss_newton import (
     gradients_by_row,
     pooled,
 )
+from interventions.fitting.hard_concrete import HardConcrete
 from interventions.fitting.scale_data import ScaleData, answer_losses, log_probabilities, scale_places, scaled
 from interventions.fitting.scale_training import ScaleTraining
 from tests.interventions.fitting.test_scale_data import TEXTS, examples
@@ -206,6 +208,21 @@ def test_scales_close_down_to_the_wanted_number(tiny_llama):
     assert len(learner.places) > moved[0] > 3
     assert moved == sorted(moved, reverse=True)
     assert moved[3:] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("learner", [GaussNewton, HardConcrete])
+def test_no_layer_has_more_heads_than_may_move(tiny_llama, learner):
+    data = ScaleData(tiny_llama, examples(), TEXTS)
+    settings = ScaleTraining(
+        max_scales=8, max_heads_per_layer=2, steps=6, conflicts=6, guards=6, budget=0.5, feed_forward=True
+    )
+    learning = learner(tiny_llama, settings)
+    for _ in range(settings.steps):
+        learning.descend(tiny_llama, data.wanted("context"), data.guards)
+    moved = [place for place, scale in zip(learning.places, learning.scales().tolist(), strict=True) if scale != 1]
+    heads = Counter(layer for layer, head in moved if head is not None)
+    assert len(moved) == 8
+    assert max(heads.values()) == 2
 
 
 def test_all_items_come_once_before_any_comes_again():
