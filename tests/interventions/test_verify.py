@@ -92,7 +92,7 @@ def test_an_adapter_of_another_base_is_refused(exported, tiny_directories):
     same_shape = load_model(str(tiny_directories["llama"]), device="cpu", attention=None)
     with torch.no_grad():
         same_shape.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
-    with pytest.raises(UserError, match="other weights|another|is for"):
+    with pytest.raises(UserError, match="is for"):
         found(same_shape, exported)
 
 

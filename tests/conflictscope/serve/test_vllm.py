@@ -1,5 +1,6 @@
 """How vLLM is started, and which adapter a name stands for; the engine itself is asked in tests/engines."""
 
+import itertools
 import json
 import sys
 
@@ -75,7 +76,7 @@ def test_other_names_stand_for_nothing(adapters, name):
 def test_the_command_has_the_flags_that_the_adapters_need(files, adapters, monkeypatch):
     monkeypatch.setattr("conflictscope.serve.vllm.checkpoint_source", lambda name: f"/models/{name}")
     line = command(HERE, adapters, ["dial@1", "dial@-1", "pruned", "none"])
-    options = dict(zip(line, line[1:], strict=False))
+    options = dict(itertools.pairwise(line))
     assert options["--model"] == "/models/tiny"
     assert options["--max-lora-rank"] == "16"
     # One slot stays free.
