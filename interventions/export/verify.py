@@ -170,7 +170,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder / CONFIG} describes no LoRA adapter; export it again.")
     try:
         return config, load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
+    # safetensors has its own exceptions for its header, and others for what the header leads to.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"Could not read {folder / TENSORS} ({error}); export it again.") from error
 
 
