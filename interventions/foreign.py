@@ -144,9 +144,7 @@ def _in_control_vector(path: Path, anatomy: Anatomy) -> Found:
     directions: dict[int, Tensor] = {}
     for name, values in file.tensors.items():
         if re.fullmatch(rf"{re.escape(DIRECTION)}\d{{1,6}}", name, re.ASCII) is None:
-            raise UserError(
-                f"{path} has a tensor {name[:100]!r}, not direction.N; give a control vector."
-            )
+            raise UserError(f"{path} has a tensor {name[:100]!r}, not direction.N; give a control vector.")
         layer = int(name.removeprefix(DIRECTION))
         if layer in directions:
             raise UserError(f"{path} has two directions for layer {layer}; give a file with one for each layer.")
@@ -236,4 +234,6 @@ def _head_scales(
     left = (change - moved[:, None, None] * heads).norm(dim=(1, 2))
     if (left > _ROUNDED * change.norm(dim=(1, 2))).any():
         raise UserError(f"What the adapter {folder} adds to {module} is no scaling of this model's heads; {_MERGE}")
-    return {(layer, head): 1 + change for head, change in enumerate(moved.tolist()) if change}
+    # Sums of products leave some noise.
+    scales = [round(1 + change, 12) for change in moved.tolist()]
+    return {(layer, head): scale for head, scale in enumerate(scales) if scale != 1}

@@ -92,7 +92,7 @@ def test_peft_does_what_the_hooks_do_on_the_real_model(smollm2, tmp_path):
 @pytest.mark.parametrize("architecture", POST_NORM)
 def test_a_bias_before_a_norm_is_refused(tiny_directories, tmp_path, architecture):
     folder = tiny_directories[architecture]
-    with pytest.raises(UserError, match="a norm follows the MLP; write it for llama.cpp with --vector gguf"):
+    with pytest.raises(UserError, match=r"a norm follows the MLP; write it for llama.cpp with --vector gguf"):
         write_vectors(str(folder), file_of(folder, *EDITS), tmp_path / "out", form="peft")
     assert list(tmp_path.iterdir()) == []
 
@@ -169,5 +169,5 @@ def test_what_is_no_direction_at_all_tokens_is_refused(tiny_directories, tmp_pat
 
 def test_a_file_for_another_model_is_refused(tiny_directories, tmp_path):
     file = file_of(tiny_directories["llama"], *EDITS)
-    with pytest.raises(UserError, match="is for .*, but the model has architecture"):
+    with pytest.raises(UserError, match=r"is for .*, but the model has architecture"):
         write_vectors(str(tiny_directories["mistral"]), file, tmp_path / "out", form="peft")
