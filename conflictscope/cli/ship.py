@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +19,7 @@ from conflictscope.cli.options import MODEL_HELP, Form, Model, ModelArgument, Na
 from conflictscope.cli.verify import recorded
 from interp.errors import UserError
 
+_engine_option = partial(typer.Option, rich_help_panel="Engine")
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
 ]
@@ -149,6 +153,39 @@ class Served(Model):
     ] = None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """What answers."""
+
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        _engine_option(help="vllm: start vLLM, with edits of heads as adapters; transformers serves every edit."),
+    ] = "transformers"
+    adapters: Annotated[Path, _engine_option(help="With vllm: the folder for the adapters.")] = Path("out/adapters")
+    vllm_python: Annotated[
+        str, _engine_option(help="With vllm: the interpreter of the environment that has it; else this one.")
+    ] = sys.executable
+    vllm_options: Annotated[str, _engine_option(help="With vllm: more of its options, as one text.")] = ""
+
+    def start(
+        self, files: Mapping[str, Any], served: Model, name: str, host: str, port: int, api_key: str | None
+    ) -> None:
+        """Write the adapters, and become vLLM's server."""
+        from conflictscope.serve import vllm
+
+        can_resolve = vllm.check_installed(self.vllm_python)
+        names = vllm.write_edits(name, files, self.adapters, recorded(None))
+        say(f"Serving {Path(name).name}, with adapters as models: {', '.join(names)}")
+        if not can_resolve:
+            say(
+                "Other settings, like dial@0.5, are not found on demand: ConflictScope is not installed for "
+                f"{self.vllm_python}; install it there with pip install --no-deps conflictscope."
+            )
+        options = tuple(shlex.split(self.vllm_options))
+        how = vllm.Served(name, Path(name).name, served.dtype, host, port, api_key, self.vllm_python, options)
+        vllm.start(how, self.adapters, names)
+
+
 def serve(
     *,
     config: Annotated[
@@ -172,12 +209,9 @@ def serve(
         typer.Option(help="File to append every answer to, as a line of JSON, before it (or a stream's end) is sent."),
     ] = None,
     served: Served,
+    answering: Answering,
 ) -> None:
     """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
-    import uvicorn
-
-    from conflictscope.serve.app import build_app
-    from conflictscope.serve.engine import Engine
     from conflictscope.serve.requests import Limits
     from interventions.config import named
 
@@ -185,6 +219,14 @@ def serve(
         raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
     files = named(config)
     name = served.model or next(iter(files.values())).model.name
+    if answering.engine == "vllm":
+        answering.start(files, served, name, host, port, api_key)
+        return
+    import uvicorn
+
+    from conflictscope.serve.app import build_app
+    from conflictscope.serve.engine import Engine
+
     network = replace(served, model=name).load(attention=None)
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
     engine = Engine(

@@ -1,0 +1,152 @@
+"""What is exported is compared with hooks; what was tampered with is found."""
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from interp.errors import UserError
+from interp.models import load_model
+from interventions.bake import write_folded
+from interventions.config import InterventionFile
+from interventions.export.lora import write_adapters
+from interventions.export.verify import edits_in, prompts_in, traps, verified
+from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
+from tests.interventions.test_lora import DIAL, PRUNED
+from tests.tiny import tiny_conflicts
+
+PROMPTS = [example.prompt for example in tiny_conflicts()][:4]
+
+
+@pytest.fixture
+def folder(tiny_directories) -> str:
+    return str(tiny_directories["llama"])
+
+
+@pytest.fixture
+def model(folder) -> Any:
+    return load_model(folder, device="cpu", attention=None)
+
+
+@pytest.fixture
+def exported(folder, model, tmp_path):
+    """Two edits as adapters and one as a checkpoint, in one folder."""
+    identity = ModelIdentity.of(model, folder, AutoTokenizer.from_pretrained(folder))
+    dial = InterventionFile.of([DIAL], name="dial", model=identity)
+    write_adapters(folder, dial, tmp_path / "out", name="dial", trusts=[1.0, -0.5], prompts=PROMPTS)
+    pruned = InterventionFile.of([PRUNED], name="pruned", model=identity)
+    write_folded(folder, pruned, tmp_path / "out" / "baked", prompts=PROMPTS)
+    return tmp_path / "out"
+
+
+def found(model, out) -> dict[tuple[str, str], Any]:
+    findings = verified(model, edits_in(out), PROMPTS, max_new_tokens=6)
+    return {(finding.engine, finding.edit): finding for finding in findings}
+
+
+def test_every_form_is_compared_with_hooks(model, exported):
+    assert prompts_in(edits_in(exported)) == PROMPTS
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    findings = found(model, exported)
+    assert sorted(findings) == [
+        ("PEFT", "dial@-0.5"),
+        ("PEFT", "dial@1"),
+        ("PEFT, mixed batch", "dial@-0.5"),
+        ("PEFT, mixed batch", "dial@1"),
+        ("PEFT, mixed batch", "none"),
+        ("checkpoint", "baked"),
+        ("weights of the adapter", "dial@-0.5"),
+        ("weights of the adapter", "dial@1"),
+    ]
+    assert all(finding.holds and finding.equal == len(PROMPTS) for finding in findings.values())
+    # The model is as it was.
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
+def test_a_wrong_number_is_found_and_the_others_hold(model, exported):
+    path = exported / "dial@1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".lora_A." in name)
+    path.unlink()
+    save_file({**tensors, name: -3 * tensors[name]}, path)
+    findings = found(model, exported)
+    wrong = findings["weights of the adapter", "dial@1"]
+    assert not wrong.holds
+    assert wrong.logits > 1e-2
+    assert all(prompt in PROMPTS and ours != theirs for prompt, ours, theirs in wrong.differing)
+    assert findings["PEFT", "dial@1"].logits == pytest.approx(wrong.logits, rel=1e-3)
+    assert findings["checkpoint", "baked"].holds
+    assert findings["PEFT", "dial@-0.5"].holds
+
+
+def test_an_adapter_of_another_base_is_refused(exported, tiny_directories):
+    other = load_model(str(tiny_directories["mistral"]), device="cpu", attention=None)
+    with pytest.raises(UserError, match="is for"):
+        found(other, exported)
+    same_shape = load_model(str(tiny_directories["llama"]), device="cpu", attention=None)
+    with torch.no_grad():
+        same_shape.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
+    with pytest.raises(UserError, match="is for"):
+        found(same_shape, exported)
+
+
+def changed(exported, tmp_path, **changes):
+    folder = tmp_path / "changed"
+    shutil.copytree(exported / "dial@1", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rank_pattern": {"model.layers.0.self_attn.o_proj": 8}}, "rank_pattern: llama.cpp"),
+        ({"alpha_pattern": {"model.layers.0.self_attn.o_proj": 8}}, "alpha_pattern: llama.cpp"),
+        ({"r": 4}, "have rank 16, but r is 4"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "vLLM refuses"),
+        ({"r": 1024}, "more than vLLM takes, 512"),
+        ({"lora_alpha": 0}, "alpha is 0"),
+        ({"target_modules": ["o_proj"]}, "full names"),
+    ],
+)
+def test_traps_are_told(exported, tmp_path, changes, sentence):
+    assert list(traps(exported / "dial@1")) == []
+    assert any(sentence in told for told in traps(changed(exported, tmp_path, **changes)))
+
+
+def test_folders_without_an_edit_or_with_a_damaged_one_are_one_sentence(exported, tmp_path, model):
+    with pytest.raises(UserError, match=r"holds no intervention.json"):
+        edits_in(tmp_path / "nothing")
+    folder = changed(exported, tmp_path, peft_type="IA3")
+    with pytest.raises(UserError, match="no LoRA adapter"):
+        list(traps(folder))
+    folder = exported / "dial@1"
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="Could not read"):
+        found(model, folder)
+
+
+def test_an_adapter_of_modules_that_the_model_lacks_is_refused(model, exported):
+    path = exported / "dial@1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    save_file({name.replace("layers.0.", "layers.7."): values for name, values in tensors.items()}, path)
+    with pytest.raises(UserError, match=r"model.layers.7.self_attn.o_proj, which this model does not have"):
+        found(model, exported / "dial@1")
+
+
+def test_a_head_in_a_file_is_bound_to_its_model(folder, model, tmp_path):
+    identity = ModelIdentity.of(model, folder)
+    file = InterventionFile.of([HeadScaling.of([(0, 0)], 0.5)], name="one", model=identity)
+    assert [str(path) for path in write_adapters(folder, file, tmp_path / "one", name="one")] == [str(tmp_path / "one")]
+    assert edits_in(tmp_path / "one")[0].is_adapter
