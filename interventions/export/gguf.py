@@ -1,7 +1,10 @@
-"""Read and name what llama.cpp keeps in GGUF files.
+"""Read and write what llama.cpp keeps in GGUF files.
 
 A GGUF file is a header, metadata by key, descriptions of tensors, and the tensors' numbers. The reader here trusts none
 of the lengths and places that a file claims: it reads no further than the file goes.
+
+llama.cpp multiplies what a LoRA adapter adds by its alpha over the rank of each tensor, times the scale that it is
+loaded with or a request asks for. Where alpha is 0, it leaves out the first factor, and the adapter goes all the way.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interp.anatomy import transformers_model
+from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 
 # Where llama.cpp calls an architecture otherwise than transformers calls the type of its models.
@@ -46,6 +49,43 @@ def architecture_name(model: nn.Module) -> str:
     network: Any = transformers_model(model)
     kind: str = network.config.model_type
     return _OTHER_NAMES.get(kind, kind)
+
+
+def write_gguf_adapter(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], path: Path, *, share: float = 1.0
+) -> None:
+    """Write a LoRA adapter, which llama.cpp loads with ``--lora``. Its factors are in float32.
+
+    Args:
+        model: The base: a transformers model or a ``TransformerBridge``.
+        factors: By module path, A ``(r, d_in)`` and B ``(d_out, r)``, all of one rank.
+        path: The GGUF file.
+        share: How far the adapter goes at scale 1.
+    """
+    import gguf
+
+    name = architecture_name(model)
+    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    names = gguf.get_tensor_name_map(kind, Anatomy(model).n_layers)
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    rank = len(next(iter(factors.values()))[0])
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, (share or 1.0) * rank)
+    for module, (down, up) in factors.items():
+        # Not an alpha of 0, with which llama.cpp would go all the way.
+        for suffix, factor in (("lora_a", down), ("lora_b", up if share else torch.zeros_like(up))):
+            weight = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            writer.add_tensor(f"{weight}.{suffix}", factor.float().contiguous().numpy())
+    finish(writer)
+
+
+def finish(writer: Any) -> None:
+    """Write what a writer of the gguf package was given."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def read_gguf(path: str | Path, architecture: str) -> Gguf:

@@ -24,7 +24,7 @@ from interp.models import checkpoint_source, load_checkpoint
 from interventions.bake import folding_of
 from interventions.config import DOCUMENT, InterventionFile
 from interventions.export.card import PROMPTS, card
-from interventions.export.gguf import architecture_name
+from interventions.export.gguf import architecture_name, finish
 from interventions.export.lora import CONFIG, TENSORS, Adapter, Factors, adapter_config
 from interventions.folding import Folding
 
@@ -124,10 +124,7 @@ def write_control_vector(model: nn.Module, directions: Mapping[int, Tensor], pat
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
     for layer, direction in directions.items():
         writer.add_tensor(f"{DIRECTION}{layer}", direction.float().cpu().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def write_biases(model: nn.Module, directions: Mapping[int, Tensor], folder: Path, base: str) -> None:

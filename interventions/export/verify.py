@@ -151,7 +151,7 @@ def traps(folder: Path) -> Iterator[str]:
     if isinstance(rank, int) and vllm_rank(rank) is None:
         yield f"Its rank {rank} is more than vLLM takes, {VLLM_RANKS[-1]}; learn under a cap, or write a checkpoint."
     if config.get("lora_alpha") == 0:
-        yield "Its alpha is 0: it changes nothing, wherever it is loaded."
+        yield "Its alpha is 0: it changes nothing, unless it is converted for llama.cpp, which then adds all of it."
     if len(set(_modules(tensors))) * 2 != len(tensors):
         yield "It has tensors that are no pairs of factors, which engines leave out; export it again."
     targets = config.get("target_modules")
