@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from conflictscope.cli.inputs import check_parquet, columns_of, layers_of
 from conflictscope.cli.options import CHAT_TOKENS, COMPLETION_TOKENS, Asked, BatchSizeOption, SplitOption, say
@@ -202,10 +201,9 @@ def models() -> None:
     """List the registered models and whether they are cached."""
     from interp.models import REGISTERED, cached_path, is_cached
 
-    table = Table("name", "cached", "what it is")
     for name, entry in REGISTERED.items():
-        table.add_row(name, str(cached_path(name)) if is_cached(name) else "no", entry.description)
-    Console().print(table)
+        Console().print(f"{name}: {entry.description}")
+        Console().print(f"    {cached_path(name) if is_cached(name) else 'not fetched yet'}", soft_wrap=True)
     Console().print("Any local directory or hub id of a causal language model works too, if its architecture is known:")
     from interp.anatomy import BLUEPRINTS
 

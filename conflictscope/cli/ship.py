@@ -42,7 +42,7 @@ def inspect(
     about.add_row("recognised by", ", ".join(["shape", *known]))
     for intervention in file.build():
         about.add_row("changes", "; ".join(intervention.described()))
-    about.add_row("at", ", ".join(place.module for place in file.sites))
+    about.add_row("at", _places(file.sites))
     source = file.provenance
     details = [
         f"{name} {value}" for name in ("method", "chosen_on", "seed") if (value := getattr(source, name)) is not None
@@ -235,6 +235,18 @@ def serve(
     say(f"Serving {', '.join(engine.models())}")
     app = build_app(engine, api_key=api_key or None)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
+
+
+def _places(sites: list[Any]) -> str:
+    """The modules that a file reads and writes; those that several layers have once, with their layers."""
+    alike: dict[str, list[str]] = {}
+    for place in sites:
+        layer = next(part for part in place.module.split(".") if part.isdecimal())
+        alike.setdefault(place.module.replace(f".{layer}", ".N", 1), []).append(layer)
+    return "; ".join(
+        f"{module}, N = {', '.join(layers)}" if len(layers) > 1 else module.replace(".N", f".{layers[0]}", 1)
+        for module, layers in alike.items()
+    )
 
 
 def _is_estimate(value: Any) -> bool:

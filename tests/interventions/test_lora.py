@@ -68,6 +68,17 @@ def test_peft_does_what_the_hooks_do(tiny_directories, inputs, tmp_path, archite
     torch.testing.assert_close(logits(model.merge_and_unload(), inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_transformers_loads_it_by_itself(tiny_directories, inputs, tmp_path, architecture):
+    folder = tiny_directories[architecture]
+    write_adapters(str(folder), file_of(folder, PRUNED), tmp_path / "out", name="edit")
+    model = plain(folder)
+    model.load_adapter(str(tmp_path / "out"), adapter_name="pruned")
+    torch.testing.assert_close(logits(model, inputs), hooked(folder, inputs, PRUNED), rtol=1e-4, atol=1e-4)
+    model.disable_adapters()
+    torch.testing.assert_close(logits(model, inputs), hooked(folder, inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_several_edits_are_one_adapter(tiny_directories, inputs, tmp_path):
     folder = tiny_directories["llama"]
     model, tokenizer = plain(folder), AutoTokenizer.from_pretrained(folder)

@@ -38,6 +38,40 @@ def saved(folder, model, *parts, **about):
     return path
 
 
+# Adapters
+
+
+def test_an_adapter_is_exported_and_verified(run, tiny_directories, tmp_path):
+    name = str(tiny_directories["mistral"])
+    path = saved(tmp_path, load_checkpoint(name)[0], TrustDial((DialScale(1, 1, -1.0, 3.0),), 0.5))
+    (tmp_path / "asked.txt").write_text("What?\nWhere is it?\n")
+    settings = ["--trust", "1", "--trust", "-0.5"]
+    assert run("export", name, path, tmp_path / "out", "--lora", *settings, "--prompts", tmp_path / "asked.txt")[0] == 0
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["edit@-0.5", "edit@1"]
+    code, printed, _ = run("verify", tmp_path / "out", "--model", name, "--json", "--max-new-tokens", "4")
+    findings = json.loads(printed)["findings"]
+    assert code == 0
+    assert len(findings) == 2 * 3 + 1
+    assert all(finding["equal"] == 2 for finding in findings)
+    # Of which one is then another's.
+    config = tmp_path / "out" / "edit@1" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 0}))
+    code, printed, told = run("verify", tmp_path / "out", "--model", name, "--max-new-tokens", "4")
+    assert code == 1
+    assert "alpha is 0" in told
+    assert "weights of the adapter" in printed
+
+
+def test_forms_that_do_not_go_together_are_refused(run, tiny_directories, tmp_path):
+    name = str(tiny_directories["mistral"])
+    path = saved(tmp_path, load_checkpoint(name)[0], DIAL)
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--lora", "--bake"), "two forms")
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--trust", "1", "--trust", "0"), "Several settings")
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--lora"), "--bake instead")
+    assert_one_sentence(run("verify", tmp_path / "out"), "holds no intervention.json")
+    assert not (tmp_path / "out").exists()
+
+
 # The same tokens from four places
 
 
