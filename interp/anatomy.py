@@ -443,6 +443,14 @@ class Anatomy:
         """The module whose outputs are the MLP's neurons ``(..., d_mlp)``: of a gated MLP the activated gate."""
         return self._block_part(layer, self.blueprint.mlp_activation)
 
+    def mlp_output_path(self, layer: int) -> str:
+        """The transformers module path of the MLP's last linear map.
+
+        Raises:
+            UserError: If there is no such layer.
+        """
+        return f"{self.path('block', layer)}.{self.blueprint.mlp_output}"
+
     def mlp_bias(self, layer: int) -> Tensor | None:
         """The bias of the MLP's last linear map, ``(d_model,)``, or ``None`` where there is none, or a norm follows."""
         if self.blueprint.mlp_post_norm is not None:

@@ -19,6 +19,7 @@ from conflictscope.cli import (
     dial,
     doctor,
     explore,
+    foreign,
     gate,
     locate,
     look,
@@ -44,11 +45,12 @@ for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report),
-    _SHIP: (ship.inspect, ship.generate, ship.export, verify.verify, ship.serve),
+    _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, ship.serve),
     _DATA: (look.models, doctor.doctor),
 }.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel)(with_groups(_command))
+        # A command may be called what no function can be.
+        app.command(_command.__name__.rstrip("_"), rich_help_panel=_panel)(with_groups(_command))
 for _panel, _name, _help, _members in (
     (
         _LOOK,

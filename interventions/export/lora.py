@@ -36,10 +36,13 @@ from interp.models import checkpoint_source, load_checkpoint
 from interventions.bake import folding_of
 from interventions.config import DOCUMENT, InterventionFile
 from interventions.export.card import PROMPTS, card
+from interventions.export.gguf import write_gguf_adapter
 from interventions.folding import Folding
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """What an adapter's folder holds besides the intervention file, the prompts and the card."""
+GGUF = "adapter.gguf"
+"""The same for llama.cpp."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can make room for (``--max-lora-rank``, vLLM 0.32)."""
 
@@ -153,6 +156,7 @@ def write_adapters(
     trusts: Sequence[float] = (),
     strength: float = 1.0,
     prompts: Sequence[str] = (),
+    gguf: bool = False,
 ) -> list[Path]:
     """Write an edit of heads as LoRA adapters, one for each setting.
 
@@ -164,6 +168,7 @@ def write_adapters(
         trusts: Where the file's dial is to stand; none leaves it as it is. At 0 the adapter changes nothing.
         strength: How far another edit is to go; 1 is what the file says.
         prompts: What ``verify`` is to ask.
+        gguf: Write each for llama.cpp too, as ``adapter.gguf`` in its folder.
 
     Returns:
         The adapters' folders.
@@ -194,6 +199,8 @@ def write_adapters(
             else:
                 first[end] = folder
                 _save_tensors(adapter, folder / TENSORS)
+            if gguf:
+                write_gguf_adapter(network, adapter.factors, folder / GGUF, share=share)
             write_json(folder / CONFIG, adapter_config(adapter, base, share))
             write_json(folder / PROMPTS, list(prompts))
             # A dial's file was measured at both ends, and says so; at another strength nothing was.

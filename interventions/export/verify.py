@@ -30,10 +30,14 @@ from interp.models import load_model
 from interventions.base import applied
 from interventions.config import DOCUMENT, UNEDITED, InterventionFile
 from interventions.export.card import PROMPTS
+from interventions.export.gguf import read_gguf
 from interventions.export.lora import CONFIG, TENSORS, VLLM_RANKS, vllm_rank
 from interventions.export.server import Server
+from interventions.export.vectors import ARCHITECTURE, CONTROL_VECTOR, DIRECTION
+from interventions.steering import Steering
 
 _CLOSE = 1e-3
+_BIAS = ".lora_B.bias"
 _AT_ONCE = 32
 _BATCH_SIZE = 16
 # What changes how factors are scaled or where they act, beside ranks and alphas by pattern.
@@ -151,8 +155,8 @@ def traps(folder: Path) -> Iterator[str]:
     if isinstance(rank, int) and vllm_rank(rank) is None:
         yield f"Its rank {rank} is more than vLLM takes, {VLLM_RANKS[-1]}; learn under a cap, or write a checkpoint."
     if config.get("lora_alpha") == 0:
-        yield "Its alpha is 0: it changes nothing, wherever it is loaded."
-    if len(set(_modules(tensors))) * 2 != len(tensors):
+        yield "Its alpha is 0: it changes nothing, unless it is converted for llama.cpp, which then adds all of it."
+    if len(set(_modules(tensors))) * 2 != sum(not name.endswith(_BIAS) for name in tensors):
         yield "It has tensors that are no pairs of factors, which engines leave out; export it again."
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not all("." in str(target) for target in targets):
@@ -170,7 +174,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder / CONFIG} describes no LoRA adapter; export it again.")
     try:
         return config, load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
+    # safetensors has its own exceptions for its header, and others for what the header leads to.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"Could not read {folder / TENSORS} ({error}); export it again.") from error
 
 
@@ -207,7 +212,7 @@ def compared(engine: str, edit: str, prompts: Sequence[str], truth: Answers, fou
 
 @contextmanager
 def added(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Add what an adapter's files say to the weights of a model, for the length of a ``with`` block.
+    """Add what an adapter's files say to the weights of a model, and its biases, for the length of a ``with`` block.
 
     Raises:
         UserError: If the adapter changes a module that the model does not have, or has another shape.
@@ -215,6 +220,7 @@ def added(model: nn.Module, folder: Path) -> Iterator[None]:
     config, tensors = read_adapter(folder)
     scale = config["lora_alpha"] / config["r"]
     before: dict[str, Tensor] = {}
+    hooks = []
     modules = dict(model.named_modules())
     with torch.no_grad():
         try:
@@ -227,11 +233,20 @@ def added(model: nn.Module, folder: Path) -> Iterator[None]:
                     raise UserError(f"The adapter changes {path}, which this model does not have so; give its base.")
                 before[path] = weight.detach().clone()
                 weight.copy_(weight.float() + change.to(weight.device))
+                if (bias := tensors.get(f"base_model.model.{path}{_BIAS}")) is not None:
+                    # The map may have no bias that could be added to.
+                    hooks.append(modules[path].register_forward_hook(_adding(scale * bias.to(weight))))
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for path, values in before.items():
                 weight = modules[path].weight
                 weight.copy_(values)
+
+
+def _adding(bias: Tensor) -> Any:
+    return lambda _, __, output: output + bias
 
 
 def by_peft(
@@ -289,7 +304,7 @@ def verified(
 
     Args:
         model: The base model, with its tokenizer.
-        edits: Adapters, checkpoints, or both.
+        edits: Adapters, control vectors, checkpoints, or some of each.
         prompts: What to ask.
         max_new_tokens: Longest answer, in tokens.
         server: A running server that serves the edits, to be asked instead of what can be loaded here.
@@ -316,11 +331,21 @@ def _loaded(
         if edit.is_adapter:
             with added(model, edit.folder):
                 yield "weights of the adapter", edit.name, answers(model, prompts, max_new_tokens)
+        elif (edit.folder / CONTROL_VECTOR).is_file():
+            with applied(model, *_directions(edit.folder / CONTROL_VECTOR)):
+                yield "numbers of the control vector", edit.name, answers(model, prompts, max_new_tokens)
         else:
             loaded = load_model(str(edit.folder), device=str(model.device), dtype=model.dtype, attention=None)
             yield "checkpoint", edit.name, answers(loaded, prompts, max_new_tokens)
     if adapters and importlib.util.find_spec("peft") is not None:
         yield from by_peft(model, adapters, prompts, max_new_tokens)
+
+
+def _directions(path: Path) -> Iterator[Steering]:
+    """What a control vector of ours adds."""
+    for name, values in read_gguf(path, ARCHITECTURE).tensors.items():
+        if values is not None:
+            yield Steering(int(name.removeprefix(DIRECTION)), values, 1.0, "all")
 
 
 def _wrapped(model: Any, folders: Mapping[str, Path]) -> Any:

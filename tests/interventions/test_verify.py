@@ -14,9 +14,11 @@ from interp.models import load_model
 from interventions.bake import write_folded
 from interventions.config import InterventionFile
 from interventions.export.lora import write_adapters
+from interventions.export.vectors import write_vectors
 from interventions.export.verify import edits_in, prompts_in, traps, verified
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
+from interventions.steering import Steering
 from tests.interventions.test_lora import DIAL, PRUNED
 from tests.tiny import tiny_conflicts
 
@@ -67,6 +69,31 @@ def test_every_form_is_compared_with_hooks(model, exported):
     # The model is as it was.
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
+def test_directions_are_compared_with_hooks(folder, model, tmp_path):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    identity = ModelIdentity.of(model, folder, AutoTokenizer.from_pretrained(folder))
+    edit = Steering(1, vector, 2.0, "all")
+    file = InterventionFile.of([edit, Steering(2, vector, -1.0, "all")], name="edit", model=identity)
+    for form in ("gguf", "peft"):
+        write_vectors(folder, file, tmp_path / "out" / form, form=form, prompts=PROMPTS)
+    findings = found(model, tmp_path / "out")
+    assert sorted(findings) == [
+        ("PEFT", "peft"),
+        ("PEFT, mixed batch", "none"),
+        ("PEFT, mixed batch", "peft"),
+        ("numbers of the control vector", "gguf"),
+        ("weights of the adapter", "peft"),
+    ]
+    assert all(finding.holds for finding in findings.values())
+    assert ["lora_bias" in said for said in traps(tmp_path / "out" / "peft")] == [True]
+    # Each direction counts.
+    less = InterventionFile.of([edit], name="edit", model=identity)
+    for form in ("gguf", "peft"):
+        less.save(tmp_path / "out" / form / "intervention.json")
+    wrong = {engine for (engine, _), finding in found(model, tmp_path / "out").items() if not finding.holds}
+    assert {"PEFT", "numbers of the control vector", "weights of the adapter"} <= wrong
 
 
 def test_a_wrong_number_is_found_and_the_others_hold(model, exported):
