@@ -19,6 +19,7 @@ from conflictscope.cli.options import MODEL_HELP, Form, Model, ModelArgument, Na
 from conflictscope.cli.verify import recorded
 from interp.errors import UserError
 
+_form_option = partial(typer.Option, rich_help_panel="Form")
 _engine_option = partial(typer.Option, rich_help_panel="Engine")
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
@@ -91,25 +92,51 @@ def generate(
     Console().print(table, markup=False)
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """In which form an edit is written."""
+
+    bake: Annotated[
+        bool, _form_option("--bake", help="Fold the edit into the weights: a checkpoint that any engine loads.")
+    ] = False
+    drop: Annotated[
+        bool, _form_option("--drop", help="With --bake: leave out feed-forward layers that are scaled by 0.")
+    ] = False
+    lora: Annotated[
+        bool, _form_option("--lora", help="Write the edit of heads as a LoRA adapter, for vLLM, PEFT and transformers.")
+    ] = False
+    gguf: Annotated[bool, _form_option("--gguf", help="With --lora: write each adapter for llama.cpp too.")] = False
+    vector: Annotated[
+        Literal["gguf", "peft"] | None,
+        _form_option(help="Write directions at all tokens as a control vector of llama.cpp, or as biases for PEFT."),
+    ] = None
+    prompts: Annotated[
+        Path | None, _form_option(help="What `verify` asks of the new folder, one a line; else facts in conflict.")
+    ] = None
+
+    def check(self, settings: int) -> None:
+        """See that options go together.
+
+        Raises:
+            UserError: If they do not.
+        """
+        if self.drop and not self.bake:
+            raise UserError("--drop leaves weights out of a checkpoint; give --bake as well.")
+        if self.gguf and not self.lora:
+            raise UserError(
+                "--gguf writes adapters for llama.cpp; give --lora as well, or --vector gguf for directions."
+            )
+        if self.bake + self.lora + (self.vector is not None) > 1:
+            raise UserError("--bake, --lora and --vector are three forms; give one.")
+        if settings > 1 and not self.lora:
+            raise UserError("Several settings at once are written as adapters only; give --lora, or one --trust.")
+
+
 def export(
+    *,
     model: ModelArgument,
     config: Annotated[Path, typer.Argument(help="An intervention file for that model.")],
     out: Annotated[Path, typer.Argument(help="What to write: an intervention file, or in another form a new folder.")],
-    bake: Annotated[
-        bool,
-        typer.Option("--bake", help="Fold the edit into the weights and write a checkpoint that any engine loads."),
-    ] = False,
-    drop: Annotated[
-        bool, typer.Option("--drop", help="With --bake: leave out feed-forward layers that are scaled by 0.")
-    ] = False,
-    lora: Annotated[
-        bool,
-        typer.Option("--lora", help="Write the edit of heads as a LoRA adapter, for vLLM, PEFT and transformers."),
-    ] = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="With --lora and --bake: what `verify` asks, as for `ask`; else facts in conflict."),
-    ] = None,
     trust: Annotated[
         list[float] | None,
         typer.Option(
@@ -117,27 +144,29 @@ def export(
         ),
     ] = None,
     strength: StrengthOption = 1.0,
+    form: Shipped,
 ) -> None:
     """Write an edit at one setting: as an intervention file, folded into the weights, or as an adapter."""
     from interp.models import load_checkpoint
     from interventions.bake import write_folded
     from interventions.config import InterventionFile
     from interventions.export.lora import write_adapters
+    from interventions.export.vectors import write_vectors
 
-    if drop and not bake:
-        raise UserError("--drop leaves weights out of a checkpoint; give --bake as well.")
-    if bake and lora:
-        raise UserError("--bake and --lora are two forms; give one.")
-    if len(trust or ()) > 1 and not lora:
-        raise UserError("Several settings at once are written as adapters only; give --lora, or one --trust.")
+    settings = trust or []
+    form.check(len(settings))
     file = InterventionFile.load(config)
-    one = trust[0] if trust else None
-    asked = recorded(prompts) if lora or bake else []
-    if lora:
+    one = settings[0] if settings else None
+    if form.lora:
         name = config.resolve().name if config.is_dir() else config.stem
-        write_adapters(model, file, out, name=name, trusts=trust or (), strength=strength, prompts=asked)
-    elif bake:
-        write_folded(model, file, out, trust=one, strength=strength, drop=drop, prompts=asked)
+        asked = recorded(form.prompts)
+        write_adapters(model, file, out, name=name, trusts=settings, strength=strength, prompts=asked, gguf=form.gguf)
+    elif form.bake:
+        asked = recorded(form.prompts)
+        write_folded(model, file, out, trust=one, strength=strength, drop=form.drop, prompts=asked)
+    elif form.vector is not None:
+        asked = recorded(form.prompts)
+        write_vectors(model, file, out, form=form.vector, trust=one, strength=strength, prompts=asked)
     else:
         file.model.check(*load_checkpoint(model))
         file.at(trust=one, strength=strength).save(out)

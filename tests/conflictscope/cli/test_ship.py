@@ -65,7 +65,9 @@ def test_an_adapter_is_exported_and_verified(run, tiny_directories, tmp_path):
 def test_forms_that_do_not_go_together_are_refused(run, tiny_directories, tmp_path):
     name = str(tiny_directories["mistral"])
     path = saved(tmp_path, load_checkpoint(name)[0], DIAL)
-    assert_one_sentence(run("export", name, path, tmp_path / "out", "--lora", "--bake"), "two forms")
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--lora", "--bake"), "three forms")
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--gguf"), "--lora as well")
+    assert_one_sentence(run("export", name, path, tmp_path / "out", "--vector", "peft"), "--bake instead")
     assert_one_sentence(run("export", name, path, tmp_path / "out", "--trust", "1", "--trust", "0"), "Several settings")
     assert_one_sentence(run("export", name, path, tmp_path / "out", "--lora"), "--bake instead")
     assert_one_sentence(run("verify", tmp_path / "out"), "holds no intervention.json")
