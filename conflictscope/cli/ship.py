@@ -124,7 +124,7 @@ class Shipped:
             raise UserError("--drop leaves weights out of a checkpoint; give --bake as well.")
         if self.gguf and not self.lora:
             raise UserError(
-                "--gguf writes adapters for llama.cpp; give --lora as well, or --vector gguf for directions."
+                "--gguf writes adapters for llama.cpp: give --lora as well, or --vector gguf for directions."
             )
         if self.bake + self.lora + (self.vector is not None) > 1:
             raise UserError("--bake, --lora and --vector are three forms; give one.")
