@@ -194,11 +194,7 @@ def write_adapters(
             folder = partial if len(wanted) == 1 else partial / f"{name}@{trust:g}"
             folder.mkdir(exist_ok=True)
             adapter = adapters[end]
-            if end in first:
-                _link(first[end] / TENSORS, folder / TENSORS)
-            else:
-                first[end] = folder
-                _save_tensors(adapter, folder / TENSORS)
+            _save_tensors(adapter, folder, first.setdefault(end, folder))
             if gguf:
                 write_gguf_adapter(network, adapter.factors, folder / GGUF, share=share)
             write_json(folder / CONFIG, adapter_config(adapter, base, share))
@@ -275,12 +271,16 @@ def _factors(anatomy: Anatomy, layer: int, heads: Mapping[int, float], rank: int
     return Factors(down, up)
 
 
-def _save_tensors(adapter: Adapter, path: Path) -> None:
+def _save_tensors(adapter: Adapter, folder: Path, first: Path) -> None:
+    """Write the tensors into a folder, or link them to those in the first folder that has them."""
+    if folder != first:
+        _link(first / TENSORS, folder / TENSORS)
+        return
     tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = factors.down.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = factors.up.contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
 def _link(there: Path, path: Path) -> None:
