@@ -66,7 +66,7 @@ _RUN = {
     *("data build", "data inspect", "data convert"),
     *("probe detect", "dial apply", "steer apply"),
 }
-_SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf")
+_SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf", "llama-server")
 _NQ_SWAP = {
     "question": "What is the capital of Japan?",
     "org_context": "Tokyo is the capital of Japan.",
@@ -119,7 +119,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
         "out/demo/interventions/pruning-towards_context.json": edit,
         "out/dial/dial.json": TrustDial((DialScale(1, 1, 2.0, 0.5),), 0.0, points),
         "out/gate/gated.json": ConflictGate("block", 0, vector, 0.0, 0.0, (edit,)),
-        "out/sae-diff/layer_20.json": Steering(1, vector),
+        "out/sae-diff/layer_20.json": Steering(1, vector, tokens="all"),
         "out/steer/interventions/actadd-towards_context.json": Steering(1, vector),
     }.items():
         InterventionFile.of([part], name="edit", model=identity, towards="context").save(root / place)
@@ -270,11 +270,24 @@ def _curl(arguments: list[str]) -> None:
         "/v1/chat/completions": ChatRequest,
     }
     url = next(word for word in arguments if "localhost" in word)
+    if url.endswith("/completion"):
+        assert json.loads(arguments[arguments.index("-d") + 1])["prompt"]  # llama.cpp's own
+        return
     model = bodies[urlparse(f"http://{url.removeprefix('http://')}").path]
     model.model_validate_json(arguments[arguments.index("-d") + 1])
 
 
-_OTHERS: dict[str, Callable[[list[str]], None]] = {"python": _python, "make": _make, "pip": _pip, "curl": _curl}
+def _llama_server(arguments: list[str]) -> None:
+    assert {"-m", "--lora"} <= set(arguments)
+
+
+_OTHERS: dict[str, Callable[[list[str]], None]] = {
+    "python": _python,
+    "make": _make,
+    "pip": _pip,
+    "curl": _curl,
+    "llama-server": _llama_server,
+}
 
 
 # JSON and text
