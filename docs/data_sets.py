@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import polars as pl
 import typer
 from torch import nn
 
@@ -45,6 +46,7 @@ FORMS = ("completion", "chat")
 _TOKENS = {"completion": 8, "chat": 32}
 # Passages of public sets are long.
 _BATCH_SIZE = 8
+_SUBJECTS_AT_ONCE = 20
 _SCORED, _HEADS = 96, 4
 
 
@@ -61,6 +63,21 @@ def drawn(conflicts: ConflictSet, count: int, seed: int) -> ConflictSet:
     subjects = conflicts.subjects
     chosen = set(random.Random(seed).sample(subjects, min(count, len(subjects))))
     return ConflictSet(conflicts.name, tuple(example for example in conflicts if example.subject in chosen))
+
+
+def measured(model: nn.Module, asked: ConflictSet, form: str, title: str, records: Records) -> UsageReport:
+    """How prompts are answered; what is known of some subjects is kept before the next ones are asked."""
+    parts = []
+    for start in range(0, len(asked.subjects), _SUBJECTS_AT_ONCE):
+        some = set(asked.subjects[start : start + _SUBJECTS_AT_ONCE])
+        part = ConflictSet(asked.name, tuple(example for example in asked if example.subject in some))
+
+        def ask(part: ConflictSet = part, start: int = start) -> UsageReport:
+            how = {"max_new_tokens": _TOKENS[form], "batch_size": _BATCH_SIZE}
+            return measure_usage(model, part, progress=f"{title}, {form}, from {start}", **how)
+
+        parts.append(records.usage(f"usage-{form}", part.digest, ask, version=ANSWERS_VERSION).frame)
+    return UsageReport(pl.concat(parts))
 
 
 def rows(title: str, form: str, report: UsageReport, *, has_memory: bool) -> Iterator[list[str]]:
@@ -143,14 +160,7 @@ def main(
             continue
         for form in FORMS:
             asked = Asking(form).asked(loaded, model, conflicts)
-            report = records.usage(
-                f"usage-{form}",
-                asked.digest,
-                lambda asked=asked, form=form, title=title: measure_usage(
-                    loaded, asked, max_new_tokens=_TOKENS[form], batch_size=_BATCH_SIZE, progress=f"{title}, {form}"
-                ),
-                version=ANSWERS_VERSION,
-            )
+            report = measured(loaded, asked, form, title, records)
             has_memory = any(example.memory_answers for example in conflicts)
             table += rows(title, form, report, has_memory=has_memory)
         _write(table, "data sets", missing)
