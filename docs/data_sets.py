@@ -73,8 +73,8 @@ def measured(model: nn.Module, asked: ConflictSet, form: str, title: str, record
         part = ConflictSet(asked.name, tuple(example for example in asked if example.subject in some))
 
         def ask(part: ConflictSet = part, start: int = start) -> UsageReport:
-            how = {"max_new_tokens": _TOKENS[form], "batch_size": _BATCH_SIZE}
-            return measure_usage(model, part, progress=f"{title}, {form}, from {start}", **how)
+            label, tokens = f"{title}, {form}, from subject {start}", _TOKENS[form]
+            return measure_usage(model, part, max_new_tokens=tokens, batch_size=_BATCH_SIZE, progress=label)
 
         parts.append(records.usage(f"usage-{form}", part.digest, ask, version=ANSWERS_VERSION).frame)
     return UsageReport(pl.concat(parts))
