@@ -142,7 +142,13 @@ def serve(
     ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    max_waiting: Annotated[int, typer.Option(min=1, help="How many requests may wait; more are refused.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="How many answers may wait; more are refused.")] = 256,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Rows that share the model's passes; rules for the next token take two.")
+    ] = 32,
+    max_cache_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of all rows that keys and values are kept of, padding included.")
+    ] = 32768,
     journal: Annotated[
         Path | None,
         typer.Option(help="File to append every answer to, as a line of JSON, before it (or a stream's end) is sent."),
@@ -162,7 +168,13 @@ def serve(
     files = named(config)
     name = served.model or next(iter(files.values())).model.name
     network = replace(served, model=name).load(attention=None)
-    limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
+    limits = Limits(
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        waiting=max_waiting,
+        rows=max_batch,
+        cache_tokens=max_cache_tokens,
+    )
     engine = Engine(
         network, network.tokenizer, name=Path(name).name, interventions=files, limits=limits, journal=journal
     )
