@@ -108,15 +108,17 @@ def weighing(tiny_directories, tmp_path_factory):
         yield client, model.eval(), tokenizer
 
 
-def weighed_by_hand(model, prompt, bare, n_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
+def weighed_by_hand(model, pair, n_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
     """What CAD with an alpha of 1 goes on with, by passes over whole texts and the formula."""
-    written, random = prompt[:, :0], torch.Generator().manual_seed(seed)
+    written, random = pair[0][:, :0], torch.Generator().manual_seed(seed)
     with applied(model, HEADS), torch.inference_mode():
         for _ in range(n_tokens):
-            first, second = (model(input_ids=torch.cat([ids, written], 1)).logits[:, -1] for ids in (prompt, bare))
+            first, second = (model(input_ids=torch.cat([ids, written], 1)).logits[:, -1] for ids in pair)
             scores = 2 * first - second
-            sampled = temperature and torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
-            written = torch.cat([written, sampled if temperature else scores.argmax(-1, keepdim=True)], 1)
+            token = scores.argmax(-1, keepdim=True)
+            if temperature:
+                token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)
+            written = torch.cat([written, token], 1)
     return written[0].tolist()
 
 
@@ -133,7 +135,7 @@ def test_a_rule_weighs_a_request_s_prompt_against_the_same_without_its_context(w
         del body["prompt"]
     path = "/v1/chat/completions" if chat else "/v1/completions"
     ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
-    expected = tokenizer.decode(weighed_by_hand(model, *ids, 8, **asked), skip_special_tokens=True)
+    expected = tokenizer.decode(weighed_by_hand(model, ids, 8, **asked), skip_special_tokens=True)
     (choice,) = client.post(path, json=body).json()["choices"]
     assert (choice["message"]["content"] if chat else choice["text"]) == expected
     parts = streamed(client.post(path, json={**body, "stream": True}))
