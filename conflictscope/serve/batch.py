@@ -73,7 +73,7 @@ class Batch:
 
         Whatever fails, the others' rows are as they were.
         """
-        self._detach()
+        self.pause()
         prompts = [prompt for answer in answers for prompt in answer.job.prompts]
         inputs = padded(self._model, prompts)
         cache = _cache(self._model)
@@ -89,7 +89,7 @@ class Batch:
                     kept[row] = found
             self._choose(answers, output.logits[:, -1])
         finally:
-            self._detach()
+            self.pause()
         mask = inputs["attention_mask"]
         if self.answers:
             columns = max(self._mask.shape[1], mask.shape[1])
@@ -128,7 +128,7 @@ class Batch:
         """Take out the answers that have ended."""
         ended = [answer for answer in self.answers if answer.ended]
         if ended:
-            self._detach()
+            self.pause()
             stays = [not answer.ended for answer in self.answers for _ in answer.job.prompts]
             rows = [row for row, stay in enumerate(stays) if stay]
             self.answers = [answer for answer in self.answers if not answer.ended]
@@ -142,6 +142,13 @@ class Batch:
             else:
                 self._cache = None
         return ended
+
+    def pause(self) -> None:
+        """Leave the model without edits until the next step, for passes that are not the batch's."""
+        while self._attached:
+            self._attached.pop().remove()
+        while self._groups:
+            self._groups.pop()[1].leave()
 
     def _attach(self, answers: Sequence[Answer]) -> None:
         """Attach the edits of answers, which are all rows of the next passes."""
@@ -160,12 +167,6 @@ class Batch:
             group = RowGroup(actings[key].patches, torch.tensor(first + second, device=device))
             self._groups.append((actings[key], group))
             self._attached.append(group.attach(self._model))
-
-    def _detach(self) -> None:
-        while self._attached:
-            self._attached.pop().remove()
-        while self._groups:
-            self._groups.pop()[1].leave()
 
     def _choose(self, answers: Sequence[Answer], logits: Tensor) -> None:
         """Go on with a token each, or fail."""

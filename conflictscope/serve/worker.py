@@ -91,6 +91,7 @@ class Worker:
                 _tried(self._batch.step, self._batch.answers)
                 self._end(self._batch.leave())
             if self._alone is not None:
+                self._batch.pause()
                 _tried(self._alone.step, [self._alone.answer])
                 if self._alone.answer.ended:
                     self._end([self._alone.answer])
