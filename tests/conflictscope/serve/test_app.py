@@ -406,37 +406,102 @@ def started(files: list[Path], journal: Path) -> tuple[subprocess.Popen[str], st
     raise AssertionError("the server did not start")
 
 
-def test_a_killed_server_has_lost_no_answer_and_a_stopped_one_gives_those_it_accepted(files, tmp_path):
-    journal = tmp_path / "answers.jsonl"
-    bodies = [{"prompt": prompt, "max_tokens": 40} for prompt in PROMPTS]
+class Stream:
+    """A stream that a client reads: its text so far, and whether it came to its end."""
 
-    async def ask(address: str, then: Any) -> list[Any]:
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.body = body
+        self.id = ""
+        self.text = ""
+        self.ended = False
+        self.error: Exception | None = None
+
+    async def read(self, http: httpx.AsyncClient, heard: asyncio.Event) -> None:
+        try:
+            async with http.stream("POST", "/v1/completions", json=self.body | {"stream": True}) as response:
+                async for line in response.aiter_lines():
+                    if line == "data: [DONE]":
+                        self.ended = True
+                    elif line:
+                        part = json.loads(line.removeprefix("data: "))
+                        self.id = part["id"]
+                        self.text += part["choices"][0]["text"]
+                    heard.set()
+        except httpx.HTTPError as error:
+            self.error = error
+
+
+def whole_answers(folder: Path, files: list[Path], bodies: list[dict[str, Any]]) -> list[str]:
+    """What ``generate`` goes on with, with the hooks of each body's intervention, in one batch for each of these."""
+    model, tokenizer = load_checkpoint(str(folder))
+    texts = [""] * len(bodies)
+    for path in files:
+        numbers = [i for i, body in enumerate(bodies) if body["intervention"] == path.stem]
+        most = max(bodies[i]["max_tokens"] for i in numbers)
+        batch = tokenizer(
+            [bodies[i]["prompt"] for i in numbers], return_tensors="pt", padding=True, padding_side="left"
+        )
+        with apply(model, path), torch.inference_mode():
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            written = model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False)[:, ids.shape[1] :]
+        for i, row in zip(numbers, written, strict=True):
+            texts[i] = tokenizer.decode(row[: bodies[i]["max_tokens"]], skip_special_tokens=True)
+    return texts
+
+
+def test_a_server_killed_amid_streams_sent_no_wrong_text_and_lost_no_answer(tiny_directories, files, tmp_path):
+    journal = tmp_path / "answers.jsonl"
+    bodies = [
+        {"prompt": PROMPTS[i // 2], "max_tokens": 10 + 10 * i, "intervention": files[i % 2].stem} for i in range(32)
+    ]
+    expected = whole_answers(tiny_directories["llama"], files[:2], bodies)
+    streams = [Stream(body) for body in bodies]
+
+    async def read_until_some_end(address: str, process: subprocess.Popen[str]) -> None:
+        heard = asyncio.Event()
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            tasks = [asyncio.create_task(stream.read(http, heard)) for stream in streams]
+            while sum(stream.ended for stream in streams) < 4 or not all(stream.text for stream in streams):
+                await heard.wait()
+                heard.clear()
+            os.kill(process.pid, signal.SIGKILL)
+            await asyncio.gather(*tasks)
+
+    process, address = started(files[:2], journal)
+    asyncio.run(read_until_some_end(address, process))
+    process.wait()
+    kept = {record["id"]: record["answer"] for record in lines_of(journal)}
+    for stream, text in zip(streams, expected, strict=True):
+        assert (stream.error is None) == stream.ended
+        assert stream.text == text if stream.ended else text.startswith(stream.text)
+    assert sum(stream.ended for stream in streams) < 32
+    assert {stream.id: stream.text for stream in streams if stream.ended}.items() <= kept.items()
+    assert set(kept.values()) <= set(expected)
+    # As if it had been killed within a line.
+    with journal.open("ab") as half:
+        half.write(b'{"id": "half')
+
+    async def ask_and_stop(address: str, process: subprocess.Popen[str]) -> list[Any]:
         async with httpx.AsyncClient(base_url=address, timeout=60) as http:
             tasks = [asyncio.create_task(http.post("/v1/completions", json=body)) for body in bodies]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            then()
+            process.terminate()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
     process, address = started(files[:2], journal)
-    responses = asyncio.run(ask(address, lambda: os.kill(process.pid, signal.SIGKILL)))
-    process.wait()
-    answered = {r.json()["id"]: r.json()["choices"][0]["text"] for r in responses if isinstance(r, httpx.Response)}
-    kept = {record["id"]: record["answer"] for record in lines_of(journal)}
-    assert 0 < len(answered) < len(bodies)
-    assert answered.items() <= kept.items()
-    # As if it had been killed within a line.
-    with journal.open("ab") as stream:
-        stream.write(b'{"id": "half')
-
-    process, address = started(files[:2], journal)
-    responses = asyncio.run(ask(address, process.terminate))
+    responses = asyncio.run(ask_and_stop(address, process))
     # uvicorn ends as the signal would have ended it, once all is answered.
     assert process.wait(60) in (0, -signal.SIGTERM)
-    texts = [response.json()["choices"][0]["text"] for response in responses if isinstance(response, httpx.Response)]
-    after = [record for record in lines_of(journal) if record["id"] not in kept]
-    assert sorted(record["answer"] for record in after) == sorted(texts)
+    answers = [
+        (response.json()["choices"][0]["text"], text)
+        for response, text in zip(responses, expected, strict=True)
+        if isinstance(response, httpx.Response)
+    ]
+    assert answers
+    assert all(found == text for found, text in answers)
+    after = [record["answer"] for record in lines_of(journal) if record["id"] not in kept]
+    assert sorted(after) == sorted(found for found, _ in answers)
     assert {record["id"] for record in lines_of(journal)} >= kept.keys()
-    assert set(answered.values()) <= {record["answer"] for record in lines_of(journal)}
 
 
 def lines_of(journal: Path) -> list[dict[str, Any]]:
