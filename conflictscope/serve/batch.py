@@ -77,9 +77,9 @@ class Batch:
         prompts = [prompt for answer in answers for prompt in answer.job.prompts]
         inputs = padded(self._model, prompts)
         cache = _cache(self._model)
-        self._attach(answers)
+        real = inputs["attention_mask"].bool()
         try:
-            real = inputs["attention_mask"].bool()
+            self._attach(answers)
             for _, group in self._groups:
                 group.tell(real[group.rows])
             output = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -126,12 +126,13 @@ class Batch:
 
     def leave(self) -> list[Answer]:
         """Take out the answers that have ended."""
+        # Looked at once: who wants an answer no longer says so at any time.
         ended = [answer for answer in self.answers if answer.ended]
         if ended:
             self.pause()
-            stays = [not answer.ended for answer in self.answers for _ in answer.job.prompts]
+            stays = [answer not in ended for answer in self.answers for _ in answer.job.prompts]
             rows = [row for row, stay in enumerate(stays) if stay]
-            self.answers = [answer for answer in self.answers if not answer.ended]
+            self.answers = [answer for answer in self.answers if answer not in ended]
             self._lengths = [self._lengths[row] for row in rows]
             self._kept = [self._kept[row] for row in rows]
             if rows:
