@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -126,7 +125,7 @@ def by_hand(network: Any, edits: Sequence[HeadScaling], tokens: int) -> Measured
 def started(files: Sequence[Path], *options: str) -> Iterator[str]:
     """A server in a process of its own, by its address."""
     command = [sys.executable, "-m", "conflictscope.cli", "serve", *map(str, files), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         lines = []
