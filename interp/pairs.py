@@ -78,6 +78,26 @@ def generate_pairs(
     return network.generate(**pairs, custom_generate=loop, **options)
 
 
+def weighed(combined: Combined, logits: Tensor) -> Tensor:
+    """What a rule makes of the logits of the first prompts of all pairs and then the second ones.
+
+    Args:
+        combined: The rule.
+        logits: ``(2 * n, d_vocab)`` float32.
+
+    Returns:
+        Scores of the next tokens, ``(n, d_vocab)``.
+
+    Raises:
+        UserError: If an edit leaves tokens out.
+    """
+    if logits.isneginf().any():
+        raise UserError(
+            "An edit such as DoLa leaves tokens out, which a rule for two prompts cannot weigh; apply one of them."
+        )
+    return combined(*logits.chunk(2))
+
+
 class _Rule(LogitsProcessor):
     """Gives both rows of a pair the rule's scores."""
 
@@ -85,11 +105,7 @@ class _Rule(LogitsProcessor):
         self.combined = combined
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002 (transformers' signature)
-        if scores.isneginf().any():
-            raise UserError(
-                "An edit such as DoLa leaves tokens out, which a rule for two prompts cannot weigh; apply one of them."
-            )
-        return self.combined(*scores.chunk(2)).repeat(2, 1)
+        return weighed(self.combined, scores).repeat(2, 1)
 
 
 class _Choice(LogitsProcessor):

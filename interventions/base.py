@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,29 @@ class Follower(Protocol):
 
     def attach(self, model: nn.Module) -> Removable:
         """Follow the passes of a transformers model or a ``TransformerBridge``."""
+        ...
+
+
+@runtime_checkable
+class RowFollower(Follower, Protocol):
+    """A follower that can be told of passes instead, whose rows are then anybody's: see ``interventions.rows``."""
+
+    def tell(self, real: Tensor, *, new_prompts: bool, kept: Tensor | None = None) -> None:
+        """Say what this thread's next passes are, until ``leave``.
+
+        Args:
+            real: Which tokens are no padding, boolean ``(n_rows, n_tokens)``; padding is on the left.
+            new_prompts: Whether the tokens are new prompts; else they are the one that each row goes on with.
+            kept: What ``keep`` gave for the rows when they were new, ``(n_rows, ...)``.
+        """
+        ...
+
+    def keep(self) -> Tensor | None:
+        """What was found out about the rows of a pass over new prompts, ``(n_rows, ...)``; ``None`` is nothing."""
+        ...
+
+    def leave(self) -> None:
+        """Note that the passes that were told of are over."""
         ...
 
 
@@ -323,14 +346,17 @@ def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
     modules = [anatomy.module(patch.part, patch.layer) for patch in patches]
     trackers = dict.fromkeys(patch.tracker for patch in patches if patch.tracker is not None)
     hooks: list[Removable] = [tracker.attach(model) for tracker in trackers]
-    for module, patch in zip(modules, patches, strict=True):
-        if patch.part == "output_projection":
-            hooks.append(module.register_forward_pre_hook(_of_input(patch.change)))
-        else:
-            hooks.append(module.register_forward_hook(_of_output(patch.change)))
+    hooks += [hooked(module, patch) for module, patch in zip(modules, patches, strict=True)]
     if patches:
         hooks.append(Replaced(anatomy.model, SAVING))
     return Handle(hooks)
+
+
+def hooked(module: nn.Module, patch: Patch) -> Removable:
+    """Let a patch change what passes by at its module."""
+    if patch.part == "output_projection":
+        return module.register_forward_pre_hook(_of_input(patch.change))
+    return module.register_forward_hook(_of_output(patch.change))
 
 
 @contextmanager

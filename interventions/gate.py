@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import UserError
-from interventions.base import Acting, Entry, Intervention, Patch, Place, Placed
+from interventions.base import Acting, Entry, Intervention, Patch, Place, Placed, Removable
 from interventions.entries import EditEntry
 from interventions.fields import TensorName, check_width, named_tensor
 from interventions.identity import Layer, ModelIdentity
@@ -183,9 +183,13 @@ class _Reader:
         self._decided = threading.local()
         self._weight = Placed(gate.weight)
 
+    def attach(self, model: nn.Module) -> Removable:
+        """Follow the passes of ``model``, a transformers model or a ``TransformerBridge``."""
+        return self._tracker.attach(model)
+
     def around(self, patches: Sequence[Patch]) -> list[Patch]:
         """A patch that reads the probe, and the given ones where it opens."""
-        reading = Patch(self._gate.part, self._gate.layer, self.read, self._tracker)
+        reading = Patch(self._gate.part, self._gate.layer, self.read, self)
         return [reading, *(patch._replace(change=self.where_open(patch.change)) for patch in patches)]
 
     def read(self, values: Tensor) -> Tensor:
@@ -194,11 +198,27 @@ class _Reader:
         if mask is not None:
             rows = torch.arange(len(values), device=values.device)
             last = values[rows, mask.int().argmax(-1)].float()
-            is_open = last @ self._weight.like(last) + self._gate.bias > self._gate.threshold
-            self._decided.rows = is_open
-            # Looked at once here, so that later modules and steps need not ask the device.
-            self._decided.any, self._decided.all = bool(is_open.any()), bool(is_open.all())
+            self._decide(last @ self._weight.like(last) + self._gate.bias > self._gate.threshold)
         return values
+
+    def tell(self, real: Tensor, *, new_prompts: bool, kept: Tensor | None = None) -> None:
+        """Say what the next passes are; ``kept`` is which of their rows are open, if these were read before."""
+        self._tracker.tell(real, new_prompts=new_prompts)
+        if kept is not None:
+            self._decide(kept)
+
+    def keep(self) -> Tensor:
+        """Which rows are open, boolean ``(n_rows,)``."""
+        return self._decided.rows
+
+    def leave(self) -> None:
+        """Note that the passes that were told of are over."""
+        self._tracker.leave()
+
+    def _decide(self, is_open: Tensor) -> None:
+        self._decided.rows = is_open
+        # Looked at once here, so that later modules and steps need not ask the device.
+        self._decided.any, self._decided.all = bool(is_open.any()), bool(is_open.all())
 
     def where_open(self, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The same change, of open rows only."""

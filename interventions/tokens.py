@@ -121,6 +121,23 @@ class TokenTracker:
         """Note that a pass has ended."""
         vars(self._thread).pop("mask", None)
 
+    def tell(self, real: Tensor, *, new_prompts: bool, kept: Tensor | None = None) -> None:
+        """Say what this thread's next passes are, in place of following them, until ``leave``.
+
+        Args:
+            real: Which tokens are no padding, boolean ``(n_rows, n_tokens)``; padding is on the left.
+            new_prompts: Whether the tokens are new prompts; else they are the one that each row goes on with.
+            kept: Nothing that a row was told before matters here.
+        """
+        last = torch.zeros_like(real)
+        last[:, -1] = True
+        at_prompts = {"last_prompt": last, "answer": last, "generated": None, "prompt": real, "all": real}
+        at_steps = {"last_prompt": None, "answer": real, "generated": real, "prompt": None, "all": real}
+        self._thread.mask = (at_prompts if new_prompts else at_steps)[self.tokens]
+
+    def keep(self) -> None:
+        """Keep nothing: which of a row's tokens are meant does not depend on its earlier ones."""
+
     def _again(self, given: Tensor | None) -> bool:
         prompt: Tensor | None = self._thread.prompt
         if prompt is None or given is None or len(prompt) != len(given):

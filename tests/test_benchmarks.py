@@ -1,15 +1,18 @@
-"""The accelerator's benchmark, on the CPU and a small shape."""
+"""The accelerator's benchmark, on the CPU and a small shape, and what clients of a server measure."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, serving
 from tests.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -50,3 +53,22 @@ def test_a_path_that_fails_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     with gpu.named(row, "two_streams"):
         gpu.two_prompts(gpu._small(CPU, tokenizer), 2, gpu.CAD(1.0), 2)
     assert row == {"two_streams": "ValueError: no such kernel"}
+
+
+def test_a_server_s_rate_counts_the_tokens_of_its_first_answers() -> None:
+    """Ten tokens an answer, each a tenth of a second after the one before."""
+    asked: list[str] = []
+    turn = asyncio.Lock()
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content)["model"])
+        async with turn:
+            await asyncio.sleep(0.1)
+        return httpx.Response(200, json={"usage": {"completion_tokens": 10}})
+
+    async def measured(clients: int, answers: int) -> float:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://tiny/v1/") as http:
+            return await serving.rate_of(http, ["first", "second"], clients, answers, 10)
+
+    assert asyncio.run(measured(5, 3)) == pytest.approx(100, rel=0.3)
+    assert sorted(asked) == ["first"] * 3 + ["second"] * 2

@@ -27,6 +27,7 @@ from conflictscope.cli import (
     probe,
     report,
     sae,
+    serving,
     ship,
     verify,
 )
@@ -45,7 +46,7 @@ for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report),
-    _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, ship.serve),
+    _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, serving.serve),
     _DATA: (look.models, doctor.doctor),
 }.items():
     for _command in _commands:

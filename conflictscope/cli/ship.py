@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,13 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.addresses import is_local
-from conflictscope.cli.options import MODEL_HELP, Form, Model, ModelArgument, NamedModel, TrustOption, say
+from conflictscope.cli.options import Form, ModelArgument, NamedModel, TrustOption, say
 from conflictscope.cli.verify import recorded
 from interp.errors import UserError
 
 _form_option = partial(typer.Option, rich_help_panel="Form")
-_engine_option = partial(typer.Option, rich_help_panel="Engine")
 StrengthOption = Annotated[
     float, typer.Option(help="How far the edit goes: 0 changes nothing, 1 is what the file says; not for a dial.")
 ]
@@ -171,99 +167,6 @@ def export(
         file.model.check(*load_checkpoint(model))
         file.at(trust=one, strength=strength).save(out)
     say(f"Wrote {out}")
-
-
-@dataclass(frozen=True)
-class Served(Model):
-    """The model to serve, by default that of a file."""
-
-    model: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
-        str | None, typer.Option(help=f"{MODEL_HELP} By default what the first file was made with.")
-    ] = None
-
-
-@dataclass(frozen=True)
-class Answering:
-    """What answers."""
-
-    engine: Annotated[
-        Literal["transformers", "vllm"],
-        _engine_option(help="vllm: start vLLM, with edits of heads as adapters; transformers serves every edit."),
-    ] = "transformers"
-    adapters: Annotated[Path, _engine_option(help="With vllm: the folder for the adapters.")] = Path("out/adapters")
-    vllm_python: Annotated[
-        str, _engine_option(help="With vllm: the interpreter of the environment that has it; else this one.")
-    ] = sys.executable
-    vllm_options: Annotated[str, _engine_option(help="With vllm: more of its options, as one text.")] = ""
-
-    def start(
-        self, files: Mapping[str, Any], served: Model, name: str, host: str, port: int, api_key: str | None
-    ) -> None:
-        """Write the adapters, and become vLLM's server."""
-        from conflictscope.serve import vllm
-
-        can_resolve = vllm.check_installed(self.vllm_python)
-        names = vllm.write_edits(name, files, self.adapters, recorded(None))
-        say(f"Serving {Path(name).name}, with adapters as models: {', '.join(names)}")
-        if not can_resolve:
-            say(
-                "Other settings, like dial@0.5, are not found on demand: ConflictScope is not installed for "
-                f"{self.vllm_python}; install it there with pip install --no-deps conflictscope."
-            )
-        options = tuple(shlex.split(self.vllm_options))
-        how = vllm.Served(name, Path(name).name, served.dtype, host, port, api_key, self.vllm_python, options)
-        vllm.start(how, self.adapters, names)
-
-
-def serve(
-    *,
-    config: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Intervention files for one model; requests choose among them by file name, first is default."
-        ),
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen at; other than this machine's own needs --api-key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="CONFLICTSCOPE_API_KEY", help="What clients send as a bearer token.")
-    ] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    max_waiting: Annotated[int, typer.Option(min=1, help="How many requests may wait; more are refused.")] = 256,
-    journal: Annotated[
-        Path | None,
-        typer.Option(help="File to append every answer to, as a line of JSON, before it (or a stream's end) is sent."),
-    ] = None,
-    served: Served,
-    answering: Answering,
-) -> None:
-    """Serve a model with interventions in the shape of OpenAI's API; each request chooses its own."""
-    from conflictscope.serve.requests import Limits
-    from interventions.config import named
-
-    if not api_key and not is_local(host):
-        raise UserError(f"{host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
-    files = named(config)
-    name = served.model or next(iter(files.values())).model.name
-    if answering.engine == "vllm":
-        answering.start(files, served, name, host, port, api_key)
-        return
-    import uvicorn
-
-    from conflictscope.serve.app import build_app
-    from conflictscope.serve.engine import Engine
-
-    network = replace(served, model=name).load(attention=None)
-    limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, waiting=max_waiting)
-    engine = Engine(
-        network, network.tokenizer, name=Path(name).name, interventions=files, limits=limits, journal=journal
-    )
-    say(f"Serving {', '.join(engine.models())}")
-    app = build_app(engine, api_key=api_key or None)
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=60)
 
 
 def _places(sites: list[Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, NamedTuple
 
@@ -20,8 +21,9 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from conflictscope.serve.engine import Engine
-from conflictscope.serve.jobs import Done, Job, QueueFull
+from conflictscope.serve.jobs import Done, Event, Job, QueueFull
 from conflictscope.serve.requests import AnswerRequest, ChatRequest, CompletionRequest, Message
+from conflictscope.serve.shapes import ChatShape, CompletionShape, Shape
 from interp.errors import UserError
 from interp.inputs import token_ids
 
@@ -68,21 +70,30 @@ def _routes(engine: Engine) -> APIRouter:
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(engine.metrics.registry).decode())
 
+    since = int(time.time())
+
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        listed = [{"id": name, "object": "model", "owned_by": "conflictscope"} for name in engine.models()]
-        return {"object": "list", "data": listed}
+        about = {"object": "model", "created": since, "owned_by": "conflictscope"}
+        return {"object": "list", "data": [{"id": name, **about} for name in engine.models()]}
 
     @routes.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Any:
-        texts = [asked.prompt] if asked.without_context is None else [asked.prompt, asked.without_context]
-        return await _respond(engine, request, token_ids(engine.tokenizer, texts), asked, asked.max_tokens, _COMPLETION)
+        def read() -> _Prompts:
+            bare = None if asked.without_context is None else _tokens(engine, asked.without_context)
+            return _Prompts(_tokens(engine, asked.prompt), bare)
+
+        return await _respond(engine, request, asked, read, CompletionShape)
 
     @routes.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Any:
-        chats = [asked.messages] if asked.without_context is None else [asked.messages, asked.without_context]
-        prompts = [_chat_tokens(engine, messages) for messages in chats]
-        return await _respond(engine, request, prompts, asked, asked.longest, _CHAT)
+        def read() -> _Prompts:
+            options = asked.chat_template_kwargs
+            without = asked.without_context
+            bare = None if without is None else [_chat_tokens(engine, without, options)]
+            return _Prompts([_chat_tokens(engine, asked.messages, options)], bare)
+
+        return await _respond(engine, request, asked, read, ChatShape)
 
     return routes
 
@@ -121,7 +132,7 @@ def _explain_errors(app: FastAPI, engine: Engine) -> None:
         if first["type"] == "json_invalid":
             return _error(400, "The body is not valid JSON; send an object.")
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(400, f"{where or 'The body'}: {first['msg']}.")
+        return _error(400, f"{where or 'The body'}: {first['msg'].removeprefix('Value error, ')}.")
 
     @app.exception_handler(QueueFull)
     async def full(_: Request, __: QueueFull) -> JSONResponse:
@@ -134,122 +145,159 @@ def _explain_errors(app: FastAPI, engine: Engine) -> None:
         return _error(error.status_code, str(error.detail))
 
 
-def _chat_tokens(engine: Engine, messages: Sequence[Message]) -> list[int]:
+class _Prompts(NamedTuple):
+    """Token ids of a request's prompts, and of the same without their contexts, if they are given."""
+
+    prompts: list[list[int]]
+    bare: list[list[int]] | None
+
+
+def _tokens(engine: Engine, prompt: Any) -> list[list[int]]:
+    """The token ids of each prompt of a request: one or several, as texts or as ids."""
+    if isinstance(prompt, str):
+        return token_ids(engine.tokenizer, [prompt])
+    if isinstance(prompt[0], str):
+        return token_ids(engine.tokenizer, prompt)
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+def _chat_tokens(engine: Engine, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
     """A chat as the model reads it."""
     if not engine.tokenizer.chat_template:
         raise UserError(f"{engine.name} has no chat template; use /v1/completions.")
+    write = engine.tokenizer.apply_chat_template
+    if taken := sorted(options.keys() & inspect.signature(write).parameters.keys()):
+        raise UserError(f"chat_template_kwargs sets what templates use, not {taken[0]}; leave it out.")
     turns = [message.model_dump() for message in messages]
     try:
-        text = engine.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = write(turns, tokenize=False, add_generation_prompt=True, **options)
     except TemplateError as error:
         raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
     return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class _Shape(NamedTuple):
-    """How answers of an endpoint are written.
-
-    Attributes:
-        kind: The name of a whole answer.
-        chunk: The name of a part of one.
-        whole: A choice from the text.
-        part: A choice from new text, which is ``None`` at the end.
-    """
-
-    kind: str
-    chunk: str
-    whole: Callable[[str], dict[str, Any]]
-    part: Callable[[str | None], dict[str, Any]]
-
-
-_COMPLETION = _Shape(
-    "text_completion", "text_completion", lambda text: {"text": text}, lambda text: {"text": text or ""}
-)
-_CHAT = _Shape(
-    "chat.completion",
-    "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {} if text is None else {"role": "assistant", "content": text}},
-)
+_Events = asyncio.Queue[tuple[int, Event]]
 
 
 async def _respond(
-    engine: Engine,
-    request: Request,
-    prompts: list[list[int]],
-    asked: AnswerRequest,
-    max_tokens: int | None,
-    shape: _Shape,
+    engine: Engine, request: Request, asked: AnswerRequest, read: Callable[[], _Prompts], kind: type[Shape]
 ) -> Any:
-    """Answer a prompt, after which there may be the same without its context."""
-    prompt, bare = prompts[0], prompts[1] if len(prompts) > 1 else None
+    """Answer a request, whose prompts ``read`` gives."""
+    shape = kind(engine.tokenizer, scored=asked.n_scores is not None)
     loop = asyncio.get_running_loop()
-    events: asyncio.Queue[str | Done | Exception] = asyncio.Queue()
+    events: _Events = asyncio.Queue()
 
-    def send(event: str | Done | Exception) -> None:
+    def send(index: int, event: Event) -> None:
         # Where the server has stopped there is nobody left to tell.
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-    job = engine.job(prompt, asked, max_tokens, send, bare=bare)
-    engine.submit(job)
-    about = {
-        "id": job.id,
-        "created": int(time.time()),
-        "model": engine.name,
-        "intervention": {"name": job.intervention, "trust": asked.trust, "strength": asked.strength},
-    }
+    def prepare() -> tuple[_Prompts, list[Job]]:
+        prompts = read()
+        return prompts, engine.jobs(prompts.prompts, asked, send, bare=prompts.bare)
 
-    def usage(done: Done) -> dict[str, int]:
-        counts = {"prompt_tokens": len(prompt), "completion_tokens": done.tokens}
+    # Others' text goes on while a long prompt becomes tokens.
+    prompts, jobs = await asyncio.to_thread(prepare)
+    engine.submit(jobs)
+    answering = _Answering(
+        jobs=jobs,
+        events=events,
+        about={
+            "id": jobs[0].id,
+            "created": int(time.time()),
+            "model": engine.name,
+            "intervention": {"name": jobs[0].intervention, "trust": asked.trust, "strength": asked.strength},
+        },
+        shape=shape,
+        copies=asked.n * len(prompts.prompts) // len(jobs),
+        prompt_tokens=sum(map(len, prompts.prompts)),
+    )
+    if asked.stream:
+        chunks = answering.chunks(with_usage=asked.stream_options.include_usage)
+        return StreamingResponse(chunks, media_type="text/event-stream")
+    return await answering.whole(request)
+
+
+class _Answering(NamedTuple):
+    """A request that is being answered.
+
+    Attributes:
+        jobs: Its answers.
+        events: What becomes of them, with their numbers.
+        about: What all parts of the response say.
+        shape: How they are written.
+        copies: How many choices of the response each answer is.
+        prompt_tokens: Of all prompts.
+    """
+
+    jobs: list[Job]
+    events: _Events
+    about: dict[str, Any]
+    shape: Shape
+    copies: int
+    prompt_tokens: int
+
+    async def whole(self, request: Request) -> Any:
+        """All choices at once."""
+        ended: dict[int, Done] = {}
+        try:
+            while len(ended) < len(self.jobs):
+                try:
+                    index, event = await asyncio.wait_for(self.events.get(), 0.5)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return PlainTextResponse("", 499)
+                    continue
+                if isinstance(event, Exception):
+                    return _error(500, _FAILED)
+                if isinstance(event, Done):
+                    ended[index] = event
+        finally:
+            self.cancel()
+        choices = [self.shape.whole(choice, ended[index]) for index in sorted(ended) for choice in self._choices(index)]
+        usage = self._usage(ended.values())
+        return JSONResponse({**self.about, "object": self.shape.kind, "choices": choices, "usage": usage})
+
+    async def chunks(self, *, with_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events: new text as it comes, ends with their reasons, what was used if asked, and ``[DONE]``."""
+        about = {**self.about, "object": self.shape.chunk}
+        usage: dict[str, Any] = {"usage": None} if with_usage else {}
+        ended: list[Done] = []
+        try:
+            while len(ended) < len(self.jobs):
+                index, event = await self.events.get()
+                if isinstance(event, Exception):
+                    yield _event(_error_record(500, _FAILED))
+                    return
+                piece, reason = (None, event.reason) if isinstance(event, Done) else (event, None)
+                for choice in self._choices(index):
+                    yield _event({**about, "choices": [self.shape.part(choice, piece, reason)], **usage})
+                if isinstance(event, Done):
+                    ended.append(event)
+            if with_usage:
+                yield _event({**about, "choices": [], "usage": self._usage(ended)})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Say that nobody waits for what is not answered yet."""
+        for job in self.jobs:
+            job.cancelled.set()
+
+    def _choices(self, index: int) -> range:
+        return range(index * self.copies, (index + 1) * self.copies)
+
+    def _usage(self, ended: Iterable[Done]) -> dict[str, int]:
+        counts = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.copies * sum(done.tokens for done in ended),
+        }
         return {**counts, "total_tokens": sum(counts.values())}
 
-    if asked.stream:
-        return StreamingResponse(_chunks(job, events, about, shape, usage), media_type="text/event-stream")
-    try:
-        while True:
-            try:
-                event = await asyncio.wait_for(events.get(), 0.5)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    return PlainTextResponse("", 499)
-                continue
-            if isinstance(event, Exception):
-                return _error(500, _FAILED)
-            if isinstance(event, Done):
-                choice = {"index": 0, **shape.whole(event.text), "finish_reason": event.reason}
-                return {**about, "object": shape.kind, "choices": [choice], "usage": usage(event)}
-    finally:
-        job.cancelled.set()
 
-
-async def _chunks(
-    job: Job, events: asyncio.Queue[Any], about: dict[str, Any], shape: _Shape, usage: Callable[[Done], dict[str, int]]
-) -> AsyncIterator[str]:
-    """Server-sent events: new text as it comes, the end with its reason, and ``[DONE]``."""
-
-    def event(content: dict[str, Any]) -> str:
-        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-    try:
-        while True:
-            found = await events.get()
-            if isinstance(found, Exception):
-                yield event(_error_record(500, _FAILED))
-                return
-            ends = isinstance(found, Done)
-            choice = {
-                "index": 0,
-                **shape.part(None if ends else found),
-                "finish_reason": found.reason if ends else None,
-            }
-            last = {"usage": usage(found)} if ends else {}
-            yield event({**about, "object": shape.chunk, "choices": [choice], **last})
-            if ends:
-                yield "data: [DONE]\n\n"
-                return
-    finally:
-        job.cancelled.set()
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def _error_record(status: int, message: str) -> dict[str, Any]:

@@ -1,40 +1,30 @@
-"""A model with its interventions, and the thread that answers with it."""
+"""A model with its interventions: what of it a request may ask for."""
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import threading
-import time
-from collections.abc import Callable
-from functools import lru_cache
+import uuid
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import StoppingCriteriaList
-
-from conflictscope.serve.jobs import Done, Job, QueueFull
+from conflictscope.serve.answers import COLDEST
+from conflictscope.serve.jobs import Event, Job
 from conflictscope.serve.journal import Journal
 from conflictscope.serve.metrics import Metrics
 from conflictscope.serve.requests import AnswerRequest, Limits
-from conflictscope.serve.streaming import Streamer
+from conflictscope.serve.worker import Worker
 from interp.errors import UserError
-from interp.inputs import most_positions, padded
+from interp.inputs import most_positions
 from interp.models import decode_plainly
-from interp.pairs import generate_pairs
-from interventions.base import Acting, attach_patches
+from interventions.base import Acting
 from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 
 _USUAL_TOKENS = 64
-# Colder logits leave the range of float32.
-_COLDEST = 0.01
-_log = logging.getLogger(__name__)
 
 
 class Engine:
-    """A model, its interventions, and the thread that answers.
+    """A model, its interventions, and what answers with them.
 
     Args:
         model: The transformers model, in evaluation mode; it decodes plainly from now on.
@@ -67,11 +57,16 @@ class Engine:
         self.interventions = interventions
         self.limits = limits or Limits()
         self.metrics = Metrics()
-        self.acting = lru_cache(maxsize=8)(self._acting)
-        self._journal = None if journal is None else Journal(journal)
-        self._jobs: queue.Queue[Job | None] = queue.Queue(self.limits.waiting)
-        self._thread = threading.Thread(target=self._work, name="conflictscope-generate", daemon=True)
-        self._thread.start()
+        # As many settings as may be in use at once.
+        self.acting = lru_cache(maxsize=64)(self._acting)
+        self._n_embedded = model.get_input_embeddings().weight.shape[0]
+        self._worker = Worker(
+            model,
+            tokenizer,
+            limits=self.limits,
+            metrics=self.metrics,
+            journal=None if journal is None else Journal(journal),
+        )
 
     @property
     def default(self) -> str:
@@ -83,56 +78,66 @@ class Engine:
         """How many tokens prompt and answer may have together."""
         return most_positions(self.model) or 2**62
 
-    def job(
+    def jobs(
         self,
-        prompt: list[int],
+        prompts: Sequence[list[int]],
         asked: AnswerRequest,
-        max_tokens: int | None,
-        send: Callable[..., None],
+        send: Callable[[int, Event], None],
         *,
-        bare: list[int] | None = None,
-    ) -> Job:
-        """A job for a request, or what is wrong with it; without ``max_tokens`` an answer has 64 at most.
+        bare: Sequence[list[int]] | None = None,
+    ) -> list[Job]:
+        """The answers that a request asks for, or what is wrong with it.
+
+        Several greedy answers to a prompt are the same one, which is asked for once. Without ``max_tokens`` an answer
+        has 64 tokens at most. The ``i``-th answer of a request with a seed has that seed plus ``i``.
 
         Args:
-            prompt: Token ids.
+            prompts: Token ids of each prompt.
             asked: What was asked.
-            max_tokens: Longest answer.
-            send: Takes new text, the end, or an error; called in the generating thread.
-            bare: Token ids of the prompt without its context, for a rule for the next token.
+            send: Takes the number of an answer and new text of it, its end, or an error; called in the generating
+                thread.
+            bare: Token ids of the prompts without their contexts, for a rule for the next token.
 
         Raises:
             UserError: If it names another model or intervention, sets what that does not have, is too long, or gives
                 no prompt without a context where one is needed, or one where none is.
         """
         intervention = self._chosen(asked)
-        max_tokens = min(_USUAL_TOKENS, self.limits.new_tokens) if max_tokens is None else max_tokens
+        max_tokens = min(_USUAL_TOKENS, self.limits.new_tokens) if asked.longest is None else asked.longest
         if max_tokens > self.limits.new_tokens:
             raise UserError(f"max_tokens is {max_tokens}, but this server gives {self.limits.new_tokens} at most.")
-        for tokens in (prompt,) if bare is None else (prompt, bare):
-            self._check_length(tokens, max_tokens)
-        self._check_pair(intervention, self.acting(intervention, asked.trust, asked.strength), prompt, bare)
-        return Job(prompt, asked, intervention, send, max_tokens, bare)
+        acting = self.acting(intervention, asked.trust, asked.strength)
+        if bare is not None and len(bare) != len(prompts):
+            raise UserError(f"There are {len(prompts)} prompts, but {len(bare)} without_context; give one for each.")
+        each = 1 if asked.temperature < COLDEST else asked.n
+        if each * len(prompts) > self.limits.waiting:
+            raise UserError(
+                f"The request asks for {each * len(prompts)} answers, but this server lets {self.limits.waiting} wait; "
+                "ask for fewer at a time."
+            )
+        name, jobs = uuid.uuid4().hex, []
+        for number, prompt in enumerate(prompts):
+            without = None if bare is None else bare[number]
+            for tokens in (prompt,) if without is None else (prompt, without):
+                self._check_length(tokens, max_tokens)
+            self._check_pair(intervention, acting, prompt, without)
+            for index in range(number * each, (number + 1) * each):
+                seed = None if asked.seed is None else (asked.seed + index) % 2**63
+                sender = partial(send, index)
+                jobs.append(Job(prompt, asked, intervention, acting, sender, max_tokens, without, seed, index, name))
+        return jobs
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the queue.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Put the answers that a request asks for into the queue, all or none.
 
         Raises:
             QueueFull: If too many wait already.
         """
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise QueueFull from None
-        self.metrics.waiting.set(self._jobs.qsize())
+        self._worker.submit(jobs)
 
     def close(self) -> None:
         """Answer what waits, then end; calling it again does nothing."""
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
-        if self._journal is not None:
-            self._journal.close()
+        self._worker.close()
 
     def _check_length(self, prompt: list[int], max_tokens: int) -> None:
         if not prompt:
@@ -145,6 +150,11 @@ class Engine:
             raise UserError(
                 f"The prompt's {len(prompt)} tokens and {max_tokens} new ones are more than the {self.longest} that "
                 "the model can take; ask for fewer."
+            )
+        if max(prompt) >= self._n_embedded:
+            raise UserError(
+                f"The prompt has the token {max(prompt)}, but the model knows those below {self._n_embedded}; take the "
+                "ids of its own tokenizer."
             )
 
     def _check_pair(self, intervention: str, acting: Acting, prompt: list[int], bare: list[int] | None) -> None:
@@ -179,41 +189,3 @@ class Engine:
             return Acting([])
         chosen = self.interventions[intervention].at(trust=trust, strength=strength)
         return Acting.together(part.acting(self.model) for part in chosen.build())
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self.metrics.waiting.set(self._jobs.qsize())
-            if job.cancelled.is_set():
-                continue
-            started = time.perf_counter()
-            try:
-                done = self._answer(job)
-                if self._journal is not None and not job.cancelled.is_set():
-                    self._journal.append(job, done)
-                self.metrics.tokens.labels(job.intervention).inc(done.tokens)
-                job.send(done)
-            except Exception as error:
-                _log.exception("request %s failed", job.id)
-                job.send(error)
-            finally:
-                self.metrics.seconds.observe(time.perf_counter() - started)
-
-    def _answer(self, job: Job) -> Done:
-        asked = job.asked
-        acting = self.acting(job.intervention, asked.trust, asked.strength)
-        streamer = Streamer(self.tokenizer, asked.stops, job)
-        options: dict[str, Any] = {"max_new_tokens": job.max_tokens, "streamer": streamer, "do_sample": False}
-        options["stopping_criteria"] = StoppingCriteriaList([streamer.stopping])
-        if asked.temperature >= _COLDEST:
-            options |= {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
-            torch.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1 if asked.seed is None else asked.seed)
-        inputs = padded(self.model, [job.prompt] if job.bare is None else [job.prompt, job.bare])
-        prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with attach_patches(self.model, acting.patches), torch.inference_mode():
-            if acting.rule is None:
-                self.model.generate(**prompts, **options)
-            else:
-                generate_pairs(self.model, prompts, acting.rule, **options)
-        own = self.model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        return streamer.done(job.max_tokens, ends)

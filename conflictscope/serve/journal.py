@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from conflictscope.serve.jobs import Done, Job
@@ -27,16 +28,18 @@ class Journal:
                 # A line that was being written when the server was killed; nobody got that answer.
                 self._stream.write(b"\n")
 
-    def append(self, job: Job, done: Done) -> None:
-        """Write an answer, and wait until it is on the disk."""
-        record = {
-            "id": job.id,
-            "time": time.time(),
-            "intervention": job.intervention,
-            "request": job.asked.model_dump(exclude_unset=True),
-            "answer": done.text,
-        }
-        self._stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    def append(self, answers: Iterable[tuple[Job, Done]]) -> None:
+        """Write answers that ended together, and wait until they are on the disk."""
+        for job, done in answers:
+            record = {
+                "id": job.id,
+                "index": job.index,
+                "time": time.time(),
+                "intervention": job.intervention,
+                "request": job.asked.model_dump(exclude_unset=True),
+                "answer": done.text,
+            }
+            self._stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
 

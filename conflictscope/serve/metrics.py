@@ -15,5 +15,6 @@ class Metrics:
         about: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("conflictscope_requests", "Requests by status", ["path", "status"], **about)
         self.tokens = Counter("conflictscope_generated_tokens", "Tokens by intervention", ["intervention"], **about)
-        self.waiting = Gauge("conflictscope_waiting_requests", "Requests that wait", **about)
+        self.waiting = Gauge("conflictscope_waiting_requests", "Answers that wait to be begun", **about)
+        self.batch = Gauge("conflictscope_batch_rows", "Rows that share the model's passes", **about)
         self.seconds = Histogram("conflictscope_generation_seconds", "Seconds of an answer, without waiting", **about)
