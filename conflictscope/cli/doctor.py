@@ -17,6 +17,7 @@ _NEEDED_FOR = {
     "sae": "sae train, and public SAEs",
     "explore": "explore",
     "serve": "serve",
+    "adapters": "verify, with PEFT",
     "notebooks": "the notebooks",
     "images": "figures as PNG, SVG and PDF",
 }
