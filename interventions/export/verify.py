@@ -227,9 +227,10 @@ def added(model: nn.Module, folder: Path) -> Iterator[None]:
             for path in sorted(set(_modules(tensors))):
                 weight: Any = getattr(modules.get(path), "weight", None)
                 down, up = (tensors[f"base_model.model.{path}.lora_{factor}.weight"].float() for factor in "AB")
-                change = scale * (up @ down)
+                fits = up.ndim == down.ndim == 2 and up.shape[1] == len(down)
+                change = scale * (up @ down) if fits else up
                 change = change.T if config.get("fan_in_fan_out") else change
-                if weight is None or weight.shape != change.shape:
+                if not fits or weight is None or weight.shape != change.shape:
                     raise UserError(f"The adapter changes {path}, which this model does not have so; give its base.")
                 before[path] = weight.detach().clone()
                 weight.copy_(weight.float() + change.to(weight.device))

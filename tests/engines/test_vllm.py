@@ -159,12 +159,21 @@ def changed(adapters, tmp_path, name, values=None, **changes):
     return folder
 
 
-def test_a_rank_above_the_flag_and_another_base_are_refused_by_vllm(served, adapters, tmp_path):
+def test_a_rank_above_the_flag_is_refused_by_vllm(served, adapters, tmp_path):
     server, _ = served
     wide = changed(adapters, tmp_path, "wide", lambda values: torch.nn.functional.pad(values, (0, 0, 0, 600)), r=1024)
     assert "rank" in load(server, "wide", wide)
-    narrow = changed(adapters, tmp_path, "narrow", lambda values: values[:, : values.shape[1] // 2].contiguous())
-    assert load(server, "narrow", narrow)
+
+
+def test_an_adapter_of_a_narrower_base_is_refused_by_verify_because_vllm_takes_it(
+    served, model, adapters, tmp_path, prompts
+):
+    server, _ = served
+    # Of A the columns, of B the rows.
+    narrow = changed(adapters, tmp_path, "narrow", lambda values: values[:288, :288].contiguous())
+    assert load(server, "narrow", narrow) == ""
+    with pytest.raises(UserError, match="which this model does not have so; give its base"):
+        list(verified(model, edits_in(narrow), prompts[:1], max_new_tokens=1))
 
 
 def test_alpha_0_changes_nothing(served, adapters, tmp_path, prompts, truth):
