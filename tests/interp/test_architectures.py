@@ -23,6 +23,7 @@ from interp.attribution.edges import edge_attribution
 from interp.attribution.examples import corrupted_partners
 from interp.attribution.path_patching import patching_scores
 from interp.attribution.states import last_token_states
+from interp.bridges import bridge_around
 from interp.errors import UserError
 from interp.inputs import encode
 from interp.reading import ReadPrompts
@@ -50,6 +51,16 @@ WITH_MLP_BIAS = {
     *("bloom", "falcon-7b", "falcon-alibi", "gpt-bigcode", "gpt-bigcode-heads", "gptj", "granite", "opt", "phi"),
     "starcoder2",
 }
+NOT_BRIDGED = {
+    "cohere": "logit_scale",
+    "cohere-untied": "did not declare 'q_norm'",
+    "cohere2": "logit_scale",
+    "falcon-40b": "new_decoder_architecture",
+    "falcon-11b": "new_decoder_architecture",
+    "gpt-bigcode-heads": "only supports multi_query=True",
+    "phi": "did not declare 'q_norm'",
+}
+"""What transformer_lens does not know of a model's settings."""
 
 
 @cache
@@ -281,6 +292,26 @@ def test_peft_does_what_the_hooks_do(model):
         weights[f"base_model.model.{path}.lora_B.weight"] = factors.up
     peft.set_peft_model_state_dict(adapted, weights)
     assert relative_error(logits(adapted.double().eval()), expected) < 1e-6
+
+
+def test_a_bridge_does_what_the_plain_model_does_or_is_refused(name):
+    plain = copy.deepcopy(model_of(name)).float()
+    direction = torch.linspace(-1, 1, Anatomy(plain).d_model)
+    edits = (HeadScaling.of(HEADS, -0.5), FeedForwardScaling(((1, 0.3),)), Steering(1, direction, tokens="all"))
+    with applied(plain, *edits):
+        expected = logits(plain)
+    z = last_token_states(plain, PROMPTS).z
+    if name in NOT_BRIDGED:
+        with pytest.raises(UserError, match=NOT_BRIDGED[name]):
+            bridge_around(plain)
+        return
+    bridge = bridge_around(plain)
+    with applied(bridge, *edits):
+        assert relative_error(logits(bridge.original_model), expected) < 1e-5
+    states = last_token_states(bridge, PROMPTS)
+    torch.testing.assert_close(states.z, z, rtol=1e-4, atol=1e-5)
+    # The sweep compares the clean stream with the bridge's own.
+    patching_scores(Anatomy(bridge), states, torch.zeros_like(states.z), ANSWERS)
 
 
 # Whose weights these are
