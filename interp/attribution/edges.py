@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import polars as pl
 import torch
@@ -231,9 +231,7 @@ class _Edges:
         """The logit difference's gradient at what receivers read, ``(n, n_receivers, n_tokens, d_model)``."""
         network: Any = self.anatomy.model
         offsets = [torch.zeros_like(embedding, requires_grad=True) for _ in self.receivers]
-        reading: list[tuple[Reader, int]] = []
-        for layer in range(self.anatomy.n_layers):
-            reading += [("attention", layer), ("mlp", layer)]
+        reading = [(part, layer) for layer in range(self.anatomy.n_layers) for part in get_args(Reader)]
         with ExitStack() as hooks, torch.enable_grad():
             for (part, layer), offset in zip(reading, offsets[:-1], strict=True):
                 hooks.enter_context(self._offset(part, layer, offset))
