@@ -288,16 +288,19 @@ class _Enough(Exception):
 def watching(model: Any, where: Mapping[str, Observation], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(site, values)`` with the values ``(n, n_tokens, d)`` of each site whenever they pass by."""
     check_single(model)
-    network: nn.Module = transformers_model(model)
+    anatomy = Anatomy(model)
 
     def seen(site: str, _: nn.Module, *given: Any) -> None:
-        # A hook gets the input, and a hook on the output the output too; either may be a tuple.
+        # A hook gets the input, and a hook on the output the output too; the input is a tuple.
         values = given[-1]
         see(site, values[0] if isinstance(values, tuple) else values)
 
     with ExitStack() as stack:
         for site, observation in where.items():
-            module = network.get_submodule(observation.path)
+            if observation.place is not None and not observation.is_input:
+                stack.callback(anatomy.on_output(*observation.place, partial(see, site)).remove)
+                continue
+            module = anatomy.model.get_submodule(observation.path)
             register = module.register_forward_pre_hook if observation.is_input else module.register_forward_hook
             stack.callback(register(partial(seen, site)).remove)
         yield

@@ -8,15 +8,20 @@ paths of the transformers model that it wraps.
 A decoder layer, with ``x`` the residual stream (``d_model``) and ``z`` the heads' outputs before the output
 projection (``n_heads * d_head``):
 
-    attention write   a = post_norm(z @ W_O + b_O)          post_norm only in Gemma 2 and 3
-    sequential        m = x + a,  x' = m + mlp_write(m)      mlp_write = post_norm(mlp(norm(m)))
-    parallel          x' = x + a + mlp_write(x)              GPT-NeoX
+    attention write   a = c post_norm(z @ W_O + b_O)
+    sequential        m = x + a,  x' = m + mlp_write(m)      mlp_write = c post_norm(mlp(norm(m)))
+    parallel          x' = x + a + mlp_write(x)
+
+Norms before (``norm``) and after (``post_norm``) are there or not, the factor c is 1 in most architectures, and what
+the MLP is made of does not matter: experts are one MLP.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,36 +47,100 @@ NormKind = Literal["layer", "rms", "rms_plus_one"]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What differs where a model's configuration says so.
+
+    Attributes:
+        when: Settings of the configuration, all of which must be these.
+        fields: Fields of the ``Blueprint`` that are others then; none of the parts that write to the residual stream.
+        refused: What such a model does that a ``Blueprint`` cannot say; the model is refused then.
+    """
+
+    when: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    refused: str | None = None
+
+    def holds(self, config: Any) -> bool:
+        """Whether a model with this configuration is one."""
+        return all(getattr(config, name, None) == value for name, value in self.when.items())
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """What one architecture looks like. Paths are transformers module paths; block parts are relative to a block.
 
-    Where query, key and value are one fused module, all three name it.
+    Where query, key and value are one fused module, all three name it; where attention and MLP share one norm, both do.
 
     Attributes:
-        mlp_activation: What makes neurons of the MLP's first linear map; of a gated MLP those of its gate.
-        mlp_output: The MLP's last linear map.
-        norm: ``layer`` centres and has a bias; ``rms`` scales by ``weight``; ``rms_plus_one`` by ``1 + weight``.
+        attention_norm: Norm of what attention reads; ``None`` where it reads the residual stream as it is.
+        attention: The module whose output is what attention writes, before any post norm.
+        mlp_norm: The same as ``attention_norm`` for the MLP.
+        mlp: The module whose output is what the MLP writes, before any post norm.
+        mlp_activation: What makes neurons of the MLP's first linear map; of a gated MLP those of its gate. ``None``, or
+            missing in a layer, where neurons are those of experts.
+        mlp_output: The MLP's last linear map; ``None``, or missing in a layer, where that is one of each expert.
+        norm: ``layer`` centres, with a bias or without; ``rms`` scales by ``weight``; ``rms_plus_one`` by
+            ``1 + weight``.
         attention_post_norm: Norm of the attention output before it joins the residual stream, if there is one.
         mlp_post_norm: The same for the MLP output.
+        parallel: Whether the MLP reads what attention reads, and not what attention made of it.
+        attention_weights: The module whose second output are attention weights, where ``attention`` is another.
+        mlp_steps: The modules that make up the MLP, where none of their own holds them; the last one is ``mlp``.
+        mlp_experts: The parameter that holds the experts' last linear maps, where there are experts.
+        overwritten: Parts whose output the block writes over later in the pass.
+        flat: Parts that are given the tokens of all rows in one line, ``(n * n_tokens, d_model)``.
+        n_kv_heads: The number of key-value heads, or the name that it has in the configuration; all heads if missing.
+        d_mlp: The name of the MLP's width in the configuration; four times ``d_model`` if missing.
+        residual_multiplier: The name of the factor on all that attention and MLP add, if there is one.
+        logit_multiplier: The name of a factor on the logits, if there is one.
+        logit_divisor: The name of a divisor of the logits, if there is one.
+        variants: What depends on settings; later ones come on top of earlier ones.
     """
 
     embedding: str
     blocks: str
-    attention_norm: str
+    attention_norm: str | None
     attention: str
     query: str
     key: str
     value: str
     output_projection: str
-    mlp_norm: str
+    mlp_norm: str | None
     mlp: str
-    mlp_activation: str
-    mlp_output: str
+    mlp_activation: str | None
+    mlp_output: str | None
     final_norm: str
     unembedding: str
     norm: NormKind
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
+    parallel: bool = False
+    attention_weights: str | None = None
+    mlp_steps: tuple[str, ...] = ()
+    mlp_experts: str | None = None
+    overwritten: tuple[Part, ...] = ()
+    flat: tuple[Part, ...] = ()
+    n_kv_heads: str | int = "num_key_value_heads"
+    d_mlp: str = "intermediate_size"
+    residual_multiplier: str | None = None
+    logit_multiplier: str | None = None
+    logit_divisor: str | None = None
+    variants: tuple[Variant, ...] = ()
+
+    def of(self, config: Any) -> Blueprint:
+        """The blueprint of a model with this configuration.
+
+        Raises:
+            UserError: If such a model does what a blueprint cannot say.
+        """
+        found = self
+        for variant in self.variants:
+            if variant.holds(config):
+                if variant.refused is not None:
+                    settings = ", ".join(f"{name} = {value}" for name, value in variant.when.items())
+                    raise UserError(f"This model ({settings}) {variant.refused}; choose another model.")
+                found = replace(found, **variant.fields)
+        return found
 
     @property
     def parts(self) -> list[Part]:
@@ -97,11 +166,13 @@ class Observation:
         path: Module path in the transformers model.
         is_input: Whether they are the module's input (z), not its output.
         n_heads: Heads that the last dimension holds side by side, or ``None``.
+        place: Part and layer, or ``None`` outside the blocks.
     """
 
     path: str
     is_input: bool
     n_heads: int | None = None
+    place: tuple[Part, int] | None = None
 
 
 _LLAMA = Blueprint(
@@ -121,43 +192,96 @@ _LLAMA = Blueprint(
     unembedding="lm_head",
     norm="rms",
 )
-_GEMMA = Blueprint(
-    embedding="model.embed_tokens",
-    blocks="model.layers",
-    attention_norm="input_layernorm",
-    attention="self_attn",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    output_projection="self_attn.o_proj",
-    mlp_norm="pre_feedforward_layernorm",
+_FUSED = {"query": "self_attn.qkv_proj", "key": "self_attn.qkv_proj", "value": "self_attn.qkv_proj"}
+_OUTPUT_NORMS = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_GEMMA = replace(_LLAMA, norm="rms_plus_one")
+_GEMMA_2 = replace(_GEMMA, mlp_norm="pre_feedforward_layernorm", **_OUTPUT_NORMS)
+_OLMO_2 = replace(_LLAMA, attention_norm=None, mlp_norm=None, **_OUTPUT_NORMS)
+# Paths of the dense MLP hold for layers that have one.
+_EXPERTS = replace(_LLAMA, mlp_experts="mlp.experts.down_proj")
+_COHERE = replace(_LLAMA, mlp_norm="input_layernorm", norm="layer", parallel=True, logit_multiplier="logit_scale")
+_GPT_2 = Blueprint(
+    embedding="transformer.wte",
+    blocks="transformer.h",
+    attention_norm="ln_1",
+    attention="attn",
+    query="attn.c_attn",
+    key="attn.c_attn",
+    value="attn.c_attn",
+    output_projection="attn.c_proj",
+    mlp_norm="ln_2",
     mlp="mlp",
-    mlp_activation="mlp.act_fn",
-    mlp_output="mlp.down_proj",
-    final_norm="model.norm",
+    mlp_activation="mlp.act",
+    mlp_output="mlp.c_proj",
+    final_norm="transformer.ln_f",
     unembedding="lm_head",
-    norm="rms_plus_one",
-    attention_post_norm="post_attention_layernorm",
-    mlp_post_norm="post_feedforward_layernorm",
+    norm="layer",
+    d_mlp="n_inner",
+)
+_BLOOM = replace(
+    _GPT_2,
+    embedding="transformer.word_embeddings",
+    attention_norm="input_layernorm",
+    query="self_attention.query_key_value",
+    key="self_attention.query_key_value",
+    value="self_attention.query_key_value",
+    # Attention and MLP add to the residual stream themselves; these are what they add.
+    attention="self_attention.dense",
+    attention_weights="self_attention",
+    output_projection="self_attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp.dense_4h_to_h",
+    mlp_steps=("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),
+    mlp_activation="mlp.gelu_impl",
+    mlp_output="mlp.dense_4h_to_h",
+    variants=(
+        Variant(
+            {"apply_residual_connection_post_layernorm": True},
+            refused="adds to the normed residual stream, which a Blueprint cannot say",
+        ),
+        Variant({"slow_but_exact": True}, refused="multiplies by its weights without their modules"),
+    ),
 )
 
 BLUEPRINTS: dict[str, Blueprint] = {
-    "GPT2LMHeadModel": Blueprint(
-        embedding="transformer.wte",
-        blocks="transformer.h",
-        attention_norm="ln_1",
-        attention="attn",
-        query="attn.c_attn",
-        key="attn.c_attn",
-        value="attn.c_attn",
-        output_projection="attn.c_proj",
-        mlp_norm="ln_2",
+    "ApertusForCausalLM": replace(_LLAMA, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
+    "BloomForCausalLM": _BLOOM,
+    "CohereForCausalLM": _COHERE,
+    "Cohere2ForCausalLM": _COHERE,
+    "FalconForCausalLM": replace(
+        _BLOOM,
+        attention="self_attention",
+        attention_weights=None,
         mlp="mlp",
+        mlp_steps=(),
         mlp_activation="mlp.act",
-        mlp_output="mlp.c_proj",
-        final_norm="transformer.ln_f",
-        unembedding="lm_head",
-        norm="layer",
+        overwritten=("mlp",),
+        d_mlp="ffn_hidden_size",
+        n_kv_heads="num_kv_heads",
+        variants=(
+            Variant({"parallel_attn": True}, {"parallel": True, "mlp_norm": "input_layernorm"}),
+            Variant({"new_decoder_architecture": True}, {"parallel": True, "mlp_norm": "input_layernorm"}),
+            Variant(
+                {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+                {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+            ),
+            Variant({"new_decoder_architecture": False, "multi_query": True}, {"n_kv_heads": 1}),
+        ),
+    ),
+    "GPT2LMHeadModel": _GPT_2,
+    "GPTBigCodeForCausalLM": replace(_GPT_2, variants=(Variant({"multi_query": True}, {"n_kv_heads": 1}),)),
+    "GPTJForCausalLM": replace(
+        _GPT_2,
+        query="attn.q_proj",
+        key="attn.k_proj",
+        value="attn.v_proj",
+        output_projection="attn.out_proj",
+        mlp_norm="ln_1",
+        mlp_output="mlp.fc_out",
+        parallel=True,
     ),
     "GPTNeoXForCausalLM": Blueprint(
         embedding="gpt_neox.embed_in",
@@ -175,14 +299,109 @@ BLUEPRINTS: dict[str, Blueprint] = {
         final_norm="gpt_neox.final_layer_norm",
         unembedding="lm_head",
         norm="layer",
+        variants=(Variant({"use_parallel_residual": True}, {"parallel": True}),),
     ),
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA_2,
+    "Gemma3ForCausalLM": _GEMMA_2,
+    "GptOssForCausalLM": _EXPERTS,
+    "GraniteForCausalLM": replace(_LLAMA, residual_multiplier="residual_multiplier", logit_divisor="logits_scaling"),
     "LlamaForCausalLM": _LLAMA,
+    "Llama4ForCausalLM": replace(
+        _LLAMA,
+        mlp="feed_forward",
+        mlp_activation="feed_forward.activation_fn",
+        mlp_output="feed_forward.down_proj",
+        mlp_experts="feed_forward.experts.down_proj",
+        flat=("mlp",),
+        d_mlp="intermediate_size_mlp",
+    ),
     "MistralForCausalLM": _LLAMA,
+    "MixtralForCausalLM": _EXPERTS,
+    "OPTForCausalLM": replace(
+        _LLAMA,
+        embedding="model.decoder.embed_tokens",
+        blocks="model.decoder.layers",
+        attention_norm="self_attn_layer_norm",
+        output_projection="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
+        mlp="fc2",
+        mlp_steps=("fc1", "activation_fn", "fc2"),
+        flat=("mlp",),
+        mlp_activation="activation_fn",
+        mlp_output="fc2",
+        final_norm="model.decoder.final_layer_norm",
+        norm="layer",
+        d_mlp="ffn_dim",
+        variants=(
+            Variant(
+                {"do_layer_norm_before": False},
+                refused="normalises the residual stream after each addition, which a Blueprint cannot say",
+            ),
+            Variant({"_remove_final_layer_norm": True}, refused="has no norm before its unembedding"),
+            Variant({"layer_norm_elementwise_affine": False}, refused="has norms without weights"),
+        ),
+    ),
+    "Olmo2ForCausalLM": _OLMO_2,
+    "Olmo3ForCausalLM": _OLMO_2,
+    "OlmoeForCausalLM": _EXPERTS,
+    "PhiForCausalLM": replace(
+        _LLAMA,
+        output_projection="self_attn.dense",
+        mlp_norm="input_layernorm",
+        mlp_activation="mlp.activation_fn",
+        mlp_output="mlp.fc2",
+        final_norm="model.final_layernorm",
+        norm="layer",
+        parallel=True,
+    ),
+    "Phi3ForCausalLM": replace(_LLAMA, mlp_activation="mlp.activation_fn", **_FUSED),
     "Qwen2ForCausalLM": _LLAMA,
+    "Qwen2MoeForCausalLM": _EXPERTS,
     "Qwen3ForCausalLM": _LLAMA,
-    "Gemma2ForCausalLM": _GEMMA,
-    "Gemma3ForCausalLM": _GEMMA,
+    "Qwen3MoeForCausalLM": _EXPERTS,
+    "SeedOssForCausalLM": _LLAMA,
+    "SmolLM3ForCausalLM": _LLAMA,
+    "StableLmForCausalLM": replace(
+        _LLAMA,
+        norm="layer",
+        variants=(Variant({"use_parallel_residual": True}, {"parallel": True, "mlp_norm": "input_layernorm"}),),
+    ),
+    "Starcoder2ForCausalLM": replace(_LLAMA, norm="layer", mlp_activation="mlp.act", mlp_output="mlp.c_proj"),
 }
+
+_RECURRENT = "has recurrent blocks, which have no attention heads"
+_PER_LAYER = "feeds its blocks an embedding each, besides the residual stream"
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "BambaForCausalLM",
+            "FalconH1ForCausalLM",
+            "FalconMambaForCausalLM",
+            "GraniteMoeHybridForCausalLM",
+            "JambaForCausalLM",
+            "KimiLinearForCausalLM",
+            "Lfm2ForCausalLM",
+            "Lfm2MoeForCausalLM",
+            "MambaForCausalLM",
+            "Mamba2ForCausalLM",
+            "MiniMaxForCausalLM",
+            "NemotronHForCausalLM",
+            "OlmoHybridForCausalLM",
+            "Qwen3NextForCausalLM",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5MoeForCausalLM",
+            "RecurrentGemmaForCausalLM",
+            "RwkvForCausalLM",
+            "ZambaForCausalLM",
+            "Zamba2ForCausalLM",
+            "xLSTMForCausalLM",
+        ),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(("Gemma3nForCausalLM", "Gemma4ForCausalLM"), _PER_LAYER),
+}
+"""Architectures that no ``Blueprint`` can describe, and what they do."""
 
 _SITES: dict[Part, str] = {
     "block": "hook_out",
@@ -240,10 +459,16 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def unknown_architecture(name: str) -> str:
     """The sentence that refuses the architecture ``name``."""
+    if name in UNSUPPORTED:
+        return f"The architecture {name} {UNSUPPORTED[name]}, so that it cannot be taken apart; choose another model."
     return (
         f"The architecture {name} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
         "Add a Blueprint for it to interp/anatomy.py."
     )
+
+
+def _or_one(factor: float | None) -> float:
+    return 1.0 if factor is None else factor
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -251,6 +476,18 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while (inner := getattr(module, "original_component", None)) is not None:
         module = inner
     return module
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Hooks that belong together."""
+
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle in self.handles:
+            handle.remove()
 
 
 class Anatomy:
@@ -261,12 +498,15 @@ class Anatomy:
 
     Attributes:
         architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
+        blueprint: What a model of this architecture and configuration looks like.
         n_layers, n_heads, n_kv_heads, d_head, d_model, d_mlp: Shapes.
         parallel: Whether attention and MLP read the same residual stream (GPT-NeoX).
+        residual_multiplier: The factor on all that attention and MLP add to the residual stream (Granite), mostly 1.
+        logit_multiplier: The factor on the logits (Cohere, Granite), mostly 1.
         logit_softcap: Cap of the final ``cap * tanh(logits / cap)`` (Gemma 2), or ``None``.
 
     Raises:
-        UserError: If the architecture is not in ``BLUEPRINTS``.
+        UserError: If the architecture is not in ``BLUEPRINTS``, or the model does what a blueprint cannot say.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -274,18 +514,31 @@ class Anatomy:
         self.architecture = type(self.model).__name__
         if self.architecture not in BLUEPRINTS:
             raise UserError(unknown_architecture(self.architecture))
-        self.blueprint = BLUEPRINTS[self.architecture]
         config: Any = self.model.config
+        self.blueprint = blueprint = BLUEPRINTS[self.architecture].of(config)
+
+        def setting(name: str | None) -> Any:
+            return None if name is None else getattr(config, name, None)
+
         self.n_layers: int = config.num_hidden_layers
         self.n_heads: int = config.num_attention_heads
-        self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
+        kv_heads = blueprint.n_kv_heads
+        self.n_kv_heads: int = (kv_heads if isinstance(kv_heads, int) else setting(kv_heads)) or self.n_heads
         self.d_model: int = config.hidden_size
-        self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
-        self.d_mlp: int = (
-            getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.d_model
-        )
-        self.parallel: bool = self.architecture == "GPTNeoXForCausalLM" and config.use_parallel_residual
-        self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.d_head: int = setting("head_dim") or self.d_model // self.n_heads
+        self.d_mlp: int = setting(blueprint.d_mlp) or 4 * self.d_model
+        self.parallel: bool = blueprint.parallel
+        self.residual_multiplier: float = _or_one(setting(blueprint.residual_multiplier))
+        divisor = _or_one(setting(blueprint.logit_divisor))
+        self.logit_multiplier: float = _or_one(setting(blueprint.logit_multiplier)) / divisor
+        self.logit_softcap: float | None = setting("final_logit_softcapping")
+        embedding: Any = _unwrapped(self.model.get_submodule(blueprint.embedding))
+        width = getattr(embedding, "embedding_dim", self.d_model)
+        if width != self.d_model:
+            raise UserError(
+                f"This {self.architecture} projects embeddings of width {width} to a residual stream of width "
+                f"{self.d_model}, which a Blueprint cannot say; choose another model."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -305,7 +558,7 @@ class Anatomy:
     @property
     def body(self) -> Any:
         """The model without its unembedding, which runs a third as long again where many prompts end."""
-        return self.model.base_model
+        return self.model.get_submodule(self.blueprint.blocks.rpartition(".")[0])
 
     @property
     def final_norm(self) -> nn.Module:
@@ -357,7 +610,7 @@ class Anatomy:
                 if part not in ("query", "key", "value"):
                     is_z = part == "output_projection"
                     heads = self.n_heads if is_z else None
-                    found[self.site(part, layer)] = Observation(self.path(part, layer), is_z, heads)
+                    found[self.site(part, layer)] = Observation(self.path(part, layer), is_z, heads, (part, layer))
         found[self.model_site("final_norm")] = Observation(self.model_path("final_norm"), False)
         return found
 
@@ -377,6 +630,40 @@ class Anatomy:
     def module(self, part: Part, layer: int) -> nn.Module:
         """The module at ``path(part, layer)``; on a bridge this is the bridge component, so hooks on it fire."""
         return self.model.get_submodule(self.path(part, layer))
+
+    def on_output(self, part: Part, layer: int, see: Callable[[Tensor], Tensor | None]) -> Hooks:
+        """Show ``see`` what a part gives in every pass, until the hooks are removed.
+
+        Args:
+            part: The part.
+            layer: The layer.
+            see: Is given ``(n, n_tokens, width)``. What it returns takes the place of these values, if it is not
+                ``None``.
+        """
+        passing = threading.local()
+        is_kept, is_flat = (part in parts for parts in (self.blueprint.overwritten, self.blueprint.flat))
+
+        def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            passing.rows = len(given[0] if given else named["hidden_states"])
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            values = output[0] if isinstance(output, tuple) else output
+            apart = values.unflatten(0, (passing.rows, -1)) if is_flat and values.ndim == 2 else values
+            seen = see(apart.clone() if is_kept else apart)
+            if seen is None:
+                return None
+            seen = seen.reshape(values.shape)
+            return (seen, *output[1:]) if isinstance(output, tuple) else seen
+
+        handles = [self.module(part, layer).register_forward_hook(hook)]
+        if is_flat:
+            handles.append(self.module("block", layer).register_forward_pre_hook(note, with_kwargs=True))
+        return Hooks(tuple(handles))
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """The module whose second output are attention weights ``(n, n_heads, n_tokens, n_tokens)``, or ``None``."""
+        path = self.blueprint.attention_weights
+        return self.module("attention", layer) if path is None else self._block_part(layer, path)
 
     @property
     def transposed(self) -> bool:
@@ -424,39 +711,85 @@ class Anatomy:
             ``(name, weight)``, always in the same order; a quantised weight is what its module holds, or empty.
         """
         blueprint = self.blueprint
-        parts = (blueprint.query, blueprint.value, blueprint.output_projection, blueprint.mlp_output)
-        paths = [f"{blueprint.blocks}.{layer}.{part}" for layer in range(self.n_layers) for part in parts]
-        modules = [(path, _unwrapped(self.model.get_submodule(path))) for path in (blueprint.embedding, *paths)]
-        return [(path, getattr(module, "weight", torch.empty(0))) for path, module in modules]
+        found = [(blueprint.embedding, self._weight_at(blueprint.embedding))]
+        for layer in range(self.n_layers):
+            is_dense = self._mlp_output(layer) is not None
+            last = blueprint.mlp_output if is_dense else blueprint.mlp_experts
+            block = f"{blueprint.blocks}.{layer}"
+            for part in (blueprint.query, blueprint.value, blueprint.output_projection, last):
+                found.append((f"{block}.{part}", self._weight_at(f"{block}.{part}")))
+        return found
+
+    def _weight_at(self, path: str) -> Tensor:
+        """The parameter at a path, or the weight of the module there; empty where it is held in another way."""
+        parent, _, name = path.rpartition(".")
+        found: Any = getattr(_unwrapped(self.model.get_submodule(parent)), name, None)
+        weight = getattr(_unwrapped(found), "weight", None) if isinstance(found, nn.Module) else found
+        return weight if isinstance(weight, Tensor) else torch.empty(0)
 
     def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
         """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.
 
         The weights are those of the MLP's last linear map, bias included, or of its post norm, where it has one.
+
+        Raises:
+            UserError: If the layer has experts, whose last linear maps are many.
         """
         post_norm = self.blueprint.mlp_post_norm
-        module = self._block_part(layer, self.blueprint.mlp_output if post_norm is None else post_norm)
+        module = self._mlp_output(layer) if post_norm is None else self._block_part(layer, post_norm)
+        if module is None:
+            raise UserError(
+                f"The feed-forward part of layer {layer} of this {self.architecture} has experts, not one last linear "
+                "map that a scale could be folded into; apply the intervention while the model runs."
+            )
         offset = int(post_norm is not None and self.blueprint.norm == "rms_plus_one")
         return list(_unwrapped(module).parameters()), offset
 
     def mlp_activation(self, layer: int) -> nn.Module:
-        """The module whose outputs are the MLP's neurons ``(..., d_mlp)``: of a gated MLP the activated gate."""
-        return self._block_part(layer, self.blueprint.mlp_activation)
+        """The module whose outputs are the MLP's neurons ``(..., d_mlp)``: of a gated MLP the activated gate.
 
-    def mlp_output_path(self, layer: int) -> str:
-        """The transformers module path of the MLP's last linear map.
+        Raises:
+            UserError: If the layer has experts, of which each token sees a few.
+        """
+        module = self._part_if_there(layer, self.blueprint.mlp_activation)
+        if module is None:
+            raise UserError(
+                f"The feed-forward part of layer {layer} of this {self.architecture} has experts, whose neurons are "
+                "not there for every token; choose a method that does not look at neurons."
+            )
+        return module
+
+    def mlp_output_path(self, layer: int) -> str | None:
+        """The transformers module path of the MLP's last linear map, or ``None`` where that is one of each expert.
 
         Raises:
             UserError: If there is no such layer.
         """
-        return f"{self.path('block', layer)}.{self.blueprint.mlp_output}"
+        block = self.path("block", layer)
+        return None if self._mlp_output(layer) is None else f"{block}.{self.blueprint.mlp_output}"
 
     def mlp_bias(self, layer: int) -> Tensor | None:
-        """The bias of the MLP's last linear map, ``(d_model,)``, or ``None`` where there is none, or a norm follows."""
+        """The bias of the MLP's last linear map, ``(d_model,)``, or ``None``.
+
+        There is none where the map has none, a norm follows, or there are experts.
+        """
         if self.blueprint.mlp_post_norm is not None:
             return None
-        bias: Any = getattr(_unwrapped(self._block_part(layer, self.blueprint.mlp_output)), "bias", None)
+        module = self._mlp_output(layer)
+        bias: Any = None if module is None else getattr(_unwrapped(module), "bias", None)
         return bias
+
+    def _mlp_output(self, layer: int) -> nn.Module | None:
+        """The MLP's last linear map, or ``None`` where there are experts."""
+        return self._part_if_there(layer, self.blueprint.mlp_output)
+
+    def _part_if_there(self, layer: int, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        try:
+            return self._block_part(layer, path)
+        except AttributeError:
+            return None
 
     def output_bias(self, layer: int) -> Tensor | None:
         """b_O, ``(d_model,)``, or ``None`` where the output projection has none."""
@@ -465,7 +798,7 @@ class Anatomy:
 
     def attention_write(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream: z ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
-        return self.post_attention_norm(layer, self.attention_output(layer, z))
+        return self.added_by_attention(layer, self.attention_output(layer, z))
 
     def attention_output(self, layer: int, z: Tensor) -> Tensor:
         """``z @ W_O + b_O``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
@@ -493,21 +826,31 @@ class Anatomy:
         heads = self.head_outputs(layer, z)
         bias = self.output_bias(layer)
         bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
-        if self.blueprint.attention_post_norm is None:
-            return heads, bias_write
-        gain = self._norm_gain(self._block_part(layer, self.blueprint.attention_post_norm), heads.sum(-2) + bias_write)
-        return heads * gain.unsqueeze(-2), bias_write * gain
+        if self.blueprint.attention_post_norm is not None:
+            norm = self._block_part(layer, self.blueprint.attention_post_norm)
+            gain = self._norm_gain(norm, heads.sum(-2) + bias_write)
+            heads, bias_write = heads * gain.unsqueeze(-2), bias_write * gain
+        return self._multiplied(heads), self._multiplied(bias_write)
 
-    def post_attention_norm(self, layer: int, attention_output: Tensor) -> Tensor:
-        """The architecture's norm of the attention output ``(..., d_model)``, where it has one."""
+    def added_by_attention(self, layer: int, attention_output: Tensor) -> Tensor:
+        """What attention adds to the residual stream, given ``attention_output``, ``(..., d_model)`` both."""
         path = self.blueprint.attention_post_norm
-        return attention_output if path is None else self._block_part(layer, path)(attention_output)
+        return self._multiplied(attention_output if path is None else self._block_part(layer, path)(attention_output))
 
     def mlp_write(self, layer: int, mlp_input: Tensor) -> Tensor:
         """What the MLP adds to the residual stream when it reads ``mlp_input`` ``(..., d_model)`` from it."""
         blueprint = self.blueprint
-        output = self._block_part(layer, blueprint.mlp)(self._block_part(layer, blueprint.mlp_norm)(mlp_input))
-        return output if blueprint.mlp_post_norm is None else self._block_part(layer, blueprint.mlp_post_norm)(output)
+        read = mlp_input if blueprint.mlp_norm is None else self._block_part(layer, blueprint.mlp_norm)(mlp_input)
+        # Experts ask for rows of tokens.
+        values = read.reshape(1, -1, self.d_model)
+        for step in blueprint.mlp_steps or (blueprint.mlp,):
+            values = self._block_part(layer, step)(values)
+        output = (values[0] if isinstance(values, tuple) else values).reshape(mlp_input.shape)
+        path = blueprint.mlp_post_norm
+        return self._multiplied(output if path is None else self._block_part(layer, path)(output))
+
+    def _multiplied(self, write: Tensor) -> Tensor:
+        return write if self.residual_multiplier == 1 else self.residual_multiplier * write
 
     def step(self, layer: int, residual: Tensor, attention_write: Tensor) -> Tensor:
         """The layer's output residual ``(..., d_model)`` from its input residual and what attention wrote."""
@@ -533,6 +876,7 @@ class Anatomy:
             # In float32, also for a half-precision model: scores are small differences of large logits.
             logits = torch.einsum("...d,...nd->...n", normed.float(), weight[token_ids].float())
             logits = logits if bias is None else logits + bias[token_ids]
+        logits = logits if self.logit_multiplier == 1 else self.logit_multiplier * logits
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     def log_probabilities(self, residual: Tensor, token_ids: Tensor, *, rows_at_once: int) -> Tensor:
@@ -570,7 +914,7 @@ class Anatomy:
         direction = self._norm_gain(self.final_norm, residual) * (columns[:, 0] - columns[:, 1])
         if self.blueprint.norm == "layer":
             direction = direction - direction.mean(-1, keepdim=True)
-        return direction
+        return self.logit_multiplier * direction
 
     def direction_logits(self, direction: Tensor) -> Tensor:
         """What a direction in the final residual stream adds to the logits, per unit and up to a positive factor.
@@ -589,7 +933,7 @@ class Anatomy:
         rows = self._matrix(self.blueprint.unembedding).split(_ROWS_AT_ONCE)
         # A float32 copy of the unembedding of a large half-precision model would not fit beside it.
         logits = torch.cat([normed @ some.float().T for some in rows], dim=-1)
-        return logits - logits.mean(-1, keepdim=True)
+        return self.logit_multiplier * (logits - logits.mean(-1, keepdim=True))
 
     def logit_difference_offset(self, token_ids: Tensor) -> Tensor:
         """What final norm and unembedding biases add to the logit difference, whatever the residual: ``(n,)``."""
@@ -601,7 +945,7 @@ class Anatomy:
             offset = offset + (columns[:, 0] - columns[:, 1]) @ norm_bias
         if logit_bias is not None:
             offset = offset + logit_bias[token_ids[:, 0]] - logit_bias[token_ids[:, 1]]
-        return offset
+        return self.logit_multiplier * offset
 
     def _norm_gain(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What ``norm`` multiplies (the centred) ``x`` with, elementwise."""

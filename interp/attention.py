@@ -104,6 +104,6 @@ def _kept(anatomy: Anatomy, layers: Iterable[int], rows: int) -> Iterator[dict[i
 
     with ExitStack() as stack:
         for layer in layers:
-            handle = anatomy.module("attention", layer).register_forward_hook(partial(keep, layer))
+            handle = anatomy.attention_module(layer).register_forward_hook(partial(keep, layer))
             stack.callback(handle.remove)
         yield by_layer

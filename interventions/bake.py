@@ -5,7 +5,7 @@ What scales an activation by the same number at every position scales the weight
     head, z' = mean + s (z - mean)    W_O[head]' = s W_O[head],  b_O' = b_O + (1 - s) mean @ W_O[head]
     feed-forward layer                the last linear map's weight and bias times s
     the same, before a post norm      the post norm's gain times s
-    direction v at every token        the bias of the MLP's last linear map plus v
+    direction v at every token        the bias of the MLP's last linear map plus v (over the residual multiplier)
 
 A trust dial is folded as it stands. What depends on the token or on the activation is refused: other steering, feature
 edits and gates.
@@ -44,7 +44,8 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
 
     Raises:
         UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
-            mean or a direction is added but the model has no bias for it, or the weights are quantised.
+            mean or a direction is added but the model has no bias for it, a scaled feed-forward layer has experts, or
+            the weights are quantised.
     """
     changes = folding_of(interventions)
     # Attaching makes the checks that folding needs too: heads and layers that exist, means of the right length.
@@ -60,6 +61,9 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
                 f"projections of this {anatomy.architecture} have none; scale the head around zero, or apply the "
                 "intervention while the model runs."
             )
+    for layer in changes.layers:
+        # Refused where there is no one map that writes.
+        anatomy.mlp_weights(layer)
     for layer in changes.directions:
         if anatomy.mlp_bias(layer) is None:
             raise UserError(
@@ -75,7 +79,7 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
         for layer, direction in changes.directions.items():
             bias = anatomy.mlp_bias(layer)
             assert bias is not None, "refused above"
-            bias.copy_(bias.float() + direction.to(bias.device))
+            bias.copy_(bias.float() + direction.to(bias.device) / anatomy.residual_multiplier)
 
 
 def folding_of(interventions: Sequence[Intervention]) -> Folding:

@@ -343,20 +343,25 @@ def attach_patches(model: nn.Module, patches: Sequence[Patch]) -> Handle:
         UserError: If the model does not have one of the parts; nothing is attached then.
     """
     anatomy = Anatomy(model)
-    modules = [anatomy.module(patch.part, patch.layer) for patch in patches]
+    for patch in patches:
+        anatomy.module(patch.part, patch.layer)
     trackers = dict.fromkeys(patch.tracker for patch in patches if patch.tracker is not None)
     hooks: list[Removable] = [tracker.attach(model) for tracker in trackers]
-    hooks += [hooked(module, patch) for module, patch in zip(modules, patches, strict=True)]
+    hooks += [hooked(anatomy, patch) for patch in patches]
     if patches:
         hooks.append(Replaced(anatomy.model, SAVING))
     return Handle(hooks)
 
 
-def hooked(module: nn.Module, patch: Patch) -> Removable:
-    """Let a patch change what passes by at its module."""
+def hooked(anatomy: Anatomy, patch: Patch) -> Removable:
+    """Let a patch change what passes by at its place.
+
+    Raises:
+        UserError: If the model does not have the part.
+    """
     if patch.part == "output_projection":
-        return module.register_forward_pre_hook(_of_input(patch.change))
-    return module.register_forward_hook(_of_output(patch.change))
+        return anatomy.module(patch.part, patch.layer).register_forward_pre_hook(_of_input(patch.change))
+    return anatomy.on_output(patch.part, patch.layer, patch.change)
 
 
 @contextmanager
@@ -392,13 +397,6 @@ SAVING: Mapping[str, Callable[..., Any]] = {"save_pretrained": _save_pretrained}
 def _of_input(change: Callable[[Tensor], Tensor]) -> Any:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(inputs[0]), *inputs[1:])
-
-    return hook
-
-
-def _of_output(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     return hook
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
+from interp.errors import UserError
 from interp.files import read_json
 from interventions.folding import Folding
 
@@ -64,8 +65,17 @@ def silenced(changes: Folding) -> list[int]:
 
 
 def drop(network: Any, layers: Sequence[int]) -> list[str]:
-    """Take feed-forward parts that write nothing out of a model; gives their module paths."""
+    """Take feed-forward parts that write nothing out of a model; gives their module paths.
+
+    Raises:
+        UserError: If these parts are no modules of their own.
+    """
     anatomy = Anatomy(network)
+    if layers and anatomy.blueprint.mlp_steps:
+        raise UserError(
+            f"The feed-forward parts of this {anatomy.architecture} are no modules of their own, so none can be left "
+            "out; export without --drop."
+        )
     paths = [anatomy.path("mlp", layer) for layer in layers]
     for path in paths:
         network.set_submodule(path, Nothing())

@@ -183,7 +183,7 @@ def _in_adapter(folder: Path, anatomy: Anatomy) -> Found:
         by_module[match[1]][f"{match[2]}.{match[3]}"] = values
     layers = range(anatomy.n_layers)
     projections = {anatomy.path("output_projection", layer): layer for layer in layers}
-    mlps = {anatomy.mlp_output_path(layer): layer for layer in layers}
+    mlps = {path: layer for layer in layers if (path := anatomy.mlp_output_path(layer)) is not None}
     scales: dict[tuple[int, int], float] = {}
     directions: dict[int, Tensor] = {}
     for module, parts in by_module.items():
@@ -193,7 +193,7 @@ def _in_adapter(folder: Path, anatomy: Anatomy) -> Found:
         elif module in mlps and not (up @ down).any():
             if bias.any():
                 check_no_post_norm(anatomy)
-                directions[mlps[module]] = _direction(folder, mlps[module], bias, anatomy)
+                directions[mlps[module]] = _direction(folder, mlps[module], anatomy.residual_multiplier * bias, anatomy)
         else:
             raise UserError(f"What the adapter {folder} adds to {module} is no edit of heads; {_MERGE}")
     form = "PEFT LoRA adapter" + " of biases" * (not scales)

@@ -48,9 +48,10 @@ class RowGroup:
             UserError: If the model does not have one of the parts; nothing is attached then.
         """
         anatomy = Anatomy(model)
-        modules = [anatomy.module(patch.part, patch.layer) for patch in self._patches]
+        for patch in self._patches:
+            anatomy.module(patch.part, patch.layer)
         patches = [patch._replace(change=self._in_rows(patch.change)) for patch in self._patches]
-        return Handle([hooked(module, patch) for module, patch in zip(modules, patches, strict=True)])
+        return Handle([hooked(anatomy, patch) for patch in patches])
 
     def tell(self, real: Tensor, kept: Sequence[Mapping[RowFollower, Tensor]] | None = None) -> None:
         """Say what the group's rows are in this thread's next passes.

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from interp.anatomy import transformers_model
+from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 from interventions.replaced import Replaced
 
@@ -156,7 +156,8 @@ class Following:
     """
 
     def __init__(self, tracker: TokenTracker, network: Any) -> None:
-        inside = getattr(network.base_model, "_orig_mod", network.base_model)
+        body = Anatomy(network).body
+        inside = getattr(body, "_orig_mod", body)
         names = argument_names(inside)
         self._parts = [
             inside.register_forward_pre_hook(partial(tracker.see, names), with_kwargs=True),

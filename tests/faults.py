@@ -103,8 +103,8 @@ FAULTS = (
     Fault(
         "norm after the MLP left out",
         "interp/anatomy.py",
-        "return output if blueprint.mlp_post_norm is None else",
-        "return output if output is not None else",
+        "output if path is None else self._block_part(layer, path)(output)",
+        "output",
         "tests/interp/test_anatomy.py",
     ),
     Fault(

@@ -36,17 +36,21 @@ def active_shares(model: nn.Module, items: Sequence[Continued], *, progress: str
     Returns:
         ``(n, n_layers)`` float32 on the CPU: means over neurons and over the positions that predict the answer, from
         the prompt's last token on.
+
+    Raises:
+        UserError: If a layer has experts, of which each token sees a few.
     """
     check_single(model)
     anatomy = Anatomy(model)
     shares = torch.zeros(len(items), anatomy.n_layers)
     for batch in tracked(token_batches(items), progress):
         inputs = padded(model, [items[i].tokens for i in batch])
-        width = inputs["input_ids"].shape[1]
+        shape = inputs["input_ids"].shape
+        width = shape[1]
         seen: dict[int, Tensor] = {}
 
-        def see(layer: int, _: nn.Module, __: Any, neurons: Tensor, *, seen: dict[int, Tensor] = seen) -> None:
-            seen[layer] = (neurons > 0).float().mean(-1)
+        def see(layer: int, _: nn.Module, __: Any, neurons: Tensor, *, seen: Any = seen, shape: Any = shape) -> None:
+            seen[layer] = (neurons > 0).float().mean(-1).reshape(shape)
 
         with ExitStack() as hooks:
             for layer in range(anatomy.n_layers):

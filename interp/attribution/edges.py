@@ -12,10 +12,10 @@ patching. What a layer's heads read is one receiver.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import polars as pl
 import torch
@@ -31,6 +31,7 @@ from interp.errors import UserError
 from interp.inputs import padded, prompt_batches, token_ids, tokenizer_of
 from interp.progress import tracked
 
+Reader = Literal["attention", "mlp"]
 _TOKENS_AT_ONCE = 512
 
 
@@ -213,15 +214,15 @@ class _Edges:
         def keep_z(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             z.append(given[0].unflatten(-1, (self.anatomy.n_heads, -1)))
 
-        def keep_write(_: nn.Module, __: Any, output: Tensor) -> None:
-            mlps.append(output)
+        def keep_write(output: Tensor) -> None:
+            mlps.append(self.anatomy.residual_multiplier * output)
 
         with ExitStack() as hooks:
             for layer in range(self.anatomy.n_layers):
                 attention = self.anatomy.module("output_projection", layer)
                 hooks.callback(attention.register_forward_pre_hook(keep_z).remove)
-                mlp = self.anatomy.module(self.anatomy.writing_part("mlp"), layer)
-                hooks.callback(mlp.register_forward_hook(keep_write).remove)
+                mlp = self.anatomy.writing_part("mlp")
+                hooks.callback(self.anatomy.on_output(mlp, layer, keep_write).remove)
             hooks.enter_context(self._entering(embedding.append))
             self.anatomy.body(**inputs, use_cache=False)
         return _Written(embedding[0], z, mlps)
@@ -230,36 +231,54 @@ class _Edges:
         """The logit difference's gradient at what receivers read, ``(n, n_receivers, n_tokens, d_model)``."""
         network: Any = self.anatomy.model
         offsets = [torch.zeros_like(embedding, requires_grad=True) for _ in self.receivers]
-        norms = [
-            self.anatomy.module(part, layer)
-            for layer in range(self.anatomy.n_layers)
-            for part in ("attention_norm", "mlp_norm")
-        ]
+        reading = [(part, layer) for layer in range(self.anatomy.n_layers) for part in get_args(Reader)]
         with ExitStack() as hooks, torch.enable_grad():
-            for norm, offset in zip([*norms, self.anatomy.final_norm], offsets, strict=True):
-                handle = norm.register_forward_pre_hook(lambda _, given, offset=offset: (given[0] + offset, *given[1:]))
-                hooks.callback(handle.remove)
+            for (part, layer), offset in zip(reading, offsets[:-1], strict=True):
+                hooks.enter_context(self._offset(part, layer, offset))
+            hooks.enter_context(_given(self.anatomy.final_norm, lambda read: read + offsets[-1]))
             hooks.enter_context(self._entering(lambda _: embedding))
             logits = network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].gather(1, answers)
             gradients = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), offsets)
         return torch.stack(gradients, 1)
 
     @contextmanager
-    def _entering(self, seen: Any) -> Iterator[None]:
-        """Show ``seen`` the residual stream that enters the first block; what it returns enters instead."""
-
-        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            if given:
-                replaced = seen(given[0])
-                return (given if replaced is None else (replaced, *given[1:])), named
-            replaced = seen(named["hidden_states"])
-            return given, (named if replaced is None else {**named, "hidden_states": replaced})
-
-        handle = self.anatomy.module("block", 0).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+    def _offset(self, part: Reader, layer: int, offset: Tensor) -> Iterator[None]:
+        """Add an offset to what attention or the MLP reads, and to what nothing else reads."""
+        norms, reader = self.anatomy.blueprint, self.anatomy.module(part, layer)
+        if (norms.attention_norm if part == "attention" else norms.mlp_norm) is None:
+            with _given(reader, lambda read: read + offset):
+                yield
+            return
+        norm = self.anatomy.module("attention_norm" if part == "attention" else "mlp_norm", layer)
+        if norms.attention_norm != norms.mlp_norm:
+            with _given(norm, lambda read: read + offset.reshape(read.shape)):
+                yield
+            return
+        # The norm is the other's too: it is applied once more, for this reader.
+        entered: list[Tensor] = []
+        with _given(norm, entered.append), _given(reader, lambda _: norm.forward(entered.pop() + offset)):
             yield
-        finally:
-            handle.remove()
+
+    def _entering(self, seen: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[None]:
+        """Show ``seen`` the residual stream that enters the first block; what it returns enters instead."""
+        return _given(self.anatomy.module("block", 0), seen)
+
+
+@contextmanager
+def _given(module: nn.Module, seen: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Show ``seen`` what a module is given to read; what it returns is given instead."""
+
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        replaced = seen(given[0] if given else named["hidden_states"])
+        if replaced is None:
+            return given, named
+        return ((replaced, *given[1:]), named) if given else (given, {**named, "hidden_states": replaced})
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Written(NamedTuple):

@@ -239,11 +239,11 @@ def head_effects(
         states, streams = clean[rows], clean.embedding[rows].unsqueeze(1)
         for at in range(anatomy.n_layers):
             output = anatomy.attention_output(at, states.z[:, at]).unsqueeze(1)
-            write = anatomy.post_attention_norm(at, output)
+            write = anatomy.added_by_attention(at, output)
             writes = write.expand(-1, streams.shape[1], -1)
             if at == layer:
                 change = (z[rows] - states.z[:, at, number].unsqueeze(1)) @ anatomy.output_matrix(at)[number]
-                writes = torch.cat([write, anatomy.post_attention_norm(at, output + change)], 1)
+                writes = torch.cat([write, anatomy.added_by_attention(at, output + change)], 1)
                 streams = streams.expand(-1, writes.shape[1], -1)
             streams = _step(anatomy, at, streams, writes, rows_at_once)
         check_clean_stream(anatomy, streams[:, 0], states.final)
@@ -255,7 +255,7 @@ def _attention_writes(anatomy: Anatomy, layer: int, z: Tensor, replacement: Tens
     """The clean attention write ``(n, 1, d_model)`` and those with one head replaced ``(n, n_heads, d_model)``."""
     output = anatomy.attention_output(layer, z).unsqueeze(1)
     patched = output + anatomy.head_outputs(layer, replacement - z)
-    return anatomy.post_attention_norm(layer, output), anatomy.post_attention_norm(layer, patched)
+    return anatomy.added_by_attention(layer, output), anatomy.added_by_attention(layer, patched)
 
 
 def _step(anatomy: Anatomy, layer: int, residual: Tensor, write: Tensor, rows_at_once: int) -> Tensor:

@@ -142,12 +142,20 @@ def write_biases(model: nn.Module, directions: Mapping[int, Tensor], folder: Pat
     anatomy = Anatomy(model)
     check_no_post_norm(anatomy)
     nothing = Factors(torch.zeros(1, anatomy.d_mlp), torch.zeros(anatomy.d_model, 1))
-    paths = {anatomy.mlp_output_path(layer): direction for layer, direction in directions.items()}
     tensors: dict[str, Tensor] = {}
-    for path, direction in paths.items():
+    paths: list[str] = []
+    for layer, direction in directions.items():
+        path = anatomy.mlp_output_path(layer)
+        if path is None:
+            raise UserError(
+                f"A direction is no bias in layer {layer}, which has experts; write it for llama.cpp (--vector gguf), "
+                "or apply the intervention while the model runs."
+            )
+        paths.append(path)
         name = f"base_model.model.{path}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (factor.clone() for factor in nothing)
-        tensors[f"{name}.lora_B.bias"] = direction.float().cpu().contiguous()
+        # All that the block adds may be multiplied on its way.
+        tensors[f"{name}.lora_B.bias"] = (direction.float() / anatomy.residual_multiplier).cpu().contiguous()
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     adapter = Adapter(dict.fromkeys(paths, nothing), {}, anatomy.transposed)
     write_json(folder / CONFIG, adapter_config(adapter, base) | {"lora_bias": True})

@@ -178,7 +178,7 @@ def scaled(model: nn.Module, places: Sequence[HeadOrLayer], scales: Tensor) -> I
         return hook
 
     def scale_output(index: int) -> Any:
-        return lambda _, __, output: output * scales[..., index, None, None].to(output.device, output.dtype)
+        return lambda output: output * scales[..., index, None, None].to(output.device, output.dtype)
 
     with ExitStack() as stack:
         for layer, indices in heads_of.items():
@@ -186,7 +186,7 @@ def scaled(model: nn.Module, places: Sequence[HeadOrLayer], scales: Tensor) -> I
             stack.callback(module.register_forward_pre_hook(scale_heads(indices)).remove)
         for index, (layer, head) in enumerate(places):
             if head is None:
-                stack.callback(anatomy.module(part, layer).register_forward_hook(scale_output(index)).remove)
+                stack.callback(anatomy.on_output(part, layer, scale_output(index)).remove)
         yield
 
 

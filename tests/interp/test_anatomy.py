@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, CTRLConfig, CTRLLMHeadModel
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
@@ -91,11 +91,9 @@ def plain_model(bridge):
 
 
 def test_unknown_architecture_lists_the_known_ones():
-    config = OPTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=10, word_embed_proj_dim=16
-    )
-    with pytest.raises(UserError, match=r"OPTForCausalLM is not known; known are .*LlamaForCausalLM"):
-        Anatomy(OPTForCausalLM(config))
+    config = CTRLConfig(n_embd=16, n_layer=1, n_head=2, dff=16, vocab_size=10)
+    with pytest.raises(UserError, match=r"CTRLLMHeadModel is not known; known are .*LlamaForCausalLM"):
+        Anatomy(CTRLLMHeadModel(config))
 
 
 def test_a_layer_that_does_not_exist_is_an_error(tiny_llama):

@@ -101,8 +101,8 @@ def test_a_name_that_is_nothing_lists_what_is_known():
 
 
 def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForCausalLM"]}')
-    with pytest.raises(UserError, match="OPTForCausalLM is not known; known are"):
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}')
+    with pytest.raises(UserError, match="CTRLLMHeadModel is not known; known are"):
         load_model(str(tmp_path))
 
 
