@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.runtime --json
 	$(BIN)/python -m benchmarks.gpu --json
 	$(BIN)/python -m benchmarks.conversion --json
+	$(BIN)/python -m benchmarks.serving --json
 
 schema: $(STAMP)
 	$(BIN)/python -c "from interp.files import write_json; from interventions.config import json_schema; write_json('interventions/schema.json', json_schema())"
