@@ -52,15 +52,15 @@ WITH_MLP_BIAS = {
     "starcoder2",
 }
 NOT_BRIDGED = {
-    "cohere": "logit_scale",
+    "cohere": "computes something else",
     "cohere-untied": "did not declare 'q_norm'",
-    "cohere2": "logit_scale",
+    "cohere2": "computes something else",
     "falcon-40b": "new_decoder_architecture",
     "falcon-11b": "new_decoder_architecture",
     "gpt-bigcode-heads": "only supports multi_query=True",
     "phi": "did not declare 'q_norm'",
 }
-"""What transformer_lens does not know of a model's settings."""
+"""What the sentence says that refuses a bridge."""
 
 
 @cache
