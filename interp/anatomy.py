@@ -463,7 +463,7 @@ def unknown_architecture(name: str) -> str:
         return f"The architecture {name} {UNSUPPORTED[name]}, so that it cannot be taken apart; choose another model."
     return (
         f"The architecture {name} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
-        "Add a Blueprint for it to interp/anatomy.py."
+        "Add a Blueprint for it to interp/anatomy.py, or give one with --blueprint."
     )
 
 

@@ -69,11 +69,17 @@ class Model:
     model: Annotated[str, _model_option(help=MODEL_HELP)] = DEFAULT_MODEL
     device: Annotated[str, _model_option(help="auto, cpu, cuda, mps, ...")] = "auto"
     dtype: Annotated[str, _model_option(help="float32, float16 or bfloat16.")] = "float32"
+    blueprint: Annotated[
+        Path | None, _model_option(help="A JSON file that says what an architecture looks like that is not known here.")
+    ] = None
 
     def load(self, attention: str | None = "eager") -> Any:
         """Load the model with its tokenizer; ``attention`` is that of ``interp.models.load_model``."""
+        from interp.blueprints import register
         from interp.models import load_model
 
+        if self.blueprint is not None:
+            register(self.blueprint)
         return load_model(self.model, device=self.device, dtype=self.dtype, attention=attention)
 
 
