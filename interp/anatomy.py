@@ -500,7 +500,7 @@ class Anatomy:
         architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
         blueprint: What a model of this architecture and configuration looks like.
         n_layers, n_heads, n_kv_heads, d_head, d_model, d_mlp: Shapes.
-        parallel: Whether attention and MLP read the same residual stream (GPT-NeoX).
+        parallel: Whether attention and MLP read the same residual stream.
         residual_multiplier: The factor on all that attention and MLP add to the residual stream (Granite), mostly 1.
         logit_multiplier: The factor on the logits (Cohere, Granite), mostly 1.
         logit_softcap: Cap of the final ``cap * tanh(logits / cap)`` (Gemma 2), or ``None``.

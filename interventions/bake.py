@@ -106,9 +106,8 @@ def write_folded(
 ) -> None:
     """Write a checkpoint that is ``model`` with an intervention file folded into its weights.
 
-    The folder holds weights, tokenizer, generation settings and a model card, and loads like the model itself; beside
-    them the intervention file at its setting, and prompts. The
-    weights keep the dtype in which the model was saved.
+    The folder holds weights, in the dtype in which the model was saved, tokenizer, generation settings and a model
+    card, and loads like the model itself; beside them lie the intervention file at its setting, and prompts.
 
     Args:
         model: A registered name, a local directory with weights and tokenizer, or a hub id.

@@ -117,7 +117,7 @@ def _found(path: Path, anatomy: Anatomy) -> Found:
 def _interventions(found: Found, strength: float, layers: Collection[int] | None) -> list[Intervention]:
     """What a file does, in some layers, at a strength."""
     there = sorted({layer for layer, _ in found.scales} | found.directions.keys())
-    wanted = set(there if layers is None else layers)
+    wanted = set(there if layers is None or not there else layers)
     if missing := sorted(wanted - set(there)):
         raise UserError(
             f"{found.path} changes nothing in layer {missing[0]}; it does in {', '.join(map(str, there))}: give those."

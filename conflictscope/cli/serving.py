@@ -98,6 +98,8 @@ def serve(
         raise UserError(f"{address.host} can be reached from elsewhere; give --api-key too, or listen at 127.0.0.1.")
     if engine.engine == "vllm" and bounds != Bounds():
         raise UserError("Bounds and --journal are for --engine transformers; give vLLM's own with --vllm-options.")
+    if engine.engine == "transformers" and replace(engine, engine="vllm") != Engine("vllm"):
+        raise UserError("--adapters, --vllm-python and --vllm-options are for --engine vllm; give that too.")
     files = named(config)
     chosen = replace(served, model=served.model or next(iter(files.values())).model.name)
     if engine.engine == "vllm":
@@ -132,7 +134,12 @@ def _by_transformers(files: Mapping[str, Any], served: Model, address: Address, 
 
 def _by_vllm(files: Mapping[str, Any], served: Model, address: Address, engine: Engine) -> None:
     from conflictscope.serve import vllm
+    from interp.blueprints import register
 
+    if served.device != "auto":
+        raise UserError("vLLM chooses where it runs; leave out --device, or give its own options with --vllm-options.")
+    if served.blueprint is not None:
+        register(served.blueprint)
     can_resolve = vllm.check_installed(engine.vllm_python)
     names = vllm.write_edits(served.model, files, engine.adapters, recorded(None))
     name = Path(served.model).name
@@ -140,7 +147,7 @@ def _by_vllm(files: Mapping[str, Any], served: Model, address: Address, engine: 
     if not can_resolve:
         say(
             "Other settings, like dial@0.5, are not found on demand: ConflictScope is not installed for "
-            f"{engine.vllm_python}; install it there with pip install --no-deps conflictscope."
+            f"{engine.vllm_python}; install it there, from its checkout, with pip install --no-deps ."
         )
     how = vllm.Served(
         model=served.model,

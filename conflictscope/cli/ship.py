@@ -124,6 +124,8 @@ class Shipped:
             )
         if self.bake + self.lora + (self.vector is not None) > 1:
             raise UserError("--bake, --lora and --vector are three forms; give one.")
+        if self.prompts is not None and not (self.bake or self.lora or self.vector):
+            raise UserError("--prompts are for `verify` of an exported folder; give --bake, --lora or --vector too.")
         if settings > 1 and not self.lora:
             raise UserError("Several settings at once are written as adapters only; give --lora, or one --trust.")
 

@@ -28,7 +28,7 @@ class Base(Model):
 
 def verify(
     *,
-    out: Annotated[Path, typer.Argument(help="A folder that `export --lora` or `export --bake` wrote.")],
+    out: Annotated[Path, typer.Argument(help="A folder that `export` wrote with --lora, --bake or --vector.")],
     url: Annotated[
         str | None, typer.Option(help="Ask a running server instead, by OpenAI's API: http://localhost:8000.")
     ] = None,
@@ -48,7 +48,7 @@ def verify(
     """
     from interp.errors import UserError
     from interventions.export.server import Server
-    from interventions.export.verify import edits_in, prompts_in, traps, verified
+    from interventions.export.verify import edits_in, left_out, prompts_in, traps, verified
 
     edits = edits_in(out)
     asked = list(recorded(prompts)) if prompts is not None else prompts_in(edits)
@@ -61,6 +61,9 @@ def verify(
     for edit, sentences in notes.items():
         for sentence in sentences:
             say(f"{edit}: {sentence}")
+    if server is None:
+        for sentence in left_out(edits):
+            say(sentence)
     findings = list(verified(model, edits, asked, max_new_tokens=max_new_tokens, server=server))
     if as_json:
         print(json.dumps({"notes": notes, "findings": [asdict(finding) for finding in findings]}, indent=2))  # noqa: T201

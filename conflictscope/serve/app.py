@@ -171,7 +171,7 @@ def _chat_tokens(engine: Engine, messages: Sequence[Message], options: Mapping[s
     turns = [message.model_dump() for message in messages]
     try:
         text = write(turns, tokenize=False, add_generation_prompt=True, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise UserError(f"The chat template of {engine.name} refuses these messages: {error}.") from error
     return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -205,13 +205,17 @@ def _widened(values: Tensor, size: int, axis: int) -> Tensor:
 
 def _join(cache: Any, other: Any) -> None:
     """Put the rows of another cache after those of one."""
-    for layer, added in zip(cache.layers, other.layers, strict=True):
-        if layer.keys is None:
-            # It takes another layer's.
-            continue
-        columns = max(layer.keys.shape[-2], added.keys.shape[-2])
-        layer.keys = torch.cat([_widened(layer.keys, columns, -2), _widened(added.keys, columns, -2)])
-        layer.values = torch.cat([_widened(layer.values, columns, -2), _widened(added.values, columns, -2)])
+
+    def joined(some: Tensor, added: Tensor) -> Tensor:
+        columns = max(some.shape[-2], added.shape[-2])
+        return torch.cat([_widened(some, columns, -2), _widened(added, columns, -2)])
+
+    # One layer may take another's.
+    pairs = [pair for pair in zip(cache.layers, other.layers, strict=True) if pair[0].keys is not None]
+    # All of them before any is put in place: memory may not suffice.
+    made = [(joined(layer.keys, added.keys), joined(layer.values, added.values)) for layer, added in pairs]
+    for (layer, added), (keys, values) in zip(pairs, made, strict=True):
+        layer.keys, layer.values = keys, values
         if layer.is_sliding:
             layer.cumulative_length = max(layer.cumulative_length, added.cumulative_length)
 

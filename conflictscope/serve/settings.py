@@ -13,10 +13,12 @@ import os
 import tempfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-FOLDER = "CONFLICTSCOPE_ADAPTERS"
-_FURTHEST = 100.0
+FOLDER, BASE = "CONFLICTSCOPE_ADAPTERS", "CONFLICTSCOPE_BASE"
+"""The variables that name the folder of adapters, and what their base is loaded from: else vLLM's name of the model."""
+_UNEDITED = "none"
+_FURTHEST, _LONGEST = 100.0, 200
 
 
 class Found(NamedTuple):
@@ -31,36 +33,40 @@ class Found(NamedTuple):
     share: float
 
 
-def find(adapters: Path, name: str) -> Found | None:
-    """Find the adapter that a name stands for: a folder, or ``NAME@SETTING``.
+def find(adapters: Path, name: str, base: str) -> Found | None:
+    """Find the adapter that a name stands for: a folder, ``NAME@SETTING``, or ``none``, which changes nothing.
 
     A dial has folders for both of its ends, ``NAME@1`` and ``NAME@-1``; a setting between them is a share of the end on
-    its side. Another edit has the folder ``NAME``, and a setting is how far it goes.
+    its side. An edit that scales heads has the folder ``NAME``, and a setting is how far it goes. Edits that consist of
+    several have the settings that they were exported at only.
 
     Args:
         adapters: The folder of adapters.
-        name: What a request calls its model.
+        name: What a request calls its model. A setting is written as ``format(setting, "g")`` does.
+        base: What the base is loaded from; adapters of others are not found.
 
     Returns:
         ``None`` if there is no such adapter, or the setting is out of range.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
+    if not _is_name(name):
         return None
-    if _is_adapter(adapters / name):
+    if _is_for(adapters / name, base):
         return Found(adapters / name, 1.0)
-    edit, at, setting = name.rpartition("@")
+    if name == _UNEDITED:
+        some = next((folder for folder in sorted(adapters.iterdir()) if _is_for(folder, base)), None)
+        return None if some is None else Found(some, 0.0)
+    edit, _, setting = name.rpartition("@")
     try:
         value = float(setting)
     except ValueError:
         return None
-    if not at or not edit or not math.isfinite(value):
+    if not _is_name(edit) or not math.isfinite(value) or f"{value:g}" != setting:
         return None
-    sides = ("1", "-1") if value == 0 else ("1",) if value > 0 else ("-1",)
     if abs(value) <= 1:
-        for side in sides:
-            if _is_adapter(end := adapters / f"{edit}@{side}"):
+        for side in ("1", "-1") if value == 0 else ("1",) if value > 0 else ("-1",):
+            if _is_for(end := adapters / f"{edit}@{side}", base) and _kinds(end) == ["trust_dial"]:
                 return Found(end, abs(value))
-    is_single = _is_adapter(adapters / edit) and not any(_is_adapter(adapters / f"{edit}@{end}") for end in ("1", "-1"))
+    is_single = _is_for(adapters / edit, base) and _kinds(adapters / edit) == ["head_scaling"]
     return Found(adapters / edit, value) if is_single and abs(value) <= _FURTHEST else None
 
 
@@ -86,21 +92,46 @@ def register() -> None:
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
-    adapters, written = Path(folder), Path(tempfile.mkdtemp(prefix="conflictscope-settings-"))
-
     class Settings(LoRAResolver):
         """Resolves ``NAME@SETTING``."""
 
-        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:  # noqa: ARG002
-            found = find(adapters, lora_name)
+        def __init__(self, adapters: Path) -> None:
+            self._adapters = adapters
+            self._written: tempfile.TemporaryDirectory[str] | None = None
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            found = find(self._adapters, lora_name, os.environ.get(BASE, base_model_name))
             if found is None:
                 return None
+            if self._written is None:
+                self._written = tempfile.TemporaryDirectory(prefix="conflictscope-settings-")
             # vLLM numbers adapters that it is started with from 1 on.
             number = zlib.crc32(lora_name.encode()) + 2**20
-            return LoRARequest(lora_name, number, str(at_setting(found, written / lora_name)))
+            return LoRARequest(lora_name, number, str(at_setting(found, Path(self._written.name) / lora_name)))
 
-    LoRAResolverRegistry.register_resolver("ConflictScope settings", Settings())
+    LoRAResolverRegistry.register_resolver("ConflictScope settings", Settings(Path(folder)))
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+def _is_name(text: str) -> bool:
+    """Whether a text can be the name of a folder in the folder of adapters."""
+    return text.strip(".") != "" and len(text) <= _LONGEST and not {"/", "\\", "\0"} & set(text)
+
+
+def _is_for(folder: Path, base: str) -> bool:
+    """Whether a folder holds an adapter for a base."""
+    config = _read(folder / "adapter_config.json")
+    return config.get("base_model_name_or_path") == base
+
+
+def _kinds(folder: Path) -> list[str]:
+    """The kinds of the interventions that an adapter was exported of."""
+    return [str(entry.get("kind")) for entry in _read(folder / "intervention.json").get("interventions", [])]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object of JSON; an empty one where there is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from conflictscope.serve.settings import FOLDER
+from conflictscope.serve.settings import BASE, FOLDER
 from interp.errors import UserError
 from interp.files import atomic_directory, write_json
-from interp.models import checkpoint_source
+from interp.models import checkpoint_source, load_checkpoint
 from interventions.bake import folding_of
 from interventions.config import UNEDITED, InterventionFile
 from interventions.export.lora import CONFIG, TENSORS, VLLM_RANKS, vllm_rank, write_adapters
@@ -27,6 +28,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
+_OWN = ("--host", "--port", "--api-key", "--model", "--served-model-name", "--dtype", "--uds")
 _PROBE = """
 import importlib.metadata, json
 names = [point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")]
@@ -79,6 +81,12 @@ def write_edits(model: str, files: Mapping[str, InterventionFile], adapters: Pat
     """
     names: list[str] = []
     base = checkpoint_source(model)
+    taken = {UNEDITED, Path(model).name}
+    if odd := [name for name in files if name in taken or "=" in name]:
+        raise UserError(f"An edit cannot be called {odd[0]!r}, which is another's name or holds =; rename the file.")
+    network, tokenizer = load_checkpoint(model)
+    for file in files.values():
+        file.model.check(network, tokenizer)
     for name, file in files.items():
         settings: list[float | None] = [None]
         if file.dials:
@@ -97,6 +105,8 @@ def write_edits(model: str, files: Mapping[str, InterventionFile], adapters: Pat
         raise UserError(f"{', '.join(files)} changes nothing; give an intervention file that does.")
     if not (adapters / UNEDITED / CONFIG).is_file():
         _write_identity(adapters / names[0], adapters / UNEDITED)
+    elif read_adapter(adapters / UNEDITED)[0].get("base_model_name_or_path") != base:
+        raise UserError(f"{adapters} holds adapters for another base; give another --adapters.")
     return [*names, UNEDITED]
 
 
@@ -109,8 +119,10 @@ def command(served: Served, adapters: Path, names: Sequence[str]) -> list[str]:
         names: Their names.
 
     Raises:
-        UserError: If one has a rank above vLLM's cap.
+        UserError: If one has a rank above vLLM's cap, or an option is one that is set here.
     """
+    if own := [word for word in served.options if word.split("=")[0] in _OWN]:
+        raise UserError(f"{own[0]} is set by ConflictScope's own options; give it without --vllm-options.")
     configs = {name: read_adapter(adapters / name)[0] for name in names}
     highest = max(configs, key=lambda name: configs[name]["r"])
     rank = vllm_rank(configs[highest]["r"])
@@ -130,9 +142,7 @@ def command(served: Served, adapters: Path, names: Sequence[str]) -> list[str]:
         # One more than there are: where all are taken, CPU kernels give the last one to requests without an adapter.
         "--max-loras": len(names) + 1,
     }
-    if served.api_key:
-        flags["--api-key"] = served.api_key
-    start = [served.python, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    start = [shutil.which(served.python) or served.python, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     given = [str(part) for flag in flags.items() for part in flag]
     modules = [f"{name}={(adapters / name).resolve()}" for name in names]
     return [*start, *given, "--lora-target-modules", *targets, "--lora-modules", *modules, *served.options]
@@ -145,12 +155,16 @@ def start(served: Served, adapters: Path, names: Sequence[str]) -> NoReturn:
         UserError: If vLLM is not installed for the interpreter, or an adapter's rank is above its cap.
     """
     line = command(served, adapters, names)
-    environment = {**_ENVIRONMENT, **os.environ, FOLDER: str(adapters.resolve())}
+    base = checkpoint_source(served.model)
+    environment = {**_ENVIRONMENT, **os.environ, FOLDER: str(adapters.resolve()), BASE: base}
     environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if Path(line[line.index("--model") + 1]).is_dir():
+    if served.api_key:
+        # Not among the arguments, which every user of the machine can list.
+        environment["VLLM_API_KEY"] = served.api_key
+    if Path(base).is_dir():
         environment.setdefault("HF_HUB_OFFLINE", "1")
     sys.stderr.flush()
-    os.execve(served.python, line, environment)
+    os.execve(line[0], line, environment)
 
 
 def check_installed(python: str) -> bool:
@@ -161,9 +175,9 @@ def check_installed(python: str) -> bool:
     """
     try:
         ran = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        found = json.loads(ran.stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise UserError(f"{python} is no interpreter that runs; give --vllm-python one that has vLLM.") from error
-    found = json.loads(ran.stdout)
     if not found["versions"]:
         raise UserError(
             f"vLLM is not installed for {python}; install it in an environment of its own (pip install vllm, or "

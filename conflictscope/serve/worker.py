@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -83,20 +84,44 @@ class Worker:
             self._journal.close()
 
     def _work(self) -> None:
-        while (joining := self._next()) is not None:
-            if joining and not _tried(partial(self._batch.join, joining), joining):
-                self._end(joining)
+        joining: list[Answer] | None = []
+        while joining is not None:
+            try:
+                joining = self._next()
+                self._turn(joining or [])
+            except Exception as error:
+                _log.exception("answering failed, and begins anew")
+                self._fail(error, joining or [])
+                joining = []
+
+    def _turn(self, joining: Sequence[Answer]) -> None:
+        """Let answers join, and go on with a token of each."""
+        if joining and not _tried(partial(self._batch.join, joining), joining):
+            self._end(joining)
+        self._end(self._batch.leave())
+        if self._batch.answers:
+            _tried(self._batch.step, self._batch.answers)
             self._end(self._batch.leave())
-            if self._batch.answers:
-                _tried(self._batch.step, self._batch.answers)
-                self._end(self._batch.leave())
-            if self._alone is not None:
-                self._batch.pause()
-                _tried(self._alone.step, [self._alone.answer])
-                if self._alone.answer.ended:
-                    self._end([self._alone.answer])
-                    self._alone = None
-            self._metrics.batch.set(self._batch.n_rows)
+        if self._alone is not None:
+            self._batch.pause()
+            _tried(self._alone.step, [self._alone.answer])
+            if self._alone.answer.ended:
+                self._end([self._alone.answer])
+                self._alone = None
+        self._metrics.batch.set(self._batch.n_rows)
+
+    def _fail(self, error: Exception, joining: Sequence[Answer]) -> None:
+        """Tell all who wait that their answers failed, and begin with an empty batch."""
+        begun = [*self._batch.answers, *joining, *([] if self._alone is None else [self._alone.answer])]
+        with self._changed:
+            jobs = [*(answer.job for answer in begun), *self._waiting]
+            self._waiting.clear()
+        with suppress(Exception):
+            self._batch.pause()
+        self._batch, self._alone = Batch(self._model), None
+        # An answer that has just joined is in the batch as well.
+        for job in dict.fromkeys(jobs):
+            job.send(error)
 
     def _next(self) -> list[Answer] | None:
         """Wait until there is something to do, and give the answers that join the batch; ``None`` ends."""

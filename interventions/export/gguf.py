@@ -23,7 +23,20 @@ from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 
 # Where llama.cpp calls an architecture otherwise than transformers calls the type of its models.
-_OTHER_NAMES = {"gpt_neox": "gptneox", "mistral": "llama", "gemma3_text": "gemma3"}
+_OTHER_NAMES = {
+    "cohere": "command-r",
+    "gemma3_text": "gemma3",
+    "gpt_bigcode": "starcoder",
+    "gpt_neox": "gptneox",
+    "gpt_oss": "gpt-oss",
+    "llama4_text": "llama4",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 
 # Of types of metadata by their numbers: how struct reads them.
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
@@ -65,7 +78,9 @@ def write_gguf_adapter(
     import gguf
 
     name = architecture_name(model)
-    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    kind = next((kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    if kind is None:
+        raise UserError(f"llama.cpp has no architecture {name!r}; export without --gguf, for engines that know it.")
     names = gguf.get_tensor_name_map(kind, Anatomy(model).n_layers)
     writer = gguf.GGUFWriter(path, name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -76,6 +91,8 @@ def write_gguf_adapter(
         # Not an alpha of 0, with which llama.cpp would go all the way.
         for suffix, factor in (("lora_a", down), ("lora_b", up if share else torch.zeros_like(up))):
             weight = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            if weight is None:
+                raise UserError(f"llama.cpp has no tensor for {module}; export without --gguf, for other engines.")
             writer.add_tensor(f"{weight}.{suffix}", factor.float().contiguous().numpy())
     finish(writer)
 

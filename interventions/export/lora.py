@@ -177,7 +177,7 @@ def write_adapters(
         UserError: If the file is for another model or is no edit of heads only, the model cannot be loaded, nothing
             would change, a setting is given twice, ``out`` is not empty, or the disk is full.
     """
-    if len(set(trusts)) < len(trusts):
+    if len({f"{trust:g}" for trust in trusts}) < len(trusts):
         raise UserError("A setting is given twice; give each once.")
     wanted: list[float | None] = list(trusts) or [None]
     foldings = {trust: _folding(file, trust, strength) for trust in wanted}

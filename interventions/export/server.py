@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -31,7 +32,10 @@ class Server:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._key = api_key
-        self._listed: list[dict[str, Any]] = self._asked("/v1/models")["data"]
+        listed = self._asked("/v1/models")
+        if not isinstance(listed, dict) or not all("id" in entry for entry in listed.get("data") or [{}]):
+            raise UserError(f"{url} lists no models as OpenAI's API does; check --url.")
+        self._listed: list[dict[str, Any]] = listed["data"]
         self.names = [str(entry["id"]) for entry in self._listed]
 
     def model(self, edit: str) -> str:
@@ -65,6 +69,6 @@ class Server:
             raise UserError(
                 f"{self._url}{path} refused the request ({error.code}: {reason}); mend what it says."
             ) from error
-        except (URLError, OSError, ValueError) as error:
+        except (URLError, OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"{self._url} does not answer ({reason}); start the server, or check --url.") from error

@@ -31,7 +31,7 @@ from interventions.base import applied
 from interventions.config import DOCUMENT, UNEDITED, InterventionFile
 from interventions.export.card import PROMPTS
 from interventions.export.gguf import read_gguf
-from interventions.export.lora import CONFIG, TENSORS, VLLM_RANKS, vllm_rank
+from interventions.export.lora import CONFIG, GGUF, TENSORS, VLLM_RANKS, vllm_rank
 from interventions.export.server import Server
 from interventions.export.vectors import ARCHITECTURE, CONTROL_VECTOR, DIRECTION
 from interventions.steering import Steering
@@ -163,6 +163,28 @@ def traps(folder: Path) -> Iterator[str]:
         yield "It names its modules by their ends, so that factors of zeros are made for all layers; give full names."
 
 
+def left_out(edits: Sequence[Edit]) -> Iterator[str]:
+    """Say, a sentence each, what of some edits is not compared with hooks unless an engine is asked.
+
+    Raises:
+        UserError: If a checkpoint leaves layers out, so that it is loaded with code of its own.
+    """
+    for edit in edits:
+        if (edit.folder / "config.json").is_file() and "auto_map" in read_json(edit.folder / "config.json"):
+            raise UserError(
+                f"{edit.folder} leaves out layers and is loaded with its own code, which is not run here; export it "
+                "without --drop, and verify that."
+            )
+    if any(edit.is_adapter for edit in edits) and not _has_peft():
+        yield "PEFT is not installed, so that only weights are compared: pip install 'conflictscope[adapters]'"
+    if any((edit.folder / GGUF).is_file() for edit in edits):
+        yield f"{GGUF} is read by llama.cpp alone, and is not compared here."
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of an adapter.
 
@@ -218,7 +240,10 @@ def added(model: nn.Module, folder: Path) -> Iterator[None]:
         UserError: If the adapter changes a module that the model does not have, or has another shape.
     """
     config, tensors = read_adapter(folder)
-    scale = config["lora_alpha"] / config["r"]
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{folder / CONFIG} has no numbers for lora_alpha and r; export the adapter again.")
+    scale = alpha / rank
     before: dict[str, Tensor] = {}
     hooks = []
     modules = dict(model.named_modules())
@@ -226,7 +251,10 @@ def added(model: nn.Module, folder: Path) -> Iterator[None]:
         try:
             for path in sorted(set(_modules(tensors))):
                 weight: Any = getattr(modules.get(path), "weight", None)
-                down, up = (tensors[f"base_model.model.{path}.lora_{factor}.weight"].float() for factor in "AB")
+                down, up = (tensors.get(f"base_model.model.{path}.lora_{factor}.weight") for factor in "AB")
+                if down is None or up is None:
+                    raise UserError(f"The adapter has one of two factors of {path}; export it again.")
+                down, up = down.float(), up.float()
                 fits = up.ndim == down.ndim == 2 and up.shape[1] == len(down)
                 change = scale * (up @ down) if fits else up
                 change = change.T if config.get("fan_in_fan_out") else change
@@ -338,7 +366,7 @@ def _loaded(
         else:
             loaded = load_model(str(edit.folder), device=str(model.device), dtype=model.dtype, attention=None)
             yield "checkpoint", edit.name, answers(loaded, prompts, max_new_tokens)
-    if adapters and importlib.util.find_spec("peft") is not None:
+    if adapters and _has_peft():
         yield from by_peft(model, adapters, prompts, max_new_tokens)
 
 

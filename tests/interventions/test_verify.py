@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from interp.models import load_model
 from interventions.bake import write_folded
 from interventions.config import InterventionFile
 from interventions.export.lora import write_adapters
+from interventions.export.server import Server
 from interventions.export.vectors import write_vectors
-from interventions.export.verify import edits_in, prompts_in, traps, verified
+from interventions.export.verify import edits_in, left_out, prompts_in, traps, verified
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -161,6 +164,46 @@ def test_folders_without_an_edit_or_with_a_damaged_one_are_one_sentence(exported
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="Could not read"):
         found(model, folder)
+
+
+def test_an_adapter_without_alpha_or_half_a_pair_is_one_sentence(model, exported, tmp_path):
+    with pytest.raises(UserError, match="no numbers for lora_alpha and r"):
+        found(model, changed(exported, tmp_path, lora_alpha=None))
+    path = exported / "dial@1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    save_file(dict(list(tensors.items())[1:]), path)
+    with pytest.raises(UserError, match="one of two factors"):
+        found(model, exported / "dial@1")
+
+
+def test_what_is_not_compared_is_told(exported, monkeypatch):
+    monkeypatch.setattr("interventions.export.verify._has_peft", lambda: False)
+    assert "PEFT is not installed" in next(left_out(edits_in(exported)))
+    config = exported / "baked" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {}}))
+    with pytest.raises(UserError, match="without --drop"):
+        list(left_out(edits_in(exported)))
+
+
+def test_a_server_that_is_none_of_openai_s_is_one_sentence():
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="lists no models"):
+            Server(f"http://127.0.0.1:{http.server_port}")
+        http.shutdown()
+    for url in ("http://127.0.0.1:1", "http://127.0.0.1:port"):
+        with pytest.raises(UserError, match="does not answer"):
+            Server(url)
 
 
 def test_an_adapter_of_modules_that_the_model_lacks_is_refused(model, exported):

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -386,3 +387,18 @@ def test_the_cache_that_transformers_makes_is_of_the_kinds_that_can_be_joined(ti
         for name in ("llama", "mistral", "gemma2")
     }
     assert kinds == {"llama": {False}, "mistral": {True}, "gemma2": {False, True}}
+
+
+def test_what_fails_outside_a_pass_is_told_and_the_thread_goes_on(tiny_plain, monkeypatch):
+    model = tiny_plain("llama")
+    with working(model) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "leave", lambda _: 1 / 0)
+            ((_, events),) = submitted(worker, model, [((HEADS,), 0, 4)])
+            while not events:
+                time.sleep(0.01)
+        assert isinstance(events[0], ZeroDivisionError)
+        ((job, later),) = submitted(worker, model, [((HEADS,), 0, 4)])
+        while not any(isinstance(event, Done) for event in later):
+            time.sleep(0.01)
+    assert later[-1].text == model.tokenizer.decode(alone(model, (HEADS,), job), skip_special_tokens=True)
