@@ -122,7 +122,9 @@ def command(served: Served, adapters: Path, names: Sequence[str]) -> list[str]:
         UserError: If one has a rank above vLLM's cap, or an option is one that is set here.
     """
     if own := [word for word in served.options if word.split("=")[0] in _OWN]:
-        raise UserError(f"{own[0]} is set by ConflictScope's own options; give it without --vllm-options.")
+        raise UserError(
+            f"{own[0].partition('=')[0]} is set by ConflictScope's own options; give it without --vllm-options."
+        )
     configs = {name: read_adapter(adapters / name)[0] for name in names}
     highest = max(configs, key=lambda name: configs[name]["r"])
     rank = vllm_rank(configs[highest]["r"])

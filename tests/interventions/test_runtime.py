@@ -455,7 +455,8 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 with apply(model, edit, tokenizer=tokenizer):
     model.generate(**tokenizer("The capital of", return_tensors="pt"), max_new_tokens=2)
 engine, found = Engine(model, tokenizer, name="tiny", interventions=named([edit])), []
-engine.submit(engine.job([5, 6], CompletionRequest(prompt=""), 2, found.append))
+asked = CompletionRequest(prompt="", max_tokens=2)
+engine.submit(engine.jobs([[5, 6]], asked, lambda _, event: found.append(event)))
 engine.close()
 assert isinstance(found[-1], Done)
 """

@@ -193,7 +193,7 @@ def test_a_server_that_is_none_of_openai_s_is_one_sentence():
             self.end_headers()
             self.wfile.write(b"{}")
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Other) as http:

@@ -91,12 +91,12 @@ def four_places(folder, model_name, path, prompts, out, tokens):
     decode_plainly(baked)
     baked_texts = greedy_texts(baked, AutoTokenizer.from_pretrained(out), prompts, max_new_tokens=tokens)
     engine = Engine(plain, tokenizer, name="model", interventions={"edit": file})
-    found = []
-    for prompt in prompts:
-        asked = CompletionRequest(prompt=prompt, max_tokens=tokens)
-        engine.submit(engine.job(tokenizer(prompt)["input_ids"], asked, tokens, found.append))
+    found = {}
+    # Together: which ends first is not said.
+    asked = CompletionRequest(prompt=prompts, max_tokens=tokens)
+    engine.submit(engine.jobs([tokenizer(prompt)["input_ids"] for prompt in prompts], asked, found.__setitem__))
     engine.close()
-    served = [event.text for event in found if isinstance(event, Done)]
+    served = [found[number].text for number in range(len(prompts)) if isinstance(found[number], Done)]
     inputs = encode(bridge, prompts[:1])
     with torch.inference_mode(), applied(bridge, file):
         distance = (bridge.original_model(**inputs).logits - baked(**inputs).logits).abs().max()

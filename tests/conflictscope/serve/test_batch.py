@@ -401,4 +401,6 @@ def test_what_fails_outside_a_pass_is_told_and_the_thread_goes_on(tiny_plain, mo
         ((job, later),) = submitted(worker, model, [((HEADS,), 0, 4)])
         while not any(isinstance(event, Done) for event in later):
             time.sleep(0.01)
-    assert later[-1].text == model.tokenizer.decode(alone(model, (HEADS,), job), skip_special_tokens=True)
+    done = later[-1]
+    assert isinstance(done, Done)
+    assert done.text == model.tokenizer.decode(alone(model, (HEADS,), job), skip_special_tokens=True)
