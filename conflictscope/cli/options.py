@@ -73,13 +73,17 @@ class Model:
         Path | None, _model_option(help="A JSON file that says what an architecture looks like that is not known here.")
     ] = None
 
+    def __post_init__(self) -> None:
+        # Before anything is read: files of interventions are checked against the architecture.
+        if self.blueprint is not None:
+            from interp.blueprints import register
+
+            register(self.blueprint)
+
     def load(self, attention: str | None = "eager") -> Any:
         """Load the model with its tokenizer; ``attention`` is that of ``interp.models.load_model``."""
-        from interp.blueprints import register
         from interp.models import load_model
 
-        if self.blueprint is not None:
-            register(self.blueprint)
         return load_model(self.model, device=self.device, dtype=self.dtype, attention=attention)
 
 

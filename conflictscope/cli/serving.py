@@ -134,12 +134,9 @@ def _by_transformers(files: Mapping[str, Any], served: Model, address: Address, 
 
 def _by_vllm(files: Mapping[str, Any], served: Model, address: Address, engine: Engine) -> None:
     from conflictscope.serve import vllm
-    from interp.blueprints import register
 
     if served.device != "auto":
         raise UserError("vLLM chooses where it runs; leave out --device, or give its own options with --vllm-options.")
-    if served.blueprint is not None:
-        register(served.blueprint)
     can_resolve = vllm.check_installed(engine.vllm_python)
     names = vllm.write_edits(served.model, files, engine.adapters, recorded(None))
     name = Path(served.model).name

@@ -1,7 +1,8 @@
 """Logits and tokens of a real llama.cpp against hooks: adapters of heads, a dial by its scale, and control vectors.
 
-Runs with `make engines`: CONFLICTSCOPE_LLAMA_PYTHON names the interpreter of an environment with llama-cpp-python. The
-model is written here as a GGUF file in float32, without a tokenizer: llama.cpp is asked for token ids.
+`make engines` runs this alone, since it needs that engine: CONFLICTSCOPE_LLAMA_PYTHON names the interpreter of an
+environment with llama-cpp-python. The model is written here as a GGUF file in float32, without a tokenizer: llama.cpp
+is asked for token ids.
 """
 
 import json
@@ -28,11 +29,10 @@ from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 
-PYTHON = os.environ.get("CONFLICTSCOPE_LLAMA_PYTHON", "")
+PYTHON = os.environ["CONFLICTSCOPE_LLAMA_PYTHON"]
 MODEL, TOKENS = "smollm2-135m", 12
 LAYERS, HEADS, KEY_HEADS, WIDTH = 30, 9, 3, 576
 
-pytestmark = pytest.mark.skipif(not PYTHON, reason="CONFLICTSCOPE_LLAMA_PYTHON names no interpreter: make engines")
 
 CONTEXT, MEMORY = [(23, 0), (23, 1), (23, 2), (23, 7)], [(23, 4), (24, 4), (29, 0)]
 DIAL = TrustDial(

@@ -1,7 +1,7 @@
 """The tokens of a real vLLM against hooks: alone, 32 at once, five edits mixed, and what goes wrong silently elsewhere.
 
-Runs with `make engines`: CONFLICTSCOPE_VLLM_PYTHON names the interpreter of an environment with vLLM and, without its
-dependencies, ConflictScope.
+`make engines` runs this alone, since it needs that engine: CONFLICTSCOPE_VLLM_PYTHON names the interpreter of an
+environment with vLLM and, without its dependencies, ConflictScope.
 """
 
 import json
@@ -31,11 +31,10 @@ from interventions.export.verify import Edit, answers, edits_in, expected, verif
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 
-PYTHON = os.environ.get("CONFLICTSCOPE_VLLM_PYTHON", "")
+PYTHON = os.environ["CONFLICTSCOPE_VLLM_PYTHON"]
 MODEL, TOKENS = "smollm2-135m", 12
 OPTIONS = "--enforce-eager --max-model-len 512"
 
-pytestmark = pytest.mark.skipif(not PYTHON, reason="CONFLICTSCOPE_VLLM_PYTHON names no interpreter: make engines")
 
 # Heads that path patching finds in SmolLM2, those of the context and those of memory.
 CONTEXT, MEMORY = [(23, 0), (23, 1), (23, 2), (23, 7)], [(23, 4), (24, 4), (29, 0)]
@@ -195,6 +194,8 @@ def test_none_is_safe_where_every_slot_is_taken(served, prompts, truth):
 
 
 def test_it_stops_cleanly(served):
-    _, process = served
+    server, process = served
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) is not None
+    process.wait(120)
+    with pytest.raises(UserError, match="does not answer"):
+        Server(server._url)

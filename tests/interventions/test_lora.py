@@ -34,9 +34,9 @@ def plain(folder) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def file_of(folder, edit, name="edit"):
+def file_of(folder, *edits):
     model, tokenizer = plain(folder), AutoTokenizer.from_pretrained(folder)
-    return InterventionFile.of([edit], name=name, model=ModelIdentity.of(model, str(folder), tokenizer))
+    return InterventionFile.of(edits, name="edit", model=ModelIdentity.of(model, str(folder), tokenizer))
 
 
 @pytest.fixture

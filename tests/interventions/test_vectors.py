@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.errors import UserError
 from interp.inputs import encode
@@ -21,7 +20,9 @@ from interventions.feedforward import FeedForwardScaling
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
-from tests.tiny import CONFIGS, tiny_conflicts
+from tests.interventions import test_lora
+from tests.interventions.test_lora import file_of, hooked, logits, plain
+from tests.tiny import CONFIGS
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0))
 EDITS = (
@@ -32,29 +33,7 @@ EDITS = (
 POST_NORM = ["gemma2", "gemma3"]
 
 
-def plain(folder) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def file_of(folder, *edits):
-    model, tokenizer = plain(folder), AutoTokenizer.from_pretrained(folder)
-    return InterventionFile.of(edits, name="edit", model=ModelIdentity.of(model, str(folder), tokenizer))
-
-
-@pytest.fixture
-def inputs(tiny_llama):
-    return encode(tiny_llama, [example.prompt for example in tiny_conflicts()])
-
-
-def logits(model, inputs):
-    with torch.inference_mode():
-        return model(**inputs).logits[inputs["attention_mask"].bool()]
-
-
-def hooked(folder, inputs, *edits):
-    model = plain(folder)
-    with applied(model, *edits):
-        return logits(model, inputs)
+inputs = test_lora.inputs
 
 
 # PEFT
