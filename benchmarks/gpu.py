@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ import typer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import show
 from benchmarks.mutual_information import Population
 from benchmarks.runtime import random_heads
 from interp.activations import record, sites_of
@@ -371,10 +371,7 @@ def main(
         result.update(compiled(shape, where, dtype, words))
     if where.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated(where) / 2**30, 1)
-    if not as_json:
-        for name, value in result.items():
-            print(f"{name:<40}{value}")
-    sys.stdout.write(json.dumps(result) + os.linesep)
+    show(result, as_json=as_json)
 
 
 if __name__ == "__main__":

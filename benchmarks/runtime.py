@@ -20,9 +20,7 @@ cost does not depend on which they are.
 from __future__ import annotations
 
 import copy
-import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +30,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks import show
 from interp.anatomy import Anatomy
 from interp.models import DEFAULT_MODEL, DTYPES, decode_plainly, load_checkpoint, resolve_device
 from interventions.bake import fold
@@ -140,10 +139,7 @@ def main(
         "dtype": dtype,
         "threads": torch.get_num_threads(),
     }
-    if not as_json:
-        for name, value in result.items():
-            print(f"{name:<32}{value}")
-    sys.stdout.write(json.dumps(result) + "\n")
+    show(result, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ are medians over turns, and ratios, in the same turn, are against the loop by ha
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import httpx
 import torch
 import typer
 
+from benchmarks import show
 from benchmarks.runtime import random_heads
 from interp.anatomy import Anatomy
 from interp.facts import load_facts
@@ -205,10 +205,7 @@ def main(
             result = rates_of(engines, CLIENTS, turns, few)
         about |= {"device": device, "dtype": dtype, "threads": torch.get_num_threads(), "few": few}
     result |= about
-    if not as_json:
-        for name, value in result.items():
-            print(f"{name:<32}{value}")
-    sys.stdout.write(json.dumps(result) + "\n")
+    show(result, as_json=as_json)
 
 
 if __name__ == "__main__":
