@@ -33,6 +33,7 @@ from interp.anatomy import BLUEPRINTS, named_weights, transformers_model, unknow
 from interp.errors import Caution, UserError
 from interp.files import atomic_directory
 from interp.progress import bars_shown, counted
+from interp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,31 +202,12 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     save_checkpoint(model, tokenizer, target)
 
 
-class quiet_transformers:
-    """Silences transformers' progress bars and advice while we show our own."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        self._verbosity = transformers_logging.get_verbosity()
-        self._bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity(self._verbosity)
-        if self._bars:
-            transformers_logging.enable_progress_bar()
-
-
 def load_model(
     name: str = DEFAULT_MODEL,
     *,
     device: str = "auto",
     dtype: torch.dtype | str = torch.float32,
-    attention: str | None = "eager",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with its tokenizer, ready to be measured.
 
@@ -237,8 +219,8 @@ def load_model(
         name: A registered name, a local directory with weights and tokenizer, or a hub id.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
         dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name.
-        attention: Who computes attention: of ``eager`` alone the weights can be looked at; ``None`` takes what
-            transformers prefers.
+        attention: Who computes attention: ``eager``, ``sdpa``, ...; ``None`` takes what transformers prefers. Where
+            attention weights are looked at, it is eager for that time.
 
     Returns:
         The model in evaluation mode, parameters frozen.
