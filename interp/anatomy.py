@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from interp.errors import UserError
 from interp.linear_maps import bias_of, device_of, inner, linear_part, mapped, matrix_of, own_parameter, plain_weight
@@ -702,7 +703,8 @@ class Anatomy:
     @property
     def transposed(self) -> bool:
         """Whether linear maps keep their weights as ``(d_in, d_out)``, as GPT-2's do."""
-        return not isinstance(inner(self.module("output_projection", 0)), nn.Linear)
+        projection: Any = inner(self.module("output_projection", 0))
+        return isinstance(getattr(projection, "base_layer", projection), Conv1D)
 
     def checked_layer(self, layer: int) -> int:
         """``layer`` if the model has it.
@@ -743,6 +745,26 @@ class Anatomy:
         """Whether the output projection is its weight and bias: neither quantised, nor offloaded, nor with adapters."""
         return plain_weight(self.module("output_projection", layer)) is not None
 
+    def check_writable(self) -> None:
+        """Refuse a model whose weights are more than plain tensors: an edit of them cannot be written down.
+
+        Raises:
+            UserError: If those of an output projection or of an MLP's last linear map are.
+        """
+        for layer in range(self.n_layers):
+            for module in (self.module("output_projection", layer), self._mlp_output(layer)):
+                if module is not None and plain_weight(module) is None:
+                    raise UserError(
+                        f"The weights of layer {layer} are quantised, offloaded or have an adapter beside them "
+                        f"({type(inner(module)).__name__}), so no edit can be folded into them or made an adapter; "
+                        "load the model unquantised, on one device, and with its adapters merged."
+                    )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights are held in fewer bits than they are computed with."""
+        return getattr(self.model, "is_quantized", False)
+
     @property
     def _d_z(self) -> int:
         return self.n_heads * self.d_head
@@ -767,8 +789,32 @@ class Anatomy:
         """The parameter at a path, or the weight of the module there; empty where it is held in another way."""
         parent, _, name = path.rpartition(".")
         found: Any = getattr(inner(self.model.get_submodule(parent)), name, None)
-        weight = getattr(inner(found), "weight", None) if isinstance(found, nn.Module) else found
+        weight = found
+        if isinstance(found, nn.Module):
+            # An adapter's module has the weight of the one that it changes, and not as its own.
+            weight = own_parameter(found, "weight")
+            weight = getattr(inner(found), "weight", None) if weight is None else weight
         return weight if isinstance(weight, Tensor) else torch.empty(0)
+
+    def weight_entries(self, name: str, weight: Tensor, places: Tensor) -> Tensor:
+        """Numbers of one of the ``sampled_weights``, with what adapters add to it: float32 on the CPU.
+
+        Args:
+            name: Its name.
+            weight: The weight.
+            places: Which ones, in the order in which they lie in the memory of a weight of this shape.
+        """
+        parent, _, last = name.rpartition(".")
+        found: Any = getattr(inner(self.model.get_submodule(parent)), last)
+        if not hasattr(inner(found), "base_layer") or weight.ndim != 2:
+            return weight.detach().flatten()[places].float().cpu()
+        rows, columns = places // weight.shape[1], places % weight.shape[1]
+        # What the map makes of unit vectors.
+        inputs, outputs = (rows, columns) if self.transposed else (columns, rows)
+        d_in = weight.shape[0] if self.transposed else weight.shape[1]
+        with torch.no_grad():
+            made = linear_part(found, nn.functional.one_hot(inputs, d_in).to(self.dtype))
+        return made.gather(1, outputs[:, None])[:, 0].float().cpu()
 
     def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
         """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.
@@ -887,8 +933,12 @@ class Anatomy:
             The heads' writes ``(..., n_heads, d_model)`` and the bias' write ``(..., d_model)``.
         """
         heads = self.head_outputs(layer, z)
-        bias = self.output_bias(layer)
-        bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
+        if self.has_plain_output(layer):
+            bias = self.output_bias(layer)
+            bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
+        else:
+            # Where activations are quantised too, it holds what their rounding makes of the sum.
+            bias_write = self.attention_output(layer, z) - heads.sum(-2)
         if self.blueprint.attention_post_norm is not None:
             norm = self._block_part(layer, self.blueprint.attention_post_norm)
             gain = self._norm_gain(norm, heads.sum(-2) + bias_write)

@@ -87,11 +87,28 @@ def own_parameter(module: nn.Module, name: str) -> Tensor | None:
         return module.get_parameter(name).detach().clone()
 
 
+def offloaded_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that a model keeps elsewhere, by their names, as they lie there."""
+    return {
+        f"{path}.{name}" if path else name: hook.weights_map[name]
+        for path, module in network.named_modules()
+        for hook in _hooks(module)
+        if getattr(hook, "weights_map", None) is not None
+        for name, weight in module.named_parameters()
+        if weight.is_meta
+    }
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate hangs on a module to move it and what it reads."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", [] if hook is None else [hook])
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device on which a module computes, wherever its weights lie meanwhile."""
     module = inner(module)
-    hook: Any = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
+    for one in _hooks(module):
         if (device := getattr(one, "execution_device", None)) is not None:
             return torch.device(device)
     found = next((p.device for p in module.parameters() if not p.is_meta), None)
