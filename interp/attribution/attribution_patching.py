@@ -45,12 +45,13 @@ def attribution_patching(
         UserError: If no example can be scored.
     """
     examples, token_ids = scorable(model, conflicts)
+    partners = corrupted_partners(examples, seed)
     prompts = [example.prompt for example in examples]
     anatomy = Anatomy(model)
     states = last_token_states(model, prompts)
     check_attributed(anatomy, states.final, token_ids)
     z = states.z
-    change = z[corrupted_partners(examples, seed)] - z
+    change = z[partners] - z
     values = torch.empty(z.shape[:3])
     for numbers, tokens in tracked(prompt_batches(model, prompts, batch_size), progress):
         gradient = _gradient(anatomy, padded(model, tokens), token_ids[numbers])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.attribution.examples import check_attributed, scorable
-from interp.attribution.path_patching import Baseline, check_choice, head_effects, replacement_z
+from interp.attribution.path_patching import Baseline, check_choice, head_effects, partners_of, replacement_z
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
@@ -80,12 +80,13 @@ def head_to_head(
     if not listening or min(listening)[0] == 0:
         raise UserError("Give receivers as (layer, head) above layer 0, where no head listens to another.")
     examples, token_ids = scorable(model, conflicts)
+    partners = partners_of(examples, baseline, seed)
     prompts = [example.prompt for example in examples]
     clean = last_token_states(model, prompts)
     check_attributed(anatomy, clean.final, token_ids)
     # Whole prompts are run anew for each sender, so that nothing need be kept of them.
     read = ReadPrompts(model, prompts) if tokens == "last" else ReadPrompts(model, prompts, most_kept=0)
-    changes = _Patch(anatomy, read, listening, tokens).changes(replacement_z(clean, examples, baseline, seed), progress)
+    changes = _Patch(anatomy, read, listening, tokens).changes(replacement_z(clean, baseline, partners), progress)
     scores = {}
     for at, receiver in enumerate(listening):
         senders = receiver[0] * anatomy.n_heads

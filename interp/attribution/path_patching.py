@@ -85,9 +85,11 @@ def path_patching(
     for metric in metrics:
         check_choice("metric", metric, get_args(Metric))
     examples, token_ids = scorable(model, conflicts)
+    # Refused before anything runs.
+    partners = partners_of(examples, baseline, seed)
     states = last_token_states(model, [example.prompt for example in examples])
     check_attributed(Anatomy(model), states.final, token_ids)
-    replacement = replacement_z(states, examples, baseline, seed)
+    replacement = replacement_z(states, baseline, partners)
     values = patching_scores(
         Anatomy(model),
         states,
@@ -112,15 +114,22 @@ def path_patching(
     }
 
 
-def replacement_z(
-    states: LastTokenStates, examples: Sequence[ConflictExample], baseline: Baseline, seed: int
-) -> Tensor:
+def partners_of(examples: Sequence[ConflictExample], baseline: Baseline, seed: int) -> list[int]:
+    """What each example is corrupted with, where the baseline is ``corrupted``; else nothing.
+
+    Raises:
+        UserError: If an example has no partner.
+    """
+    return corrupted_partners(examples, seed) if baseline == "corrupted" else []
+
+
+def replacement_z(states: LastTokenStates, baseline: Baseline, partners: Sequence[int]) -> Tensor:
     """What a baseline puts in the place of each head's z at the last token, ``(n, n_layers, n_heads, d_head)``."""
     if baseline == "zero":
         return torch.zeros_like(states.z)
     if baseline == "mean":
         return states.z.mean(0, keepdim=True).expand_as(states.z)
-    return states.z[corrupted_partners(examples, seed)]
+    return states.z[partners]
 
 
 @torch.inference_mode()
