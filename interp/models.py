@@ -248,7 +248,7 @@ def load_model(
             the checkpoint.
     """
     where = resolve_device(device)
-    model, tokenizer = _checkpoint(name, where, dtype=_dtype(dtype), attn_implementation=attention)
+    model, tokenizer = _checkpoint(name, where, dtype=dtype_named(dtype), attn_implementation=attention)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.tokenizer = tokenizer
@@ -264,6 +264,34 @@ def checkpoint_source(name: str) -> str:
     """
     source, local = _source(name)
     return str(Path(source).resolve()) if local else source
+
+
+def load_config(name: str) -> Any:
+    """Read the configuration of a model, and none of its weights; a registered model that is not there is fetched.
+
+    Args:
+        name: A registered name, a local directory with a ``config.json``, or a hub id.
+
+    Returns:
+        The transformers configuration.
+
+    Raises:
+        UserError: If there is none, or the architecture is not known.
+    """
+    from transformers import AutoConfig
+
+    source, local = _source(name)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+    except _LOADING_ERRORS as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"Could not read the configuration of {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local "
+            "directory with a config.json, or the id of a causal language model on the hub."
+        ) from error
+    _check_architecture(config)
+    return config
 
 
 def load_checkpoint(name: str) -> tuple[Any, Any]:
@@ -375,7 +403,12 @@ def _check_architecture(config: Any) -> None:
             raise UserError(unknown_architecture(architecture))
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
+    """Take a dtype by its name.
+
+    Raises:
+        UserError: If there is none of that name, or models are not run in it.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
