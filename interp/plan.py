@@ -20,6 +20,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
+from interp.models import quiet_transformers
 
 _FLOAT32 = 4
 # Of a score of eager attention: what goes into the softmax, its float32 result, and that in the model's dtype.
@@ -71,8 +72,8 @@ class Shapes:
         from transformers import AutoModelForCausalLM
 
         try:
-            with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+            with quiet_transformers(), torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
@@ -85,7 +86,8 @@ class Shapes:
         parameters = sum(weight.numel() for weight in model.parameters())
         with torch.inference_mode():
             token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            cache = anatomy.body(token, use_cache=True).past_key_values.layers
+            # Eager attention with a mask asks no tensor for its values, which there are none of.
+            read = anatomy.body(input_ids=token, attention_mask=torch.ones_like(token), use_cache=True)
         return cls(
             architecture=anatomy.architecture,
             parameters=parameters,
@@ -99,8 +101,8 @@ class Shapes:
             attention_weights=tuple(attention),
             output_weights=anatomy.output_matrix(0).numel(),
             mlp_weights=tuple(_multiplied(b, chosen) - a for b, a in zip(blocks, attention, strict=True)),
-            cached=tuple(layer.keys.numel() + layer.values.numel() for layer in cache),
-            windows=tuple(getattr(layer, "sliding_window", None) for layer in cache),
+            cached=tuple(layer.keys.numel() + layer.values.numel() for layer in read.past_key_values.layers),
+            windows=tuple(getattr(layer, "sliding_window", None) for layer in read.past_key_values.layers),
             positions=getattr(model.config, "max_position_embeddings", None),
         )
 
@@ -236,6 +238,6 @@ def _experts_of_a_token(model: Any) -> int | None:
         model.set_experts_implementation("grouped_mm")
     except ValueError:
         return None
-    # Another way to run them, which asks no tensor for its values: of a model without storage there are none.
+    # The same for experts.
     model.set_experts_implementation("batched_mm")
     return getattr(model.config, "num_experts_per_tok", None)
