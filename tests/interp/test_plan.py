@@ -151,10 +151,11 @@ def test_a_sweep_allocates_no_more_than_is_said(name, monkeypatch):
     assert said / 2 < found < said * 1.1
 
 
-def test_large_models_have_the_parameters_that_were_published():
+def test_models_have_the_parameters_that_were_published():
     """Numbers of parameters as the checkpoints' own metadata counts them."""
-    counts = {name: Shapes.of(config).parameters for name, config in LARGE.items()}
-    assert counts == {"Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496}
+    configs = LARGE | {"SmolLM2-135M": load_config("smollm2-135m")}
+    counts = {name: Shapes.of(config).parameters for name, config in configs.items()}
+    assert counts == {"Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496, "SmolLM2-135M": 134_515_008}
 
 
 def test_tied_weights_count_once():
