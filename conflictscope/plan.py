@@ -130,7 +130,7 @@ def _looking(shapes: Shapes, setting: Setting) -> Iterator[Need]:
         BATCH_SIZE,
         forward + shapes.sweep_flops() + shapes.unembedding_flops,
         shapes.pass_bytes(tokens, itemsize),
-        other_bytes=shapes.sweep_bytes(itemsize),
+        other_bytes=shapes.sweep_bytes(setting.prompts, itemsize),
         # Those of each prompt, and those that are put in their place.
         kept_bytes=2 * setting.prompts * states * itemsize,
     )

@@ -182,13 +182,13 @@ class Shapes:
         """Bytes of one layer's scores of attention within a prompt while their softmax is taken eagerly."""
         return _SCORE_BYTES * self.n_heads * tokens**2
 
-    def sweep_bytes(self, itemsize: int) -> int:
-        """Bytes of the streams that path patching sweeps over the layers at once, and of one step of them."""
+    def sweep_bytes(self, prompts: int, itemsize: int) -> int:
+        """Bytes of the streams of prompts that path patching sweeps over the layers at once, and of one step of them."""
         half, streams = _SWEEP_BYTES // (2 * itemsize), 1 + self.n_layers * self.n_heads
         stream, row = 4 * self.d_model, 3 * self.d_mlp + 4 * self.d_model
-        prompts = max(1, half // (stream * streams))
-        rows = min(max(_SWEEP_ROWS, half // row), prompts * streams)
-        return itemsize * (prompts * streams * stream + rows * row)
+        at_once = min(prompts, max(1, half // (stream * streams)))
+        rows = min(max(_SWEEP_ROWS, half // row), at_once * streams)
+        return itemsize * (at_once * streams * stream + rows * row)
 
     @property
     def _pair_flops(self) -> int:

@@ -145,7 +145,7 @@ def test_a_sweep_allocates_no_more_than_is_said(name, monkeypatch):
     model, prompts, budget = wide(name, torch.float32), word_conflicts(32), 2**24
     assert inspect.signature(path_patching).parameters["memory_budget"].default == plan._SWEEP_BYTES
     monkeypatch.setattr(plan, "_SWEEP_BYTES", budget)
-    said = Shapes.of(WIDE[name]).sweep_bytes(4)
+    said = Shapes.of(WIDE[name]).sweep_bytes(32, 4)
     with pytest.warns(UserWarning, match="start with the first token"):
         found = peak_bytes(lambda: path_patching(model, prompts, name=name, memory_budget=budget))
     assert said / 2 < found < said * 1.1
