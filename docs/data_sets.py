@@ -27,9 +27,10 @@ from interp.conflicts import CONTEXT_KINDS, ConflictSet, evenly
 from interp.evaluation import ANSWERS_VERSION, UsageReport, measure_usage
 from interp.facts import STUDY_PHRASINGS, usable_facts
 from interp.files import write_text
+from interp.fingerprints import fingerprint
 from interp.formats import load_dataset
 from interp.known import conflicts_about_known
-from interp.models import fingerprint, load_model
+from interp.models import load_model
 from interp.records import Records
 
 PAGE = ROOT / "docs" / "results" / "data_sets.md"

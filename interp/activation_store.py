@@ -34,8 +34,9 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import measure_usage
 from interp.files import atomic_directory, read_json, write_json, write_parquet
+from interp.fingerprints import fingerprint
 from interp.generation import BATCH_SIZE
-from interp.models import DTYPES, fingerprint
+from interp.models import DTYPES
 from interp.progress import counted
 
 SHARD_PROMPTS = 256

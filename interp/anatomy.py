@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from interp.errors import UserError
+from interp.linear_maps import bias_of, device_of, inner, linear_part, mapped, matrix_of, own_parameter, plain_weight
+from interp.quiet import quiet_transformers
 
 Part = Literal[
     "block",
@@ -443,13 +447,27 @@ def located(name: str) -> tuple[Part, int]:
 
 
 def transformers_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a ``TransformerBridge``, or ``model`` itself if it is one already."""
+    """The transformers model inside a ``TransformerBridge`` or PEFT's wrapper, or ``model`` itself if it is one.
+
+    Adapters stay in it: they are modules in place of those that they change.
+
+    Raises:
+        UserError: If PEFT puts tokens before each prompt, which is nothing inside the model.
+    """
+    wrapper: Any = model
+    if hasattr(wrapper, "get_base_model"):
+        if wrapper.active_peft_config.is_prompt_learning:
+            raise UserError(
+                f"The adapter {wrapper.active_adapter!r} puts tokens of its own before each prompt, which no part of "
+                "the model shows; give the model without it, or an adapter of its weights such as LoRA."
+            )
+        return wrapper.get_base_model()
     return getattr(model, "original_model", model)
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and saved buffer by its name in the transformers model, which a bridge around it changes."""
-    module = _unwrapped(transformers_model(model))
+    module = inner(transformers_model(model))
     own = {**module._parameters, **module._buffers}
     found = {name: own[name] for name in own.keys() - module._non_persistent_buffers_set if own[name] is not None}
     for name, child in module.named_children():
@@ -469,13 +487,6 @@ def unknown_architecture(name: str) -> str:
 
 def _or_one(factor: float | None) -> float:
     return 1.0 if factor is None else factor
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The transformers module inside a bridge component, or ``module`` itself."""
-    while (inner := getattr(module, "original_component", None)) is not None:
-        module = inner
-    return module
 
 
 @dataclass(frozen=True)
@@ -532,7 +543,7 @@ class Anatomy:
         divisor = _or_one(setting(blueprint.logit_divisor))
         self.logit_multiplier: float = _or_one(setting(blueprint.logit_multiplier)) / divisor
         self.logit_softcap: float | None = setting("final_logit_softcapping")
-        embedding: Any = _unwrapped(self.model.get_submodule(blueprint.embedding))
+        embedding: Any = self.model.get_submodule(blueprint.embedding)
         width = getattr(embedding, "embedding_dim", self.d_model)
         if width != self.d_model:
             raise UserError(
@@ -542,18 +553,24 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        """Where the unembedding, and so the last steps of the model, live."""
-        return self._matrix(self.blueprint.unembedding).device
+        """Where the unembedding, and so the last steps of the model, are computed."""
+        return device_of(self._unembedding)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self._matrix(self.blueprint.unembedding).dtype
+        """The dtype of the residual stream: that of the weights, where these are not quantised."""
+        weight = plain_weight(self._unembedding)
+        return self.model.dtype if weight is None else weight.dtype  # pyright: ignore[reportReturnType]
 
     @property
     def d_vocab(self) -> int:
         """Rows of the unembedding."""
-        return len(self._matrix(self.blueprint.unembedding))
+        found: Any = inner(self._unembedding)
+        return found.out_features
+
+    @property
+    def _unembedding(self) -> nn.Module:
+        return self.model.get_submodule(self.blueprint.unembedding)
 
     @property
     def body(self) -> Any:
@@ -665,10 +682,29 @@ class Anatomy:
         path = self.blueprint.attention_weights
         return self.module("attention", layer) if path is None else self._block_part(layer, path)
 
+    @contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Let attention be computed step by step, with weights that can be looked at, where it can be chosen so.
+
+        Some architectures take what they were loaded with.
+        """
+        network: Any = self.model
+        own = network.config._attn_implementation
+        if own == "eager":
+            yield
+            return
+        with quiet_transformers():
+            network.set_attn_implementation("eager")
+            try:
+                yield
+            finally:
+                network.set_attn_implementation(own)
+
     @property
     def transposed(self) -> bool:
         """Whether linear maps keep their weights as ``(d_in, d_out)``, as GPT-2's do."""
-        return not isinstance(_unwrapped(self.module("output_projection", 0)), nn.Linear)
+        projection: Any = inner(self.module("output_projection", 0))
+        return isinstance(getattr(projection, "base_layer", projection), Conv1D)
 
     def checked_layer(self, layer: int) -> int:
         """``layer`` if the model has it.
@@ -697,12 +733,41 @@ class Anatomy:
         return layer, head
 
     def output_matrix(self, layer: int) -> Tensor:
-        """W_O of all heads, ``(n_heads, d_head, d_model)``: head h writes ``z_h @ W_O[h]``; a view of the weights."""
-        projection = _unwrapped(self.module("output_projection", layer))
-        weight: Any = projection.weight
-        if isinstance(projection, nn.Linear):
-            weight = weight.T
-        return weight.reshape(self.n_heads, self.d_head, self.d_model)
+        """W_O of all heads, ``(n_heads, d_head, d_model)``: head h writes ``z_h @ W_O[h]``.
+
+        It is a view of the weights where these are plain (``has_plain_output``), else what the output projection makes
+        of unit vectors.
+        """
+        projection = self.module("output_projection", layer)
+        return matrix_of(projection, self._d_z, self.dtype).reshape(self.n_heads, self.d_head, self.d_model)
+
+    def has_plain_output(self, layer: int) -> bool:
+        """Whether the output projection is its weight and bias: neither quantised, nor offloaded, nor with adapters."""
+        return plain_weight(self.module("output_projection", layer)) is not None
+
+    def check_writable(self) -> None:
+        """Refuse a model whose weights are more than plain tensors: an edit of them cannot be written down.
+
+        Raises:
+            UserError: If those of an output projection or of an MLP's last linear map are.
+        """
+        for layer in range(self.n_layers):
+            for module in (self.module("output_projection", layer), self._mlp_output(layer)):
+                if module is not None and plain_weight(module) is None:
+                    raise UserError(
+                        f"The weights of layer {layer} are quantised, offloaded or have an adapter beside them "
+                        f"({type(inner(module)).__name__}), so no edit can be folded into them or made an adapter; "
+                        "load the model unquantised, on one device, and with its adapters merged."
+                    )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights are held in fewer bits than they are computed with."""
+        return getattr(self.model, "is_quantized", False)
+
+    @property
+    def _d_z(self) -> int:
+        return self.n_heads * self.d_head
 
     def sampled_weights(self) -> list[tuple[str, Tensor]]:
         """Weights that tell models of one shape apart: the embedding's, and four matrices of every block.
@@ -723,9 +788,33 @@ class Anatomy:
     def _weight_at(self, path: str) -> Tensor:
         """The parameter at a path, or the weight of the module there; empty where it is held in another way."""
         parent, _, name = path.rpartition(".")
-        found: Any = getattr(_unwrapped(self.model.get_submodule(parent)), name, None)
-        weight = getattr(_unwrapped(found), "weight", None) if isinstance(found, nn.Module) else found
+        found: Any = getattr(inner(self.model.get_submodule(parent)), name, None)
+        weight = found
+        if isinstance(found, nn.Module):
+            # An adapter's module has the weight of the one that it changes, and not as its own.
+            weight = own_parameter(found, "weight")
+            weight = getattr(inner(found), "weight", None) if weight is None else weight
         return weight if isinstance(weight, Tensor) else torch.empty(0)
+
+    def weight_entries(self, name: str, weight: Tensor, places: Tensor) -> Tensor:
+        """Numbers of one of the ``sampled_weights``, with what adapters add to it: float32 on the CPU.
+
+        Args:
+            name: Its name.
+            weight: The weight.
+            places: Which ones, in the order in which they lie in the memory of a weight of this shape.
+        """
+        parent, _, last = name.rpartition(".")
+        found: Any = getattr(inner(self.model.get_submodule(parent)), last)
+        if not hasattr(inner(found), "base_layer") or weight.ndim != 2:
+            return weight.detach().flatten()[places].float().cpu()
+        rows, columns = places // weight.shape[1], places % weight.shape[1]
+        # What the map makes of unit vectors.
+        inputs, outputs = (rows, columns) if self.transposed else (columns, rows)
+        d_in = weight.shape[0] if self.transposed else weight.shape[1]
+        with torch.no_grad():
+            made = linear_part(found, nn.functional.one_hot(inputs, d_in).to(self.dtype))
+        return made.gather(1, outputs[:, None])[:, 0].float().cpu()
 
     def mlp_weights(self, layer: int) -> tuple[list[Tensor], int]:
         """What the MLP adds to the residual stream is linear in these weights plus this number, which is 0 or 1.
@@ -743,7 +832,7 @@ class Anatomy:
                 "map that a scale could be folded into; apply the intervention while the model runs."
             )
         offset = int(post_norm is not None and self.blueprint.norm == "rms_plus_one")
-        return list(_unwrapped(module).parameters()), offset
+        return list(inner(module).parameters()), offset
 
     def mlp_activation(self, layer: int) -> nn.Module:
         """The module whose outputs are the MLP's neurons ``(..., d_mlp)``: of a gated MLP the activated gate.
@@ -776,7 +865,7 @@ class Anatomy:
         if self.blueprint.mlp_post_norm is not None:
             return None
         module = self._mlp_output(layer)
-        bias: Any = None if module is None else getattr(_unwrapped(module), "bias", None)
+        bias: Any = None if module is None else getattr(inner(module), "bias", None)
         return bias
 
     def _mlp_output(self, layer: int) -> nn.Module | None:
@@ -793,8 +882,7 @@ class Anatomy:
 
     def output_bias(self, layer: int) -> Tensor | None:
         """b_O, ``(d_model,)``, or ``None`` where the output projection has none."""
-        bias: Any = getattr(_unwrapped(self.module("output_projection", layer)), "bias", None)
-        return bias
+        return bias_of(self.module("output_projection", layer), self._d_z, self.dtype)
 
     def attention_write(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream: z ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
@@ -802,13 +890,34 @@ class Anatomy:
 
     def attention_output(self, layer: int, z: Tensor) -> Tensor:
         """``z @ W_O + b_O``, before any post norm: ``(..., n_heads, d_head)`` -> ``(..., d_model)``."""
-        output = z.flatten(-2) @ self.output_matrix(layer).flatten(0, 1)
-        bias = self.output_bias(layer)
-        return output if bias is None else output + bias
+        projection = self.module("output_projection", layer)
+        return mapped(projection, z.flatten(-2).to(device_of(projection)))
 
     def head_outputs(self, layer: int, z: Tensor) -> Tensor:
-        """Each head's ``z_h @ W_O[h]`` before any post norm: ``(..., n_heads, d_head)`` in, ``d_model`` out."""
-        return torch.einsum("...hd,hdm->...hm", z, self.output_matrix(layer))
+        """Each head's ``z_h @ W_O[h]`` before any post norm: ``(..., n_heads, d_head)`` in, ``d_model`` out.
+
+        Where the weights are not plain, the output projection is given one head's z at a time.
+        """
+        projection = self.module("output_projection", layer)
+        z = z.to(device_of(projection))
+        if self.has_plain_output(layer):
+            return torch.einsum("...hd,hdm->...hm", z, self.output_matrix(layer))
+        alone = z.unsqueeze(-3) * torch.eye(self.n_heads, dtype=z.dtype, device=z.device).unsqueeze(-1)
+        return linear_part(projection, alone.flatten(-2))
+
+    def patched_outputs(self, layer: int, z: Tensor, replacement: Tensor) -> Tensor:
+        """``attention_output`` of z with one head's replaced at a time, ``(..., n_heads, d_model)``.
+
+        Args:
+            layer: The layer.
+            z: ``(..., n_heads, d_head)``.
+            replacement: What each head's z is replaced by, of the same shape.
+        """
+        if self.has_plain_output(layer):
+            return self.attention_output(layer, z).unsqueeze(-2) + self.head_outputs(layer, replacement - z)
+        # What is quantised is not quite linear: its own pass is what the model would do.
+        is_own = torch.eye(self.n_heads, dtype=torch.bool, device=z.device).unsqueeze(-1)
+        return self.attention_output(layer, torch.where(is_own, replacement.unsqueeze(-3), z.unsqueeze(-3)))
 
     def head_writes(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """What each head, and the bias, adds to the residual stream.
@@ -824,8 +933,12 @@ class Anatomy:
             The heads' writes ``(..., n_heads, d_model)`` and the bias' write ``(..., d_model)``.
         """
         heads = self.head_outputs(layer, z)
-        bias = self.output_bias(layer)
-        bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
+        if self.has_plain_output(layer):
+            bias = self.output_bias(layer)
+            bias_write = torch.zeros_like(heads[..., 0, :]) if bias is None else bias.expand_as(heads[..., 0, :])
+        else:
+            # Where activations are quantised too, it holds what their rounding makes of the sum.
+            bias_write = self.attention_output(layer, z) - heads.sum(-2)
         if self.blueprint.attention_post_norm is not None:
             norm = self._block_part(layer, self.blueprint.attention_post_norm)
             gain = self._norm_gain(norm, heads.sum(-2) + bias_write)
@@ -854,6 +967,7 @@ class Anatomy:
 
     def step(self, layer: int, residual: Tensor, attention_write: Tensor) -> Tensor:
         """The layer's output residual ``(..., d_model)`` from its input residual and what attention wrote."""
+        residual = residual.to(attention_write.device)
         after_attention = residual + attention_write
         return after_attention + self.mlp_write(layer, residual if self.parallel else after_attention)
 
@@ -869,12 +983,14 @@ class Anatomy:
             ``(..., n)`` float32 or ``(..., d_vocab)``, soft-capped where the architecture does so.
         """
         normed = self.final_norm(residual)
-        weight, bias = self._matrix(self.blueprint.unembedding), self._unembedding_bias()
+        weight, bias = plain_weight(self._unembedding), self._unembedding_bias()
         if token_ids is None:
-            logits = nn.functional.linear(normed, weight, bias)
+            logits = mapped(self._unembedding, normed)
+        elif weight is None:
+            logits = mapped(self._unembedding, normed).float().gather(-1, token_ids.expand(*normed.shape[:-1], -1))
         else:
             # In float32, also for a half-precision model: scores are small differences of large logits.
-            logits = torch.einsum("...d,...nd->...n", normed.float(), weight[token_ids].float())
+            logits = torch.einsum("...d,...nd->...n", normed.float(), weight.T[token_ids].float())
             logits = logits if bias is None else logits + bias[token_ids]
         logits = logits if self.logit_multiplier == 1 else self.logit_multiplier * logits
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
@@ -910,7 +1026,7 @@ class Anatomy:
         Returns:
             ``(n, d_model)``.
         """
-        columns = self._matrix(self.blueprint.unembedding)[token_ids]
+        columns = self._unembedding_matrix()[token_ids]
         direction = self._norm_gain(self.final_norm, residual) * (columns[:, 0] - columns[:, 1])
         if self.blueprint.norm == "layer":
             direction = direction - direction.mean(-1, keepdim=True)
@@ -930,15 +1046,15 @@ class Anatomy:
             ``(..., d_vocab)`` float32.
         """
         normed = self._centred(direction) * self._norm_weight(self.final_norm).float()
-        rows = self._matrix(self.blueprint.unembedding).split(_ROWS_AT_ONCE)
+        rows = self._unembedding_matrix().split(_ROWS_AT_ONCE)
         # A float32 copy of the unembedding of a large half-precision model would not fit beside it.
         logits = torch.cat([normed @ some.float().T for some in rows], dim=-1)
         return self.logit_multiplier * (logits - logits.mean(-1, keepdim=True))
 
     def logit_difference_offset(self, token_ids: Tensor) -> Tensor:
         """What final norm and unembedding biases add to the logit difference, whatever the residual: ``(n,)``."""
-        columns = self._matrix(self.blueprint.unembedding)[token_ids]
-        norm_bias: Any = getattr(_unwrapped(self.final_norm), "bias", None)
+        columns = self._unembedding_matrix()[token_ids]
+        norm_bias = own_parameter(self.final_norm, "bias")
         logit_bias = self._unembedding_bias()
         offset = torch.zeros_like(columns[:, 0, 0])
         if norm_bias is not None:
@@ -949,16 +1065,25 @@ class Anatomy:
 
     def _norm_gain(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What ``norm`` multiplies (the centred) ``x`` with, elementwise."""
-        norm = _unwrapped(norm)
+        norm = inner(norm)
         epsilon: Any = next(
             value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None
         )
         scale = torch.rsqrt(self._centred(x).square().mean(-1, keepdim=True) + epsilon)
-        return (self._norm_weight(norm) * scale).to(x.dtype)
+        return (self._norm_weight(norm).to(x.device) * scale).to(x.dtype)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
-        """The part of the gain of ``norm`` that is the same for all inputs, ``(d_model,)``."""
-        weight: Any = _unwrapped(norm).weight
+        """The part of the gain of ``norm`` that is the same for all inputs, ``(d_model,)``.
+
+        Raises:
+            UserError: If an adapter changes the norm.
+        """
+        weight = own_parameter(norm, "weight")
+        if weight is None:
+            raise UserError(
+                f"An adapter changes a norm of this {self.architecture}, whose gain cannot be read then; merge the "
+                "adapter with merge_and_unload()."
+            )
         return 1 + weight.float() if self.blueprint.norm == "rms_plus_one" else weight
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -970,9 +1095,8 @@ class Anatomy:
         return self.model.get_submodule(f"{self.blueprint.blocks}.{layer}.{path}")
 
     def _unembedding_bias(self) -> Tensor | None:
-        bias: Any = getattr(_unwrapped(self.model.get_submodule(self.blueprint.unembedding)), "bias", None)
-        return bias
+        return bias_of(self._unembedding, self.d_model, self.dtype)
 
-    def _matrix(self, path: str) -> Tensor:
-        weight: Any = _unwrapped(self.model.get_submodule(path)).weight
-        return weight
+    def _unembedding_matrix(self) -> Tensor:
+        """A row for each token of the vocabulary, ``(d_vocab, d_model)``."""
+        return matrix_of(self._unembedding, self.d_model, self.dtype).T

@@ -97,12 +97,13 @@ def _kept(anatomy: Anatomy, layers: Iterable[int], rows: int) -> Iterator[dict[i
     def keep(layer: int, _: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
         if output[1] is None:
             raise UserError(
-                "The model computes attention without keeping its weights; load it with interp.models.load_model, or "
-                'call model.set_attn_implementation("eager").'
+                f"This {anatomy.architecture} computes attention without keeping its weights; load it with "
+                'interp.models.load_model(..., attention="eager").'
             )
         by_layer[layer] = output[1][:, :, -rows:].float().cpu()
 
     with ExitStack() as stack:
+        stack.enter_context(anatomy.eager_attention())
         for layer in layers:
             handle = anatomy.attention_module(layer).register_forward_hook(partial(keep, layer))
             stack.callback(handle.remove)

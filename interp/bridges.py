@@ -17,7 +17,8 @@ from torch import Tensor
 
 from interp.errors import UserError
 from interp.inputs import tokenizer_of
-from interp.models import DEFAULT_MODEL, load_model, quiet_transformers
+from interp.models import DEFAULT_MODEL, load_model
+from interp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -22,8 +22,8 @@ from interp.conflicts import Split, split_of
 from interp.errors import UserError
 from interp.facts import relations, usable_facts
 from interp.files import read_json, write_json
+from interp.fingerprints import fingerprint
 from interp.inputs import check_lengths, padded, padding_id, token_ids, tokenizer_of
-from interp.models import fingerprint
 from interp.progress import tracked
 
 NEW_TOKENS = 96

@@ -37,6 +37,8 @@ ANSWERS_VERSION = 1
 
 # Fewer answers, or more of them that start as expected, and nothing is said.
 _FEWEST_TOLD, _ALMOST_NONE = 10, 0.1
+# Tokens, for each of which two distributions over the vocabulary are held.
+_UNEMBEDDED_AT_ONCE = 2048
 
 _SCORE_COLUMNS = (
     *(f"{source}_{score}" for source in ("memory", "context") for score in ("exact_match", "span_match", "f1")),
@@ -372,7 +374,8 @@ def neutral_kl(
     chosen = neutral_texts() if texts is None else list(texts)
     network: Any = transformers_model(model)
     values = torch.zeros(len(chosen))
-    for numbers, tokens in tracked(prompt_batches(model, chosen, batch_size), progress):
+    batches = prompt_batches(model, chosen, batch_size, most_tokens=_UNEMBEDDED_AT_ONCE)
+    for numbers, tokens in tracked(batches, progress):
         inputs = padded(model, tokens)
         with torch.inference_mode():
             clean = network(**inputs).logits

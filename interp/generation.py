@@ -16,6 +16,7 @@ from interp.anatomy import transformers_model
 from interp.answers import first_sentence, is_complete, without_thinking
 from interp.errors import UserError
 from interp.inputs import check_lengths, padded, padding_id, prompt_batches, token_ids, tokenizer_of
+from interp.linear_maps import device_of
 from interp.pairs import Combined, generate_pairs
 from interp.progress import tracked
 
@@ -48,7 +49,7 @@ def greedy_texts(network: Any, tokenizer: Any, prompts: Sequence[str], *, max_ne
         prompts: Texts.
         max_new_tokens: Longest answer, in tokens.
     """
-    device = network.get_input_embeddings().weight.device
+    device = device_of(network.get_input_embeddings())
     answers = []
     for prompt in prompts:
         tokens = token_ids(tokenizer, [prompt])

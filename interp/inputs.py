@@ -21,7 +21,11 @@ from torch import Tensor, nn
 
 from interp.anatomy import transformers_model
 from interp.errors import UserError
+from interp.linear_maps import device_of
 from interp.scripts import is_unspaced
+
+BATCH_TOKENS = 8192
+"""Tokens that are run together at most, padding included, where a model's ``batch_tokens`` does not say otherwise."""
 
 INPUTS_VERSION = 1
 """Version of how texts become tokens: raise it when the same texts and answers would get others."""
@@ -120,19 +124,21 @@ def prompt_batches(
         prompts: Full prompts.
         batch_size: Prompts per batch.
         new_tokens: How many tokens are to follow each.
-        most_tokens: Tokens per batch, padding included, that no batch of several prompts exceeds; ``None`` sets no
-            bound.
+        most_tokens: Tokens per batch, padding included, that no batch of several prompts exceeds; more than the model's
+            ``batch_tokens`` are never taken.
 
     Raises:
         UserError: If a prompt has no tokens, or it and what follows is longer than the model's positions.
     """
     tokens = token_ids(tokenizer_of(model), prompts)
     check_lengths(model, tokens, new_tokens=new_tokens)
+    bound = getattr(transformers_model(model), "batch_tokens", BATCH_TOKENS)
+    bound = bound if most_tokens is None else min(bound, most_tokens)
     order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
     batches: list[Batch] = []
     while order:
         longest = max(len(tokens[order[0]]), 1)
-        rows = batch_size if most_tokens is None else min(batch_size, max(most_tokens // longest, 1))
+        rows = min(batch_size, max(bound // longest, 1))
         batches.append(Batch(order[:rows], [tokens[i] for i in order[:rows]]))
         order = order[rows:]
     return batches
@@ -184,7 +190,8 @@ def padded(model: Any, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     Returns:
         ``input_ids``, ``attention_mask`` and ``position_ids``, each ``(n_rows, n_tokens)``.
     """
-    device = next(transformers_model(model).parameters()).device
+    network: Any = transformers_model(model)
+    device = device_of(network.get_input_embeddings())
     width = max(map(len, tokens), default=0)
     pad = padding_id(model)
     ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in tokens], dtype=torch.long, device=device)

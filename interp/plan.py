@@ -20,7 +20,7 @@ from torch import nn
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.models import quiet_transformers
+from interp.quiet import quiet_transformers
 
 _FLOAT32 = 4
 # Of a score of eager attention: what goes into the softmax, its float32 result, and that in the model's dtype.

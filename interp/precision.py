@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from interp.anatomy import Anatomy
 
 
 def can_be_rough(model: nn.Module) -> bool:
-    """Whether ``rough`` changes anything: for a plain float32 model with eager attention on a CPU that can.
+    """Whether ``rough`` changes anything: for a plain float32 model on a CPU that can.
 
-    A bridge's mask leaves the range of bfloat16, and the gradient of fused attention can.
+    A bridge's mask leaves the range of bfloat16.
     """
     anatomy = Anatomy(model)
-    is_plain = model is anatomy.model and getattr(anatomy.model.config, "_attn_implementation", None) == "eager"
-    return is_plain and anatomy.device.type == "cpu" and anatomy.dtype == torch.float32 and _multiplies_bfloat16()
+    is_float32 = anatomy.dtype == torch.float32
+    return model is anatomy.model and anatomy.device.type == "cpu" and is_float32 and _multiplies_bfloat16()
 
 
 def rounding(model: nn.Module) -> list[str]:
@@ -31,13 +31,15 @@ def rounding(model: nn.Module) -> list[str]:
 def rough(model: nn.Module) -> Iterator[None]:
     """Run a model's blocks in bfloat16, where ``can_be_rough``; the residual stream and the logits stay float32.
 
-    Enough to choose by, and for the gradients of noisy steps: next-token distributions move by some 0.001 nats.
+    Enough to choose by, and for the gradients of noisy steps: next-token distributions move by some 0.001 nats. The
+    gradient of fused attention can leave the range of bfloat16, so that attention is eager where there are gradients.
     """
     if not can_be_rough(model):
         yield
         return
     precisely = torch.autocast("cpu", enabled=False)
-    unembedding: Any = Anatomy(model).model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    anatomy = Anatomy(model)
+    unembedding: Any = anatomy.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
     def enter(*_: Any) -> None:
         precisely.__enter__()
@@ -50,7 +52,8 @@ def rough(model: nn.Module) -> Iterator[None]:
         unembedding.register_forward_hook(leave, always_call=True),
     ]
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        attention = anatomy.eager_attention() if torch.is_grad_enabled() else nullcontext()
+        with attention, torch.autocast("cpu", torch.bfloat16):
             yield
     finally:
         for hook in hooks:

@@ -219,7 +219,7 @@ class SparseAutoencoder:
         # In another dtype the same model has other bits; then width and layer are all that can be compared.
         if trained.get("dtype") != dtype:
             return
-        from interp.models import fingerprint
+        from interp.fingerprints import fingerprint
 
         if trained.get("fingerprint") != fingerprint(model):
             raise UserError(

@@ -45,15 +45,14 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
     Raises:
         UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
             mean or a direction is added but the model has no bias for it, a scaled feed-forward layer has experts, or
-            the weights are quantised.
+            the weights are quantised, offloaded or have adapters.
     """
     changes = folding_of(interventions)
     # Attaching makes the checks that folding needs too: heads and layers that exist, means of the right length.
     with applied(model, *interventions):
         pass
     anatomy = Anatomy(model)
-    if getattr(anatomy.model, "is_quantized", False):
-        raise UserError("The weights are quantised, so nothing can be folded into them; give the unquantised model.")
+    anatomy.check_writable()
     for (layer, head), change in changes.heads.items():
         if change.shift.any() and anatomy.output_bias(layer) is None:
             raise UserError(

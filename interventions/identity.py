@@ -193,9 +193,10 @@ def _sample(anatomy: Anatomy, d_vocab: int) -> np.ndarray:
         size = size // count if of_heads else size
         places = torch.tensor([int.from_bytes(h, "big") % size for h in hashes], device=weight.device)
         if of_heads:
-            heads = anatomy.output_matrix((number - 1) // 4).detach()
-            rows, columns = places // anatomy.d_model, places % anatomy.d_model
-            values.append(heads[torch.arange(count, device=weight.device), rows, columns].float().cpu())
-        else:
-            values.append(weight.detach().flatten()[places].float().cpu())
+            # From a place in each head's matrix (d_head, d_model) to one in the weight.
+            heads = torch.arange(count, device=weight.device)
+            rows, columns = heads * anatomy.d_head + places // anatomy.d_model, places % anatomy.d_model
+            width = anatomy.n_heads * anatomy.d_head
+            places = rows * anatomy.d_model + columns if anatomy.transposed else columns * width + rows
+        values.append(anatomy.weight_entries(name, weight, places))
     return torch.cat(values).numpy()

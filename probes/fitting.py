@@ -30,8 +30,8 @@ from interp.conflicts import ConflictSet, ContextKind
 from interp.errors import UserError
 from interp.facts import HELD_OUT_PHRASING, relation_named, usable_facts
 from interp.files import write_json
+from interp.fingerprints import fingerprint
 from interp.known import conflicts_about_known
-from interp.models import fingerprint
 from interp.progress import tracked
 from interp.records import Records
 from probes.detector import CONFLICT_CLASSES, SOURCE_CLASSES, ConflictDetector, threshold_rank

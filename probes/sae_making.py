@@ -14,7 +14,7 @@ from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.files import atomic_directory, read_json, write_json
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interp.sae import SparseAutoencoder, load_sae
 from probes.sae_data import TrainingText, about_recording, training_rows
 from probes.sae_quality import measure_saes

@@ -19,7 +19,7 @@ from interp import precision
 from interp.bridges import load_bridge
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from tests.tiny import CONFIGS, save_tiny
 
 if TYPE_CHECKING:

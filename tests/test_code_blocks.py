@@ -42,7 +42,8 @@ from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet
 from interp.facts import Fact, build_conflicts, usable_facts
 from interp.files import write_json
-from interp.models import fingerprint, load_checkpoint, load_model
+from interp.fingerprints import fingerprint
+from interp.models import load_checkpoint, load_model
 from interp.sae import SparseAutoencoder
 from interventions.config import AnyEntry, InterventionFile
 from interventions.dial import DialPoint, DialScale, TrustDial

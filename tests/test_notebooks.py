@@ -19,7 +19,8 @@ from traitlets.config import Config
 
 from interp import facts, models
 from interp.facts import Fact, load_facts
-from interp.models import DEFAULT_MODEL, fingerprint
+from interp.fingerprints import fingerprint
+from interp.models import DEFAULT_MODEL
 from notebooks.render import FOLDER, PLOTLY, executed, page
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -20,7 +20,8 @@ from interp.attribution.attribution_patching import attribution_patching
 from interp.attribution.path_patching import path_patching
 from interp.evaluation import measure_usage, neutral_kl
 from interp.facts import known_facts, usable_facts
-from interp.models import fingerprint, load_model
+from interp.fingerprints import fingerprint
+from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial

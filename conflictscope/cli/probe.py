@@ -98,7 +98,7 @@ def probe_detect(
     """
     from dataclasses import asdict
 
-    from interp.models import fingerprint
+    from interp.fingerprints import fingerprint
     from probes.detector import ConflictDetector
     from probes.fitting import check_finished
 

@@ -62,7 +62,7 @@ class StudyOptions(Asked):
         names = self.relations(default)
         from conflictscope.study.data import fact_prompts
         from conflictscope.study.lab import BUDGETS, Lab
-        from interp.models import fingerprint
+        from interp.fingerprints import fingerprint
         from interp.records import Records
 
         model = self.load()

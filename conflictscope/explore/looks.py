@@ -32,10 +32,10 @@ from interp.doubled import is_doubled
 from interp.errors import UserError
 from interp.evaluation import answer_token_ids
 from interp.facts import load_facts, relation_named
+from interp.fingerprints import fingerprint
 from interp.generation import AnswerStep, answer_steps, continue_greedily
 from interp.inputs import joined, most_positions, token_ids, tokenizer_of
 from interp.lens import LogitLens, logit_lens
-from interp.models import fingerprint
 from interventions.base import Intervention, applied
 from interventions.config import UNEDITED, InterventionFile, check_choice, chosen_file
 from interventions.heads import HeadScaling

@@ -21,7 +21,8 @@ from conflictscope.study.measure import Reading, Result, measure
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json
-from interp.models import fingerprint, load_model
+from interp.fingerprints import fingerprint
+from interp.models import load_model
 from interp.records import Records
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from interp.answers import DIRECTIONS, Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interventions.base import Intervention
 from interventions.config import InterventionFile
 

@@ -82,17 +82,18 @@ def _parts(anatomy: Anatomy, states: LastTokenStates, token_ids: Tensor) -> tupl
     direction = anatomy.logit_difference_direction(states.final, token_ids).float()
 
     def along_answer(write: Tensor) -> Tensor:
-        return torch.einsum("n...d,nd->n...", write.float(), direction)
+        return torch.einsum("n...d,nd->n...", write.to(direction.device).float(), direction)
 
     residual = states.embedding
     heads, mlps, biases = [], [], anatomy.logit_difference_offset(token_ids).float()
     for layer in range(anatomy.n_layers):
         head_writes, bias_write = anatomy.head_writes(layer, states.z[:, layer])
         attention_write = head_writes.sum(1) + bias_write
+        residual = residual.to(attention_write.device)
         mlp_write = anatomy.mlp_write(layer, residual if anatomy.parallel else residual + attention_write)
         heads.append(along_answer(head_writes))
         mlps.append(along_answer(mlp_write))
         biases = biases + along_answer(bias_write)
         residual = residual + attention_write + mlp_write
-    check_clean_stream(anatomy, residual, states.final)
+    check_clean_stream(anatomy, residual.to(states.final.device), states.final)
     return torch.stack(heads, 1), torch.stack(mlps, 1), along_answer(states.embedding), biases

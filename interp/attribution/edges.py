@@ -203,7 +203,7 @@ class _Edges:
     @staticmethod
     def _through(change: Tensor, gradient: Tensor) -> Tensor:
         """Changes ``(n, n_tokens, k, d_model)`` by gradients ``(n, n_receivers, n_tokens, d_model)``."""
-        return torch.einsum("ntkm,nrtm->nkr", change.float(), gradient).cpu()
+        return torch.einsum("ntkm,nrtm->nkr", change.to(gradient.device).float(), gradient).cpu()
 
     def _written(self, inputs: dict[str, Tensor]) -> _Written:
         """What senders write at every token of some prompts."""

@@ -105,8 +105,7 @@ def adapter_of(model: nn.Module, folding: Folding) -> Adapter:
     """
     check_low_rank(folding)
     anatomy = Anatomy(model)
-    if getattr(anatomy.model, "is_quantized", False):
-        raise UserError("The weights are quantised, so no adapter can be made of them; give the unquantised model.")
+    anatomy.check_writable()
     by_layer: dict[int, dict[int, float]] = defaultdict(dict)
     for layer, head in sorted(folding.heads):
         anatomy.checked_head(layer, head)

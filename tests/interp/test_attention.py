@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from interp.attention import attention_from_last
 from interp.errors import UserError
 from interp.models import cached_path, load_model
+from tests.architectures import random_model, word_tokenizer
 from tests.tiny import architecture_of
 
 PROMPT = "The capital of Italy is Lima. The capital of Italy is"
@@ -43,11 +44,21 @@ def plain_rows(bridge: Any, prompt: str, heads: Any) -> torch.Tensor:
     return torch.stack([expected[layer, head] for layer, head in heads])
 
 
-def test_a_model_that_keeps_no_attention_weights_is_one_sentence(tiny_directories):
+def test_fused_attention_is_eager_while_its_weights_are_looked_at(tiny_directories):
     model = load_model(str(tiny_directories["llama"]), device="cpu")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(UserError, match=r'without keeping its weights; .* model.set_attn_implementation\("eager"\)'):
-        attention_from_last(model, PROMPT, [(0, 0)])
+    assert model.config._attn_implementation == "sdpa"
+    expected = plain_attention(tiny_directories["llama"], model.tokenizer, PROMPT)
+    weights = attention_from_last(model, PROMPT, [(1, 0)]).weights
+    torch.testing.assert_close(weights[0], expected[1, 0], rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_fused_attention_that_cannot_be_chosen_anew_is_one_sentence():
+    config: Any = random_model("falcon-7b").config
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.tokenizer = word_tokenizer()
+    with pytest.raises(UserError, match=r'FalconForCausalLM .*without keeping its weights; .* attention="eager"'):
+        attention_from_last(model, "w1 w2 w3", [(0, 0)])
 
 
 def test_a_head_that_does_not_exist_is_refused(tiny_llama):

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, configuration_utils
 
-from interp import models
+from interp import fingerprints, models
 from interp.anatomy import Anatomy, named_weights
 from interp.bridges import bridge_around
 from interp.errors import Caution, UserError
+from interp.fingerprints import fingerprint
 from interp.generation import continue_greedily
-from interp.models import REGISTERED, fetch, fingerprint, is_cached, load_checkpoint, load_model
+from interp.models import REGISTERED, fetch, is_cached, load_checkpoint, load_model
 from tests.tiny import CONFIGS
 
 
@@ -211,8 +212,8 @@ def test_weights_are_hashed_once_for_each_model_and_again_when_they_change(tiny_
     model, other = (load_model(str(tiny_directories["llama"]), device="cpu") for _ in range(2))
     weight, same = (Anatomy(m).module("mlp", 1).get_parameter("up_proj.weight") for m in (model, other))
     hashed = []
-    plain = models._weights_hash
-    monkeypatch.setattr(models, "_weights_hash", lambda *given: hashed.append(1) or plain(*given))
+    plain = fingerprints._weights_hash
+    monkeypatch.setattr(fingerprints, "_weights_hash", lambda *given: hashed.append(1) or plain(*given))
     first = fingerprint(model)
     assert fingerprint(model) == first
     assert len(hashed) == 1
@@ -264,8 +265,8 @@ both_loaders = pytest.mark.parametrize("load", LOADERS, ids=["load_model", "load
         ("", "_orig_mod.module.", r"model\._orig_mod"),
         ("", "base_model.model.", r"merge_and_unload\(\)"),
         ("q_proj.", "q_proj.base_layer.", r"merge_and_unload\(\)"),
-        ("", "language_model.", "its language model by itself"),
-        ("model.", "model.language_model.", "its language model by itself"),
+        ("", "language_model.", "a vision-language model has there"),
+        ("model.", "model.language_model.", "a vision-language model has there"),
         ("layers.", "blocks.", r"other names instead, model\.blocks\.0\..* and 24 more"),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interp.sae import ARCHITECTURES, SparseAutoencoder, load_sae, load_saes
 
 D_IN, D_SAE, K = 16, 40, 5

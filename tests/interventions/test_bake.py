@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.anatomy import Anatomy, transformers_model
@@ -198,7 +199,9 @@ def test_a_refused_edit_changes_no_bit(tiny_directories, edit, message):
 
 def test_quantised_weights_are_refused(tiny_directories):
     model = plain(tiny_directories["llama"])
-    model.is_quantized = True
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(
+        torch.zeros(32, 48, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(UserError, match="quantised"):
         fold(model, [DIAL.at(1.0)])
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp.errors import Caution, UserError
@@ -185,7 +186,9 @@ def test_ranks_are_those_that_vllm_has():
 
 def test_quantised_weights_are_refused(tiny_directories):
     model = plain(tiny_directories["llama"])
-    model.is_quantized = True
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(
+        torch.zeros(32, 48, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(UserError, match="unquantised"):
         adapter_of(model, PRUNED.folded())
     with pytest.raises(UserError, match="Layer 9 does not exist"):

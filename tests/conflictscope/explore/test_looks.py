@@ -28,9 +28,10 @@ from interp.attention import attention_from_last
 from interp.attribution.direct_logits import direct_logit_attribution
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
+from interp.fingerprints import fingerprint
 from interp.generation import Continuations, answer_steps, continue_greedily
 from interp.lens import logit_lens
-from interp.models import fingerprint, load_model
+from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial

@@ -11,7 +11,7 @@ import polars as pl
 from conflictscope.study.data import Prompts
 from conflictscope.study.lab import Lab
 from interp.conflicts import ConflictSet
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interp.records import Records
 from interp.sae import SparseAutoencoder
 from tests.tiny import tiny_conflicts

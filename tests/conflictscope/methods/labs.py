@@ -9,7 +9,7 @@ import pytest
 
 from conflictscope.study.data import fact_prompts
 from conflictscope.study.lab import Lab
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interp.records import Records
 
 

@@ -29,7 +29,7 @@ from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.evaluation import measure_usage
-from interp.models import fingerprint
+from interp.fingerprints import fingerprint
 from interp.records import Records
 from interventions.base import applied
 from interventions.decoding import DecodingRule

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from interp.anatomy import Anatomy
 from interp.attribution.attention_drift import attention_drift, drift
 from interp.attribution.scores import HeadScores
 from interp.conflicts import ConflictSet
@@ -27,7 +28,7 @@ def conflicts(capital_conflicts) -> ConflictSet:
 
 def rows(model: Any, prompt: str) -> np.ndarray:
     """Attention of the last token, ``(n_layers, n_heads, n_tokens)``."""
-    with torch.inference_mode():
+    with Anatomy(model).eager_attention(), torch.inference_mode():
         attentions = model(**encode(model, [prompt]), output_attentions=True).attentions
     return torch.stack([weights[0, :, -1] for weights in attentions]).double().numpy()
 

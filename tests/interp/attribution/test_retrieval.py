@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from interp.anatomy import Anatomy
 from interp.attribution.retrieval import retrieval_scores
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -34,7 +35,7 @@ def by_hand(model: Any, prompt: str, answer: str) -> torch.Tensor | None:
     before, after = continuation_ids(model, prompt, answer)
     if not set(after) <= set(before):
         return None
-    with torch.inference_mode():
+    with Anatomy(model).eager_attention(), torch.inference_mode():
         attentions = model(torch.tensor([[*before, *after]]), output_attentions=True).attentions
     hits = torch.zeros(len(attentions), attentions[0].shape[1])
     for layer, weights in enumerate(attentions):
