@@ -243,7 +243,7 @@ def load_model(
         place = _Place(revision, subfolder, trust_remote_code)
         options = {"dtype": dtype_named(dtype), "attn_implementation": attention, **where}
         model, tokenizer = _checkpoint(name, resolve_device(device), place, **options)
-        model.loading = {**asdict(place), "attention": attention, "device_map": device_map}
+        model.loaded_with = {**asdict(place), "attention": attention, "device_map": device_map}
     else:
         model = transformers_model(name)
         tokenizer = tokenizer_of(name) if tokenizer is None else tokenizer

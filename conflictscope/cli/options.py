@@ -69,6 +69,20 @@ class Model:
     model: Annotated[str, _model_option(help=MODEL_HELP)] = DEFAULT_MODEL
     device: Annotated[str, _model_option(help="auto, cpu, cuda, mps, ...")] = "auto"
     dtype: Annotated[str, _model_option(help="float32, float16 or bfloat16.")] = "float32"
+    attention: Annotated[
+        str | None, _model_option(help="Who computes attention: eager, sdpa, ...; else what transformers prefers.")
+    ] = None
+    revision: Annotated[str | None, _model_option(help="Branch, tag or commit on the hub.")] = None
+    subfolder: Annotated[str, _model_option(help="Where the checkpoint lies in its directory or repository.")] = ""
+    device_map: Annotated[
+        str | None, _model_option(help="Spread layers over several devices: auto, balanced or sequential.")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, _model_option("--trust-remote-code", help="Run code that the checkpoint brings along.")
+    ] = False
+    batch_tokens: Annotated[
+        int, _model_option(min=1, help="Tokens run together at most, padding included: the bound of memory.")
+    ] = 8192
     blueprint: Annotated[
         Path | None, _model_option(help="A JSON file that says what an architecture looks like that is not known here.")
     ] = None
@@ -80,11 +94,21 @@ class Model:
 
             register(self.blueprint)
 
-    def load(self, attention: str | None = "eager") -> Any:
-        """Load the model with its tokenizer; ``attention`` is that of ``interp.models.load_model``."""
+    def load(self) -> Any:
+        """Load the model with its tokenizer."""
         from interp.models import load_model
 
-        return load_model(self.model, device=self.device, dtype=self.dtype, attention=attention)
+        return load_model(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            revision=self.revision,
+            subfolder=self.subfolder,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
+            batch_tokens=self.batch_tokens,
+        )
 
 
 @dataclass(frozen=True)

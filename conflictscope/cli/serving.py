@@ -115,7 +115,7 @@ def _by_transformers(files: Mapping[str, Any], served: Model, address: Address, 
     from conflictscope.serve.engine import Engine
     from conflictscope.serve.requests import Limits
 
-    network = served.load(attention=None)
+    network = served.load()
     limits = Limits(
         prompt_tokens=bounds.max_prompt_tokens,
         new_tokens=bounds.max_new_tokens,

@@ -75,7 +75,7 @@ def generate(
     from interventions.runtime import apply
 
     file = InterventionFile.load(config)
-    network = loaded.load(attention=None)
+    network = loaded.load()
     tokenizer = network.tokenizer
     table = Table("prompt", "without", "with", title=file.name, show_lines=True)
     asking = form.asking.settled(network, loaded.model)

@@ -56,7 +56,7 @@ def verify(
         raise UserError(f"{out} holds no prompts to ask; give some with --prompts.")
     server = None if url is None else Server(url, api_key)
     name = base.model or edits[0].file.model.name
-    model = replace(base, model=name).load(attention=None)
+    model = replace(base, model=name).load()
     notes = {edit.name: list(traps(edit.folder)) for edit in edits if edit.is_adapter}
     for edit, sentences in notes.items():
         for sentence in sentences:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.fingerprints import fingerprint
+from interp.inputs import BATCH_TOKENS
 from interp.models import load_model
 from interp.records import Records
 
@@ -73,7 +74,15 @@ def write_unit(lab: Lab, condition: Condition) -> Path:
     condition.save(folder, lab.identity)
     lab.asked.save(folder / "asked.jsonl")
     anatomy = lab.anatomy
-    about = {"model": lab.name, "device": str(anatomy.device), "dtype": str(anatomy.dtype).removeprefix("torch.")}
+    network: Any = anatomy.model
+    loaded_with = getattr(network, "loaded_with", {})
+    about = {
+        "model": lab.name,
+        "device": "auto" if loaded_with.get("device_map") else str(anatomy.device),
+        "dtype": str(anatomy.dtype).removeprefix("torch."),
+        "batch_tokens": getattr(network, "batch_tokens", BATCH_TOKENS),
+        "loaded_with": loaded_with,
+    }
     write_json(folder / "unit.json", {**about, "seed": lab.seed, "few": lab.quick})
     return folder
 
@@ -89,7 +98,8 @@ def run_unit(folder: Path) -> Result:
     from conflictscope.study.method import registered
 
     registered()
-    model = load_model(unit["model"], device=unit["device"], dtype=unit["dtype"])
+    where = {key: unit[key] for key in ("device", "dtype", "batch_tokens")}
+    model = load_model(unit["model"], **where, **unit["loaded_with"])
     records = Records(folder.parents[1], model=fingerprint(model))
     asked = ConflictSet.load(folder / "asked.jsonl")
     return measure(UnitBench(model, asked, records, unit["seed"], unit["few"]), Condition.load(folder))
