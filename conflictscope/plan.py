@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS
+from interp.inputs import BATCH_TOKENS
 from interp.plan import Shapes, weight_bytes
 
 GENERATE_TOKENS = 24
@@ -32,15 +33,32 @@ class Setting:
         prompt_tokens: Tokens of each prompt.
         itemsize: Bytes of a number of the model: 4 in float32, 2 in bfloat16 and float16.
         new_tokens: Tokens of each answer; ``None`` is as many as each command takes at most.
-        batch_size: Prompts per batch, where that can be set; ``None`` is each command's own.
+        batch_size: Prompts per batch at most, where that can be set; ``None`` is each command's own.
+        batch_tokens: Tokens per batch at most, but for ``record``; a longer prompt runs alone.
         prompts: How many there are.
+        eager: Whether attention weights are written out even where transformers has another way.
     """
 
     prompt_tokens: int
     itemsize: int = 4
     new_tokens: int | None = None
     batch_size: int | None = None
+    batch_tokens: int = BATCH_TOKENS
     prompts: int = 256
+    eager: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Prompts that run together."""
+        return min(self.batch_size or BATCH_SIZE, self.at_once(self.batch_tokens), self.prompts)
+
+    def at_once(self, most_tokens: int) -> int:
+        """Prompts that a bound of tokens allows, one at least."""
+        return max(1, most_tokens // self.prompt_tokens)
+
+    def writes_attention(self, shapes: Shapes) -> bool:
+        """Whether a model's attention weights are written out."""
+        return self.eager or not shapes.fused
 
     def check(self, shapes: Shapes) -> None:
         """Refuse numbers below 1, and more tokens than the model reads.
@@ -49,7 +67,7 @@ class Setting:
             UserError: For one of them.
         """
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if name != "eager" and value is not None and value < 1:
                 raise UserError(f"{name.replace('_', ' ').capitalize()} must be 1 or more, not {value}; give another.")
         new = self.new_tokens or GENERATE_TOKENS
         if shapes.positions is not None and self.prompt_tokens + new > shapes.positions:
@@ -103,33 +121,40 @@ def _asking(shapes: Shapes, setting: Setting) -> Iterator[Need]:
     from conflictscope.explore.looks import MOST_TOKENS
 
     flops, size, cache = _answer(shapes, setting, MAX_NEW_TOKENS)
-    batch = setting.batch_size or BATCH_SIZE
-    yield Need("evaluate", batch, flops, size, cache)
-    yield Need("two streams", batch, 2 * flops, 2 * size, 2 * cache)
+    yield Need("evaluate", setting.batch, flops, size, cache)
+    yield Need("two streams", setting.batch, 2 * flops, 2 * size, 2 * cache)
     if setting.prompt_tokens <= MOST_TOKENS:
         flops, size, cache = _answer(shapes, setting, ASK_TOKENS)
         # Both prompts twice, padded to one length, and the longer one token by token; the lens, and the heads.
         looks = 2 * shapes.pass_flops(setting.prompt_tokens) + shapes.n_layers * shapes.unembedding_flops
         yield Need("ask", 2, 5 * flops + looks, size, cache)
     # Prompt by prompt, with and without the edit.
-    flops, size, cache = _answer(shapes, setting, GENERATE_TOKENS, looked_at=False)
+    flops, size, cache = _answer(shapes, setting, GENERATE_TOKENS, alone=True)
     yield Need("generate", 1, 2 * flops, size, cache)
 
 
 def _looking(shapes: Shapes, setting: Setting) -> Iterator[Need]:
     tokens, itemsize = setting.prompt_tokens, setting.itemsize
     forward = shapes.pass_flops(tokens)
+    forward_bytes = shapes.pass_bytes(tokens, itemsize, eager=setting.writes_attention(shapes))
     flops, size, cache = _answer(shapes, setting, MAX_NEW_TOKENS)
     # The embedding, and after it three sites of each layer.
     recorded = (3 * shapes.n_layers + 1) * shapes.d_model * _FLOAT32
-    batch = setting.batch_size or BATCH_SIZE
-    yield Need("record", batch, forward + flops, size + recorded, cache, disk_bytes=setting.prompts * recorded)
+    yield Need(
+        "record",
+        min(setting.batch_size or BATCH_SIZE, setting.prompts),
+        forward + flops,
+        forward_bytes + recorded,
+        # Answers have batches of their own.
+        other_bytes=setting.batch * (size + cache),
+        disk_bytes=setting.prompts * recorded,
+    )
     states = shapes.n_layers * shapes.n_heads * shapes.d_head + 2 * shapes.d_model
     yield Need(
         "attribute",
-        BATCH_SIZE,
+        min(BATCH_SIZE, setting.at_once(setting.batch_tokens), setting.prompts),
         forward + shapes.sweep_flops() + shapes.unembedding_flops,
-        shapes.pass_bytes(tokens, itemsize),
+        forward_bytes,
         other_bytes=shapes.sweep_bytes(setting.prompts, itemsize),
         # Those of each prompt, and those that are put in their place.
         kept_bytes=2 * setting.prompts * states * itemsize,
@@ -152,22 +177,22 @@ def _dial_step(shapes: Shapes, setting: Setting) -> Need:
         flops += count * shapes.training_flops(longest, predicted, 3, guarded=True)
     return Need(
         "dial fit, step",
-        max(1, min(training.conflicts, TOKENS_AT_ONCE // tokens)),
+        min(training.conflicts, setting.at_once(TOKENS_AT_ONCE)),
         flops,
-        shapes.score_bytes(tokens),
-        shapes.training_bytes(tokens, setting.itemsize),
+        shapes.pass_bytes(tokens, setting.itemsize, eager=setting.writes_attention(shapes)),
+        shapes.training_bytes(tokens, setting.itemsize, eager=setting.writes_attention(shapes)),
         disk_bytes=_AVERAGES * (shapes.n_layers * shapes.n_heads) ** 2 * _FLOAT32,
     )
 
 
-def _answer(shapes: Shapes, setting: Setting, longest: int, *, looked_at: bool = True) -> tuple[int, int, int]:
+def _answer(shapes: Shapes, setting: Setting, longest: int, *, alone: bool = False) -> tuple[int, int, int]:
     """FLOPs, bytes, and bytes of keys and values, of an answer.
 
-    Where it is looked at, scores of all its steps are kept, and attention weights written out.
+    Prompts that are answered alone are not padded, and scores of their steps are not kept.
     """
     tokens, new = setting.prompt_tokens, setting.new_tokens or longest
-    scores = shapes.d_vocab * _FLOAT32 * (_CHOOSING + (new if looked_at else 0))
-    read = shapes.pass_bytes(tokens, setting.itemsize, eager=looked_at)
+    scores = shapes.d_vocab * _FLOAT32 * (_CHOOSING + (0 if alone else new))
+    read = shapes.pass_bytes(tokens, setting.itemsize, eager=setting.writes_attention(shapes), padded=not alone)
     return shapes.answer_flops(tokens, new), read + scores, shapes.cache_bytes(tokens + new, setting.itemsize)
 
 

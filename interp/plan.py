@@ -43,6 +43,7 @@ class Shapes:
         mlp_weights: The same in the MLP, for each layer; of experts those that a token is sent to.
         cached: Numbers that keys and values of a token take in the cache, for each layer.
         windows: Tokens that the cache of each layer keeps; ``None`` keeps all.
+        fused: Whether transformers computes attention without writing its weights out, where nothing else is asked for.
         positions: Tokens that the model reads at most; ``None`` where its configuration names no limit.
     """
 
@@ -60,6 +61,7 @@ class Shapes:
     mlp_weights: tuple[int, ...]
     cached: tuple[int, ...]
     windows: tuple[int | None, ...]
+    fused: bool
     positions: int | None
 
     @classmethod
@@ -73,8 +75,8 @@ class Shapes:
 
         try:
             with quiet_transformers(), torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"No model can be built from this configuration ({reason}); give that of a causal language model."
@@ -84,7 +86,8 @@ class Shapes:
         blocks = [anatomy.module("block", layer) for layer in range(anatomy.n_layers)]
         attention = [_projections(anatomy, layer) for layer in range(anatomy.n_layers)]
         parameters = sum(weight.numel() for weight in model.parameters())
-        with torch.inference_mode():
+        is_fused = model.config._attn_implementation != "eager"
+        with anatomy.eager_attention(), torch.inference_mode():
             token = torch.zeros(1, 1, dtype=torch.long, device="meta")
             # Eager attention with a mask asks no tensor for its values, which there are none of.
             read = anatomy.body(input_ids=token, attention_mask=torch.ones_like(token), use_cache=True)
@@ -99,10 +102,11 @@ class Shapes:
             d_mlp=anatomy.d_mlp,
             d_vocab=anatomy.d_vocab,
             attention_weights=tuple(attention),
-            output_weights=anatomy.output_matrix(0).numel(),
+            output_weights=_multiplied(anatomy.module("output_projection", 0), None),
             mlp_weights=tuple(_multiplied(b, chosen) - a for b, a in zip(blocks, attention, strict=True)),
             cached=tuple(layer.keys.numel() + layer.values.numel() for layer in read.past_key_values.layers),
             windows=tuple(getattr(layer, "sliding_window", None) for layer in read.past_key_values.layers),
+            fused=is_fused,
             positions=getattr(model.config, "max_position_embeddings", None),
         )
 
@@ -149,41 +153,40 @@ class Shapes:
         logits = (1 + losses + guarded) * predicted * self.unembedding_flops
         return self.pass_flops(tokens) + losses * backward + logits
 
-    def pass_bytes(self, tokens: int, itemsize: int, *, eager: bool = True) -> int:
+    def pass_bytes(self, tokens: int, itemsize: int, *, eager: bool, padded: bool = True) -> int:
         """Bytes of the tensors that live at once in a forward pass over a prompt, weights and cache left out.
 
         Args:
             tokens: Tokens of the prompt.
             itemsize: Bytes of a number.
-            eager: Whether attention weights are written out, as they are where they can be looked at.
+            eager: Whether attention weights are written out; fused attention does not.
+            padded: Whether the prompt is one of several of different lengths, for which there is a mask.
         """
-        scores, weights = (self.score_bytes(tokens), self.n_heads * tokens**2 * itemsize) if eager else (0, 0)
+        pairs = self.n_heads * tokens**2 if eager else 0
         heads = tokens * 4 * self.n_heads * self.d_head * itemsize
         # As wide as all its matrices together, and once more within the activation function.
         widest = tokens * (max(self.mlp_weights) // self.d_model + self.d_mlp) * itemsize
         in_norm = tokens * 3 * self.d_model * _FLOAT32
-        largest = max(heads + scores, widest + weights, in_norm)
-        return largest + 2 * tokens * self.d_model * itemsize + (itemsize * tokens**2 if eager else 0)
+        largest = max(heads + _SCORE_BYTES * pairs, widest + itemsize * pairs, in_norm)
+        # What may be looked at, and what is added to the scores where it may not.
+        mask = (1 + itemsize) * tokens**2 if padded else 0
+        return largest + 2 * tokens * self.d_model * itemsize + mask
 
     def cache_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of the keys and values of so many tokens."""
         kept = (min(tokens, window or tokens) for window in self.windows)
         return itemsize * sum(numbers * count for numbers, count in zip(self.cached, kept, strict=True))
 
-    def training_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes that a forward pass over a prompt keeps in all layers for a backward pass, with eager attention."""
+    def training_bytes(self, tokens: int, itemsize: int, *, eager: bool) -> int:
+        """Bytes that a forward pass over a prompt keeps in all layers for a backward pass."""
         heads = 5 * self.n_layers * self.n_heads * self.d_head
         mlps = sum(self.mlp_weights) // self.d_model
         norms = 2 * self.n_layers * self.d_model * _FLOAT32
-        weights = _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0)
+        weights = _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0) if eager else 0
         return tokens * (itemsize * (heads + mlps) + norms) + weights * self.n_layers * self.n_heads * tokens**2
 
-    def score_bytes(self, tokens: int) -> int:
-        """Bytes of one layer's scores of attention within a prompt while their softmax is taken eagerly."""
-        return _SCORE_BYTES * self.n_heads * tokens**2
-
     def sweep_bytes(self, prompts: int, itemsize: int) -> int:
-        """Bytes of the streams of prompts that path patching sweeps over the layers at once, and of one step of them."""
+        """Bytes of the streams of prompts that path patching sweeps over the layers at once, and of one step."""
         half, streams = _SWEEP_BYTES // (2 * itemsize), 1 + self.n_layers * self.n_heads
         stream, row = 4 * self.d_model, 3 * self.d_mlp + 4 * self.d_model
         at_once = min(prompts, max(1, half // (stream * streams)))

@@ -18,10 +18,10 @@ from interp.activation_store import ActivationStore
 from interp.activations import sites_of
 from interp.anatomy import Anatomy
 from interp.errors import UserError
-from interp.generation import continue_greedily, generated
-from interp.inputs import token_ids
+from interp.generation import BATCH_SIZE, continue_greedily, generated
+from interp.inputs import BATCH_TOKENS, prompt_batches, token_ids
 from interp.plan import Shapes, weight_bytes
-from interp.teacher_forcing import Continued
+from interp.teacher_forcing import Continued, token_batches
 from interventions.fitting.gauss_newton import GaussNewton
 from interventions.fitting.scale_data import GUARDS, Guarded, guard_count
 from interventions.fitting.scale_training import ScaleTraining
@@ -120,8 +120,21 @@ def test_answers_allocate_about_what_is_said():
     model.generation_config.eos_token_id = None
     tokens = [[1 + i % 60 for i in range(300)]] * 4
     said = need(Shapes.of(model.config), "evaluate", 300, batch_size=4)
+    assert said.batch == 4
     found = peak_bytes(lambda: generated(model, tokens, 8))
     assert 1 / 1.5 < 4 * (said.prompt_bytes + said.layer_bytes) / found < 1.5
+
+
+@pytest.mark.parametrize(("tokens", "settings"), [(7, {}), (100, {"batch_tokens": 250}), (100, {"batch_tokens": 50})])
+def test_batches_are_as_large_as_those_that_run(words, tokens, settings):
+    prompts = [" ".join(["w1"] * tokens)] * 40
+    words.batch_tokens = settings.get("batch_tokens", BATCH_TOKENS)
+    first, *_ = prompt_batches(words, prompts, BATCH_SIZE)
+    shapes = Shapes.of(words.config)
+    for command in ("evaluate", "two streams", "attribute"):
+        assert need(shapes, command, tokens, **settings).batch == len(first.numbers)
+    items = [Continued((1,) * tokens, 1)] * ScaleTraining().conflicts
+    assert need(shapes, "dial fit, step", tokens, **settings).batch == len(token_batches(items)[0])
 
 
 def test_what_fits_by_hand():

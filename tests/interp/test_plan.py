@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    T5Config,
+)
 
 from docs.plan import CONFIGS as LARGE
 from interp import plan
@@ -51,9 +60,9 @@ def tiny(name: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def wide(name: str, dtype: torch.dtype) -> Any:
+def wide(name: str, dtype: torch.dtype, attention: str = "eager") -> Any:
     """A model whose activations are some hundred megabytes."""
-    model = AutoModelForCausalLM.from_config(WIDE[name], attn_implementation="eager", dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(WIDE[name]), attn_implementation=attention, dtype=dtype)
     model.tokenizer = word_tokenizer()
     return model.eval().requires_grad_(False)
 
@@ -110,14 +119,18 @@ def _trained(model: Any, tokens: int, count: int) -> None:
     )
 
 
-# GPT-2 takes the softmax in its own dtype, so that in bfloat16 it needs less than is said.
+# GPT-2's eager softmax stays in bfloat16, so that it takes less than is said; Gemma 2 has no fused attention.
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float32) for name in WIDE), *((name, torch.bfloat16) for name in WIDE if name != "gpt2")],
+    ("name", "dtype", "attention"),
+    [
+        *((name, torch.float32, "eager") for name in WIDE),
+        *((name, torch.bfloat16, "eager") for name in WIDE if name != "gpt2"),
+        *((name, dtype, "sdpa") for name in ("llama", "gpt2") for dtype in (torch.float32, torch.bfloat16)),
+    ],
 )
 @pytest.mark.parametrize(("tokens", "rows"), [(64, 16), (480, 3)])
-def test_a_pass_allocates_about_what_is_said(name, dtype, tokens, rows):
-    body = Anatomy(wide(name, dtype)).body
+def test_a_pass_allocates_about_what_is_said(name, dtype, attention, tokens, rows):
+    body = Anatomy(wide(name, dtype, attention)).body
     ids = torch.randint(1, 5000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -126,18 +139,25 @@ def test_a_pass_allocates_about_what_is_said(name, dtype, tokens, rows):
     def run() -> None:
         body(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    said = rows * Shapes.of(WIDE[name]).pass_bytes(tokens, dtype.itemsize)
+    said = rows * Shapes.of(WIDE[name]).pass_bytes(tokens, dtype.itemsize, eager=attention == "eager")
     assert 1 / 1.5 < said / peak_bytes(run) < 1.5
 
 
-# GPT-2 keeps more steps of its activation function, which matters where prompts are short.
+@pytest.mark.parametrize(("tokens", "rows"), [(32, 16), (480, 1)])
 @pytest.mark.parametrize(
-    ("name", "tokens", "rows"), [("llama", 32, 16), ("llama", 480, 1), ("gemma2", 32, 16), ("gpt2", 480, 1)]
+    ("name", "attention"), [("llama", "eager"), ("llama", "sdpa"), ("gemma2", "eager"), ("gpt2", "eager")]
 )
-def test_training_allocates_about_what_is_said(name, tokens, rows):
-    model, shapes = wide(name, torch.float32), Shapes.of(WIDE[name])
-    said = rows * (shapes.training_bytes(tokens, 4) + shapes.score_bytes(tokens))
+def test_training_allocates_about_what_is_said(name, attention, tokens, rows):
+    model, shapes, eager = wide(name, torch.float32, attention), Shapes.of(WIDE[name]), attention == "eager"
+    said = rows * (shapes.training_bytes(tokens, 4, eager=eager) + shapes.pass_bytes(tokens, 4, eager=eager))
     assert 1 / 1.5 < said / peak_bytes(lambda: _trained(model, tokens, rows)) < 1.5
+
+
+def test_attention_is_fused_where_transformers_fuses_it():
+    for config in WIDE.values():
+        loaded = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        assert Shapes.of(config).fused == (loaded.config._attn_implementation == "sdpa")
+    assert [name for name, config in WIDE.items() if not Shapes.of(config).fused] == ["gemma2"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -191,5 +211,17 @@ def test_wrong_configurations_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"^Could not read the configuration of .*; give one of smollm2-135m"):
         load_config(str(tmp_path))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no config\.json"):
-        load_config(str(tmp_path.parent))
+        load_config(str(tmp_path / "empty"))
+
+
+def test_an_adapter_and_a_vision_language_model_have_the_configuration_of_their_language_model(tmp_path):
+    text = LlamaConfig(**_WIDE, **_TOKENS, architectures=["LlamaForCausalLM"])
+    text.save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    record = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(record))
+    assert Shapes.of(load_config(str(tmp_path / "adapter"))) == Shapes.of(text)
+    LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"]).save_pretrained(tmp_path / "whole")
+    assert Shapes.of(load_config(str(tmp_path / "whole"))) == Shapes.of(text)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from conflictscope.plan import Setting, needs
+from conflictscope.plan import Setting, device_bytes, needs
 from interp.models import load_config
 from interp.plan import Shapes
 from tests.conflictscope.cli import test_cli
@@ -36,7 +36,7 @@ def test_a_table_for_each_length_in_eighty_columns(run, configuration, monkeypat
 
 def test_json_has_what_the_library_says(run, configuration):
     asked = ["--memory", "24GB", "--dtype", "bfloat16", "--devices", 2, "--tflops", 50, "--prompts", 10, "--json"]
-    code, out, error = run("plan", configuration, *asked, "--new-tokens", 5, "--batch-size", 7)
+    code, out, error = run("plan", configuration, *asked, "--new-tokens", 5, "--batch-size", 7, "--attention", "eager")
     assert code == 0, error
     found = json.loads(out)
     shapes = Shapes.of(load_config(str(configuration)))
@@ -45,7 +45,9 @@ def test_json_has_what_the_library_says(run, configuration):
     assert (found["memory"], found["devices"]) == (24 * 10**9, 2)
     # 4096 do not fit into its positions.
     assert [row["prompt_tokens"] for row in found["commands"]] == [128] * len(COMMANDS)
-    said = needs(shapes, Setting(128, 2, new_tokens=5, batch_size=7, prompts=10))
+    assert (found["attention"], Setting(128).writes_attention(shapes)) == ("eager", False)
+    said = needs(shapes, Setting(128, 2, new_tokens=5, batch_size=7, prompts=10, eager=True))
+    assert [row["bytes"] for row in found["commands"]] == [device_bytes(shapes, need, 2) for need in said]
     assert [row["flops"] for row in found["commands"]] == [need.flops for need in said]
     assert found["commands"][0]["batch"] == 7
     assert found["commands"][0]["seconds"] == pytest.approx(10 * said[0].flops / 50e12)
