@@ -2,15 +2,17 @@ import json
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig
 
 from conflictscope.plan import Setting, device_bytes, needs
 from interp.models import load_config
 from interp.plan import Shapes
-from tests.conflictscope.cli import test_cli
+from tests.conflictscope.cli import test_blueprint, test_cli
+from tests.conflictscope.cli.test_blueprint import FIELDS
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
+architectures_are_left_as_they_were = test_blueprint.architectures_are_left_as_they_were
 COMMANDS = ("evaluate", "two streams", "ask", "generate", "record", "attribute", "dial fit, step")
 
 
@@ -78,3 +80,18 @@ def test_wrong_options_are_one_sentence(run, configuration, options, said):
 
 def test_a_directory_that_is_not_there(run):
     assert_one_sentence(run("plan", "./nothing"), "There is no model directory ./nothing")
+
+
+def test_a_model_of_an_unknown_architecture_is_planned_with_its_blueprint(run, tmp_path):
+    shape: dict[str, Any] = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48}
+    config = GPTNeoConfig(**shape, vocab_size=60, attention_types=[[["global"], 3]], bos_token_id=0, eos_token_id=0)
+    config.architectures = ["GPTNeoForCausalLM"]
+    config.save_pretrained(tmp_path / "neo")
+    asked = ["plan", tmp_path / "neo", "--memory", "1GiB", "--json"]
+    assert_one_sentence(run(*asked), "GPTNeoForCausalLM is not known")
+    fields = {**FIELDS, "output_projection": "attn.attention.out_proj", "mlp_output": "mlp.c_proj"}
+    blueprint = {"architecture": "GPTNeoForCausalLM", "like": "GPT2LMHeadModel", "fields": fields}
+    (tmp_path / "neo.json").write_text(json.dumps(blueprint))
+    code, out, error = run(*asked, "--blueprint", tmp_path / "neo.json")
+    assert code == 0, error
+    assert json.loads(out)["parameters"] == sum(p.numel() for p in GPTNeoForCausalLM(config).parameters())
