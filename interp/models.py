@@ -26,7 +26,15 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from interp.anatomy import Anatomy, transformers_model
-from interp.checkpoints import ADAPTER, LOADING_ERRORS, add_adapter, base_of, check_architecture, read_model
+from interp.checkpoints import (
+    ADAPTER,
+    LOADING_ERRORS,
+    add_adapter,
+    base_of,
+    check_architecture,
+    is_multimodal,
+    read_model,
+)
 from interp.errors import UserError
 from interp.files import atomic_directory
 from interp.inputs import BATCH_TOKENS, tokenizer_of
@@ -233,7 +241,7 @@ def load_model(
             raise UserError("A device map says where everything goes: give device or device_map, not both.")
         where = {} if device_map is None else {"device_map": device_map}
         place = _Place(revision, subfolder, trust_remote_code)
-        options = {"dtype": _dtype(dtype), "attn_implementation": attention, **where}
+        options = {"dtype": dtype_named(dtype), "attn_implementation": attention, **where}
         model, tokenizer = _checkpoint(name, resolve_device(device), place, **options)
         model.loaded_with = {**asdict(place), "attention": attention, "device_map": device_map}
     else:
@@ -261,6 +269,41 @@ def checkpoint_source(name: str) -> str:
             "merge or convert it first, or give --bake, which does."
         )
     return str(Path(source.path).resolve()) if source.local else source.path
+
+
+def load_config(name: str) -> Any:
+    """Read the configuration of a model, and none of its weights; a registered model that is not there is fetched.
+
+    Args:
+        name: As for ``load_model``, but no loaded model.
+
+    Returns:
+        The transformers configuration: for an adapter that of its model, for a vision-language model that of its text
+        model.
+
+    Raises:
+        UserError: If there is none, or the architecture is not known.
+    """
+    from transformers import AutoConfig
+
+    source = _source(name)
+    found: dict[str, Any] = {"local_files_only": source.local, "revision": None, "subfolder": ""}
+    try:
+        with quiet_transformers():
+            if adapter := _adapter_config(source, found):
+                return load_config(base_of(adapter))
+            found |= {} if source.gguf is None else {"gguf_file": source.gguf}
+            config = AutoConfig.from_pretrained(source.path, **found)
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"Could not read the configuration of {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local "
+            "directory with a config.json, or the id of a causal language model on the hub."
+        ) from error
+    check_architecture(config)
+    return config.get_text_config() if is_multimodal(config) else config
 
 
 def load_checkpoint(name: str) -> tuple[Any, Any]:
@@ -363,7 +406,12 @@ def save_checkpoint(network: Any, tokenizer: Any, folder: Path, *, own_names: bo
         tokenizer.save_pretrained(folder)
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
+    """Take a dtype by its name.
+
+    Raises:
+        UserError: If there is none of that name, or models are not run in it.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

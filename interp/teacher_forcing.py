@@ -15,7 +15,8 @@ from interp.inputs import check_lengths, continuation_ids, most_positions, padde
 from interp.precision import can_be_rough, rough
 from interp.progress import tracked
 
-_TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 512
+"""Tokens of a batch at most, where it has more than one item."""
 FORCING_VERSION = 1
 """Version of what is read off forced answers: raise it when the same items would give other results."""
 
@@ -61,7 +62,7 @@ def token_batches(items: Sequence[Continued]) -> list[list[int]]:
     order = sorted(range(len(items)), key=lambda i: (len(items[i].tokens), i))
     batches: list[list[int]] = []
     for index in order:
-        if not batches or (len(batches[-1]) + 1) * len(items[index].tokens) > _TOKENS_AT_ONCE:
+        if not batches or (len(batches[-1]) + 1) * len(items[index].tokens) > TOKENS_AT_ONCE:
             batches.append([])
         batches[-1].append(index)
     return batches

@@ -63,7 +63,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FACTS = 30
 
 _RUN = {
-    *("models", "inspect", "generate", "ask", "evaluate", "attribute"),
+    *("models", "plan", "inspect", "generate", "ask", "evaluate", "attribute"),
     *("data build", "data inspect", "data convert"),
     *("probe detect", "dial apply", "steer apply"),
 }

@@ -24,6 +24,7 @@ from conflictscope.cli import (
     locate,
     look,
     persuade,
+    plan,
     probe,
     report,
     sae,
@@ -47,7 +48,7 @@ for _panel, _commands in {
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report),
     _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, serving.serve),
-    _DATA: (look.models, doctor.doctor),
+    _DATA: (look.models, plan.plan, doctor.doctor),
 }.items():
     for _command in _commands:
         # A command may be called what no function can be.

@@ -95,11 +95,11 @@ def _devices() -> Iterator[str]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         yield f"{torch.cuda.get_device_name(device)} has {_gib(free)} of {_gib(total)} free."
-    if (memory := _memory()) is not None:
-        yield f"This machine has {_gib(memory)} of memory; the default model takes 0.5 GiB in float32."
+    if (found := memory()) is not None:
+        yield f"This machine has {_gib(found)} of memory; the default model takes 0.5 GiB in float32."
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
     """Bytes of memory, where the system says."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -49,9 +49,10 @@ STRENGTHS = (0.0, 2.0)
 SCALES = (-2.0, 3.0)
 MAX_NEW_TOKENS, CHAT_TOKENS = 12, 32
 """Longest answer, in tokens; a chat's takes a sentence."""
+MOST_TOKENS = 1024
+"""Longest prompt, in tokens."""
 
 _AS_THEY_ARE = Asking()
-_MOST_TOKENS = 1024
 _FEWEST_REPEATED = 3
 _SMALL_WORDS = {
     *("the", "a", "an", "it", "is", "was", "are", "were", "by", "in", "of", "at", "from", "called", "named"),
@@ -197,8 +198,8 @@ class Explorer:
         self.detector = detector
         check_choice(self.files, model, tokenizer_of(model))
         self.heads = Anatomy(model).heads
-        positions = most_positions(model) or _MOST_TOKENS
-        self.most_tokens = min(_MOST_TOKENS, positions - self.new_tokens)
+        positions = most_positions(model) or MOST_TOKENS
+        self.most_tokens = min(MOST_TOKENS, positions - self.new_tokens)
         # Hooks and intervention are the model's, not the thread's.
         self._lock = threading.Lock()
         # Moving a slider must not ask anew what it does not change.

@@ -37,7 +37,8 @@ HeadOrLayer = tuple[int, int | None]
 """``(layer, head)`` of what is scaled; head ``None`` is the feed-forward layer."""
 
 _TRIES, _MARGIN, _NEARLY_ALL, _FURTHEST = 8, 0.97, 0.9, 1.5
-_LONGEST_TEXT = 48
+LONGEST_TEXT = 48
+"""Tokens of a text at most."""
 SCALE_DATA_VERSION = 1
 """Version of the data and of what is measured on it: raise it when the same scales would get other numbers."""
 
@@ -89,7 +90,7 @@ class ScaleData:
         items_of: dict[Guard, list[Continued]] = {
             kind: [continued(model, e.prompt, e.memory_answers[0]) for e in kept[kind]] for kind in GUARDS[:3]
         }
-        cut = [text_tokens(model, text, _LONGEST_TEXT) for text in texts]
+        cut = [text_tokens(model, text, LONGEST_TEXT) for text in texts]
         items_of["neutral"] = [item for item in cut if item.predicted > 0]
         if not items_of["neutral"]:
             raise UserError("Scales are guarded by ordinary text too, but there is none of two tokens or more.")

@@ -57,7 +57,7 @@ def test_each_row_s_gradient_is_that_of_its_prompt_alone(tiny_bridge):
 @pytest.mark.parametrize("draws", [1, 2])
 def test_drawn_scores_average_to_the_curvature_of_the_divergence(tiny_llama, monkeypatch, draws):
     """The Hessian of KL(p(s) || p(s + d)) at d = 0, by autograd, is the Fisher information."""
-    monkeypatch.setattr(teacher_forcing, "_TOKENS_AT_ONCE", 20_000)
+    monkeypatch.setattr(teacher_forcing, "TOKENS_AT_ONCE", 20_000)
     item = continued(tiny_llama, next(iter(tiny_conflicts())).prompt, "Rome is old and")
     places = [(0, 0), (1, 2)]
     scales = torch.tensor([0.8, 1.3])

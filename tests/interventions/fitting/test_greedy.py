@@ -28,7 +28,7 @@ PROMPTS.append((CONFLICTS[0].prompt, f"{CONFLICTS[0].context_answers[0]} of the 
 
 @pytest.fixture
 def wanted(tiny_bridge, monkeypatch):
-    monkeypatch.setattr(teacher_forcing, "_TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(teacher_forcing, "TOKENS_AT_ONCE", 50)
     items = [continued(tiny_bridge, *prompt) for prompt in PROMPTS]
     assert len(teacher_forcing.token_batches(items)) > 1
     assert len({item.predicted for item in items}) > 1
