@@ -495,6 +495,7 @@ class Anatomy:
 
     Args:
         model: A transformers causal language model, or a ``TransformerBridge`` around one.
+        blueprint: What its architecture looks like; ``None`` takes what ``BLUEPRINTS`` says.
 
     Attributes:
         architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
@@ -509,13 +510,14 @@ class Anatomy:
         UserError: If the architecture is not in ``BLUEPRINTS``, or the model does what a blueprint cannot say.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blueprint: Blueprint | None = None) -> None:
         self.model = transformers_model(model)
         self.architecture = type(self.model).__name__
-        if self.architecture not in BLUEPRINTS:
+        given = BLUEPRINTS.get(self.architecture) if blueprint is None else blueprint
+        if given is None:
             raise UserError(unknown_architecture(self.architecture))
         config: Any = self.model.config
-        self.blueprint = blueprint = BLUEPRINTS[self.architecture].of(config)
+        self.blueprint = blueprint = given.of(config)
 
         def setting(name: str | None) -> Any:
             return None if name is None else getattr(config, name, None)
