@@ -463,7 +463,7 @@ def unknown_architecture(name: str) -> str:
         return f"The architecture {name} {UNSUPPORTED[name]}, so that it cannot be taken apart; choose another model."
     return (
         f"The architecture {name} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
-        "Add a Blueprint for it to interp/anatomy.py, or give one with --blueprint."
+        "Load the model with load_model, or call interp.proposal.adopt, which propose a Blueprint, or give --blueprint."
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ _SAID = {
     "logits": "the logits are not what follows from the stream after block {}",
     "body": "the model without its unembedding gives another stream after block {}",
     "padding": "a prompt that is padded gets other logits than alone",
+    "cache": "a prompt that goes on from the keys and values of its beginning gets other logits than in one pass",
 }
 
 
@@ -131,7 +132,7 @@ class _Pass:
 
     def _modules(self) -> dict[tuple[str, int], nn.Module]:
         anatomy = self.anatomy
-        parts: list[Part] = [part for part in anatomy.parts if part not in ("key", "value")]
+        parts: list[Part] = [part for part in anatomy.parts if part != "key"]
         found = {(part, layer): anatomy.module(part, layer) for layer in range(anatomy.n_layers) for part in parts}
         for layer in range(anatomy.n_layers):
             if (path := anatomy.mlp_output_path(layer)) is not None:
@@ -230,6 +231,7 @@ def _compare_block(anatomy: Anatomy, seen: _Pass, layer: int, compare: Callable[
     stream = before if anatomy.parallel else before + write
     compare("mlp", layer, anatomy.mlp_write(layer, stream), factor * seen.wrote["mlp", layer])
     compare("stream", layer, anatomy.step(layer, before, write), after, after.to(before.device) - before)
+    _check_widths(anatomy, seen, layer)
     if ("mlp_output", layer) in seen.gave:
         compare("mlp output", layer, seen.gave["mlp_output", layer], seen.gave["mlp", layer])
     for part in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
@@ -239,6 +241,18 @@ def _compare_block(anatomy: Anatomy, seen: _Pass, layer: int, compare: Callable[
     compare("reading", layer, seen.given["attention_norm", layer] if has_norm else before, before)
     read = seen.gave["attention_norm", layer] if has_norm else before
     compare("reading", layer, read, seen.given["query", layer])
+
+
+def _check_widths(anatomy: Anatomy, seen: _Pass, layer: int) -> None:
+    """See that the numbers of key-value heads and of neurons are those of the configuration that are named."""
+    of_heads = {anatomy.n_kv_heads, anatomy.n_kv_heads + anatomy.n_heads, 2 * anatomy.n_kv_heads + anatomy.n_heads}
+    width, d_mlp = seen.gave["value", layer].shape[-1], seen.given.get(("mlp_output", layer))
+    if width not in {anatomy.d_head * count for count in (*of_heads, 2 * anatomy.n_kv_heads)}:
+        raise Misfit(
+            f"values of block {layer} are among {width} numbers, not of {anatomy.n_kv_heads} heads of {anatomy.d_head}"
+        )
+    if d_mlp is not None and d_mlp.shape[-1] != anatomy.d_mlp:
+        raise Misfit(f"the MLP of block {layer} has {d_mlp.shape[-1]} neurons, not {anatomy.d_mlp}")
 
 
 def _compare_norm(
@@ -251,9 +265,7 @@ def _compare_norm(
     compare(name, layer, values if bias is None else values + bias, seen.gave[key])
 
 
-def _compare_ends(
-    anatomy: Anatomy, seen: _Pass, inputs: Mapping[str, Tensor], compare: Callable[..., None]
-) -> None:
+def _compare_ends(anatomy: Anatomy, seen: _Pass, inputs: Mapping[str, Tensor], compare: Callable[..., None]) -> None:
     """What is after the blocks: final norm, logits, and the pass of the body alone."""
     last, final = anatomy.n_layers - 1, seen.given["final_norm", 0]
     compare("blocks", last + 1, seen.gave["block", last], final)
@@ -269,14 +281,22 @@ def _compare_ends(
 
 
 def _check_padding(small: Any, blueprint: Blueprint, prompts: Sequence[Sequence[int]]) -> None:
-    """Prompts of two lengths together are what each is alone; in float32, as float64 has no numbers at padding."""
-    _errors(Anatomy(small, blueprint), prompts, 0.0)
+    """Prompts of two lengths together are what each is alone; in float32, as float64 has no numbers at padding.
+
+    At once, and in two passes of which the second goes on from keys and values that the first one kept.
+    """
+    anatomy, inputs = Anatomy(small, blueprint), padded(small, prompts)
+    _errors(anatomy, prompts, 0.0)
+    before = {name: values[:, :-1] for name, values in inputs.items()}
+    last = {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
     with torch.inference_mode():
-        together = small(**padded(small, prompts), use_cache=False).logits
-        for row, prompt in enumerate(prompts):
-            alone = small(**padded(small, [prompt]), use_cache=False).logits[0]
-            if not equal(together[row, -len(prompt) :], alone, 1e-3):
-                raise Misfit(_SAID["padding"])
+        together = small(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        cache = anatomy.body(**before, use_cache=True).past_key_values
+        continued = small(**last, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        alone = torch.cat([small(**padded(small, [prompt]), use_cache=False).logits[:, -1] for prompt in prompts])
+    for name, found in (("padding", together), ("cache", continued)):
+        if not equal(found, alone, 1e-3):
+            raise Misfit(_SAID[name])
 
 
 def _keep_worst(found: dict[str, float], more: Mapping[str, float]) -> None:
@@ -294,14 +314,15 @@ def _check_heads(anatomy: Anatomy) -> int:
         How many heads there are in all layers.
     """
     for layer in range(anatomy.n_layers):
-        modules = {role: anatomy.module(role, layer) for role in ("query", "key", "value")}
+        modules = {role: anatomy.module(role, layer) for role in get_args(Role)}
         ends = anatomy.module("output_projection", layer), anatomy.attention_module(layer)
         found: dict[Role, list[tuple[int, ...]]] = {}
         for module in dict.fromkeys(modules.values()):
             roles = head_roles(anatomy.model, module, *ends, anatomy.n_heads)
             found |= {role: heads for role, heads in roles.items() if modules[role] is module}
         if missing := modules.keys() - found.keys():
-            raise Misfit(f"{anatomy.path(min(missing), layer)} does not make the {min(missing)} of heads")
+            role = min(missing)
+            raise Misfit(f"{anatomy.path(role, layer)} does not make the {role} of heads")
         if len(found["value"]) != anatomy.n_kv_heads:
             raise Misfit(f"block {layer} has {len(found['value'])} key-value heads, not {anatomy.n_kv_heads}")
     return len(anatomy.heads)
@@ -332,7 +353,7 @@ def head_roles(
     d_head = z.shape[-1] // n_heads
     if width % d_head or weights is None:
         return {}
-    change = torch.randn(width // d_head, d_head, generator=torch.Generator().manual_seed(6), dtype=z.dtype)
+    change = 3 * torch.randn(width // d_head, d_head, generator=torch.Generator().manual_seed(6), dtype=z.dtype)
     z, weights, _ = _heads_seen(network, module, projection, attention, change)
     z = z.unflatten(-1, (n_heads, d_head))
     if weights.shape[1] != n_heads:
@@ -357,7 +378,11 @@ def head_roles(
 
 
 def _check_order(role: Role, heads: list[tuple[int, ...]], n_heads: int) -> None:
-    shared = n_heads // len(heads) if n_heads % len(heads) == 0 else 0
+    shared = n_heads // len(heads)
+    if shared * len(heads) != n_heads:
+        raise Misfit(
+            f"{len(heads)} parts of a linear map act as the {role} of {n_heads} heads, which are not so many each"
+        )
     for number, acted in enumerate(heads):
         own = tuple(range(number * shared, (number + 1) * shared))
         # A norm over all heads makes every query and key depend on all of them.

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from interp.anatomy import BLUEPRINTS, named_weights, transformers_model, unknown_architecture
+from interp.anatomy import UNSUPPORTED, named_weights, transformers_model, unknown_architecture
 from interp.errors import Caution, UserError
 from interp.files import atomic_directory
 from interp.progress import bars_shown, counted
@@ -244,8 +244,8 @@ def load_model(
         The model in evaluation mode, parameters frozen.
 
     Raises:
-        UserError: If the name, device or dtype cannot be used, the architecture is not known, or a weight was not in
-            the checkpoint.
+        UserError: If the name, device or dtype cannot be used, the architecture is not known and no blueprint that is
+            proposed for it fits, or a weight was not in the checkpoint.
     """
     where = resolve_device(device)
     model, tokenizer = _checkpoint(name, where, dtype=_dtype(dtype), attn_implementation=attention)
@@ -276,7 +276,8 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
         The model, on the CPU, and its tokenizer.
 
     Raises:
-        UserError: If it cannot be loaded, the architecture is not known, or a weight was not in the checkpoint.
+        UserError: If it cannot be loaded, the architecture is not known and no blueprint that is proposed for it fits,
+            or a weight was not in the checkpoint.
     """
     return _checkpoint(name, torch.device("cpu"), dtype="auto")
 
@@ -285,17 +286,21 @@ def _checkpoint(name: str, device: torch.device, **options: Any) -> tuple[Any, A
     """The model of a checkpoint, on a device, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from interp.proposal import adopt
+
     source, local = _source(name)
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_architecture(AutoConfig.from_pretrained(source, local_files_only=local))
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        return _loaded(name, source, local_files_only=local, **options).to(device), tokenizer
+        network = _loaded(name, source, local_files_only=local, **options).to(device)
     except UserError:
         raise
     except _LOADING_ERRORS as error:
         raise UserError(_not_loadable(name, error)) from error
+    adopt(network)
+    return network, tokenizer
 
 
 def save_checkpoint(network: Any, tokenizer: Any, folder: Path, *, own_names: bool = True) -> None:
@@ -369,9 +374,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _check_architecture(config: Any) -> None:
-    """Refuse an architecture that the anatomy does not know before its weights are read."""
+    """Refuse an architecture that cannot be taken apart before its weights are read."""
     for architecture in config.architectures or ():
-        if architecture not in BLUEPRINTS:
+        if architecture in UNSUPPORTED:
             raise UserError(unknown_architecture(architecture))
 
 

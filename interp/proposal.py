@@ -17,60 +17,72 @@ Nothing here is taken on trust: ``interp.fit`` compares what follows from the bl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from interp.anatomy import BLUEPRINTS, UNSUPPORTED, Blueprint, NormKind, Part, unknown_architecture
+from interp.anatomy import BLUEPRINTS, UNSUPPORTED, Blueprint, NormKind, unknown_architecture
 from interp.errors import Caution, UserError
-from interp.fit import Misfit, checked, equal, head_roles
-from interp.small import LENGTH, random_ids, small_copy
+from interp.fit import Fit, checked, equal, head_roles
+from interp.small import Misfit, random_ids, small_copy
 
 _PROPOSED: set[str] = set()
 _NORMS: dict[NormKind, tuple[bool, int]] = {"layer": (True, 0), "rms": (False, 0), "rms_plus_one": (False, 1)}
 """Whether each kind of norm centres, and what it adds to its weight."""
+# Words in names of factors on logits.
+_OF_LOGITS = ("logit", "lm_head")
 # Layers may have a dense MLP or experts.
 _OF_DENSE_OR_EXPERTS = ("mlp_output", "mlp_activation", "mlp_experts", "d_mlp")
 
 
-def adopt(network: Any) -> None:
+def adopt(network: Any) -> Fit | None:
     """Make the architecture of a model known for this process, if it is not: by a proposal that fits the model.
 
-    A proposal is made from one configuration. It is compared with every later model of the architecture again.
+    A proposal is made from one configuration, so that it is compared with every later model of the architecture again.
 
     Args:
         network: A transformers causal language model.
+
+    Returns:
+        How well the proposal fits, or ``None`` if the architecture was known without one.
 
     Raises:
         UserError: If no blueprint can be proposed, or the proposed one does not fit; the message says what did not.
     """
     name = type(network).__name__
-    if name in BLUEPRINTS and not is_proposed(name):
-        return
     if name in UNSUPPORTED:
         raise UserError(unknown_architecture(name))
+    if name in BLUEPRINTS and not is_proposed(name):
+        return None
     try:
         blueprint = BLUEPRINTS.get(name) or proposed(network)
-        checked(network, blueprint)
-    except Misfit as error:
-        before = "as another model of it that was loaded before; load this one in a process of its own"
+        fit = checked(network, blueprint)
+    except UserError:
+        raise
+    # Whatever an unknown model stumbles over when it is looked into.
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"The architecture {name} is not known, and its modules do not fit a proposal: {error}. "
-            + (f"It does not look {before}." if is_proposed(name) else "Give a blueprint with --blueprint.")
+            f"The model is not as another {name} that was loaded before it: {reason}; load it in a process of its own."
+            if is_proposed(name)
+            else f"The architecture {name} is not known, and no blueprint that is proposed from its modules fits it: "
+            f"{reason}; give one with --blueprint, or choose another model."
         ) from error
     if not is_proposed(name):
-        _PROPOSED.add(name)
         BLUEPRINTS[name] = blueprint
+        _PROPOSED.add(name)
         warnings.warn(
             Caution(
-                f"The architecture {name} is not known here; a blueprint that was proposed from its modules reproduces "
-                "its forward pass, and is used: see `conflictscope doctor` with the model's name."
+                f"The architecture {name} is not known here; a blueprint that is proposed from its modules reproduces "
+                "its forward pass, and is used: see it with `conflictscope doctor MODEL`."
             ),
-            stacklevel=2,
+            stacklevel=4,
         )
+    return fit
 
 
 def is_proposed(architecture: str) -> bool:
@@ -230,9 +242,8 @@ class _Proposal:
         if len(self.norm_kinds) > 1:
             raise Misfit(f"it has norms of {len(self.norm_kinds)} kinds, {' and '.join(sorted(self.norm_kinds))}")
         factor = self._name_of(first.pop("factor"), "what attention and MLP add", ("resid",))
-        return Blueprint(
-            **attention, **first, **whole, norm=next(iter(self.norm_kinds)), residual_multiplier=factor, blocks=self.blocks
-        )
+        found = {**attention, **first, **whole, "blocks": self.blocks, "residual_multiplier": factor}
+        return Blueprint(**found, norm=next(iter(self.norm_kinds)))
 
     def _found_blocks(self) -> tuple[str, list[_Call]]:
         by_path: dict[str, list[_Call]] = {}
@@ -247,7 +258,7 @@ class _Proposal:
             if not all(found):
                 continue
             blocks = [calls[0] for calls in found]
-            for layer, (one, other) in enumerate(zip(blocks, blocks[1:], strict=False)):
+            for layer, (one, other) in enumerate(pairwise(blocks)):
                 if not _is(one.output, other.given):
                     raise Misfit(f"block {layer + 1} reads something else than the stream after block {layer}")
             return path, blocks
@@ -287,7 +298,7 @@ class _Proposal:
         }
 
     def _output_projection(self, inside: list[_Call]) -> _Call:
-        """The first linear map that reads of other tokens: the last token is the same in a pass with others before it."""
+        """The first linear map that reads of other tokens: at the last token its input changes with those before."""
         other = random_ids(self.network, 1)
         other[:, -1] = random_ids(self.network, 0)[:, -1]
         start = f"{self.blocks}.0."
@@ -326,8 +337,8 @@ class _Proposal:
                 found[role] = (call.path, heads)
         if missing := [role for role in ("query", "key", "value") if role not in found]:
             raise Misfit(
-                f"no linear map makes the {missing[0]} of its heads, on which the weights or the outputs of heads depend "
-                "as in attention"
+                f"no linear map of its first block makes the {missing[0]} of heads, on which attention weights or the "
+                "outputs of heads depend as they do in attention"
             )
         return found
 
@@ -348,8 +359,11 @@ class _Proposal:
         holder = min(attention["attention_weights"] or own.path, own.path, key=lambda path: path.count("."))
         outside = [call for call in inside if call.path != holder and not call.path.startswith(f"{holder}.")]
         wrote = self._wrote(layer, block, own, outside)
-        streams = {False: wrote.after_attention, True: _rows(block.given)}
-        attention_norm, _ = self._reading(reader.given, inside, {True: _rows(block.given)}, f"attention of block {layer}")
+        before = _rows(block.given)
+        streams = {False: wrote.after_attention, True: before}
+        attention_read = self._read_by(reader.given, inside, {True: before})
+        if attention_read is None:
+            raise Misfit(f"the attention of block {layer} reads neither the residual stream nor a norm of it")
         steps = [wrote.mlp]
         while (found := self._read_by(steps[0].given, outside, streams)) is None:
             earlier = [call for call in outside if _is(call.output, steps[0].given) and call.path != steps[0].path]
@@ -358,16 +372,19 @@ class _Proposal:
             steps.insert(0, min(earlier, key=lambda call: call.path.count(".")))
         mlp_norm, parallel = found
         parts = {
-            "attention_norm": attention_norm,
+            "attention_norm": attention_read[0],
             "attention_post_norm": None if wrote.attention_post_norm is None else wrote.attention_post_norm.path,
             "mlp_norm": mlp_norm,
             "mlp": wrote.mlp.path,
             "mlp_post_norm": None if wrote.mlp_post_norm is None else wrote.mlp_post_norm.path,
             "mlp_steps": tuple(call.path for call in steps) if len(steps) > 1 else (),
         }
-        seen: list[tuple[Part, _Call | None]] = [("attention", own), ("mlp", wrote.mlp)]
-        seen += [("attention_post_norm", wrote.attention_post_norm), ("mlp_post_norm", wrote.mlp_post_norm)]
-        there = [(part, call) for part, call in seen if call is not None]
+        seen = {"attention": own, "mlp": wrote.mlp, "attention_post_norm": wrote.attention_post_norm}
+        seen["mlp_post_norm"] = wrote.mlp_post_norm
+        self.norm_kinds |= {
+            kind for part, call in seen.items() if "norm" in part and call and (kind := _norm_kind(call))
+        }
+        there = [(part, call) for part, call in seen.items() if call is not None]
         return {
             **parts,
             **self._inside_mlp(steps, inside),
@@ -403,24 +420,15 @@ class _Proposal:
                     return _Wrote(post_norm, inner, other, factor, after)
                 return _Wrote(post_norm, other, None, factor, after)
         raise Misfit(
-            f"the stream after block {layer} is not what was there, and what attention and MLP add (off by {nearest:.0%})"
+            f"the stream after block {layer} is not what was there, and what attention and MLP add (off by "
+            f"{nearest:.2g} of it)"
         )
 
     def _kind(self, call: _Call) -> bool:
         return _norm_kind(call) is not None
 
-    def _reading(
-        self, read: Tensor, calls: list[_Call], streams: dict[bool, Tensor], who: str
-    ) -> tuple[str | None, bool]:
-        found = self._read_by(read, calls, streams)
-        if found is None:
-            raise Misfit(f"the {who} reads neither the residual stream nor a norm of it")
-        return found
-
-    def _read_by(
-        self, read: Tensor, calls: list[_Call], streams: dict[bool, Tensor]
-    ) -> tuple[str | None, bool] | None:
-        """The norm through which a stream is read, if there is one, and which of the streams it is; ``None`` is none."""
+    def _read_by(self, read: Tensor, calls: list[_Call], streams: dict[bool, Tensor]) -> tuple[str | None, bool] | None:
+        """The norm through which one of the streams is read, or ``None``, and which it is; ``None`` is none of them."""
         for which, stream in streams.items():
             if _is(read, stream):
                 return None, which
@@ -496,9 +504,11 @@ class _Proposal:
         factor = round(((own * found).sum() / own.square().sum()).item(), 9)
         if not equal(factor * own, found, 1e-6):
             raise Misfit("its logits are not its unembedding of its final norm, times a factor")
-        if factor == 1 or (name := self._field(factor, ("logit", "lm_head"))) is not None:
-            return {} if factor == 1 else {"logit_multiplier": name}
-        return {"logit_divisor": self._name_of(1 / factor, "logits", ("logit", "lm_head"))}
+        if factor == 1:
+            return {}
+        if (name := self._field(factor, _OF_LOGITS)) is not None:
+            return {"logit_multiplier": name}
+        return {"logit_divisor": self._name_of(1 / factor, "the stream that logits are read from", _OF_LOGITS)}
 
     # Settings
 
@@ -519,5 +529,5 @@ class _Proposal:
         if factor == 1:
             return None
         if (name := self._field(factor, hints)) is None:
-            raise Misfit(f"{what} is multiplied by {factor:.4g}, and no setting of its configuration says so")
+            raise Misfit(f"{what} is times {factor:.4g}, or divided by it, which no setting of its configuration says")
         return name
