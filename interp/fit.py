@@ -34,6 +34,7 @@ _LOWEST_OF_NORMS = 1e-5
 _SAID = {
     "blocks": "what block {} reads is not the stream that the one before left",
     "stream": "the stream after block {} is not what was there, and what attention and MLP add",
+    "step": "the stream after block {} is not what follows from what enters it and from what attention adds",
     "edits": "a change of what attention or MLP writes in block {} does not arrive in its stream",
     "attention": "what attention of block {} adds is not what follows from its heads",
     "heads": "the heads of block {} do not add up to what attention gives",
@@ -159,7 +160,8 @@ class _Pass:
             generator = torch.Generator().manual_seed(layer)
             # Where nothing is to be changed nothing is put back.
             moved = noise * torch.randn(values.shape, generator=generator, dtype=values.dtype) if noise else None
-            self.wrote[part, layer] = values.clone() if moved is None else values + moved
+            # Not copied: what is written over later is wrong then, if the blueprint does not say so.
+            self.wrote[part, layer] = values if moved is None else values + moved
             return None if moved is None else self.wrote[part, layer].clone()
 
         return see
@@ -202,35 +204,39 @@ def _errors(
 
     with torch.inference_mode():
         for layer in range(anatomy.n_layers):
-            (_compare_edited if noise else _compare_block)(anatomy, seen, layer, compare)
+            if noise:
+                _compare_sum(anatomy, seen, layer, compare, "edits")
+            else:
+                _compare_block(anatomy, seen, layer, compare)
         if not noise:
             _compare_ends(anatomy, seen, inputs, compare)
     return found
 
 
-def _compare_edited(anatomy: Anatomy, seen: _Pass, layer: int, compare: Callable[..., None]) -> None:
-    """What a block adds is what was recorded of attention and MLP, also where that was changed."""
+def _compare_sum(anatomy: Anatomy, seen: _Pass, layer: int, compare: Callable[..., None], name: str) -> None:
+    """What a block adds is what attention and MLP were seen to write, also where that was changed."""
     before, after = seen.given["block", layer], seen.gave["block", layer]
     added = anatomy.residual_multiplier * (seen.wrote["attention", layer] + seen.wrote["mlp", layer])
-    compare("edits", layer, before + added, after, added)
+    compare(name, layer, before.to(added.device) + added, after, added)
 
 
 def _compare_block(anatomy: Anatomy, seen: _Pass, layer: int, compare: Callable[..., None]) -> None:
-    before, after = seen.given["block", layer], seen.gave["block", layer]
+    """What enters a block, what its parts read and write, and what leaves it."""
     z = seen.given["output_projection", layer].unflatten(-1, (anatomy.n_heads, anatomy.d_head))
-    before = before.to(z.device)
+    before = seen.given["block", layer].to(z.device)
     if layer:
         compare("blocks", layer, seen.gave["block", layer - 1], before)
     heads, bias = anatomy.head_outputs(layer, z), anatomy.output_bias(layer)
     gave = heads.sum(-2) if bias is None else heads.sum(-2) + bias
     compare("heads", layer, gave, seen.gave["attention", layer])
+    _compare_sum(anatomy, seen, layer, compare, "stream")
     write, factor = anatomy.attention_write(layer, z), anatomy.residual_multiplier
     compare("attention", layer, write, factor * seen.wrote["attention", layer])
     parts, bias_write = anatomy.head_writes(layer, z)
     compare("norms", layer, parts.sum(-2) + bias_write, write)
     stream = before if anatomy.parallel else before + write
     compare("mlp", layer, anatomy.mlp_write(layer, stream), factor * seen.wrote["mlp", layer])
-    compare("stream", layer, anatomy.step(layer, before, write), after, after.to(before.device) - before)
+    compare("step", layer, anatomy.step(layer, before, write), seen.gave["block", layer], write)
     _check_widths(anatomy, seen, layer)
     if ("mlp_output", layer) in seen.gave:
         compare("mlp output", layer, seen.gave["mlp_output", layer], seen.gave["mlp", layer])

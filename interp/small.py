@@ -7,7 +7,6 @@ keeps a layer of every kind, the width of a head, and how many heads share a key
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -123,8 +122,10 @@ def _widths(config: Any) -> dict[str, int]:
     heads = {n: v for n, v in settings.items() if "head" in n and not ("dim" in n or "size" in n) and v > 1}
     if not heads:
         return {}
-    common, fewest = math.gcd(*heads.values()), min(heads.values())
-    factor = max(d for d in range(1, common + 1) if common % d == 0 and (d == 1 or fewest // d >= 2))
+    # With two heads, or one key for all, other orders of heads would be rare or look the same.
+    most, fewest = max(heads.values()), min(heads.values())
+    factors = [d for d in range(1, fewest + 1) if all(n % d == 0 for n in heads.values())]
+    factor = max(d for d in factors if d == 1 or (fewest // d >= 2 and most // d >= 4))
     widths = {n: v for n, v in settings.items() if v == config.hidden_size or any(part in n for part in _OF_MLP)}
     return {name: value // factor for name, value in {**heads, **widths}.items() if value % factor == 0}
 

@@ -261,8 +261,8 @@ class InterventionFile(Strict):
         """Refuse another model; and another tokenizer, if one is given.
 
         Raises:
-            UserError: If something differs, or the file's sites are not where it reads and writes in a model like this: loading a file
-                does not tell where its architecture is not known yet.
+            UserError: If something differs, or sites are not where the file reads and writes in such a model: loading
+                the file sees that only where the architecture is known.
         """
         self.model.check(model, tokenizer)
         _check_places(self)
