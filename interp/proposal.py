@@ -30,7 +30,7 @@ from interp.errors import Caution, UserError
 from interp.fit import Fit, checked, equal, head_roles
 from interp.small import Misfit, random_ids, small_copy
 
-_PROPOSED: set[str] = set()
+_PROPOSED: dict[str, Blueprint] = {}
 _NORMS: dict[NormKind, tuple[bool, int]] = {"layer": (True, 0), "rms": (False, 0), "rms_plus_one": (False, 1)}
 """Whether each kind of norm centres, and what it adds to its weight."""
 # Words in names of factors on logits.
@@ -73,8 +73,7 @@ def adopt(network: Any) -> Fit | None:
             f"{reason}; give one with --blueprint, or choose another model."
         ) from error
     if not is_proposed(name):
-        BLUEPRINTS[name] = blueprint
-        _PROPOSED.add(name)
+        BLUEPRINTS[name] = _PROPOSED[name] = blueprint
         warnings.warn(
             Caution(
                 f"The architecture {name} is not known here; a blueprint that is proposed from its modules reproduces "
@@ -87,7 +86,7 @@ def adopt(network: Any) -> Fit | None:
 
 def is_proposed(architecture: str) -> bool:
     """Whether what is known of an architecture was proposed in this process."""
-    return architecture in _PROPOSED and architecture in BLUEPRINTS
+    return architecture in _PROPOSED and BLUEPRINTS.get(architecture) is _PROPOSED[architecture]
 
 
 def written(architecture: str, blueprint: Blueprint) -> dict[str, Any]:
