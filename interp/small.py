@@ -15,6 +15,7 @@ from torch import Tensor, nn
 LENGTH = 7
 """How many tokens of a random prompt a copy reads at most."""
 _VOCABULARY = 61
+_MOST_EXPERTS = 16
 _OF_MLP = ("intermediate", "ffn", "n_inner")
 
 
@@ -117,7 +118,7 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _widths(config: Any) -> dict[str, int]:
-    """Smaller numbers for all settings that count heads, or are widths of the stream or of MLPs."""
+    """Smaller numbers for all settings that count heads or experts, or are widths of the stream or of MLPs."""
     settings = {name: value for name, value in config.to_dict().items() if type(value) is int}
     heads = {n: v for n, v in settings.items() if "head" in n and not ("dim" in n or "size" in n) and v > 1}
     if not heads:
@@ -127,7 +128,9 @@ def _widths(config: Any) -> dict[str, int]:
     factors = [d for d in range(1, fewest + 1) if all(n % d == 0 for n in heads.values())]
     factor = max(d for d in factors if d == 1 or (fewest // d >= 2 and most // d >= 4))
     widths = {n: v for n, v in settings.items() if v == config.hidden_size or any(part in n for part in _OF_MLP)}
-    return {name: value // factor for name, value in {**heads, **widths}.items() if value % factor == 0}
+    experts = {n: v for n, v in settings.items() if "experts" in n and v > _MOST_EXPERTS and v % _MOST_EXPERTS == 0}
+    narrow = {name: value // factor for name, value in {**heads, **widths}.items() if value % factor == 0}
+    return {**narrow, **dict.fromkeys(experts, _MOST_EXPERTS)}
 
 
 def _randomise(network: Any) -> None:

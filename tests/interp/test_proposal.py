@@ -236,6 +236,14 @@ def test_a_copy_of_a_large_model_is_small_and_shares_keys_among_as_many_heads():
     assert small.config.hidden_size / small.config.num_attention_heads == 4096 / 32
 
 
+def test_a_copy_of_many_experts_has_few():
+    shape = {**_GROUPED, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 24, "vocab_size": 100}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**shape))
+    small = small_copy(model)
+    assert (small.config.num_experts, small.config.num_experts_per_tok) == (16, 8)
+
+
 def test_random_numbers_of_others_are_left_as_they_were():
     model = known_model("llama")
     torch.manual_seed(1)
