@@ -199,7 +199,7 @@ def _errors(
         errors = difference.norm(dim=-1) / size.clamp(min=1e-30)
         error = float(errors.max() if of_tokens == "max" else errors.median())
         found[name] = max(found.get(name, 0.0), error)
-        if not error <= (max(limit, _LOWEST_OF_NORMS) if "norm" in name or name == "edits" else limit):
+        if not error <= (max(limit, _LOWEST_OF_NORMS) if "norm" in name else limit):
             raise Misfit(f"{_SAID[name].format(layer)} (off by {error:.2g} of it)")
 
     with torch.inference_mode():
@@ -386,9 +386,7 @@ def head_roles(
 def _check_order(role: Role, heads: list[tuple[int, ...]], n_heads: int) -> None:
     shared = n_heads // len(heads)
     if shared * len(heads) != n_heads:
-        raise Misfit(
-            f"{len(heads)} parts of a linear map act as the {role} of {n_heads} heads, which are not so many each"
-        )
+        raise Misfit(f"{len(heads)} parts of its linear maps act as the {role} of heads, which {n_heads} cannot share")
     for number, acted in enumerate(heads):
         own = tuple(range(number * shared, (number + 1) * shared))
         # A norm over all heads makes every query and key depend on all of them.
