@@ -481,7 +481,7 @@ def unknown_architecture(name: str) -> str:
         return f"The architecture {name} {UNSUPPORTED[name]}, so that it cannot be taken apart; choose another model."
     return (
         f"The architecture {name} is not known; known are {', '.join(sorted(BLUEPRINTS))}. "
-        "Add a Blueprint for it to interp/anatomy.py, or give one with --blueprint."
+        "Load the model with load_model, or call interp.proposal.adopt, which propose a Blueprint, or give --blueprint."
     )
 
 
@@ -506,6 +506,7 @@ class Anatomy:
 
     Args:
         model: A transformers causal language model, or a ``TransformerBridge`` around one.
+        blueprint: What its architecture looks like; ``None`` takes what ``BLUEPRINTS`` says.
 
     Attributes:
         architecture: Class name of the transformers model, the key into ``BLUEPRINTS``.
@@ -520,13 +521,14 @@ class Anatomy:
         UserError: If the architecture is not in ``BLUEPRINTS``, or the model does what a blueprint cannot say.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blueprint: Blueprint | None = None) -> None:
         self.model = transformers_model(model)
         self.architecture = type(self.model).__name__
-        if self.architecture not in BLUEPRINTS:
+        given = BLUEPRINTS.get(self.architecture) if blueprint is None else blueprint
+        if given is None:
             raise UserError(unknown_architecture(self.architecture))
         config: Any = self.model.config
-        self.blueprint = blueprint = BLUEPRINTS[self.architecture].of(config)
+        self.blueprint = blueprint = given.of(config)
 
         def setting(name: str | None) -> Any:
             return None if name is None else getattr(config, name, None)

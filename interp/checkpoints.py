@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from interp.anatomy import BLUEPRINTS, unknown_architecture
+from interp.anatomy import BLUEPRINTS, UNSUPPORTED, unknown_architecture
 from interp.errors import Caution, UserError
 from interp.files import read_json
 from interp.quiet import quiet_transformers
@@ -73,14 +73,14 @@ def is_multimodal(config: Any) -> bool:
 
 
 def check_architecture(config: Any) -> None:
-    """Refuse an architecture that the anatomy does not know before its weights are read.
+    """Refuse an architecture that cannot be taken apart before its weights are read.
 
     Raises:
-        UserError: If it is not known.
+        UserError: If it is one.
     """
     names = [_text_class(config).__name__] if is_multimodal(config) else config.architectures or ()
     for name in names:
-        if name not in BLUEPRINTS:
+        if name in UNSUPPORTED:
             raise UserError(unknown_architecture(name))
 
 

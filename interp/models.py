@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from interp.anatomy import Anatomy, transformers_model
+from interp.anatomy import transformers_model
 from interp.checkpoints import (
     ADAPTER,
     LOADING_ERRORS,
@@ -230,11 +230,13 @@ def load_model(
         The model in evaluation mode, parameters frozen.
 
     Raises:
-        UserError: If the name or an option cannot be used, the architecture is not known, or a weight was not in the
-            checkpoint.
+        UserError: If the name or an option cannot be used, the architecture is not known and no blueprint that is
+            proposed for it fits, or a weight was not in the checkpoint.
     """
     if batch_tokens < 1:
         raise UserError(f"Of {batch_tokens} tokens no batch can be made; give batch_tokens of 1 or more.")
+    from interp.proposal import adopt
+
     model: Any
     if isinstance(name, str):
         if device_map is not None and device != "auto":
@@ -247,7 +249,7 @@ def load_model(
     else:
         model = transformers_model(name)
         tokenizer = tokenizer_of(name) if tokenizer is None else tokenizer
-        Anatomy(model)
+        adopt(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.tokenizer, model.batch_tokens = tokenizer, batch_tokens
@@ -316,7 +318,8 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
         The model, on the CPU, and its tokenizer.
 
     Raises:
-        UserError: If it cannot be loaded, the architecture is not known, or a weight was not in the checkpoint.
+        UserError: If it cannot be loaded, the architecture is not known and no blueprint that is proposed for it fits,
+            or a weight was not in the checkpoint.
     """
     return _checkpoint(name, torch.device("cpu"), _Place(), merged=True, dtype="auto")
 
@@ -336,6 +339,8 @@ def _checkpoint(
     """The model of a checkpoint, on a device or where a device map puts it, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from interp.proposal import adopt
+
     source = _source(name)
     found: dict[str, Any] = {"local_files_only": source.local, "revision": place.revision, "subfolder": place.subfolder}
     try:
@@ -349,11 +354,13 @@ def _checkpoint(
             config = AutoConfig.from_pretrained(source.path, **common)
             check_architecture(config)
             tokenizer = AutoTokenizer.from_pretrained(source.path, **common)
-        return read_model(name, source.path, config, device, **common, **options), tokenizer
+        network = read_model(name, source.path, config, device, **common, **options)
     except UserError:
         raise
     except LOADING_ERRORS as error:
         raise UserError(_not_loadable(name, error)) from error
+    adopt(network)
+    return network, tokenizer
 
 
 def _adapter_config(source: _Source, found: Mapping[str, Any]) -> str | None:

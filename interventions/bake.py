@@ -135,7 +135,7 @@ def write_folded(
         )
     with atomic_directory(out) as partial:
         network, tokenizer = load_checkpoint(model)
-        folded.model.check(network, tokenizer)
+        folded.check(network, tokenizer)
         fold(network, interventions)
         paths = dropping.drop(network, dropped)
         # To a model type that transformers does not know no names are translated.

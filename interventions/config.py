@@ -32,7 +32,8 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,8 +159,18 @@ class InterventionFile(Strict):
         towards: Direction | None = None,
         provenance: Provenance | Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
+        sites: Sequence[Site] | None = None,
     ) -> InterventionFile:
         """The file for some interventions, in order.
+
+        Args:
+            interventions: What to change.
+            name: A name for people.
+            model: The model it is for.
+            towards: Which source it strengthens, if that is its purpose.
+            provenance: Where it comes from.
+            measured: What it was measured to do.
+            sites: Where it reads and writes; ``None`` works it out, for which the architecture has to be known.
 
         Raises:
             UserError: If they cannot be written down: a number is out of range, or they do not fit ``model``.
@@ -172,7 +183,7 @@ class InterventionFile(Strict):
                     "name": name,
                     "towards": towards,
                     "model": model,
-                    "sites": _sites(model, entries),
+                    "sites": _sites(model, entries) if sites is None else [*sites],
                     "interventions": entries,
                     "provenance": provenance if isinstance(provenance, Provenance) else Provenance.of(provenance or {}),
                     "measured": dict(measured or {}),
@@ -246,13 +257,23 @@ class InterventionFile(Strict):
         """The same at a setting: ``dialed``, if there is a trust for it, and ``scaled``."""
         return (self if trust is None else self.dialed(trust)).scaled(strength)
 
+    def check(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Refuse another model; and another tokenizer, if one is given.
+
+        Raises:
+            UserError: If something differs, or sites are not where the file reads and writes in such a model: loading
+                the file sees that only where the architecture is known.
+        """
+        self.model.check(model, tokenizer)
+        _check_places(self)
+
     def attach(self, model: nn.Module) -> Handle:
         """Apply every entry to ``model`` until the handle is removed.
 
         Raises:
-            UserError: If the file is for another model; nothing stays attached then.
+            UserError: As ``check``; nothing stays attached then.
         """
-        self.model.check(model)
+        self.check(model)
         return attach_patches(model, [patch for intervention in self.build() for patch in intervention.patches(model)])
 
     def save(self, path: str | Path) -> None:
@@ -298,7 +319,9 @@ class InterventionFile(Strict):
 
     def _changed(self, parts: Sequence[Intervention], towards: Direction | None, details: Record) -> InterventionFile:
         provenance = self.provenance.model_copy(update={"details": details})
-        return InterventionFile.of(parts, name=self.name, towards=towards, model=self.model, provenance=provenance)
+        # No setting moves what is read and changed.
+        of_file = {"name": self.name, "model": self.model, "sites": self.sites}
+        return InterventionFile.of(parts, **of_file, towards=towards, provenance=provenance)
 
 
 def named(paths: Iterable[Path]) -> dict[str, InterventionFile]:
@@ -325,7 +348,7 @@ def check_choice(files: Mapping[str, InterventionFile], model: Any, tokenizer: A
     if UNEDITED in files:
         raise UserError(f"An intervention cannot be called {UNEDITED}: that is the unedited model; rename the file.")
     for file in files.values():
-        file.model.check(model, tokenizer)
+        file.check(model, tokenizer)
 
 
 def chosen_file(files: Mapping[str, InterventionFile], name: str) -> InterventionFile:
@@ -393,7 +416,6 @@ def _sites(model: ModelIdentity, entries: Sequence[Entry]) -> list[Site]:
 
 def _check(file: InterventionFile) -> None:
     """See that the parts of a file fit each other."""
-    blueprint = file.model.blueprint
     if file.model.weights is not None:
         file.model.expected_weights()
     try:
@@ -408,23 +430,40 @@ def _check(file: InterventionFile) -> None:
         )
     used = _Used(file._values)
     for number, entry in enumerate(file.interventions):
-        try:
-            for place in entry.places(blueprint):
-                if place.layer >= file.model.n_layers:
-                    raise UserError(f"layer {place.layer} does not exist: the model has {file.model.n_layers} layers")
+        with _in_entry(file, number):
             entry.check(file.model, used)
-        except UserError as error:
-            raise UserError(f"{file.name}, intervention {number} ({entry.kind}): {error}".rstrip(".") + ".") from error
         entry.build(used)
     if unused := sorted(set(file._values) - used.names):
         raise UserError(
             f"{file.name} has the tensor {_short(unused[0])!r}, which nothing needs; export the intervention again."
         )
+    if file.model.is_known:
+        _check_places(file)
+
+
+def _check_places(file: InterventionFile) -> None:
+    """See that a file reads and writes where the model has something, and says so; the architecture has to be known."""
+    blueprint = file.model.blueprint
+    for number, entry in enumerate(file.interventions):
+        with _in_entry(file, number):
+            for place in entry.places(blueprint):
+                if place.layer >= file.model.n_layers:
+                    raise UserError(f"layer {place.layer} does not exist: the model has {file.model.n_layers} layers")
     if file.sites != _sites(file.model, file.interventions):
         raise UserError(
             f"The sites that {file.name} names are not those that its interventions read and change in a "
             f"{file.model.architecture}; export the intervention again."
         )
+
+
+@contextmanager
+def _in_entry(file: InterventionFile, number: int) -> Iterator[None]:
+    """Say of an error which of a file's interventions it is about."""
+    try:
+        yield
+    except UserError as error:
+        kind = file.interventions[number].kind
+        raise UserError(f"{file.name}, intervention {number} ({kind}): {error}".rstrip(".") + ".") from error
 
 
 class _Used(dict[str, Tensor]):

@@ -84,7 +84,7 @@ def imported(
         file = InterventionFile.load(place)
         if layers is not None:
             raise UserError(f"{path} is an intervention file, which is taken whole; give no --layers.")
-        file.model.check(network, tokenizer)
+        file.check(network, tokenizer)
         return file.at(strength=strength)
     found = _found(place, Anatomy(network))
     name = found.path.parent.resolve().name if found.path.name == TENSORS else found.path.stem

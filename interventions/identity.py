@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from interp.anatomy import BLUEPRINTS, Anatomy, Blueprint, unknown_architecture
+from interp.anatomy import BLUEPRINTS, UNSUPPORTED, Anatomy, Blueprint, unknown_architecture
 from interp.errors import UserError
 
 # Rounding to bfloat16 moves a number by 2^-9 of itself at most; float16 by 2^-25 where it has few digits left.
@@ -87,6 +87,17 @@ class ModelIdentity(Strict):
             weights=base64.b64encode(_sample(anatomy, d_vocab).astype("<f4").tobytes()).decode(),
             tokenizer=None if own is None else tokenizer_hash(own),
         )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its architecture is; one that is proposed is known as soon as a model of it was loaded.
+
+        Raises:
+            UserError: If no such model can be taken apart.
+        """
+        if self.architecture in UNSUPPORTED:
+            raise UserError(unknown_architecture(self.architecture))
+        return self.architecture in BLUEPRINTS
 
     @property
     def blueprint(self) -> Blueprint:

@@ -94,7 +94,7 @@ def _acting(network: nn.Module, intervention: Intervention | InterventionFile | 
     if isinstance(intervention, Intervention):
         return intervention.acting(network)
     file = intervention if isinstance(intervention, InterventionFile) else InterventionFile.load(intervention)
-    file.model.check(network)
+    file.check(network)
     return Acting.together(part.acting(network) for part in file.build())
 
 

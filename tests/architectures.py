@@ -108,6 +108,11 @@ CENTRED_AT_ZERO = ("gemma",)
 def random_model(name: str, size: int = 61) -> Any:
     """A tiny model with random parameters, norms and biases too, in float64 and evaluation mode."""
     family, settings = TABLE[name]
+    return random_model_of(family, settings, size, centred_at_zero=name in CENTRED_AT_ZERO)
+
+
+def random_model_of(family: str, settings: dict[str, Any], size: int = 61, *, centred_at_zero: bool = False) -> Any:
+    """The same of any family, given the beginning of its configuration's class name."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **settings, vocab_size=size, bos_token_id=0, eos_token_id=0, pad_token_id=0
@@ -119,7 +124,7 @@ def random_model(name: str, size: int = 61) -> Any:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
-            centre = 1.0 if is_norm and name not in CENTRED_AT_ZERO else 0.0
+            centre = 1.0 if is_norm and not centred_at_zero else 0.0
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3) + centre)
     model.tokenizer = word_tokenizer(size)
     return model

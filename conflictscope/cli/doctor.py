@@ -1,15 +1,23 @@
-"""The command that says what is installed, where models run and lie, and what is missing for which command."""
+"""The command that says what is installed, where models run and lie, and what is missing for which command.
+
+With a model it says what the model's architecture looks like, and whether that is so.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from conflictscope.cli.options import MODEL_HELP, Model
 
 _NEEDED_FOR = {
     "": "what applies an intervention file",
@@ -25,11 +33,69 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 _ABOUT_MODELS = ("torch", "transformers", "tokenizers", "safetensors", "transformer-lens")
 
 
-def doctor() -> None:
+@dataclass(frozen=True)
+class LookedAt(Model):
+    """Which model is looked at, if one is."""
+
+    model: Annotated[str, typer.Argument(help=f"Look at this model instead. {MODEL_HELP}", show_default=False)] = ""
+
+
+def doctor(
+    source: LookedAt,
+    out: Annotated[
+        Path | None, typer.Option(help="With a model: write its blueprint to this file, which --blueprint takes.")
+    ] = None,
+) -> None:
     """Say what is installed, where models run and lie, and what is missing for which command.
 
     Ends with 1 where something is missing that most commands need.
+
+    With a model: say what its architecture looks like, and how far the model's own forward passes are from that.
     """
+    from interp.errors import UserError
+
+    if source.model:
+        _look_at(source, out)
+    elif out is not None:
+        raise UserError("--out is for the blueprint of a model; name the model too.")
+    else:
+        _look_around()
+
+
+def _look_at(source: LookedAt, out: Path | None) -> None:
+    """Say what a model's architecture looks like, and whether that is so."""
+    from interp.anatomy import BLUEPRINTS
+    from interp.blueprints import blueprint_from
+    from interp.errors import UserError
+    from interp.files import write_json
+    from interp.fit import checked
+    from interp.proposal import is_proposed, written
+    from interp.small import Misfit
+
+    network: Any = source.load()
+    name = type(network).__name__
+    given = source.blueprint is not None and blueprint_from(source.blueprint)[0] == name
+    state = "proposed from its modules" if is_proposed(name) else "given with --blueprint" if given else "known"
+    typer.echo(f"{name}: {state}\n")
+    record = written(name, BLUEPRINTS[name])
+    typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+    try:
+        fit = checked(network, BLUEPRINTS[name])
+    except Misfit as error:
+        raise UserError(f"The blueprint of {name} does not fit {source.model}: {error}; give another one.") from error
+    typer.echo(
+        f"\nHow far the model is from what follows, relative (a small copy in float64; itself, in {network.dtype})"
+    )
+    for check, off in fit.small.items():
+        typer.echo(f"{check:12}{off:8.0e}" + (f"{fit.own[check]:8.0e}" if check in fit.own else "       -"))
+    typer.echo(f"{fit.n_heads} heads of the small copy give the values that their attention weighs.")
+    if out is not None:
+        write_json(out, record)
+        typer.echo(f"Wrote {out}")
+
+
+def _look_around() -> None:
+    """Say what is installed, and end with 1 where something is missing that most commands need."""
     from conflictscope import __version__
 
     versions = ", ".join(f"{name} {found}" for name in _ABOUT_MODELS if (found := _version(name)))

@@ -36,7 +36,7 @@ def gate_fit(
     towards = file.towards or DIRECTIONS[-1]
     gate, given = Gate(tuple(file.build()), file.towards, keep), Given(file)
     lab = asked.lab(out, default=RELATIONS)
-    file.model.check(lab.model)
+    file.check(lab.model)
     # Where there is no gate there is nothing to measure.
     lab.chosen(gate, towards, within_budget=False)
     record = study(lab, [given, gate], "gate", out, directions=(towards,), choices=("best",))

@@ -36,7 +36,7 @@ class Prompted(Model):
 
         with prompt_batches(self.file, self.batch_size) as batches:
             model = self.load()
-            edit.model.check(model)
+            edit.check(model)
             if save is not None:
                 edit.save(save)
             for batch in batches:

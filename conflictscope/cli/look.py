@@ -55,7 +55,7 @@ def evaluate(
     model, conflicts = source.conflicts()
     asked = _part(conflicts, split)
     for edit in edits:
-        edit.model.check(model)
+        edit.check(model)
     changes, rule = told_apart(part for edit in edits for part in edit.build())
     if reliance is not None and (rule is not None or whole_answer):
         raise UserError("--reliance takes first sentences: leave out --whole-answer and decoding rules, or --reliance.")

@@ -166,7 +166,7 @@ def export(
         asked = recorded(form.prompts)
         write_vectors(model, file, out, form=form.vector, trust=one, strength=strength, prompts=asked)
     else:
-        file.model.check(*load_checkpoint(model))
+        file.check(*load_checkpoint(model))
         file.at(trust=one, strength=strength).save(out)
     say(f"Wrote {out}")
 

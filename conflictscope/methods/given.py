@@ -38,6 +38,6 @@ class Given(Method):
             raise UserError(
                 f"{self.file.name} strengthens {self.file.towards}, so that it is not tried towards {towards}."
             )
-        self.file.model.check(lab.model)
+        self.file.check(lab.model)
         edits, rule = told_apart(self.file.build())
         return [Condition(self.name, towards, {"file": self.file.name}, edits, decoding=rule)]

@@ -86,7 +86,7 @@ def write_edits(model: str, files: Mapping[str, InterventionFile], adapters: Pat
         raise UserError(f"An edit cannot be called {odd[0]!r}, which is another's name or holds =; rename the file.")
     network, tokenizer = load_checkpoint(model)
     for file in files.values():
-        file.model.check(network, tokenizer)
+        file.check(network, tokenizer)
     for name, file in files.items():
         settings: list[float | None] = [None]
         if file.dials:

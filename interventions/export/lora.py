@@ -182,7 +182,7 @@ def write_adapters(
     foldings = {trust: _folding(file, trust, strength) for trust in wanted}
     settings = {trust: _setting(file, trust, folding) for trust, folding in foldings.items()}
     network, tokenizer = load_checkpoint(model)
-    file.model.check(network, tokenizer)
+    file.check(network, tokenizer)
     ends = {setting.end: _folding(file, setting.end, strength) for setting in settings.values()}
     adapters = {end: adapter_of(network, folding) for end, folding in ends.items()}
     _warn_of_caps(adapters.values(), network)

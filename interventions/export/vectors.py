@@ -69,7 +69,7 @@ def write_vectors(
     setting = file.at(trust=trust, strength=strength)
     directions = directions_of(folding_of(setting.build()), file.name)
     network, tokenizer = load_checkpoint(model)
-    setting.model.check(network, tokenizer)
+    setting.check(network, tokenizer)
     with atomic_directory(out) as partial:
         if form == "gguf":
             write_control_vector(network, directions, partial / CONTROL_VECTOR)
