@@ -34,7 +34,7 @@ class Setting:
         itemsize: Bytes of a number of the model: 4 in float32, 2 in bfloat16 and float16.
         new_tokens: Tokens of each answer; ``None`` is as many as each command takes at most.
         batch_size: Prompts per batch at most, where that can be set; ``None`` is each command's own.
-        batch_tokens: Tokens per batch at most, but for ``record``; a longer prompt runs alone.
+        batch_tokens: Tokens per batch at most; a longer prompt runs alone.
         prompts: How many there are.
         eager: Whether attention weights are written out even where transformers has another way.
     """
@@ -142,7 +142,7 @@ def _looking(shapes: Shapes, setting: Setting) -> Iterator[Need]:
     recorded = (3 * shapes.n_layers + 1) * shapes.d_model * _FLOAT32
     yield Need(
         "record",
-        min(setting.batch_size or BATCH_SIZE, setting.prompts),
+        setting.batch,
         forward + flops,
         forward_bytes + recorded,
         # Answers have batches of their own.

@@ -36,6 +36,7 @@ from interp.evaluation import measure_usage
 from interp.files import atomic_directory, read_json, write_json, write_parquet
 from interp.fingerprints import fingerprint
 from interp.generation import BATCH_SIZE
+from interp.inputs import batch_tokens_of
 from interp.models import DTYPES
 from interp.progress import counted
 
@@ -56,7 +57,8 @@ class ActivationStore(Mapping[str, Tensor]):
     Attributes:
         path: The folder.
         basis: What was recorded, as ``store.json`` says: ``model`` (``name``, ``fingerprint``), ``data`` (``name``,
-            ``digest``, ``prompts``), ``seed``, ``sites``, ``positions``, ``dtype``, ``batch_size``, ``answers``.
+            ``digest``, ``prompts``), ``seed``, ``sites``, ``positions``, ``dtype``, ``batch_size``, ``batch_tokens``,
+            ``answers``.
 
     Raises:
         UserError: If the folder is not a store.
@@ -223,6 +225,7 @@ class ActivationStore(Mapping[str, Tensor]):
             "positions": positions,
             "dtype": _dtype_name(dtype),
             "batch_size": batch_size,
+            "batch_tokens": batch_tokens_of(model),
             "answers": answers,
         }
         folder = Path(path)

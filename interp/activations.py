@@ -23,11 +23,13 @@ from interp.doubled import check_single
 from interp.errors import UserError
 from interp.generation import BATCH_SIZE
 from interp.inputs import (
+    batch_tokens_of,
     check_lengths,
     continuation_ids,
     joined,
     most_positions,
     padded,
+    together,
     token_ids,
     token_spans,
     tokenizer_of,
@@ -404,17 +406,16 @@ def collected_activations(
 ) -> Collected:
     """Run the prompts with these numbers, those of similar length together."""
     wanted = dict(zip(numbers, source.wanted(numbers), strict=True))
-    device = next(transformers_model(model).parameters()).device
     collected = Collected(list(where), dtype)
-    order = sorted(numbers, key=lambda i: (-len(wanted[i].token_ids), i))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    lengths = {i: len(wanted[i].token_ids) for i in numbers}
+    for batch in together(lengths, batch_size, batch_tokens_of(model)):
         inputs = padded(model, [wanted[i].token_ids for i in batch])
         width = inputs["input_ids"].shape[1]
         places = [(row, i, p) for row, i in enumerate(batch) for p in wanted[i].positions]
         if places:
+            device = inputs["input_ids"].device
             rows = torch.tensor([row for row, _, _ in places], device=device)
-            columns = torch.tensor([width - len(wanted[i].token_ids) + p for _, i, p in places], device=device)
+            columns = torch.tensor([width - lengths[i] + p for _, i, p in places], device=device)
             values = observe(model, inputs, rows, columns, where, dtype)
             collected.add(values, [i for _, i, _ in places], [p for _, _, p in places])
         advance(len(batch))

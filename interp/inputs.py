@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -132,15 +132,31 @@ def prompt_batches(
     """
     tokens = token_ids(tokenizer_of(model), prompts)
     check_lengths(model, tokens, new_tokens=new_tokens)
-    bound = getattr(transformers_model(model), "batch_tokens", BATCH_TOKENS)
+    bound = batch_tokens_of(model)
     bound = bound if most_tokens is None else min(bound, most_tokens)
-    order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
-    batches: list[Batch] = []
+    lengths = {i: len(ids) for i, ids in enumerate(tokens)}
+    return [Batch(rows, [tokens[i] for i in rows]) for rows in together(lengths, batch_size, bound)]
+
+
+def batch_tokens_of(model: Any) -> int:
+    """How many tokens are run together at most, padding included; a longer prompt runs alone."""
+    return getattr(transformers_model(model), "batch_tokens", BATCH_TOKENS)
+
+
+def together(lengths: Mapping[int, int], most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Numbers of rows of similar length, longest first, that run together.
+
+    Args:
+        lengths: For each number how many tokens it has.
+        most_rows: Rows that run together at most.
+        most_tokens: Tokens that run together at most, padding included; a longer row runs alone.
+    """
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
     while order:
-        longest = max(len(tokens[order[0]]), 1)
-        rows = min(batch_size, max(bound // longest, 1))
-        batches.append(Batch(order[:rows], [tokens[i] for i in order[:rows]]))
-        order = order[rows:]
+        count = min(most_rows, max(most_tokens // max(lengths[order[0]], 1), 1))
+        batches.append(order[:count])
+        order = order[count:]
     return batches
 
 

@@ -89,7 +89,10 @@ def test_training_from_nothing_writes_an_autoencoder_and_its_card_for_each_layer
 def test_the_card_says_what_measuring_the_written_file_says(trained, tiny_llama):
     (sae, _) = load_saes(trained)
     again = measure_saes(tiny_llama, [sae], trained)
-    assert {part: found[0].to_record() for part, found in again.items()} == sae.card["quality"]
+    assert again.keys() == sae.card["quality"].keys()
+    # A bridge's attention is eager; that of the model that was trained on is fused.
+    for part, (found, *_) in again.items():
+        assert found.to_record() == pytest.approx(sae.card["quality"][part], rel=1e-5)
 
 
 def test_training_text_holds_no_subject_and_no_phrasing_that_is_held_out(trained):
