@@ -118,16 +118,14 @@ def needs(shapes: Shapes, setting: Setting) -> list[Need]:
 
 def _asking(shapes: Shapes, setting: Setting) -> Iterator[Need]:
     from conflictscope.explore.looks import MAX_NEW_TOKENS as ASK_TOKENS
-    from conflictscope.explore.looks import MOST_TOKENS
 
     flops, size, cache = _answer(shapes, setting, MAX_NEW_TOKENS)
     yield Need("evaluate", setting.batch, flops, size, cache)
     yield Need("two streams", setting.batch, 2 * flops, 2 * size, 2 * cache)
-    if setting.prompt_tokens <= MOST_TOKENS:
-        flops, size, cache = _answer(shapes, setting, ASK_TOKENS)
-        # Both prompts twice, padded to one length, and the longer one token by token; the lens, and the heads.
-        looks = 2 * shapes.pass_flops(setting.prompt_tokens) + shapes.n_layers * shapes.unembedding_flops
-        yield Need("ask", 2, 5 * flops + looks, size, cache)
+    flops, size, cache = _answer(shapes, setting, ASK_TOKENS)
+    # Both prompts twice, padded to one length, and the longer one token by token; the lens, and the heads.
+    looks = 2 * shapes.pass_flops(setting.prompt_tokens) + shapes.n_layers * shapes.unembedding_flops
+    yield Need("ask", min(2, setting.at_once(setting.batch_tokens)), 5 * flops + looks, size, cache)
     # Prompt by prompt, with and without the edit.
     flops, size, cache = _answer(shapes, setting, GENERATE_TOKENS, alone=True)
     yield Need("generate", 1, 2 * flops, size, cache)

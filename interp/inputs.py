@@ -30,6 +30,8 @@ BATCH_TOKENS = 8192
 INPUTS_VERSION = 1
 """Version of how texts become tokens: raise it when the same texts and answers would get others."""
 
+# From how many tokens on padding takes longer than another pass.
+_LONG = 512
 # What opens something where nothing but a space or an opening bracket stands before it; elsewhere it closes something.
 _OPENS = re.compile(
     r"(?:^|[\s(\[{<\u2014]|[=:](?![*_]))(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$"
@@ -146,17 +148,20 @@ def batch_tokens_of(model: Any) -> int:
 def together(lengths: Mapping[int, int], most_rows: int, most_tokens: int) -> list[list[int]]:
     """Numbers of rows of similar length, longest first, that run together.
 
+    Beside a long row a short one would be mostly padding, and runs apart.
+
     Args:
         lengths: For each number how many tokens it has.
         most_rows: Rows that run together at most.
         most_tokens: Tokens that run together at most, padding included; a longer row runs alone.
     """
-    order = sorted(lengths, key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    while order:
-        count = min(most_rows, max(most_tokens // max(lengths[order[0]], 1), 1))
-        batches.append(order[:count])
-        order = order[count:]
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        longest = max(lengths[batches[-1][0]], 1) if batches else 0
+        is_mostly_padding = longest > _LONG and 4 * lengths[i] < longest
+        if not batches or is_mostly_padding or len(batches[-1]) >= min(most_rows, max(most_tokens // longest, 1)):
+            batches.append([])
+        batches[-1].append(i)
     return batches
 
 

@@ -45,7 +45,8 @@ def ask(
     from interventions.config import InterventionFile
 
     edits = {} if config is None else {"edit": InterventionFile.load(config)}
-    explorer = Explorer(loaded.load(), name=loaded.model, files=edits, asking=form.asking)
+    model = loaded.load()
+    explorer = Explorer(model, name=loaded.model, files=edits, asking=form.asking, bounded=False)
     look = explorer.look(Asked(question, context, memory_answer, context_answer), Edit(next(iter(edits), UNEDITED)))
     output = Console()
     output.print(_table(look), markup=False)

@@ -176,6 +176,8 @@ class Explorer:
         files: Intervention files by name.
         detector: A conflict detector that was fitted on this model.
         asking: In which form questions are asked; its examples to show are not.
+        bounded: Refuse what is longer than a page shows (``LONGEST``, ``MOST_TOKENS``), not only what is longer than
+            the model reads.
 
     Raises:
         UserError: If a file is for another model, or is called ``none``; or the form does not fit the model.
@@ -189,6 +191,7 @@ class Explorer:
         files: Mapping[str, InterventionFile] | None = None,
         detector: ConflictDetector | None = None,
         asking: Asking = _AS_THEY_ARE,
+        bounded: bool = True,
     ) -> None:
         self.model = model
         self.name = name
@@ -198,8 +201,10 @@ class Explorer:
         self.detector = detector
         check_choice(self.files, model, tokenizer_of(model))
         self.heads = Anatomy(model).heads
-        positions = most_positions(model) or MOST_TOKENS
-        self.most_tokens = min(MOST_TOKENS, positions - self.new_tokens)
+        positions = most_positions(model)
+        bounds = [MOST_TOKENS if bounded else None, None if positions is None else positions - self.new_tokens]
+        self.most_tokens = min((bound for bound in bounds if bound is not None), default=None)
+        self.bounded = bounded
         # Hooks and intervention are the model's, not the thread's.
         self._lock = threading.Lock()
         # Moving a slider must not ask anew what it does not change.
@@ -225,7 +230,7 @@ class Explorer:
         Raises:
             UserError: If something is missing, too long or not there.
         """
-        asked = _checked(asked)
+        asked = _checked(asked, bounded=self.bounded)
         edits = self._interventions(edit or Edit())
         with self._lock:
             case = self._case(asked)
@@ -247,7 +252,7 @@ class Explorer:
             UserError: As ``look``; or a head does not exist.
         """
         with self._lock:
-            return self._attention(self._case(_checked(asked)).example.prompt, tuple(heads))
+            return self._attention(self._case(_checked(asked, bounded=self.bounded)).example.prompt, tuple(heads))
 
     def _interventions(self, edit: Edit) -> list[Intervention]:
         if not all(math.isfinite(number) for number in (edit.scale, edit.dose or 0.0)):
@@ -338,7 +343,7 @@ class Explorer:
 
     def _check_length(self, prompt: str) -> None:
         count = len(token_ids(tokenizer_of(self.model), [prompt])[0])
-        if count > self.most_tokens:
+        if self.most_tokens is not None and count > self.most_tokens:
             raise UserError(f"The prompt has {count} tokens, more than the {self.most_tokens} shown here; shorten it.")
 
     def _read(self, case: _Case, edit: Edit) -> Reading:
@@ -426,12 +431,12 @@ def repeated_opening(answer: str, question: str) -> str:
     return " ".join(words[:count]) if count >= _FEWEST_REPEATED else ""
 
 
-def _checked(asked: Asked) -> Asked:
+def _checked(asked: Asked, *, bounded: bool) -> Asked:
     """What was typed, without white space around it."""
     stripped = Asked(*(str(getattr(asked, name) or "").strip() for name in Asked.__dataclass_fields__))
     for name, text in vars(stripped).items():
         longest = LONGEST[name.split("_")[-1]]
-        if len(text) > longest:
+        if bounded and len(text) > longest:
             raise UserError(f"The {name.replace('_', ' ')} has {len(text)} characters; shorten it to {longest}.")
     if not stripped.question:
         raise UserError('There is no question; type one, or a sentence to continue, such as "The capital of Japan is".')

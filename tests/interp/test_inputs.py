@@ -19,6 +19,8 @@ from interp.evaluation import answer_starts, answer_token_ids, measure_usage, ne
 from interp.facts import load_facts
 from interp.generation import continue_greedily, greedy_texts
 from interp.inputs import (
+    BATCH_TOKENS,
+    batch_tokens_of,
     continuation_ids,
     encode,
     first_token_id,
@@ -26,6 +28,7 @@ from interp.inputs import (
     joins_at_once,
     padding_id,
     prompt_batches,
+    together,
     token_ids,
     token_spans,
 )
@@ -421,3 +424,20 @@ def test_answers_of_every_attribution_start_where_the_text_goes_on(smollm2):
         text = smollm2.tokenizer.decode([token])
         assert text
         assert answers[0].startswith(text)
+
+
+def test_rows_run_together_as_far_as_bounds_and_padding_allow():
+    lengths = {0: 10, 1: 4000, 2: 30, 3: 4100, 4: 20, 5: 9000, 6: 3000}
+    assert together(lengths, 32, 8192) == [[5], [3], [1, 6], [2, 4, 0]]
+    assert together(lengths, 2, 20_000) == [[5, 3], [1, 6], [2, 4], [0]]
+    assert together({0: 0, 1: 3}, 32, 1) == [[1], [0]]
+    assert together({}, 32, 8192) == []
+
+
+def test_a_model_bounds_its_batches(tiny_plain):
+    model = tiny_plain("llama")
+    assert batch_tokens_of(model) == BATCH_TOKENS
+    prompts = ["Rome " * 5, "Paris", "Rome " * 6]
+    whole = [batch.numbers for batch in prompt_batches(model, prompts, 3)]
+    assert whole == [[2, 0, 1]]
+    assert [b.numbers for b in prompt_batches(model, prompts, 3, most_tokens=1)] == [[2], [0], [1]]
