@@ -101,7 +101,7 @@ def flat(record: dict[str, Any]) -> dict[str, float]:
     inside = {
         f"{name} {key}": x for name, value in record.items() if isinstance(value, dict) for key, x in value.items()
     }
-    return {name: value for name, value in record.items() if not isinstance(value, dict)} | inside
+    return {name: record[name] for name in record.keys() - dicts} | inside
 
 
 def test_training_text_holds_no_subject_and_no_phrasing_that_is_held_out(trained):
