@@ -25,7 +25,8 @@ _NEEDED_FOR = {
     "sae": "sae train, and public SAEs",
     "explore": "explore",
     "serve": "serve",
-    "adapters": "verify, with PEFT",
+    "adapters": "verify, with PEFT; models with adapters",
+    "large": "several devices; models in 4 and 8 bit",
     "notebooks": "the notebooks",
     "images": "figures as PNG, SVG and PDF",
 }

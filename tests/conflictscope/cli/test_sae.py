@@ -98,10 +98,9 @@ def test_the_card_says_what_measuring_the_written_file_says(trained, tiny_llama)
 
 def flat(record: dict[str, Any]) -> dict[str, float]:
     """Its numbers, and those of the records in it."""
-    inside = {
-        f"{name} {key}": x for name, value in record.items() if isinstance(value, dict) for key, x in value.items()
-    }
-    return {name: record[name] for name in record.keys() - dicts} | inside
+    records = {name: value for name, value in record.items() if isinstance(value, dict)}
+    inside = {f"{name} {key}": number for name, value in records.items() for key, number in value.items()}
+    return {name: record[name] for name in record.keys() - records} | inside
 
 
 def test_training_text_holds_no_subject_and_no_phrasing_that_is_held_out(trained):
