@@ -48,7 +48,7 @@ def test_what_most_commands_need_ends_with_one(monkeypatch, tmp_path):
     assert "transformers is 5.24.0, not <5.24" in study
     assert study.endswith("pip install 'conflictscope[study]'")
     # What extras take from others is theirs, too; serving needs neither.
-    assert sum("plotly is missing" in line for line in found.stdout.splitlines()) == 5
+    assert sum("plotly is missing" in line for line in found.stdout.splitlines()) == 6
     assert "serve: ready" in found.stdout
 
 
