@@ -289,7 +289,7 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     source = _source(name)
-    found: dict[str, Any] = {"local_files_only": source.local, "revision": None, "subfolder": ""}
+    found = _where(source, _Place())
     try:
         with quiet_transformers():
             if adapter := _adapter_config(source, found):
@@ -342,7 +342,7 @@ def _checkpoint(
     from interp.proposal import adopt
 
     source = _source(name)
-    found: dict[str, Any] = {"local_files_only": source.local, "revision": place.revision, "subfolder": place.subfolder}
+    found = _where(source, place)
     try:
         if adapter := _adapter_config(source, found):
             model, tokenizer = _checkpoint(base_of(adapter), device, _Place(), **options)
@@ -361,6 +361,27 @@ def _checkpoint(
         raise UserError(_not_loadable(name, error)) from error
     adopt(network)
     return network, tokenizer
+
+
+def _where(source: _Source, place: _Place) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of where things lie; where no hub can be asked, its cache is."""
+    is_local = source.local or not _hub_answers(source.path)
+    return {"local_files_only": is_local, "revision": place.revision, "subfolder": place.subfolder}
+
+
+def _hub_answers(repository: str) -> bool:
+    """Whether the hub can be reached, asked once: transformers would try for more than a minute."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(hf_hub_url(repository, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    # Those of whichever client it has; an id that is none is refused by transformers.
+    except Exception as error:
+        return isinstance(error, ValueError)
+    return True
 
 
 def _adapter_config(source: _Source, found: Mapping[str, Any]) -> str | None:

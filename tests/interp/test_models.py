@@ -414,3 +414,20 @@ def test_a_directory_without_a_tokenizer_is_told_how_to_write_one(tmp_path, tiny
 @pytest.mark.parametrize(("name", "said"), [("smollm-135m", "do you mean 'smollm2-135m'"), ("qqq", "give one of")])
 def test_a_name_that_is_nearly_known_is_told(name, said):
     assert said in models._not_loadable(name, OSError("no such repository"))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_its_cache_then(monkeypatch):
+    asked = []
+
+    class Away:
+        def head(self, url: str, **_: Any) -> None:
+            asked.append(url)
+            raise OSError("no route")
+
+        request = get = head
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Away)
+    with pytest.raises(UserError, match=r"Could not load the model 'no/such' .*couldn't find them in the cached files"):
+        load_model("no/such", device="cpu")
+    assert len(asked) == 1
+    assert "no/such" in asked[0]
