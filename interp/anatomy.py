@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -426,6 +427,9 @@ _MODEL_SITES: dict[ModelPart, str] = {
     "unembedding": "unembed.hook_out",
 }
 _ROWS_AT_ONCE = 2**15
+# Models whose attention is eager for a time, with how many want it so, and what it was before.
+_EAGER: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
+_SWITCHING = threading.Lock()
 
 
 def site(part: Part, layer: int) -> str:
@@ -691,16 +695,22 @@ class Anatomy:
         Some architectures take what they were loaded with.
         """
         network: Any = self.model
-        own = network.config._attn_implementation
-        if own == "eager":
+        with _SWITCHING:
+            inside, own = _EAGER.get(network, (0, network.config._attn_implementation))
+            _EAGER[network] = inside + 1, own
+            if inside == 0 and own != "eager":
+                with quiet_transformers():
+                    network.set_attn_implementation("eager")
+        try:
             yield
-            return
-        with quiet_transformers():
-            network.set_attn_implementation("eager")
-            try:
-                yield
-            finally:
-                network.set_attn_implementation(own)
+        finally:
+            with _SWITCHING:
+                inside, own = _EAGER.pop(network)
+                if inside > 1:
+                    _EAGER[network] = inside - 1, own
+                elif own != "eager":
+                    with quiet_transformers():
+                        network.set_attn_implementation(own)
 
     @property
     def transposed(self) -> bool:
@@ -767,6 +777,27 @@ class Anatomy:
         """Whether the weights are held in fewer bits than they are computed with."""
         return getattr(self.model, "is_quantized", False)
 
+    def check_differentiable(self) -> None:
+        """Refuse a model without gradients: kernels of quantised maps may have none.
+
+        Raises:
+            UserError: If a gradient does not pass an output projection.
+        """
+        if not self.is_quantised:
+            return
+        projection = self.module("output_projection", 0)
+        z = torch.zeros(2, self._d_z, dtype=self.dtype, device=device_of(projection))
+        # Some are packed by their first pass, and have none from then on.
+        mapped(projection, z)
+        try:
+            with torch.enable_grad():
+                torch.autograd.grad(mapped(projection, z.requires_grad_()).sum(), z)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"No gradient passes the quantised maps of this model ({type(inner(projection)).__name__}) here; give "
+                "the unquantised model, or take path patching, which needs none."
+            ) from error
+
     @property
     def _d_z(self) -> int:
         return self.n_heads * self.d_head
@@ -811,6 +842,9 @@ class Anatomy:
         if not hasattr(inner(found), "base_layer") or weight.ndim != 2:
             return weight.detach().flatten()[places].float().cpu()
         rows, columns = places // weight.shape[1], places % weight.shape[1]
+        if name == self.blueprint.embedding:
+            with torch.no_grad():
+                return mapped(found, rows[:, None])[:, 0].gather(1, columns[:, None])[:, 0].float().cpu()
         # What the map makes of unit vectors.
         inputs, outputs = (rows, columns) if self.transposed else (columns, rows)
         d_in = weight.shape[0] if self.transposed else weight.shape[1]
@@ -984,7 +1018,7 @@ class Anatomy:
         Returns:
             ``(..., n)`` float32 or ``(..., d_vocab)``, soft-capped where the architecture does so.
         """
-        normed = self.final_norm(residual)
+        normed = self.final_norm(residual).to(self.device)
         weight, bias = plain_weight(self._unembedding), self._unembedding_bias()
         if token_ids is None:
             logits = mapped(self._unembedding, normed)
@@ -1047,7 +1081,8 @@ class Anatomy:
         Returns:
             ``(..., d_vocab)`` float32.
         """
-        normed = self._centred(direction) * self._norm_weight(self.final_norm).float()
+        normed = self._centred(direction) * self._norm_weight(self.final_norm).to(direction.device).float()
+        normed = normed.to(self.device)
         rows = self._unembedding_matrix().split(_ROWS_AT_ONCE)
         # A float32 copy of the unembedding of a large half-precision model would not fit beside it.
         logits = torch.cat([normed @ some.float().T for some in rows], dim=-1)
@@ -1060,19 +1095,18 @@ class Anatomy:
         logit_bias = self._unembedding_bias()
         offset = torch.zeros_like(columns[:, 0, 0])
         if norm_bias is not None:
-            offset = offset + (columns[:, 0] - columns[:, 1]) @ norm_bias
+            offset = offset + (columns[:, 0] - columns[:, 1]) @ norm_bias.to(columns.device)
         if logit_bias is not None:
             offset = offset + logit_bias[token_ids[:, 0]] - logit_bias[token_ids[:, 1]]
         return self.logit_multiplier * offset
 
     def _norm_gain(self, norm: nn.Module, x: Tensor) -> Tensor:
         """What ``norm`` multiplies (the centred) ``x`` with, elementwise."""
-        norm = inner(norm)
+        weight, norm = self._norm_weight(norm).to(x.device), inner(norm)
         epsilon: Any = next(
             value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None
         )
-        scale = torch.rsqrt(self._centred(x).square().mean(-1, keepdim=True) + epsilon)
-        return (self._norm_weight(norm).to(x.device) * scale).to(x.dtype)
+        return (weight * torch.rsqrt(self._centred(x).square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
     def _norm_weight(self, norm: nn.Module) -> Tensor:
         """The part of the gain of ``norm`` that is the same for all inputs, ``(d_model,)``.

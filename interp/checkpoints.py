@@ -19,7 +19,7 @@ from interp.files import read_json
 from interp.quiet import quiet_transformers
 
 ADAPTER = "adapter_config.json"
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError)
 # What wrapping a model puts into the names of its weights, and how to save it without.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile puts there; save the model inside, model._orig_mod",
@@ -84,20 +84,20 @@ def check_architecture(config: Any) -> None:
             raise UserError(unknown_architecture(name))
 
 
-def base_of(adapter: str | Path) -> str:
-    """The name of the model that an adapter's ``adapter_config.json`` says it is for.
+def base_of(adapter: str | Path) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter's ``adapter_config.json`` says it is for.
 
     Raises:
-        UserError: If it names none.
+        UserError: If it names none, or itself.
     """
     record = read_json(adapter)
     base = record.get("base_model_name_or_path") if isinstance(record, dict) else None
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or Path(base).resolve() == Path(adapter).resolve().parent:
         raise UserError(
             f"{adapter} does not name the model that the adapter is for; write its path or id there as "
             "base_model_name_or_path."
         )
-    return base
+    return base, record.get("revision")
 
 
 def add_adapter(network: Any, source: str, name: str, *, merged: bool, **options: Any) -> Any:
@@ -129,11 +129,26 @@ def add_adapter(network: Any, source: str, name: str, *, merged: bool, **options
                 "an adapter of its weights such as LoRA."
             )
         config.inference_mode = True
-        wrapped = get_peft_model(network, config)
+        try:
+            wrapped = get_peft_model(network, config)
+        except ValueError as error:
+            raise UserError(
+                f"The adapter {name} does not fit its model: {error}; give the model that it was trained on."
+            ) from error
         weights = load_peft_weights(source, device="cpu", **options)
         places = get_peft_model_state_dict(wrapped)
         if missing := sorted(places.keys() - weights.keys()):
             raise UserError(f"Weights of the adapter {name} did not load: it lacks {listed(missing)}; save it again.")
+        if shapes := [
+            f"{key} {tuple(weights[key].shape)} instead of {tuple(places[key].shape)}"
+            for key in sorted(places)
+            # PEFT keeps some of them flat.
+            if weights[key].numel() != places[key].numel()
+        ]:
+            raise UserError(
+                f"The adapter {name} is for a model of another shape: it has {listed(shapes)}; give the model that it "
+                "was trained on as base_model_name_or_path."
+            )
         if unexpected := sorted(weights.keys() - places.keys()):
             raise UserError(
                 f"The adapter {name} has weights that its model has no place for: {listed(unexpected)}; give the model "
@@ -179,6 +194,8 @@ def _text_model(whole: Any, text_class: Any) -> Any:
     text.set_output_embeddings(whole.get_output_embeddings())
     text.generation_config = whole.generation_config
     config._name_or_path, config.architectures = whole.config._name_or_path, [text_class.__name__]
+    config.tie_word_embeddings = text.config.tie_word_embeddings = whole.config.tie_word_embeddings
+    text.is_quantized = getattr(whole, "is_quantized", False)
     return text.eval()
 
 

@@ -18,6 +18,8 @@ from interp.linear_maps import offloaded_weights
 
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
 _SAMPLED = 1024
+# What changes what PEFT's modules do, and is no weight.
+_OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 # Of a configuration, what changes no number that the model computes.
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "output_attentions"}
 
@@ -34,19 +36,25 @@ def fingerprint(model: nn.Module) -> str:
     about = json.dumps([config, *_adapters(network)], sort_keys=True, default=str)
     held = sorted(named_weights(network).items())
     weights = {name: part for whole, weight in held for name, part in _parts(whole, weight)}
-    state = (about, *map(_written_state, weights.values()), _sampled(list(weights.values())))
+    # What lies elsewhere is a tensor of its own each time it is looked at.
+    places = [_written_state(weight) for weight in weights.values() if not weight.is_meta]
+    weights |= offloaded_weights(network)
+    state = (about, *places, _sampled(list(weights.values())))
     kept = _FINGERPRINTS.get(network)
     if kept is None or kept[0] != state:
-        kept = _FINGERPRINTS[network] = (state, _weights_hash(about, weights | offloaded_weights(network)))
+        kept = _FINGERPRINTS[network] = (state, _weights_hash(about, weights))
     return kept[1]
 
 
 def _adapters(network: nn.Module) -> list[Any]:
-    """How much each adapter's modules add: what changes what they do, and is no weight."""
+    """How far each of the modules that adapters put into a model acts."""
     return [
-        (name, module.active_adapters, module.scaling, module.merged_adapters, module.disable_adapters)
+        (
+            name,
+            *(getattr(module, about, None) for about in _OF_ADAPTERS),
+        )
         for name, module in network.named_modules()
-        if hasattr(module, "merged_adapters") and hasattr(module, "scaling")
+        if type(module).__module__.startswith("peft.")
     ]
 
 
@@ -92,6 +100,5 @@ def _sampled(weights: Sequence[Tensor]) -> bytes:
     """Numbers of each weight, from all over it; on an accelerator they are fetched together."""
     # Multiples of a large prime: a fixed step would stay in the same columns.
     steps = torch.arange(_SAMPLED) * 2_147_483_647
-    here = [w for w in weights if w.numel() and not w.is_meta]
-    parts = [w.detach().flatten()[(steps % w.numel()).to(w.device)].float() for w in here]
-    return torch.cat([part.to(here[0].device) for part in parts]).cpu().numpy().tobytes() if here else b""
+    parts = [w.detach().flatten()[(steps % w.numel()).to(w.device)].float() for w in weights if w.numel()]
+    return torch.cat([part.to(weights[0].device) for part in parts]).cpu().numpy().tobytes()

@@ -186,7 +186,7 @@ def _errors(
     seen, real = _Pass(anatomy, inputs, noise), inputs["attention_mask"].bool()
     found: dict[str, float] = {}
     dtype = seen.given["block", 0].dtype
-    limit = _LIMITS.get(dtype, _LIMITS[torch.bfloat16])
+    limit = _LIMITS[torch.bfloat16] if anatomy.is_quantised else _LIMITS.get(dtype, _LIMITS[torch.bfloat16])
 
     def compare(name: str, layer: int, one: Tensor, other: Tensor, scale: Tensor | None = None) -> None:
         expected = other.reshape(*real.shape, -1)[real.to(other.device)].double()

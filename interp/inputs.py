@@ -126,8 +126,8 @@ def prompt_batches(
         prompts: Full prompts.
         batch_size: Prompts per batch.
         new_tokens: How many tokens are to follow each.
-        most_tokens: Tokens per batch, padding included, that no batch of several prompts exceeds; more than the model's
-            ``batch_tokens`` are never taken.
+        most_tokens: Tokens per batch, those that are to follow and padding included, that no batch of several prompts
+            exceeds; more than the model's ``batch_tokens`` are never taken.
 
     Raises:
         UserError: If a prompt has no tokens, or it and what follows is longer than the model's positions.
@@ -136,7 +136,7 @@ def prompt_batches(
     check_lengths(model, tokens, new_tokens=new_tokens)
     bound = batch_tokens_of(model)
     bound = bound if most_tokens is None else min(bound, most_tokens)
-    lengths = {i: len(ids) for i, ids in enumerate(tokens)}
+    lengths = {i: len(ids) + new_tokens for i, ids in enumerate(tokens)}
     return [Batch(rows, [tokens[i] for i in rows]) for rows in together(lengths, batch_size, bound)]
 
 

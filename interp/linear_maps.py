@@ -49,7 +49,8 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 def mapped(module: nn.Module, values: Tensor) -> Tensor:
     """What a module makes of ``(..., d_in)``, without the hooks on it."""
-    return inner(module).forward(values)
+    # Kernels of quantised maps take rows, not blocks of them.
+    return inner(module).forward(values.flatten(0, -2)).unflatten(0, values.shape[:-1])
 
 
 def linear_part(module: nn.Module, values: Tensor) -> Tensor:

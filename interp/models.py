@@ -192,7 +192,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
 
 
 def load_model(
-    name: str | PreTrainedModel | PeftModel = DEFAULT_MODEL,
+    name: str | os.PathLike[str] | PreTrainedModel | PeftModel = DEFAULT_MODEL,
     *,
     tokenizer: Any = None,
     device: str = "auto",
@@ -238,15 +238,27 @@ def load_model(
     from interp.proposal import adopt
 
     model: Any
-    if isinstance(name, str):
+    if isinstance(name, str | os.PathLike):
+        name = os.fspath(name)
+        if tokenizer is not None:
+            raise UserError("A checkpoint has its own tokenizer; give tokenizer with a model that is loaded already.")
         if device_map is not None and device != "auto":
             raise UserError("A device map says where everything goes: give device or device_map, not both.")
+        if revision is not None and _source(name).local:
+            raise UserError(f"{name} lies here, and has no revisions; leave revision out.")
         where = {} if device_map is None else {"device_map": device_map}
         place = _Place(revision, subfolder, trust_remote_code)
         options = {"dtype": dtype_named(dtype), "attn_implementation": attention, **where}
         model, tokenizer = _checkpoint(name, resolve_device(device), place, **options)
-        model.loaded_with = {**asdict(place), "attention": attention, "device_map": device_map}
+        # As JSON keeps it.
+        places = {part: str(at) for part, at in device_map.items()} if isinstance(device_map, dict) else device_map
+        model.loaded_with = {**asdict(place), "attention": attention, "device_map": places}
     else:
+        changed = (device, dtype, attention, revision, subfolder, device_map, trust_remote_code)
+        if changed != ("auto", torch.float32, None, None, "", None, False):
+            raise UserError("A model that is loaded already stays as it is: give its tokenizer and batch_tokens alone.")
+        if not hasattr(name, "config"):
+            raise UserError(f"A {type(name).__name__} is no model; give a name, a path, or a transformers model.")
         model = transformers_model(name)
         tokenizer = tokenizer_of(name) if tokenizer is None else tokenizer
         adopt(model)
@@ -261,14 +273,23 @@ def checkpoint_source(name: str) -> str:
     """What other libraries load a model from: a local directory, by its whole path, or a hub id.
 
     Raises:
-        UserError: If there is no such directory, or it holds an adapter or a GGUF file, which they load otherwise, or a
-            registered model cannot be fetched.
+        UserError: If there is no such directory, or it holds an adapter, a GGUF file or a vision-language model, which
+            they load otherwise, or a registered model cannot be fetched.
     """
+    from transformers import AutoConfig
+
     source = _source(name)
     if source.gguf is not None or (source.local and not (Path(source.path) / "config.json").is_file()):
         raise UserError(
             f"{name} is an adapter or a GGUF file, and exported adapters are for whole checkpoints in safetensors; "
             "merge or convert it first, or give --bake, which does."
+        )
+    with quiet_transformers():
+        is_part = is_multimodal(AutoConfig.from_pretrained(source.path, **_where(source, _Place())))
+    if is_part:
+        raise UserError(
+            f"{name} is a vision-language model, whose modules have other names than those of its text model; give "
+            "--bake, which writes the text model by itself."
         )
     return str(Path(source.path).resolve()) if source.local else source.path
 
@@ -293,7 +314,7 @@ def load_config(name: str) -> Any:
     try:
         with quiet_transformers():
             if adapter := _adapter_config(source, found):
-                return load_config(base_of(adapter))
+                return load_config(base_of(adapter)[0])
             found |= {} if source.gguf is None else {"gguf_file": source.gguf}
             config = AutoConfig.from_pretrained(source.path, **found)
     except UserError:
@@ -345,7 +366,9 @@ def _checkpoint(
     found = _where(source, place)
     try:
         if adapter := _adapter_config(source, found):
-            model, tokenizer = _checkpoint(base_of(adapter), device, _Place(), **options)
+            base, revision = base_of(adapter)
+            of_base = _Place(revision, trust_remote_code=place.trust_remote_code)
+            model, tokenizer = _checkpoint(base, device, of_base, **options)
             return _with_adapter(model, tokenizer, name, source, merged, found)
         found |= {} if source.gguf is None else {"gguf_file": source.gguf}
         common = {**found, "trust_remote_code": place.trust_remote_code}
@@ -493,9 +516,11 @@ _OF_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.gguf")
 
 def _not_loadable(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n", 1)[0]
-    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _OF_TOKENIZERS):
+    folder = Path(name).expanduser()
+    is_checkpoint = (folder / "config.json").is_file()
+    if is_checkpoint and not any(any(folder.glob(pattern)) for pattern in _OF_TOKENIZERS):
         return f"The directory {name} has no tokenizer; write it there with tokenizer.save_pretrained."
-    if close := difflib.get_close_matches(name, REGISTERED, 1):
+    if name not in REGISTERED and (close := difflib.get_close_matches(name, REGISTERED, 1)):
         return f"Could not load the model {name!r} ({reason}); do you mean {close[0]!r}?"
     return (
         f"Could not load the model {name!r} ({reason}); give one of {', '.join(REGISTERED)}, a local directory with "

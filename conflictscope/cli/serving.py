@@ -135,8 +135,13 @@ def _by_transformers(files: Mapping[str, Any], served: Model, address: Address, 
 def _by_vllm(files: Mapping[str, Any], served: Model, address: Address, engine: Engine) -> None:
     from conflictscope.serve import vllm
 
-    if served.device != "auto":
-        raise UserError("vLLM chooses where it runs; leave out --device, or give its own options with --vllm-options.")
+    usual = type(served)(served.model)
+    own = ("device", "device_map", "attention", "revision", "subfolder", "trust_remote_code", "batch_tokens")
+    if changed := [name for name in own if getattr(served, name) != getattr(usual, name)]:
+        raise UserError(
+            f"vLLM loads models its own way; leave out --{changed[0].replace('_', '-')}, or give vLLM's options with "
+            "--vllm-options."
+        )
     can_resolve = vllm.check_installed(engine.vllm_python)
     names = vllm.write_edits(served.model, files, engine.adapters, recorded(None))
     name = Path(served.model).name

@@ -45,6 +45,7 @@ def attribution_patching(
         UserError: If no example can be scored.
     """
     examples, token_ids = scorable(model, conflicts)
+    Anatomy(model).check_differentiable()
     partners = corrupted_partners(examples, seed)
     prompts = [example.prompt for example in examples]
     anatomy = Anatomy(model)
@@ -85,8 +86,10 @@ def _gradient(anatomy: Anatomy, inputs: dict[str, Tensor], token_ids: Tensor) ->
     )
 
     def add_offset(layer: int) -> Any:
+        own = offset[:, layer : layer + 1]
+
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            moved = torch.cat([inputs[0][:, :-1], inputs[0][:, -1:] + offset[:, layer : layer + 1]], dim=1)
+            moved = torch.cat([inputs[0][:, :-1], inputs[0][:, -1:] + own.to(inputs[0].device)], dim=1)
             return (moved, *inputs[1:])
 
         return hook
@@ -95,7 +98,8 @@ def _gradient(anatomy: Anatomy, inputs: dict[str, Tensor], token_ids: Tensor) ->
         for layer in range(anatomy.n_layers):
             module = anatomy.module("output_projection", layer)
             stack.callback(module.register_forward_pre_hook(add_offset(layer)).remove)
-        answer_logits = network(**inputs, logits_to_keep=1).logits[:, -1].gather(1, token_ids)
+        logits = network(**inputs, logits_to_keep=1).logits[:, -1]
+        answer_logits = logits.gather(1, token_ids.to(logits.device))
         (answer_logits[:, 0] - answer_logits[:, 1]).sum().backward()
     assert offset.grad is not None
     return offset.grad.unflatten(-1, (anatomy.n_heads, anatomy.d_head))

@@ -104,6 +104,7 @@ def edge_attribution(
         raise UserError("Integrated gradients need at least one step.")
     check_single(model)
     anatomy = Anatomy(model)
+    anatomy.check_differentiable()
     examples, answers = _aligned(model, conflicts)
     prompts = [example.prompt for example in examples]
     check_attributed(anatomy, last_token_states(model, prompts).final, answers)
@@ -235,9 +236,10 @@ class _Edges:
         with ExitStack() as hooks, torch.enable_grad():
             for (part, layer), offset in zip(reading, offsets[:-1], strict=True):
                 hooks.enter_context(self._offset(part, layer, offset))
-            hooks.enter_context(_given(self.anatomy.final_norm, lambda read: read + offsets[-1]))
+            hooks.enter_context(_given(self.anatomy.final_norm, lambda read: read + offsets[-1].to(read.device)))
             hooks.enter_context(self._entering(lambda _: embedding))
-            logits = network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].gather(1, answers)
+            logits = network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = logits.gather(1, answers.to(logits.device))
             gradients = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), offsets)
         return torch.stack(gradients, 1)
 
@@ -246,17 +248,21 @@ class _Edges:
         """Add an offset to what attention or the MLP reads, and to what nothing else reads."""
         norms, reader = self.anatomy.blueprint, self.anatomy.module(part, layer)
         if (norms.attention_norm if part == "attention" else norms.mlp_norm) is None:
-            with _given(reader, lambda read: read + offset):
+            with _given(reader, lambda read: read + offset.to(read.device)):
                 yield
             return
         norm = self.anatomy.module("attention_norm" if part == "attention" else "mlp_norm", layer)
         if norms.attention_norm != norms.mlp_norm:
-            with _given(norm, lambda read: read + offset.reshape(read.shape)):
+            with _given(norm, lambda read: read + offset.to(read.device).reshape(read.shape)):
                 yield
             return
         # The norm is the other's too: it is applied once more, for this reader.
         entered: list[Tensor] = []
-        with _given(norm, entered.append), _given(reader, lambda _: norm.forward(entered.pop() + offset)):
+
+        def again(read: Tensor) -> Tensor:
+            return norm.forward(entered.pop() + offset.to(read.device))
+
+        with _given(norm, entered.append), _given(reader, again):
             yield
 
     def _entering(self, seen: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[None]:

@@ -51,7 +51,8 @@ def head_gains(
     tokens = torch.tensor(list(token_ids), device=anatomy.device)[:, None]
 
     def probabilities() -> Tensor:
-        return gathered_logits(read.next_logits("end"), len(prompts)).softmax(-1).gather(1, tokens)[:, 0].cpu()
+        logits = gathered_logits(read.next_logits("end"), len(prompts))
+        return logits.softmax(-1).gather(1, tokens.to(logits.device))[:, 0].cpu()
 
     before = probabilities()
     gains = torch.zeros(len(prompts), anatomy.n_layers, anatomy.n_heads)

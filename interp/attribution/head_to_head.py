@@ -154,7 +154,8 @@ class _Patch:
     def _of_receivers(self, z: dict[int, Tensor]) -> Tensor:
         """Each receiver's z at the last token, ``(n, n_receivers, d_head)``."""
         heads = {layer: values[:, -1].unflatten(-1, (self.anatomy.n_heads, -1)) for layer, values in z.items()}
-        return torch.stack([heads[layer][:, head] for layer, head in self.receivers], 1)
+        device = self.anatomy.device
+        return torch.stack([heads[layer][:, head].to(device) for layer, head in self.receivers], 1)
 
     def _heard(self, batch: int, sender: Head, clean: dict[int, Tensor], replacement: Tensor) -> Tensor:
         """Each receiver's z when one sender is replaced in the prompts of a batch, ``(n, n_receivers, d_head)``."""
@@ -165,7 +166,7 @@ class _Patch:
             z = clean[layer]
             if layer == sender[0]:
                 z = z.unflatten(-1, (self.anatomy.n_heads, -1)).clone()
-                z[:, replaced, sender[1]] = replacement[:, None, layer, sender[1]]
+                z[:, replaced, sender[1]] = replacement[:, None, layer, sender[1]].to(z.device)
                 z = z.flatten(-2)
             heard[layer] = inputs[0]
             return (z, *inputs[1:])

@@ -61,13 +61,14 @@ def last_token_states(
 
         def keep_z(layer: int, rows: Tensor = rows) -> Any:
             def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
-                states.z[rows, layer] = inputs[0][:, -1].unflatten(-1, (anatomy.n_heads, anatomy.d_head))
+                z = inputs[0][:, -1].to(rows.device)
+                states.z[rows, layer] = z.unflatten(-1, (anatomy.n_heads, anatomy.d_head))
 
             return hook
 
         def keep(target: Tensor, rows: Tensor = rows) -> Any:
             def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-                target[rows] = (inputs[0] if inputs else named["hidden_states"])[:, -1]
+                target[rows] = (inputs[0] if inputs else named["hidden_states"])[:, -1].to(rows.device)
 
             return hook
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from interp.anatomy import Anatomy
 from interp.attention import attention_from_last
 from interp.errors import UserError
 from interp.models import cached_path, load_model
@@ -50,6 +51,17 @@ def test_fused_attention_is_eager_while_its_weights_are_looked_at(tiny_directori
     expected = plain_attention(tiny_directories["llama"], model.tokenizer, PROMPT)
     weights = attention_from_last(model, PROMPT, [(1, 0)]).weights
     torch.testing.assert_close(weights[0], expected[1, 0], rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_threads_that_look_at_attention_do_not_end_it_for_one_another(tiny_directories):
+    model = load_model(str(tiny_directories["llama"]), device="cpu")
+    first, inside = (Anatomy(model).eager_attention() for _ in range(2))
+    with first:
+        inside.__enter__()
+    # The first is over, the second is not.
+    assert model.config._attn_implementation == "eager"
+    inside.__exit__(None, None, None)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -24,14 +24,17 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from interp.anatomy import Anatomy, transformers_model
+from interp.anatomy import BLUEPRINTS, Anatomy, transformers_model
 from interp.attribution.direct_logits import direct_logit_attribution
+from interp.attribution.edges import edge_attribution
 from interp.attribution.examples import corrupted_partners, scorable
 from interp.attribution.path_patching import patching_scores
 from interp.attribution.states import last_token_states
 from interp.errors import UserError
 from interp.fingerprints import fingerprint
+from interp.fit import checked
 from interp.inputs import encode
+from interp.linear_maps import offloaded_weights
 from interp.models import load_checkpoint, load_model
 from interventions.bake import fold
 from interventions.base import applied
@@ -183,6 +186,27 @@ def test_the_fingerprint_sees_how_much_an_adapter_adds(tiny_directories):
         assert fingerprint(wrapped) != first
 
 
+@pytest.mark.parametrize("config", [peft.OFTConfig, peft.VeraConfig, peft.LoraConfig])
+def test_the_fingerprint_sees_which_adapter_acts(tiny_directories, config):
+    size: dict[str, Any] = {"oft_block_size": 4, "r": 0} if config is peft.OFTConfig else {"r": 4}
+    own = config(task_type="CAUSAL_LM", target_modules=["o_proj"], **size)
+    wrapped: Any = peft.get_peft_model(network_of(tiny_directories["llama"]), own)
+    wrapped.add_adapter("other", own)
+    first = fingerprint(wrapped)
+    wrapped.set_adapter("other")
+    second = fingerprint(wrapped)
+    with wrapped.disable_adapter():
+        assert len({first, second, fingerprint(wrapped)}) == 3
+
+
+def test_an_adapter_of_the_embedding_counts_for_the_models_identity(tiny_directories):
+    folder = tiny_directories["llama"]
+    wrapped = with_adapter(folder, "", {"target_modules": ["embed_tokens"], "r": 4})
+    ModelIdentity.of(wrapped, "tiny").check(wrapped)
+    with pytest.raises(UserError, match="sampled weights differ"):
+        ModelIdentity.of(network_of(folder), "tiny").check(wrapped)
+
+
 def saved_adapter(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
     with_adapter(folder, "lora").save_pretrained(out)
     tensors = load_file(out / "adapter_model.safetensors")
@@ -205,8 +229,24 @@ def test_an_adapters_weights_that_are_missing_or_too_many_are_one_sentence(tiny_
 def test_an_adapter_that_names_no_model_or_none_that_is_there_is_one_sentence(tiny_directories, tmp_path):
     with_adapter(tiny_directories["llama"], "lora").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for base, message in ((None, "does not name the model"), ("/gone/model", "There is no model directory /gone")):
+    cases = (
+        (None, "does not name the model"),
+        (str(tmp_path), "does not name the model"),
+        ("/gone/model", "There is no model directory /gone"),
+    )
+    for base, message in cases:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(UserError, match=message):
+            load_model(str(tmp_path), device="cpu")
+
+
+def test_an_adapter_of_another_model_is_one_sentence(tiny_directories, tmp_path):
+    with_adapter(tiny_directories["llama"], "lora").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    others = {"qwen3": "another shape: it has base_model", "gpt2": "does not fit its model"}
+    for other, message in others.items():
+        base = {"base_model_name_or_path": str(tiny_directories[other])}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | base))
         with pytest.raises(UserError, match=message):
             load_model(str(tmp_path), device="cpu")
 
@@ -248,6 +288,12 @@ def test_a_model_that_bitsandbytes_quantised_works_through_its_own_modules(tiny_
     assert fingerprint(model) == fingerprint(quantised) != fingerprint(network_of(folder))
     with pytest.raises(UserError, match=r"quantised, offloaded .*; load the model unquantised"):
         fold(model, [EDIT])
+    if "load_in_4bit" in options:
+        with pytest.raises(UserError, match="No gradient passes the quantised maps"):
+            edge_attribution(model, CONFLICTS, name="tiny")
+    else:
+        assert edge_attribution(model, CONFLICTS, name="tiny", steps=1).heads.values.isfinite().all()
+    assert checked(model, BLUEPRINTS["LlamaForCausalLM"]).n_heads
     # A file that was made of the plain model goes with the quantised one.
     ModelIdentity.of(network_of(folder), "tiny").check(model)
 
@@ -266,7 +312,12 @@ def test_an_offloaded_model_gives_the_same(tiny_directories, tmp_path, offload):
     check(elsewhere)
     expected = [last_token_states(model, [CONFLICTS.examples[0].prompt]).final for model in (plain, elsewhere)]
     assert relative_error(*expected) < 1e-6
-    assert fingerprint(elsewhere) == fingerprint(plain)
+    first = fingerprint(elsewhere)
+    assert first == fingerprint(plain)
+    if offload is cpu_offload:
+        offloaded_weights(elsewhere)["model.layers.1.mlp.down_proj.weight"].mul_(3)
+        assert fingerprint(elsewhere) != first
+        return
     ModelIdentity.of(plain, "tiny").check(elsewhere)
 
 
@@ -358,5 +409,21 @@ def test_a_loaded_model_is_taken_with_its_tokenizer(tiny_directories):
     assert model is network
     assert model.tokenizer is tokenizer
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    options: list[dict[str, Any]] = [
+        {"device": "cpu"},
+        {"dtype": "bfloat16"},
+        {"attention": "eager"},
+        {"revision": "a"},
+    ]
+    for option in options:
+        with pytest.raises(UserError, match="loaded already stays as it is"):
+            load_model(network, tokenizer=tokenizer, **option)
+    with pytest.raises(UserError, match="has its own tokenizer"):
+        load_model(tiny_directories["llama"], tokenizer=tokenizer)
+    with pytest.raises(UserError, match="has no revisions"):
+        load_model(tiny_directories["llama"], revision="main")
+    nothing: Any = None
+    with pytest.raises(UserError, match="A NoneType is no model"):
+        load_model(nothing)
     with pytest.raises(UserError, match="Of 0 tokens no batch"):
         load_model(network, tokenizer=tokenizer, batch_tokens=0)

@@ -426,6 +426,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_its_cache_then(monkeypat
 
         request = get = head
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", Away)
     with pytest.raises(UserError, match=r"Could not load the model 'no/such' .*couldn't find them in the cached files"):
         load_model("no/such", device="cpu")
