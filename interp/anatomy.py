@@ -375,6 +375,9 @@ BLUEPRINTS: dict[str, Blueprint] = {
     "Starcoder2ForCausalLM": replace(_LLAMA, norm="layer", mlp_activation="mlp.act", mlp_output="mlp.c_proj"),
 }
 
+SHIPPED = frozenset(BLUEPRINTS)
+"""Architectures that are known without being given or proposed."""
+
 _RECURRENT = "has recurrent blocks, which have no attention heads"
 _PER_LAYER = "feeds its blocks an embedding each, besides the residual stream"
 UNSUPPORTED: dict[str, str] = {

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from interp.plan import Shapes
 
 _USUAL_TOKENS = (128, 4096)
+# A number without a unit is bytes, which nobody means.
+_LEAST = 2**20
 _LEGEND = (
     "TFLOP: of a prompt, or of a step. GiB: with the weights, on one device. Devices: how many the batch needs, blocks "
     "spread over them; - where it does not fit beside one block. At once: prompts in the largest batch that fits."
@@ -74,8 +76,8 @@ class Machine:
             found = int(TypeAdapter(ByteSize).validate_python(self.memory))
         except ValidationError:
             found = 0
-        if found < 1:
-            raise UserError(f"--memory is a size such as 80GiB or 24GB, not {self.memory!r}; give one.")
+        if found < _LEAST:
+            raise UserError(f"--memory is a size with its unit such as 80GiB or 24GB, not {self.memory!r}; give one.")
         return found
 
 
@@ -135,7 +137,10 @@ def plan(
         register(blueprint)
     if model in REGISTERED and not is_cached(model):
         say(f"{model} comes with its weights, which are fetched first.")
-    shapes = Shapes.of(load_config(model))
+    config = load_config(model)
+    if getattr(config, "quantization_config", None) is not None and not as_json:
+        say(f"{model} is quantised; what follows counts its weights in {machine.dtype}.")
+    shapes = Shapes.of(config)
     settings = prompts.settings(shapes, size)
     rows = [_rows(shapes, setting, machine) for setting in settings]
     attention = "eager" if settings[0].writes_attention(shapes) else "fused"

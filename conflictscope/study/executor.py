@@ -18,16 +18,21 @@ from torch import nn
 
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import Reading, Result, measure
+from interp.anatomy import BLUEPRINTS, SHIPPED
+from interp.blueprints import register
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.files import read_json, write_json
 from interp.fingerprints import fingerprint
 from interp.inputs import BATCH_TOKENS
 from interp.models import load_model
+from interp.proposal import written
 from interp.records import Records
 
 if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
+
+_BLUEPRINT = "blueprint.json"
 
 Executor = Callable[["Lab", Sequence[Condition]], None]
 """Sees that conditions are measured and their results are in the lab's records."""
@@ -83,6 +88,8 @@ def write_unit(lab: Lab, condition: Condition) -> Path:
         "batch_tokens": getattr(network, "batch_tokens", BATCH_TOKENS),
         "loaded_with": loaded_with,
     }
+    if anatomy.architecture not in SHIPPED:
+        write_json(folder / _BLUEPRINT, written(anatomy.architecture, BLUEPRINTS[anatomy.architecture]))
     write_json(folder / "unit.json", {**about, "seed": lab.seed, "few": lab.quick})
     return folder
 
@@ -98,6 +105,8 @@ def run_unit(folder: Path) -> Result:
     from conflictscope.study.method import registered
 
     registered()
+    if (folder / _BLUEPRINT).is_file():
+        register(folder / _BLUEPRINT)
     where = {key: unit[key] for key in ("device", "dtype", "batch_tokens")}
     model = load_model(unit["model"], **where, **unit["loaded_with"])
     records = Records(folder.parents[1], model=fingerprint(model))
