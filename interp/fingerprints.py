@@ -33,7 +33,8 @@ def fingerprint(model: nn.Module) -> str:
     """
     network: Any = transformers_model(model)
     config = {key: value for key, value in network.config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
-    about = json.dumps([config, *_adapters(network)], sort_keys=True, default=str)
+    adapters = _adapters(network)
+    about = json.dumps([config, *adapters] if adapters else config, sort_keys=True, default=str)
     held = sorted(named_weights(network).items())
     weights = {name: part for whole, weight in held for name, part in _parts(whole, weight)}
     # What lies elsewhere is a tensor of its own each time it is looked at.

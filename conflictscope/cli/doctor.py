@@ -59,6 +59,8 @@ def doctor(
         _look_at(source, out)
     elif out is not None:
         raise UserError("--out is for the blueprint of a model; name the model too.")
+    elif source != LookedAt():
+        raise UserError("The options of a model are for looking at one; name the model too.")
     else:
         _look_around()
 
