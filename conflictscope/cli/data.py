@@ -268,6 +268,4 @@ def data_tasks(
     counts = write_tasks(out, conflicts if split == "all" else conflicts.select(split=split), seed=seed)
     for name, count in counts.items():
         say(f"{name}: {count}")
-    say(
-        f"Wrote {out}; to run them: python -m conflictscope.elsewhere.lm_eval --include_path {out} --tasks conflictscope"
-    )
+    say(f"Wrote {out}; with lm_eval: --include_path {out} --tasks conflictscope")

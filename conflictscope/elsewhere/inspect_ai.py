@@ -2,8 +2,9 @@
 
     inspect eval task.py --model conflictscope/smollm2-135m -M edit=edit.json
 
-Inspect finds it by its entry point. Answers come from the engine of ``conflictscope serve``: samples that are asked at
-the same time share passes, and each is answered as if it were alone, greedily unless a temperature is set.
+Inspect finds it by an entry point (``providers``). Answers come from the engine of ``conflictscope serve``: samples
+that are asked at the same time share passes, and each is answered as if it were alone, greedily unless a temperature is
+set.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from inspect_ai.model import (  # pyright: ignore[reportMissingImports]
     ModelAPI,
     ModelOutput,
     ModelUsage,
-    modelapi,
 )
 from pydantic import ValidationError
 
@@ -41,7 +41,6 @@ _REFUSED = (
 )
 
 
-@modelapi(name="conflictscope")
 class EditedModel(ModelAPI):
     """Answers Inspect's chats with a transformers model and an intervention.
 

@@ -59,7 +59,9 @@ class EditedLM(HFLM):
         enable_thinking: bool | None = None,
     ) -> None:
         self._edit = chosen_edit(config, trust=trust, strength=strength)
-        model = load_model(pretrained, device=device, dtype=dtype)
+        # What its command line says where the user says nothing.
+        is_default = device == "cuda:0" and not torch.cuda.is_available()
+        model = load_model(pretrained, device="auto" if is_default else device, dtype=dtype)
         super().__init__(
             pretrained=model,
             tokenizer=model.tokenizer,

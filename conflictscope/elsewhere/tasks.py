@@ -81,19 +81,22 @@ def _task(name: str, rows: Path) -> dict[str, Any]:
     """The harness's description of a task."""
     if name == TEXT:
         asked = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-        metrics = [("word_perplexity", False), ("bits_per_byte", False)]
+        metrics = {"word_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
     else:
         asked = {"output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": "right"}
         # What stands between a prompt and its answer is in the choices.
         asked |= {"doc_to_choice": "choices", "target_delimiter": ""}
-        metrics = [("acc", True), ("acc_norm", True)]
+        metrics = {"acc": "mean", "acc_norm": "mean"}
     return {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
         "test_split": "test",
         **asked,
-        "metric_list": [{"metric": metric, "higher_is_better": better} for metric, better in metrics],
+        "metric_list": [
+            {"metric": metric, "aggregation": aggregation, "higher_is_better": name != TEXT}
+            for metric, aggregation in metrics.items()
+        ],
         "metadata": {"version": _VERSION},
     }
 
