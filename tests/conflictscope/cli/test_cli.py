@@ -328,9 +328,9 @@ def test_data_tasks_ask_about_the_subjects_of_a_split(run, tmp_path):
     assert run("data", "tasks", "c.jsonl", "tasks")[0] == 0
     assert run("data", "tasks", "c.jsonl", "dev", "--split", "dev")[0] == 0
     conflicts = ConflictSet.load("c.jsonl").select(kind="conflict")
-    for folder, split in (("tasks", "test"), ("dev", "dev")):
+    for folder, part in (("tasks", conflicts.select(split="test")), ("dev", conflicts.select(split="dev"))):
         rows = Path(folder, "conflictscope_conflict.jsonl").read_text(encoding="utf-8").splitlines()
-        assert {json.loads(row)["id"] for row in rows} == {example.id for example in conflicts.select(split=split)}
+        assert {json.loads(row)["id"] for row in rows} == {example.id for example in part}
     assert_one_sentence(run("data", "tasks", "c.jsonl", "tasks"), "exists already")
 
 
