@@ -18,9 +18,10 @@ test: $(STAMP)
 # The same tokens from engines that are installed apart, each in an environment of its own: some ten minutes.
 VLLM := .venv-vllm
 LLAMA := .venv-llama
-engines: $(STAMP) $(VLLM)/.installed $(LLAMA)/.installed
+EVAL := .venv-eval
+engines: $(STAMP) $(VLLM)/.installed $(LLAMA)/.installed $(EVAL)/.installed
 	CONFLICTSCOPE_VLLM_PYTHON=$(VLLM)/bin/python CONFLICTSCOPE_LLAMA_PYTHON=$(LLAMA)/bin/python \
-		$(BIN)/python -m pytest tests/engines
+		CONFLICTSCOPE_EVAL_PYTHON=$(EVAL)/bin/python $(BIN)/python -m pytest tests/engines
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults
@@ -89,5 +90,12 @@ $(LLAMA)/.installed:
 	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
 	touch $@
 
+# The harnesses that ask edited models, and what one of them applies adapters with.
+$(EVAL)/.installed: pyproject.toml
+	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/pip install --quiet --constraint constraints.txt torch
+	$(EVAL)/bin/pip install --quiet --editable '.[lm-eval,inspect-ai,adapters]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLAMA) out
+	rm -rf $(VENV) $(VLLM) $(LLAMA) $(EVAL) out

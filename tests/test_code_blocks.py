@@ -6,12 +6,14 @@ Python      Runs, block after block of a page in one namespace. ``smollm2-135m``
 Commands    ``conflictscope``, ``python -m`` and ``make`` lines must parse: their commands, options, arguments, modules
             and targets exist and none that is needed is missing. Those in ``_RUN`` really run, on tiny inputs; the
             others take minutes, a server or a browser, and are not run. Bodies for the server are read by its own
-            models, extras of ``pip install`` must exist.
+            models, extras of ``pip install`` must exist. Options for harnesses, which are not installed, are those in
+            the source of what they ask.
 JSON        Is read by the project's own readers.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -22,6 +24,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -64,10 +67,10 @@ FACTS = 30
 
 _RUN = {
     *("models", "plan", "inspect", "generate", "ask", "evaluate", "attribute"),
-    *("data build", "data inspect", "data convert"),
+    *("data build", "data inspect", "data convert", "data tasks"),
     *("probe detect", "dial apply", "steer apply"),
 }
-_SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf", "llama-server")
+_SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf", "llama-server", "lm_eval", "inspect")
 _NQ_SWAP = {
     "question": "What is the capital of Japan?",
     "org_context": "Tokyo is the capital of Japan.",
@@ -245,6 +248,9 @@ def _python(arguments: list[str]) -> None:
     if arguments[:2] == ["-m", "venv"]:
         return
     assert arguments[0] == "-m", f"python {' '.join(arguments)} is checked by nothing"
+    if arguments[1] == "conflictscope.elsewhere.lm_eval":
+        _lm_eval(arguments[2:])
+        return
     alone = typer.Typer()
     alone.command()(import_module(arguments[1]).main)
     parsed(typer.main.get_command(alone), arguments[1], arguments[2:])
@@ -260,7 +266,7 @@ def _pip(arguments: list[str]) -> None:
     assert arguments[0] == "install"
     if arguments[1:] in (["vllm"], ["peft"], ["llama-cpp-python"]):
         return
-    wanted = re.fullmatch(r"(\.|conflictscope)(?:\[([\w,]+)\])?", arguments[-1])
+    wanted = re.fullmatch(r"(\.|conflictscope)(?:\[([\w,-]+)\])?", arguments[-1])
     assert wanted
     assert set(filter(None, (wanted[2] or "").split(","))) <= project["optional-dependencies"].keys()
 
@@ -282,12 +288,36 @@ def _llama_server(arguments: list[str]) -> None:
     assert {"-m", "--lora"} <= set(arguments)
 
 
+def _lm_eval(arguments: list[str]) -> None:
+    options = dict(pairwise(arguments))
+    given = {part.partition("=")[0] for part in options["--model_args"].split(",")}
+    known = {"conflictscope": _options_of("lm_eval"), "hf": {"pretrained", "peft", "dtype"}}
+    assert given <= known[options["--model"]]
+    assert options["--tasks"]
+
+
+def _inspect(arguments: list[str]) -> None:
+    assert arguments[:2] == ["eval", "task.py"]
+    assert dict(pairwise(arguments))["--model"].startswith("conflictscope/")
+    given = {value.partition("=")[0] for name, value in pairwise(arguments) if name == "-M"}
+    assert given <= _options_of("inspect_ai")
+
+
+def _options_of(module: str) -> set[str]:
+    """What the model that a harness asks takes, read from its source: the harness is not installed here."""
+    tree = ast.parse((ROOT / f"conflictscope/elsewhere/{module}.py").read_text(encoding="utf-8"))
+    (begin,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return {argument.arg for argument in begin.args.args}
+
+
 _OTHERS: dict[str, Callable[[list[str]], None]] = {
     "python": _python,
     "make": _make,
     "pip": _pip,
     "curl": _curl,
     "llama-server": _llama_server,
+    "lm_eval": _lm_eval,
+    "inspect": _inspect,
 }
 
 

@@ -165,7 +165,7 @@ def test_every_name_of_the_package_is_in_its_reference(site, pages):
 def test_every_extra_is_on_the_page_about_installing():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
-    assert {*project["optional-dependencies"]} == {*re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)}
+    assert {*project["optional-dependencies"]} == {*re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("document", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))

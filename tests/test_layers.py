@@ -17,6 +17,7 @@ ABOVE = {
     "figures": ("conflictscope",),
     "conflictscope/report": ("conflictscope.cli", "conflictscope.explore", "conflictscope.serve"),
     "conflictscope/explore": ("conflictscope.cli", "conflictscope.report", "conflictscope.serve"),
+    "conflictscope/elsewhere": ("conflictscope.cli", "conflictscope.report", "conflictscope.explore", "figures"),
     "conflictscope/serve": ("conflictscope.cli", "conflictscope.report", "conflictscope.explore", "figures"),
 }
 

@@ -94,7 +94,12 @@ for _panel, _name, _help, _members in (
         _DATA,
         "data",
         "Build, inspect and convert conflict data.",
-        {"build": data.data_build, "inspect": data.data_inspect, "convert": data.data_convert},
+        {
+            "build": data.data_build,
+            "inspect": data.data_inspect,
+            "convert": data.data_convert,
+            "tasks": data.data_tasks,
+        },
     ),
 ):
     _group = typer.Typer(help=_help, no_args_is_help=True)

@@ -249,3 +249,23 @@ def data_convert(
         f"Wrote {converted.examples} examples to {out}; skipped {len(converted.skipped)} rows, "
         f"left out {len(converted.left_out)} items"
     )
+
+
+def data_tasks(
+    file: Annotated[Path, typer.Argument(help="JSON lines from `conflictscope data`.")],
+    out: Annotated[Path, typer.Argument(help="New folder, for the option --include_path of lm_eval.")],
+    split: Annotated[
+        Literal["train", "dev", "test", "all"],
+        typer.Option(help="Whose questions are asked; edits are learned and chosen on train and dev."),
+    ] = "test",
+    seed: SeedOption = 0,
+) -> None:
+    """Write conflict data as tasks of lm-evaluation-harness, which need no network: an edit's gain and damage."""
+    from conflictscope.elsewhere.tasks import write_tasks
+    from interp.conflicts import ConflictSet
+
+    conflicts = ConflictSet.load(file)
+    counts = write_tasks(out, conflicts if split == "all" else conflicts.select(split=split), seed=seed)
+    for name, count in counts.items():
+        say(f"{name}: {count}")
+    say(f"Wrote {out}; with lm_eval: --include_path {out} --tasks conflictscope")

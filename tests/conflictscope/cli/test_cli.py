@@ -323,6 +323,17 @@ def test_data_build_and_inspect(run, tmp_path):
     assert "The capital of" in output
 
 
+def test_data_tasks_ask_about_the_subjects_of_a_split(run, tmp_path):
+    assert run("data", "build", "--all-facts", "--relation", "capital", "--out", "c.jsonl")[0] == 0
+    assert run("data", "tasks", "c.jsonl", "tasks")[0] == 0
+    assert run("data", "tasks", "c.jsonl", "dev", "--split", "dev")[0] == 0
+    conflicts = ConflictSet.load("c.jsonl").select(kind="conflict")
+    for folder, part in (("tasks", conflicts.select(split="test")), ("dev", conflicts.select(split="dev"))):
+        rows = Path(folder, "conflictscope_conflict.jsonl").read_text(encoding="utf-8").splitlines()
+        assert {json.loads(row)["id"] for row in rows} == {example.id for example in part}
+    assert_one_sentence(run("data", "tasks", "c.jsonl", "tasks"), "exists already")
+
+
 def test_data_inspect_shows_what_is_asked_without_the_context(run, tmp_path):
     examples = tiny_conflicts().examples
     ConflictSet("c", (examples[0], dataclasses.replace(examples[1], bare_prompt=""))).save(tmp_path / "c.jsonl")
