@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types of weights that are read: other ones are quantised."""
+
 
 def inner(module: nn.Module) -> nn.Module:
     """The module that computes: inside a bridge's component, or the copy that an adapter trained in its place."""
@@ -35,7 +38,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     """
     module = inner(module)
     weight = module._parameters.get("weight")
-    if type(weight) not in (Tensor, nn.Parameter) or weight is None or weight.is_meta:
+    if type(weight) not in PLAIN or weight is None or weight.is_meta:
         return None
     if not weight.is_floating_point() or weight.element_size() < 2:
         return None
