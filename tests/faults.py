@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "position one before the last",
         "interp/attribution/states.py",
-        "inputs[0][:, -1].unflatten",
-        "inputs[0][:, -2].unflatten",
+        "inputs[0][:, -1].to(rows.device)",
+        "inputs[0][:, -2].to(rows.device)",
         "tests/interp/attribution/test_path_patching.py",
     ),
     Fault(
@@ -89,15 +89,15 @@ FAULTS = (
     Fault(
         "order of heads in the output matrix",
         "interp/anatomy.py",
-        "weight.reshape(self.n_heads, self.d_head, self.d_model)",
-        "weight.reshape(self.d_head, self.n_heads, self.d_model).transpose(0, 1)",
+        ".reshape(self.n_heads, self.d_head, self.d_model)",
+        ".reshape(self.d_head, self.n_heads, self.d_model).transpose(0, 1)",
         "tests/interp/test_anatomy.py",
     ),
     Fault(
         "bias of the attention output missing",
         "interp/anatomy.py",
-        "return output if bias is None else output + bias",
-        "return output",
+        "return mapped(projection, z.flatten(-2)",
+        "return linear_part(projection, z.flatten(-2)",
         "tests/interp/test_anatomy.py",
     ),
     Fault(

@@ -119,10 +119,12 @@ def main() -> None:
     """Run the harness's command line; a user's mistake is one sentence and exit code 2."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
+    from conflictscope.cli.options import say
+
     try:
         cli_evaluate()
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
+        say(f"Error: {error}")
         sys.exit(2)
 
 

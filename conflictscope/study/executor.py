@@ -80,7 +80,9 @@ def write_unit(lab: Lab, condition: Condition) -> Path:
     lab.asked.save(folder / "asked.jsonl")
     anatomy = lab.anatomy
     network: Any = anatomy.model
-    loaded_with = getattr(network, "loaded_with", {})
+    # The same way of computing attention, so that the same digits come out.
+    attention = {"attention": network.config._attn_implementation}
+    loaded_with = {**getattr(network, "loaded_with", {}), **attention}
     about = {
         "model": lab.name,
         "device": "auto" if loaded_with.get("device_map") else str(anatomy.device),
