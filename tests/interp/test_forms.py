@@ -335,29 +335,23 @@ def test_a_device_map_spreads_a_model(tiny_directories, tmp_path):
 # Inside others
 
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
 def llava(text: Any) -> Any:
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-    }
+    vision = {"model_type": "clip_vision_model", **VISION}
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)
 
 
 def gemma(text: Any) -> Any:
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-    }
-    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=3)
+    return Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=3)
 
 
 @pytest.mark.parametrize(("architecture", "whole"), [("llama", llava), ("mistral", llava), ("gemma3", gemma)])
