@@ -11,7 +11,7 @@ this one is started in place of ``lm_eval``, whose own command line it then is. 
 from __future__ import annotations
 
 import math
-import sys
+from argparse import ArgumentParser
 from typing import Any
 
 import torch
@@ -119,13 +119,10 @@ def main() -> None:
     """Run the harness's command line; a user's mistake is one sentence and exit code 2."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    from conflictscope.cli.options import say
-
     try:
         cli_evaluate()
     except UserError as error:
-        say(f"Error: {error}")
-        sys.exit(2)
+        ArgumentParser().exit(2, f"Error: {error}\n")
 
 
 if __name__ == "__main__":
