@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp import precision
+from interp.anatomy import BLUEPRINTS
 from interp.bridges import load_bridge
 from interp.conflicts import ConflictSet
 from interp.facts import build_conflicts, load_facts
@@ -51,6 +52,15 @@ def this_cpu_multiplies_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def shared_models_are_left_as_they_were() -> Iterator[None]:
     yield
     assert [model for model, before in _SHARED if _state(model) != before] == []
+
+
+@pytest.fixture
+def architectures_are_left_as_they_were() -> Iterator[None]:
+    """Forgets blueprints that a test proposed or gave."""
+    before = dict(BLUEPRINTS)
+    yield
+    BLUEPRINTS.clear()
+    BLUEPRINTS.update(before)
 
 
 def _state(model: Any) -> object:

@@ -80,13 +80,7 @@ WRONG = {
 _OF_EXPERTS = ("mlp_output", "mlp_activation")
 _NUMBERS = ("n_kv_heads", "d_mlp")
 
-
-@pytest.fixture(autouse=True)
-def architectures_are_left_as_they_were():
-    before = dict(BLUEPRINTS)
-    yield
-    BLUEPRINTS.clear()
-    BLUEPRINTS.update(before)
+pytestmark = pytest.mark.usefixtures("architectures_are_left_as_they_were")
 
 
 @cache

@@ -16,16 +16,9 @@ from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 from tests.tiny import tiny_conflicts, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("architectures_are_left_as_they_were")
 run = test_cli.run
 FIELDS = {name: f"attn.attention.{name[0]}_proj" for name in ("query", "key", "value")}
-
-
-@pytest.fixture(autouse=True)
-def architectures_are_left_as_they_were():
-    before = dict(BLUEPRINTS)
-    yield
-    BLUEPRINTS.clear()
-    BLUEPRINTS.update(before)
 
 
 def saved_neo(folder: Path) -> None:
