@@ -7,12 +7,12 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig
 from conflictscope.plan import Setting, device_bytes, needs
 from interp.models import load_config
 from interp.plan import Shapes
-from tests.conflictscope.cli import test_blueprint, test_cli
+from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_blueprint import FIELDS
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 
 run = test_cli.run
-architectures_are_left_as_they_were = test_blueprint.architectures_are_left_as_they_were
+pytestmark = pytest.mark.usefixtures("architectures_are_left_as_they_were")
 COMMANDS = ("evaluate", "two streams", "ask", "generate", "record", "attribute", "dial fit, step")
 
 
