@@ -6,10 +6,7 @@ from interp.anatomy import BLUEPRINTS
 from interp.blueprints import blueprint_from, register
 from interp.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def architectures_are_left_as_they_were(monkeypatch):
-    monkeypatch.setattr("interp.blueprints.BLUEPRINTS", dict(BLUEPRINTS))
+pytestmark = pytest.mark.usefixtures("architectures_are_left_as_they_were")
 
 
 def written(folder, **record):
