@@ -23,6 +23,8 @@ Direction = Literal["context", "memory"]
 """The source that something works towards."""
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 OPPOSITE: Mapping[Direction, Direction] = {"context": "memory", "memory": "context"}
+COMPLETION_TOKENS, CHAT_TOKENS = 8, 32
+"""Longest answers, in tokens: to what a model completes, and in a chat, where it takes a sentence."""
 
 # Answers and short predictions come again and again, longer texts are asked about several times in a row.
 _short_text = lru_cache(maxsize=2**13)(Words)

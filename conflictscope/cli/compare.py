@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption
-from conflictscope.cli.studies import BudgetedStudy, study
+from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption, say
+from conflictscope.cli.studies import BudgetedStudy, command_line, study
+from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
+
+if TYPE_CHECKING:
+    from conflictscope.study.comparison import Comparing, Comparison
+    from conflictscope.study.units import Done, Executor, Schedule
+
+_NOT_OF_PLANS = {"plan", "out", "dry_run", "ray", "workers", "gpus"}
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the units of a comparison are done."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Cluster",
+            metavar="ADDRESS",
+            help="Measure on a Ray cluster: its address, auto for this machine's, or local to start one here.",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(rich_help_panel="Cluster", min=1, help="Workers; else one a GPU, or one a core.")
+    ] = None
+    gpus: Annotated[
+        float | None, typer.Option(rich_help_panel="Cluster", min=0, help="GPUs of each worker; else one, if any.")
+    ] = None
+
+    def executor(self, comparing: Comparing) -> Executor:
+        """What does the units.
+
+        Raises:
+            UserError: If options do not go together.
+        """
+        from functools import partial
+
+        from conflictscope.study.cluster import on_ray
+        from conflictscope.study.comparison import StudyWorker
+        from conflictscope.study.units import serial
+
+        make_worker = partial(StudyWorker, comparing)
+        if self.ray is not None:
+            return on_ray(
+                make_worker, comparing.out / "plan.json", address=self.ray, workers=self.workers, gpus=self.gpus
+            )
+        if self.workers is not None or self.gpus is not None:
+            raise UserError("--workers and --gpus belong to --ray; add --ray local, or leave them out.")
+        return serial(make_worker)
 
 
 def compare(
     *,
+    plan: Annotated[
+        Path | None, typer.Argument(help="A YAML file of models, data sets, methods and seeds, instead of options.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="A method; repeatable; all by default. A wrong name lists all.")
     ] = None,
@@ -30,28 +84,151 @@ def compare(
     ] = None,
     test_format: Annotated[str | None, typer.Option(help="The public format of --test-data.")] = None,
     sae: SaeOption = DEFAULT_MODEL,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be measured and what it takes; measure nothing.")
+    ] = False,
     out: OutOption = Path("out/compare"),
+    cluster: Cluster,
     asked: BudgetedStudy,
+    context: typer.Context,
 ) -> None:
     """Compare methods on the same prompts: each at its best and within one damage budget, towards both sources.
 
-    Without --data the prompts are about facts of four relations that the model knows.
+    Without --data the prompts are about facts of four relations that the model knows. A plan compares on several
+    models, data sets and seeds, and ranks the methods over all of them.
     """
     from conflictscope.study.data import RELATIONS
-    from conflictscope.study.method import method_named, registered
-    from interp.sae import load_saes
+    from conflictscope.study.method import method_named
 
-    left_out = {method_named(name).name for name in without or ()}
-    methods = [method_named(name) for name in dict.fromkeys(method or registered()) if name not in left_out]
-    if not methods:
-        raise UserError("No method is left to measure; leave out fewer.")
+    for name in (*(method or ()), *(without or ())):
+        method_named(name)
     if leave_out is not None and test_data is not None:
         raise UserError("Give --leave-out or --test-data, not both.")
     if test_format is not None and test_data is None:
         raise UserError("--test-format belongs to --test-data; give a file, or leave it out.")
-    lab = asked.lab(out, default=RELATIONS, saes=lambda: load_saes(sae), tested_elsewhere=test_data is not None)
-    if leave_out is not None:
-        lab = lab.on(lab.prompts.left_out(leave_out))
-    if test_data is not None:
-        lab = lab.on(lab.prompts.tested_on(asked.file_prompts(lab.model, lab.records, test_data, test_format)))
-    study(lab, methods, "compare", out, controls=controls)
+    elsewhere: dict[str, Any] = {"leave_out": leave_out, "test_data": test_data, "test_format": test_format}
+    if plan is not None:
+        _refuse_options(plan, context)
+    wanted = _planned(plan) if plan is not None else _plan_of(asked, method, without, controls, sae, elsewhere)
+    if plan is None and not dry_run and cluster.ray is None:
+        cluster_options = (cluster.workers, cluster.gpus)
+        if cluster_options != (None, None):
+            raise UserError("--workers and --gpus belong to --ray; add --ray local, or leave them out.")
+        lab = asked.lab(out, default=RELATIONS, sae=sae, **elsewhere)
+        study(lab, wanted.chosen_methods, "compare", out, controls=controls)
+        return
+    from conflictscope.study.comparison import Comparing
+
+    comparing = Comparing(wanted, out.resolve(), command_line())
+    if dry_run:
+        from conflictscope.study.costs import expected
+
+        print_frame(expected(comparing))
+        return
+    _compare_all(comparing, cluster.executor(comparing))
+
+
+def _planned(plan: Path) -> Comparison:
+    from conflictscope.study.comparison import Comparison
+
+    return Comparison.load(plan)
+
+
+def _plan_of(
+    asked: BudgetedStudy,
+    method: list[str] | None,
+    without: list[str] | None,
+    controls: Literal["each", "kinds", "winners"],
+    sae: str,
+    elsewhere: dict[str, Any],
+) -> Comparison:
+    """The plan that options say: one study."""
+    from conflictscope.study.comparison import Comparison
+    from conflictscope.study.data import RELATIONS
+
+    setting = asked.setting(RELATIONS, sae=sae, **elsewhere)
+    shared = {name: getattr(setting, name) for name in ("quick", "budget", "context_budget", "sae")}
+    return Comparison(
+        models=(setting.model,),
+        data=(setting.data,),
+        methods=tuple(method or ()),
+        without=tuple(without or ()),
+        seeds=(setting.seed,),
+        controls=controls,
+        **shared,
+    )
+
+
+def _refuse_options(plan: Path, context: typer.Context) -> None:
+    """Refuse options that a plan says itself.
+
+    Raises:
+        UserError: If one is given.
+    """
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in _NOT_OF_PLANS:
+            raise UserError(f"--{name.replace('_', '-')} and {plan} do not go together; write it into the plan.")
+
+
+def _compare_all(comparing: Comparing, executor: Executor) -> None:
+    """Do all units, tell what they find, and keep the leaderboard up to date.
+
+    Raises:
+        typer.Exit: If a study could not be made.
+    """
+    from conflictscope.study.comparison import save_plan
+    from conflictscope.study.units import Journal, Schedule, spent
+    from interp.files import write_json
+
+    save_plan(comparing)
+    journal = Journal(comparing.out / "units.jsonl")
+    schedule = Schedule(comparing.units(), journal.read())
+    if schedule.n_done:
+        say(f"{schedule.n_done} units were done before.")
+    unwritten: list[Done] = []
+    written_at = time.monotonic()
+    try:
+        for done in executor(schedule):
+            unwritten.append(done)
+            if time.monotonic() - written_at > _SECONDS:
+                journal.append(unwritten)
+                unwritten, written_at = [], time.monotonic()
+            _tell(comparing, schedule, done)
+    finally:
+        journal.append(unwritten)
+    write_json(comparing.out / "hours.json", spent(schedule))
+    _show(comparing)
+    for digest, reason in schedule.failed.items():
+        say(f"{_called(comparing, digest)} could not be made: {reason}")
+    if schedule.failed:
+        raise typer.Exit(1)
+
+
+def _tell(comparing: Comparing, schedule: Schedule, done: Done) -> None:
+    """Say what a unit found, and show the leaderboard after each study."""
+    unit = schedule.units[done.id]
+    if done.failed is not None or unit.step == "record":
+        hours = sum(schedule.seconds.values()) / 3600
+        how = "is done" if done.failed is None else f"could not be made: {done.failed}"
+        say(
+            f"{_called(comparing, unit.study)} {how}; {schedule.n_done} of {len(schedule.units)} units, "
+            f"{hours:.2f} hours of work."
+        )
+        if done.failed is None and not schedule.is_finished:
+            _show(comparing)
+        return
+    for sentence in done.said:
+        say(f"{_called(comparing, unit.study)}: {sentence}")
+
+
+def _called(comparing: Comparing, digest: str) -> str:
+    setting = comparing.settings[digest]
+    return f"{setting.model.name}, {setting.data.name}, seed {setting.seed}"
+
+
+def _show(comparing: Comparing) -> None:
+    """Write the leaderboard of the studies that are there."""
+    from conflictscope.study.comparison import finished
+
+    say(f"{len(finished(comparing))} studies")

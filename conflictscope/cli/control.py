@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,7 +48,7 @@ def spare_fit(
         saes = [one for one in saes if one.layer in wanted]
     spare = Spare(tuple(share or SHARES), tuple(alpha or ALPHAS), alpha_form, tokens)
     methods = [spare, *(part(of=spare) for part in (SpareRemoveOnly, SpareAddOnly, SpareConstant))]
-    study(asked.lab(out, saes=lambda: saes), methods, "spare", out)
+    study(replace(asked.lab(out), saes=lambda: saes), methods, "spare", out)
 
 
 def steer_fit(

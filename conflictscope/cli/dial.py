@@ -80,8 +80,8 @@ def dial_fit(
         study(part, [method, DialEnds(dial)], "dial", out / f"without-{left_out}", choices=("best",))
     if counterfact is not None:
         say("On CounterFact: the dial")
-        many = replace(asked, subjects=_COUNTERFACT_SUBJECTS)
-        part = lab.on(lab.prompts.tested_on(many.file_prompts(lab.model, lab.records, counterfact, _COUNTERFACT)))
+        many = replace(asked, relation=None, data=counterfact, data_format=_COUNTERFACT, subjects=_COUNTERFACT_SUBJECTS)
+        part = lab.on(lab.prompts.tested_on(many.setting().lab(out / "records", lab.model).prompts))
         study(part, [DialEnds(dial)], "dial", out / "counterfact", choices=("best",))
 
 

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from conflictscope.cli.inputs import check_parquet, columns_of, layers_of
-from conflictscope.cli.options import CHAT_TOKENS, COMPLETION_TOKENS, Asked, BatchSizeOption, SplitOption, say
+from conflictscope.cli.options import Asked, BatchSizeOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
+from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
 from interp.errors import UserError
 
 _PARTS = ("kind", "template", "relation", "split", "subject")

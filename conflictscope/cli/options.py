@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 from rich.console import Console
 
+from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
+
 if TYPE_CHECKING:
     from interp.asking import Asking
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_RELATION = "capital"
-COMPLETION_TOKENS, CHAT_TOKENS = 8, 32
 MODEL_HELP = "A registered name (see `conflictscope models`), a local directory or a hub id."
 
 _model_option = partial(typer.Option, rich_help_panel="Model")

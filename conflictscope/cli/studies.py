@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,17 @@ from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 if TYPE_CHECKING:
-    from conflictscope.study.data import Prompts
     from conflictscope.study.lab import Lab
     from conflictscope.study.method import Method
     from conflictscope.study.record import StudyRecord
-    from interp.conflicts import ConflictSet
-    from interp.records import Records
+    from conflictscope.study.setting import StudySetting
 
-SUBJECTS, QUICK_SUBJECTS = 40, 12
+SUBJECTS = 40
+_DATA = ("data_format", "unknown_too", "subjects", "format", "system", "answer_prefix", "shots")
+_MODEL = (
+    *("device", "dtype", "attention", "revision", "subfolder", "device_map"),
+    *("trust_remote_code", "batch_tokens"),
+)
 _study_option = partial(typer.Option, rich_help_panel="Study")
 
 
@@ -44,87 +47,68 @@ class StudyOptions(Asked):
         bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
     ] = False
 
-    def lab(
-        self,
-        out: Path,
-        *,
-        default: tuple[str, ...] = (DEFAULT_RELATION,),
-        saes: Callable[[], Any] | None = None,
-        tested_elsewhere: bool = False,
-    ) -> Lab:
+    def lab(self, out: Path, *, default: tuple[str, ...] = (DEFAULT_RELATION,), **of_study: Any) -> Lab:
         """Load the model, and get its prompts about some relations or from a file.
+
+        Args:
+            out: The folder of the study.
+            default: The relations where none is said.
+            **of_study: What ``setting`` takes besides.
 
         Raises:
             UserError: If options do not go together, or the model knows too little.
         """
-        if self.data is None and (self.data_format is not None or (self.unknown_too and not tested_elsewhere)):
-            raise UserError("--data-format and --unknown-too belong to --data; give a file, or leave them out.")
-        names = self.relations(default)
-        from conflictscope.study.data import fact_prompts
-        from conflictscope.study.lab import BUDGETS, Lab
-        from interp.fingerprints import fingerprint
-        from interp.records import Records
-
-        model = self.load()
-        records = Records(out / "records", model=fingerprint(model))
-        if self.data is None:
-            prompts = fact_prompts(
-                model, names, records, subjects=self._most, seed=self.seed, asked=self._in_form(model)
-            )
-        else:
-            prompts = self._all_prompts(model, records, self.data, self.data_format)
+        setting = self.setting(default, **of_study)
+        lab = setting.lab(out / "records")
+        prompts = lab.prompts
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         taken = "is asked about" if self.unknown_too else "knows"
         known = " whether it knows them or not." if self.unknown_too else " closed-book."
         say(f"{self.model} {taken} {sum(counts.values())} of {prompts.asked} subjects of {prompts.name}{known}")
-        budgets = {**BUDGETS, **self.budgets()}
-        prompts = prompts.few(self.seed) if self.quick else prompts
-        return Lab(
-            model,
-            self.model,
-            prompts,
-            records,
-            seed=self.seed,
-            quick=self.quick,
-            budgets=budgets,
-            saes=saes,
-            new_tokens=self.longest_answer(model),
-        )
+        return lab
 
-    def file_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
-        """Get prompts from a file.
+    def setting(
+        self,
+        default: tuple[str, ...] = (DEFAULT_RELATION,),
+        *,
+        leave_out: str | None = None,
+        test_data: Path | None = None,
+        test_format: str | None = None,
+        sae: str | None = None,
+    ) -> StudySetting:
+        """What the options say, in plain values that any process can make the same lab from.
+
+        Args:
+            default: The relations where none is said.
+            leave_out: The relation that is tested on, and not learned from.
+            test_data: The file that is tested on instead.
+            test_format: Its public format.
+            sae: Where autoencoders of the model are; ``None`` takes those that are shipped for it.
 
         Raises:
-            UserError: If it cannot be read, or the model knows too little of it.
+            UserError: If options do not go together.
         """
-        prompts = self._all_prompts(model, records, file, format)
-        return prompts.few(self.seed) if self.quick else prompts
+        if self.data is None and (self.data_format is not None or (self.unknown_too and test_data is None)):
+            raise UserError("--data-format and --unknown-too belong to --data; give a file, or leave them out.")
+        relations = self.relations(default)
+        from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
+
+        data = DataSetting(
+            name="+".join(relations) if self.data is None else self.data.name,
+            relations=tuple(relations) if self.data is None else (),
+            data=None if self.data is None else str(self.data),
+            leave_out=leave_out,
+            test_data=None if test_data is None else str(test_data),
+            test_format=test_format,
+            **{name: getattr(self, name) for name in _DATA},
+        )
+        blueprint = None if self.blueprint is None else str(self.blueprint)
+        model = ModelSetting(name=self.model, blueprint=blueprint, **{name: getattr(self, name) for name in _MODEL})
+        return StudySetting(model=model, data=data, seed=self.seed, quick=self.quick, sae=sae, **self.budgets())
 
     def budgets(self) -> dict[str, float]:
-        """The damage that is allowed on dev, by guard, as far as it is said."""
+        """The damage that is allowed on dev, as far as it is said."""
         return {}
-
-    def _all_prompts(self, model: Any, records: Records, file: Path, format: str | None) -> Prompts:
-        from conflictscope.study.data import file_prompts
-
-        return file_prompts(
-            model,
-            file,
-            records,
-            subjects=self._most,
-            seed=self.seed,
-            format=format,
-            unknown_too=self.unknown_too,
-            asked=self._in_form(model),
-        )
-
-    def _in_form(self, model: Any) -> Callable[[ConflictSet], ConflictSet]:
-        """What asks a set of prompts in the form that is wanted."""
-        return partial(self.asking.asked, model, self.model)
-
-    @property
-    def _most(self) -> int:
-        return min(self.subjects, QUICK_SUBJECTS) if self.quick else self.subjects
 
 
 @dataclass(frozen=True)
@@ -140,9 +124,8 @@ class BudgetedStudy(StudyOptions):
     ] = 0.2
 
     def budgets(self) -> dict[str, float]:
-        """The damage that is allowed on dev, by guard."""
-        named = {"none": self.budget, "neutral": self.budget}
-        return {**named, "aligned": self.context_budget, "irrelevant": self.context_budget}
+        """The damage that is allowed on dev."""
+        return {"budget": self.budget, "context_budget": self.context_budget}
 
 
 def command_line() -> str:

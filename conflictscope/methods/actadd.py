@@ -19,6 +19,7 @@ class ActAdd(SteeringMethod):
     """Add the difference of the means by what was answered."""
 
     name = "actadd"
+    starts_from = ("store",)
 
     def vectors(self, lab: Lab, layers: Sequence[int], towards: Direction) -> Tensor:
         """Mean with the wanted source less mean with the other, ``(n_layers, d_model)``."""

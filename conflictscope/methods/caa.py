@@ -24,6 +24,7 @@ class CAA(SteeringMethod):
     """Add the mean difference between the tokens of the context's answer and those of memory's."""
 
     name = "caa"
+    starts_from = ()
     tokens: Tokens = "answer"
 
     def vectors(self, lab: Lab, layers: Sequence[int], towards: Direction) -> Tensor:

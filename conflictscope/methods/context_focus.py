@@ -26,6 +26,7 @@ class ContextFocus(SteeringMethod):
     """Add the mean with the context less the mean without it."""
 
     name = "context_focus"
+    starts_from = ()
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     tokens: Tokens = "answer"
 

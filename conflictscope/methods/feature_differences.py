@@ -25,6 +25,7 @@ class ContextFeatures(Spare):
     """Move the features that differ most between prompts with and without their context."""
 
     name = "feature_differences"
+    starts_from = ()
 
     def statistics(self, lab: Lab, sae: SparseAutoencoder) -> FeatureStatistics:
         """How far a context changes each feature, on train, in the place of its information.

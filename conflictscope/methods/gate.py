@@ -57,6 +57,8 @@ class Gate(Method):
     """
 
     name: ClassVar[str] = "gate"
+    starts_from = ("head_scores",)
+    follows = ("pruning",)
     edits: tuple[Intervention, ...] | None = None
     towards: Direction | None = None
     keep: float = 0.95

@@ -23,6 +23,7 @@ class ProbeDirection(SteeringMethod):
     """Add the source probe's direction."""
 
     name = "probe_direction"
+    starts_from = ("store",)
 
     def vectors(self, lab: Lab, layers: Sequence[int], towards: Direction) -> Tensor:
         """The probe's direction towards the source, as long as the difference of the means, ``(n_layers, d_model)``."""

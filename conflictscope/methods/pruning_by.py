@@ -25,6 +25,7 @@ from interp.conflicts import ConflictSet
 class _PruningBy(HeadMethod):
     """Prune the first heads by one way's scores."""
 
+    starts_from = ()
     way: str
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

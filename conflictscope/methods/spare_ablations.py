@@ -37,6 +37,8 @@ class SpareAblation(Method):
     of: Spare = field(default_factory=Spare)
 
     derived = True
+    starts_from = ("store",)
+    follows = ("spare",)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """The one part of SpARE's best."""

@@ -24,6 +24,7 @@ class TaskVector(SteeringMethod):
     """Replace the activation by the wanted source's mean."""
 
     name = "task_vector"
+    starts_from = ("store",)
     mode = "replace"
     strengths: tuple[float, ...] = REPLACED
 

@@ -18,7 +18,16 @@ from torch import nn
 from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, evenly, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
-from interp.facts import HELD_OUT_PHRASING, PHRASINGS, SOURCE, STUDY_PHRASINGS, Fact, relation_named, usable_facts
+from interp.facts import (
+    HELD_OUT_PHRASING,
+    PHRASINGS,
+    SOURCE,
+    STUDY_PHRASINGS,
+    Fact,
+    build_conflicts,
+    relation_named,
+    usable_facts,
+)
 from interp.formats import load_dataset
 from interp.known import KNOWN_VERSION, conflicts_about_known, known_part
 from interp.records import Records
@@ -124,7 +133,7 @@ class Prompts:
 
 
 def fact_prompts(
-    model: nn.Module,
+    model: nn.Module | None,
     relations: Sequence[str],
     records: Records,
     *,
@@ -135,7 +144,7 @@ def fact_prompts(
     """Prompts of every kind and phrasing about the facts of some relations that the model knows.
 
     Args:
-        model: The model, or a bridge around it.
+        model: The model, or a bridge around it; ``None`` takes all facts as known.
         relations: Relations of the fact tables.
         records: Where what is known is kept.
         subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
@@ -154,12 +163,15 @@ def fact_prompts(
             members = [fact for fact in usable if split_of(fact.subject, seed) == split]
             rng = random.Random(f"{seed}/{relation}/{split}")
             facts[relation] += rng.sample(members, min(most, len(members)))
-    conflicts = asked(conflicts_about_known(model, facts, records, seed=seed))
-    return _split(conflicts, tuple(facts), sum(map(len, facts.values())))
+    if model is None:
+        conflicts = build_conflicts(facts, seed=seed, phrasings=tuple(PHRASINGS))
+    else:
+        conflicts = conflicts_about_known(model, facts, records, seed=seed)
+    return _split(asked(conflicts), tuple(facts), sum(map(len, facts.values())))
 
 
 def file_prompts(
-    model: nn.Module,
+    model: nn.Module | None,
     file: Path,
     records: Records,
     *,
@@ -172,7 +184,7 @@ def file_prompts(
     """Prompts from a file.
 
     Args:
-        model: The model, or a bridge around it.
+        model: The model, or a bridge around it; ``None`` takes all facts as known.
         file: JSON lines of conflict data, or a public data set.
         records: Where what is known is kept.
         subjects: As for ``fact_prompts``.
@@ -192,7 +204,7 @@ def file_prompts(
             chosen = random.Random(f"{seed}/{relation}/{split}").sample(part, min(most, len(part)))
             kept |= {(relation, subject) for subject in chosen}
     conflicts = asked(ConflictSet(loaded.name, tuple(e for e in loaded if (e.relation, e.subject) in kept)))
-    if not unknown_too:
+    if model is not None and not unknown_too:
 
         def ask() -> list[str]:
             return [e.id for e in known_part(model, conflicts, progress=f"Closed-book: {conflicts.name}")]

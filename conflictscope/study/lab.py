@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conflictscope.study.choice import Chosen, Dev, choose
 from conflictscope.study.data import Prompts
 from conflictscope.study.measure import Reading
-from conflictscope.study.method import Method
+from conflictscope.study.method import Method, Shared
 from interp.activation_store import ActivationStore
 from interp.anatomy import Anatomy
 from interp.answers import Direction
@@ -113,6 +113,17 @@ class Lab:
             tries = candidates[:: -(-len(candidates) // _QUICK_TRIES)] if self.quick else candidates
             self._chosen[key] = choose(self, tries, towards, within_budget=within_budget)
         return self._chosen[key]
+
+    def share(self, name: Shared) -> None:
+        """Make what several methods start from, which is then kept.
+
+        Raises:
+            UserError: If it cannot be made of these prompts.
+        """
+        if name == "texts":
+            self.texts("train")
+        else:
+            getattr(self, name)
 
     def texts(self, split: Literal["train", "dev"]) -> list[str]:
         """Ordinary text that the model writes itself, to be left as it is."""

@@ -10,7 +10,7 @@ import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from conflictscope.study.condition import Condition
 from interp.answers import Direction
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "conflictscope.methods"
 
+Shared = Literal["texts", "head_scores", "mean_outputs", "store"]
+"""What methods share: train's texts, head scores, mean outputs of heads, recorded states with answers."""
+SHARED: tuple[Shared, ...] = get_args(Shared)
+
 
 class Method(ABC):
     """A way to move a model towards its memory or its context.
@@ -28,10 +32,15 @@ class Method(ABC):
     Attributes:
         name: Its name, as commands and records have it.
         derived: Whether it is an ablation of another method, which is not compared with others for the best.
+        starts_from: What it takes of the lab that other methods take too, which is made once before them; all by
+            default.
+        follows: The methods whose choice it starts from.
     """
 
     name: ClassVar[str]
     derived: ClassVar[bool] = False
+    starts_from: ClassVar[tuple[Shared, ...]] = SHARED
+    follows: ClassVar[tuple[str, ...]] = ()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

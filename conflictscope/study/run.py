@@ -2,7 +2,7 @@
 
 1. Each method names its candidates for each direction; dev chooses the best and the best within the damage budget.
 2. Each method draws random controls of the same kind and size.
-3. Everything is measured once on test, by whatever runs the units, and compared with the unedited model.
+3. Everything is measured once on test, and compared with the unedited model.
 4. The record, the answers, head scores, prompts and intervention files are written; the record comes last.
 
 Where the record is wanted as it grows, what a method chose is measured before the next method begins, and a record that
@@ -22,7 +22,6 @@ import polars as pl
 from conflictscope import __version__
 from conflictscope.study.choice import Chosen, Tried, best_of
 from conflictscope.study.condition import AS_IS, Condition
-from conflictscope.study.executor import Executor, serial
 from conflictscope.study.lab import Lab
 from conflictscope.study.leaderboard import chosen_on_dev, heads_found, measured_on_test
 from conflictscope.study.measure import Result, measure, measures_of, pooled
@@ -83,7 +82,6 @@ class Study:
         controls: Whether random controls are measured for each method, for the best, by each choice, of those that
             share a kind of control (random heads, directions, ...) towards each source, or for the best alone.
         draws: How many draws of each control are measured; ``None`` measures all that its method makes.
-        executor: What sees that conditions are measured.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
         told: Takes a sentence about what was found, at every stage.
@@ -98,7 +96,6 @@ class Study:
     choices: Sequence[Choice] = ("best", "within_budget")
     controls: Literal["each", "kinds", "winners"] = "each"
     draws: int | None = None
-    executor: Executor = serial
     lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     told: Callable[[str], None] = lambda _: None
@@ -117,9 +114,28 @@ class Study:
             self._choose(lab, method, work)
             if grows and self.shown is not None and work.chosen and number < len(methods):
                 self.shown(self._record(lab, work, to_come=tuple(other.name for other in methods[number:])))
+        return self._record(lab, self._checked(work))
+
+    def choose(self, lab: Lab, method: Method) -> None:
+        """Let dev choose of one method; what it chose is kept, for ``run``."""
+        self._choose(lab, method, _Work())
+
+    def conditions(self, lab: Lab, methods: Sequence[Method]) -> list[Condition]:
+        """What ``run`` measures on test: the unedited model, what dev chose, and random controls.
+
+        Raises:
+            UserError: As ``run``.
+        """
+        work = _Work()
+        for method in methods:
+            self._choose(lab, method, work)
+        rows, _ = self._planned(lab, self._checked(work))
+        return list({c.digest: c for row in rows for c in row.conditions}.values())
+
+    def _checked(self, work: _Work) -> _Work:
         if not work.chosen:
             raise UserError(next(iter(work.not_run.values()), "There is no method to measure; give one."))
-        return self._record(lab, work)
+        return work
 
     def _is_finished(self) -> bool:
         try:
@@ -148,18 +164,8 @@ class Study:
 
     def _record(self, lab: Lab, work: _Work, to_come: tuple[str, ...] = ()) -> StudyRecord:
         """Measure what dev chose, as far as it was not yet, and write the record and all beside it."""
-        not_run = dict(work.not_run)
         winners: dict[Direction, str | None] = {d: _winner(lab, d, work.chosen) for d in self.directions}
-        edits: list[tuple[Method, _Row]] = []
-        for (method, _), found in work.chosen.items():
-            own, refused = self._rows(found)
-            edits += [(method, row) for row in own]
-            not_run |= refused
-        controls, refused = ({}, {}) if to_come else self._controls(lab, edits)
-        not_run |= refused
-        rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
-        for _, row in edits:
-            rows += [row, *controls.get(row.name, ())]
+        rows, not_run = self._planned(lab, work, with_controls=not to_come)
         self._measure(lab, rows, work)
         for path in (self.out / RECORD, *(self.out / "interventions" / f"towards_{d}.json" for d in DIRECTIONS)):
             path.unlink(missing_ok=True)
@@ -183,11 +189,26 @@ class Study:
         record.save(self.out)
         return record
 
+    def _planned(self, lab: Lab, work: _Work, *, with_controls: bool = True) -> tuple[list[_Row], dict[str, str]]:
+        """The rows of the record, and why others are not there."""
+        not_run = dict(work.not_run)
+        edits: list[tuple[Method, _Row]] = []
+        for (method, _), found in work.chosen.items():
+            own, refused = self._rows(found)
+            edits += [(method, row) for row in own]
+            not_run |= refused
+        controls, refused = self._controls(lab, edits) if with_controls else ({}, {})
+        not_run |= refused
+        rows = [_Row(UNEDITED, [Condition(UNEDITED)])]
+        for _, row in edits:
+            rows += [row, *controls.get(row.name, ())]
+        return rows, not_run
+
     def _measure(self, lab: Lab, rows: Sequence[_Row], work: _Work) -> None:
         """Measure the rows that were not measured yet."""
-        new = [row for row in rows if row.name not in work.results]
-        self.executor(lab, list({c.digest: c for row in new for c in row.conditions}.values()))
-        for row in new:
+        for row in rows:
+            if row.name in work.results:
+                continue
             result = work.results[row.name] = pooled([measure(lab, condition) for condition in row.conditions])
             unedited = None if row.name == UNEDITED else work.results[UNEDITED].report
             test = work.tests[row.name] = measures_of(result, unedited)

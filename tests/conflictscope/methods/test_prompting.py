@@ -10,13 +10,12 @@ from conflictscope.methods.demonstrations import Demonstrated, Demonstrations, a
 from conflictscope.methods.instruction import UNRELATED, WORDINGS, Instruction
 from conflictscope.methods.opinion import FRAMES, Framed, Opinion
 from conflictscope.study.condition import Condition
-from conflictscope.study.executor import run_unit, write_unit
 from conflictscope.study.measure import measure
 from conflictscope.study.run import Study
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.evaluation import measure_usage
-from tests.conflictscope.methods.labs import tiny_lab
+from tests.conflictscope.methods.labs import measured_from_files, tiny_lab
 
 METHODS = (Instruction(), Opinion(), Demonstrations((1, 2)))
 
@@ -94,17 +93,14 @@ def test_a_direction_without_wordings_has_no_candidates(lab):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_rates_are_those_of_asking_so_here_and_from_files_alone(lab, tiny_directories, method):
-    lab = tiny_lab(lab.model, lab.records.folder / method.name)
-    lab.name = str(tiny_directories["llama"])
+def test_rates_are_those_of_asking_so_here_and_from_files_alone(lab, tmp_path, method):
+    lab = tiny_lab(lab.model, tmp_path / "here")
     condition = method.candidates(lab, "context")[-1]
     rewritten = tuple(replace(e, prompt=prompt) for e, prompt in zip(lab.asked, asked(lab, condition), strict=True))
     expected = measure_usage(lab.model, ConflictSet("by hand", rewritten)).frame
     here = measure(lab, condition).report.frame
     assert here["answer"].to_list() == expected["answer"].to_list()
-    folder = write_unit(lab, condition)
-    lab.records.folder.rename(moved := lab.records.folder.with_name(f"{method.name}-moved"))
-    assert run_unit(moved / folder.relative_to(lab.records.folder)).report.frame.equals(here)
+    assert measured_from_files(lab, condition, tmp_path / "there").report.frame.equals(here)
 
 
 def test_a_study_measures_them_next_to_their_controls_and_says_that_text_does_not_apply(lab, tmp_path):

@@ -15,7 +15,6 @@ from conflictscope.methods.ck_plug import KnowledgePlug
 from conflictscope.methods.coiecd import EntropyConstraintDecoding
 from conflictscope.study.choice import tried
 from conflictscope.study.condition import Condition
-from conflictscope.study.executor import run_unit, write_unit
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
 from conflictscope.study.run import Study
@@ -27,7 +26,7 @@ from interp.generation import continue_greedily
 from interp.inputs import encode
 from interventions.config import InterventionFile
 from interventions.decoding import CAD, COIECD, AdaCAD, CKPlug, DecodingRule
-from tests.conflictscope.methods.labs import tiny_lab
+from tests.conflictscope.methods.labs import measured_from_files, tiny_lab
 from tests.interp.two_streams import two_passes_a_token
 from tests.tiny import tiny_conflicts
 
@@ -120,16 +119,12 @@ def test_half_as_far_is_half_the_alpha():
 
 
 @pytest.mark.parametrize("rule", [CAD(1.0), CKPlug(None, "released")], ids=str)
-def test_a_unit_of_a_rule_or_of_its_control_gives_the_same_from_its_files_alone(lab, tiny_directories, rule):
-    lab = tiny_lab(lab.model, lab.records.folder / "elsewhere")
-    lab.name = str(tiny_directories["llama"])
+def test_a_unit_of_a_rule_or_of_its_control_gives_the_same_from_its_files_alone(lab, tmp_path, rule):
+    lab = tiny_lab(lab.model, tmp_path / "here")
     condition = Condition("some", "context", decoding=rule)
-    for one in (condition, *random_contexts(lab, condition)[:1]):
+    for number, one in enumerate((condition, *random_contexts(lab, condition)[:1])):
         here = measure(lab, one).report.frame
-        folder = write_unit(lab, one)
-        lab.records.folder.rename(moved := lab.records.folder.with_name("moved"))
-        assert run_unit(moved / folder.relative_to(lab.records.folder)).report.frame.equals(here)
-        moved.rename(lab.records.folder)
+        assert measured_from_files(lab, one, tmp_path / f"there-{number}").report.frame.equals(here)
 
 
 def test_a_study_writes_the_rule_into_a_file(lab, tmp_path):

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+from typing import Any
+
 import polars as pl
 import torch
 
 from conflictscope.study import measure as study
 from conflictscope.study.condition import Condition
-from conflictscope.study.executor import UnitBench
 from interp.evaluation import UsageReport
 from interp.generation import MAX_NEW_TOKENS
 from interp.records import Records
@@ -26,7 +28,8 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
 
     monkeypatch.setattr(study, "measure_usage", measure)
     monkeypatch.setattr(study, "_cost", lambda *_: {})
-    bench = UnitBench(tiny_llama, asked, Records(tmp_path), 0)
+    reading = study.Reading(tiny_llama, asked)
+    bench: Any = SimpleNamespace(model=tiny_llama, asked=asked, records=Records(tmp_path), seed=0, reading=reading)
     steered = Steering(1, torch.ones(32), 2.0)
     names = {
         "pruning": [HeadScaling.of([(1, 0)], 0.0)],

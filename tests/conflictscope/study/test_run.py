@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
-from polars.testing import assert_frame_equal
 
 from conflictscope.methods.instruction import Instruction
 from conflictscope.methods.value_scaling import ValueScaling
 from conflictscope.study import measure as measure_module
 from conflictscope.study.condition import Condition, Prompting
 from conflictscope.study.data import fact_prompts
-from conflictscope.study.executor import in_processes, run_unit, write_unit
 from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
@@ -35,6 +32,7 @@ from interventions.base import applied
 from interventions.decoding import DecodingRule
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
+from tests.conflictscope.methods.labs import measured_from_files
 
 
 @dataclass(frozen=True)
@@ -267,29 +265,9 @@ def test_a_unit_gives_the_same_answers_from_its_files_alone(lab: Lab, kind: str,
         "unedited": Condition("unedited"),
     }[kind]
     here = measure(lab, condition)
-    folder = write_unit(lab, condition)
-    elsewhere = tmp_path / "records" / "units" / folder.name
-    elsewhere.parent.mkdir(parents=True)
-    folder.rename(elsewhere)
-    there = run_unit(elsewhere)
+    there = measured_from_files(lab, condition, tmp_path)
     assert there.report.frame.equals(here.report.frame)
     assert (here.divergences is None) == (there.divergences is None) == (kind in ("prompting", "decoding"))
-
-
-def test_fresh_processes_leave_their_results_in_the_records(
-    lab: Lab, tiny_directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = make_lab(tiny_directories["llama"], tmp_path, lab.model)
-    condition = Condition("edit", "context", {}, (HeadScaling.of([(2, 3)], 0.0),))
-    in_processes(other, [condition])
-    monkeypatch.setattr(measure_module, "measure_usage", None)
-    # Logits of prompts that were read in two parts differ in their last digits.
-    assert_frame_equal(measure(other, condition).report.frame, _asked_here(other, condition), abs_tol=1e-4)
-
-
-def _asked_here(lab: Lab, condition: Condition) -> pl.DataFrame:
-    with applied(lab.model, *condition.edits):
-        return measure_usage(lab.model, lab.asked).frame
 
 
 def test_what_does_not_apply_is_none_and_not_zero(lab: Lab) -> None:

@@ -1,0 +1,203 @@
+"""Say in plain values what a study asks of which model, so that any process can make the same lab from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from conflictscope.study.data import Prompts, fact_prompts, file_prompts
+from conflictscope.study.lab import BUDGETS, Lab
+from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
+from interp.asking import Asking
+from interp.conflicts import ConflictSet
+from interp.fingerprints import fingerprint
+from interp.inputs import BATCH_TOKENS
+from interp.models import load_model
+from interp.records import Records
+from interventions.identity import Strict
+
+if TYPE_CHECKING:
+    from interp.sae import SparseAutoencoder
+
+SUBJECTS, QUICK_SUBJECTS = 40, 12
+
+
+class ModelSetting(Strict):
+    """Which model is loaded, where, and in which dtype: the arguments of ``interp.models.load_model``."""
+
+    name: str
+    device: str = "auto"
+    dtype: str = "float32"
+    attention: str | None = None
+    revision: str | None = None
+    subfolder: str = ""
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    batch_tokens: int = Field(BATCH_TOKENS, ge=1)
+    blueprint: str | None = None
+
+    def load(self) -> nn.Module:
+        """Load the model with its tokenizer.
+
+        Raises:
+            UserError: If it cannot be loaded.
+        """
+        if self.blueprint is not None:
+            from interp.blueprints import register
+
+            register(Path(self.blueprint))
+        return load_model(**self.model_dump(exclude={"blueprint"}))
+
+
+class DataSetting(Strict):
+    """What a model is asked, in which form, and how much of it.
+
+    Attributes:
+        name: What the data is called.
+        relations: Relations of the fact tables, where no file is given.
+        data: A file of conflict data, or a public data set.
+        data_format: Its public format; ``None`` is conflict data.
+        unknown_too: Whether facts that the model does not know closed-book are asked too.
+        subjects: Subjects of each relation to learn from, and to test on, at most.
+        leave_out: The relation that is tested on, and not learned from.
+        test_data: The file that is tested on instead.
+        test_format: Its public format.
+        format, system, answer_prefix, shots: How questions are asked, see ``interp.asking.Asking``.
+    """
+
+    name: str
+    relations: tuple[str, ...] = Field((), strict=False)
+    data: str | None = None
+    data_format: str | None = None
+    unknown_too: bool = False
+    subjects: int = Field(SUBJECTS, ge=4)
+    leave_out: str | None = None
+    test_data: str | None = None
+    test_format: str | None = None
+    format: Literal["completion", "chat", "auto"] = "completion"
+    system: str = ""
+    answer_prefix: str = ""
+    shots: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataSetting:
+        if (self.data is None) == (not self.relations):
+            raise ValueError(f"{self.name} needs either relations or data, the name of a file; give one of them")
+        if self.data is None and (self.data_format is not None or (self.unknown_too and self.test_data is None)):
+            raise ValueError("data_format and unknown_too belong to data; give a file, or leave them out")
+        if self.leave_out is not None and self.test_data is not None:
+            raise ValueError("leave_out and test_data do not go together; give one of them")
+        if self.test_format is not None and self.test_data is None:
+            raise ValueError("test_format belongs to test_data; give a file, or leave it out")
+        return self
+
+    def asking(self, seed: int) -> Asking:
+        """How questions are asked."""
+        return Asking(self.format, self.system, self.answer_prefix, self.shots, seed)
+
+    def prompts(self, model: nn.Module | None, name: str, records: Records, *, seed: int, most: int) -> Prompts:
+        """Get the prompts: about facts of the tables that the model knows, or from the file.
+
+        Args:
+            model: The model, or a bridge around it; ``None`` takes all facts as known, asked as they are written.
+            name: What it was loaded by.
+            records: Where what it knows is kept.
+            seed: Decides splits, subjects and conflicts.
+            most: Subjects of each relation at most.
+
+        Raises:
+            UserError: If the file cannot be read, a relation is not known, or the model knows too little.
+        """
+        asked: Callable[[ConflictSet], ConflictSet] = partial(self.asking(seed).asked, model, name) if model else _as_is
+
+        def of_file(file: str, format: str | None) -> Prompts:
+            options = {"unknown_too": self.unknown_too, "asked": asked, "format": format}
+            return file_prompts(model, Path(file), records, subjects=most, seed=seed, **options)
+
+        if self.data is None:
+            prompts = fact_prompts(model, self.relations, records, subjects=most, seed=seed, asked=asked)
+        else:
+            prompts = of_file(self.data, self.data_format)
+        if self.leave_out is not None:
+            return prompts.left_out(self.leave_out)
+        return prompts if self.test_data is None else prompts.tested_on(of_file(self.test_data, self.test_format))
+
+
+def _as_is(conflicts: ConflictSet) -> ConflictSet:
+    return conflicts
+
+
+class StudySetting(Strict):
+    """One study: a model, what it is asked, and how much damage is allowed.
+
+    Attributes:
+        model: The model.
+        data: What it is asked.
+        seed: Decides splits, subjects, conflicts, and all that is drawn at random.
+        quick: Whether little of everything is used: a check that all runs, not a measurement.
+        budget: Damage allowed on dev without a context and on text: mean nats of KL divergence.
+        context_budget: The same for prompts with a context that agrees or is about something else.
+        sae: Where autoencoders of the model are, as ``interp.sae.load_saes`` takes it.
+    """
+
+    model: ModelSetting
+    data: DataSetting
+    seed: int = 0
+    quick: bool = False
+    budget: float = Field(BUDGETS["none"], gt=0)
+    context_budget: float = Field(BUDGETS["aligned"], gt=0)
+    sae: str | None = None
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The damage that is allowed on dev, by guard."""
+        named = {"none": self.budget, "neutral": self.budget}
+        return {**named, "aligned": self.context_budget, "irrelevant": self.context_budget}
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides it, but for what files hold."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    def lab(self, records: Path, model: nn.Module | None = None) -> Lab:
+        """Make the lab: load the model, and get its prompts.
+
+        Args:
+            records: The folder where results are kept.
+            model: The model, where it is loaded already.
+
+        Raises:
+            UserError: If something cannot be loaded, or the model knows too little.
+        """
+        model = self.model.load() if model is None else model
+        kept = Records(records, model=fingerprint(model))
+        prompts = self.prompts(model, kept)
+        is_chat = self.data.asking(self.seed).settled(model, self.model.name).form == "chat"
+        return Lab(
+            model,
+            self.model.name,
+            prompts,
+            kept,
+            seed=self.seed,
+            quick=self.quick,
+            budgets=self.budgets,
+            saes=self._saes,
+            new_tokens=CHAT_TOKENS if is_chat else COMPLETION_TOKENS,
+        )
+
+    def prompts(self, model: nn.Module | None, records: Records) -> Prompts:
+        """Get the prompts; see ``DataSetting.prompts``."""
+        most = min(self.data.subjects, QUICK_SUBJECTS) if self.quick else self.data.subjects
+        found = self.data.prompts(model, self.model.name, records, seed=self.seed, most=most)
+        return found.few(self.seed) if self.quick else found
+
+    def _saes(self) -> Sequence[SparseAutoencoder]:
+        from interp.sae import load_saes
+
+        return load_saes(self.sae or self.model.name)

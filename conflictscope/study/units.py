@@ -1,0 +1,280 @@
+"""Cut studies into units of work that may run anywhere, and hand them out.
+
+A unit is a model, what it is asked, and one step of a study. All that it finds is kept in records under what decides
+it, so that a unit may be killed and run again: it goes on where it stopped, and computes nothing that is known.
+
+    prompts      ask what the model knows
+    share        make one of the things that several methods start from: head scores, recorded states, ...
+    choose       let dev choose of one method
+    tests        list what is measured on test, once all methods are chosen: one more unit for each
+    test         measure one condition on test
+    record       write the study's record from all that is known
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Step = Literal["prompts", "share", "choose", "tests", "test", "record"]
+
+MOST_LOSSES = 20
+"""How often a unit is given to another worker after its own was lost, before it is given up."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work.
+
+    Attributes:
+        id: Its name; the same for the same work.
+        model: What a worker holds for it: the digest of the model's setting.
+        study: Of which study: the digest of its setting.
+        step: Which step.
+        what: Of what: a method, what is shared, or a condition's folder.
+        needs: The units that come before it.
+        cost: How long it takes, roughly, relative to others; what takes longest goes first.
+    """
+
+    id: str
+    model: str
+    study: str
+    step: Step
+    what: str = ""
+    needs: tuple[str, ...] = ()
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a unit left besides what is in the records.
+
+    Attributes:
+        id: The unit.
+        seconds: How long it took.
+        worker: Who did it.
+        new: Units that it found.
+        said: Sentences about what was found.
+        failed: Why it could not be done; ``None`` if it was.
+    """
+
+    id: str
+    seconds: float
+    worker: str = ""
+    new: tuple[Unit, ...] = ()
+    said: tuple[str, ...] = ()
+    failed: str | None = None
+
+
+class Worker(Protocol):
+    """What does units."""
+
+    def run(self, unit: Unit) -> Done:
+        """Do one unit; errors are told in its result."""
+        ...
+
+
+Executor = Callable[["Schedule"], Iterator[Done]]
+"""Does all units of a schedule, and tells of each as soon as it is done."""
+
+
+class Schedule:
+    """Which units are ready, which wait for others, and who should do which.
+
+    A worker is given units of the study that it holds, else of the model that it holds, else of the model that has most
+    to do for each worker that holds it. A unit that fails takes the rest of its study with it, and no other.
+    """
+
+    def __init__(self, units: Iterable[Unit] = (), done: Iterable[Done] = ()) -> None:
+        self.units: dict[str, Unit] = {}
+        self.seconds: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self.n_done = 0
+        self._done: set[str] = set()
+        self._known = {one.id: one for one in done}
+        self._waits: dict[str, int] = {}
+        self._needed_by: dict[str, list[str]] = defaultdict(list)
+        self._ready: dict[str, dict[str, list[tuple[float, int, str]]]] = defaultdict(lambda: defaultdict(list))
+        self._n_ready: Counter[str] = Counter()
+        self._losses: Counter[str] = Counter()
+        self.add(units)
+
+    @property
+    def n_ready(self) -> int:
+        """How many units could be done now."""
+        return sum(self._n_ready.values())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.n_done == len(self.units)
+
+    def add(self, units: Iterable[Unit]) -> None:
+        """Take more units; those that were done before are done at once."""
+        new = [unit for unit in units if unit.id not in self.units]
+        self.units |= {unit.id: unit for unit in new}
+        for unit in new:
+            open_needs = [one for one in unit.needs if one not in self._done]
+            self._waits[unit.id] = len(open_needs)
+            for one in open_needs:
+                self._needed_by[one].append(unit.id)
+        for unit in new:
+            if unit.id in self._done:
+                continue
+            if unit.study in self.failed:
+                self._finish(unit.id)
+            elif (known := self._known.get(unit.id)) is not None:
+                self.finish(known)
+            elif not self._waits[unit.id]:
+                self._push(unit)
+
+    def take(
+        self, held: tuple[str, str] = ("", ""), most: int = 1, holders: Mapping[str, int] | None = None
+    ) -> list[Unit]:
+        """Up to so many units of one study, for a worker that holds this model and this study; none if none is ready.
+
+        Args:
+            held: Model and study.
+            most: How many at most.
+            holders: How many workers hold each model.
+        """
+        model, study = held
+        if not self._n_ready[model]:
+            counts = holders or {}
+            model = max(self._n_ready, key=lambda one: self._n_ready[one] / (1 + counts.get(one, 0)), default="")
+        if not self._n_ready[model]:
+            return []
+        studies = self._ready[model]
+        if not studies.get(study):
+            study = max(studies, key=lambda one: len(studies[one]))
+        taken: list[Unit] = []
+        queue = studies[study]
+        while queue and len(taken) < most:
+            *_, unit_id = heapq.heappop(queue)
+            self._n_ready[model] -= 1
+            if unit_id not in self._done:
+                taken.append(self.units[unit_id])
+        if not queue:
+            del studies[study]
+        return taken or self.take(held, most, holders)
+
+    def finish(self, done: Done) -> None:
+        """Note what a unit left: others become ready, or its study is given up."""
+        if done.id in self._done:
+            return
+        unit = self.units[done.id]
+        self.seconds[done.id] = done.seconds
+        if done.failed is not None:
+            self._give_up(unit.study, done.failed)
+            return
+        self._finish(done.id)
+        self.add(done.new)
+
+    def lost(self, units: Iterable[Unit]) -> None:
+        """Make units ready again whose worker was lost; one that was lost too often takes its study with it."""
+        for unit in units:
+            self._losses[unit.id] += 1
+            if unit.id in self._done:
+                continue
+            if self._losses[unit.id] > MOST_LOSSES:
+                reason = f"its {unit.step} {unit.what} lost its worker {self._losses[unit.id]} times; look at memory"
+                self._give_up(unit.study, reason)
+            else:
+                self._push(unit)
+
+    def _push(self, unit: Unit) -> None:
+        # What takes longest goes first; of others those that came first.
+        heapq.heappush(self._ready[unit.model][unit.study], (-unit.cost, len(self._waits), unit.id))
+        self._n_ready[unit.model] += 1
+
+    def _finish(self, unit_id: str) -> None:
+        self._done.add(unit_id)
+        self.n_done += 1
+        for other in self._needed_by.pop(unit_id, ()):
+            self._waits[other] -= 1
+            if not self._waits[other] and other not in self._done:
+                self._push(self.units[other])
+
+    def _give_up(self, study: str, reason: str) -> None:
+        self.failed.setdefault(study, reason)
+        for unit in list(self.units.values()):
+            if unit.study == study and unit.id not in self._done:
+                self._done.add(unit.id)
+                self.n_done += 1
+
+
+@dataclass
+class Journal:
+    """What was done, one JSON object a line, so that work that was killed goes on where it stopped.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+    _written: int = field(default=0, init=False)
+
+    def read(self) -> list[Done]:
+        """What was done and did not fail; a line that was being written as its writer was killed is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            record["new"] = tuple(Unit(**{**unit, "needs": tuple(unit["needs"])}) for unit in record["new"])
+            found.append(Done(**{**record, "said": tuple(record["said"])}))
+        return [done for done in found if done.failed is None]
+
+    def append(self, done: Sequence[Done]) -> None:
+        """Write what was done, and wait until it is on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as stream:
+            stream.seek(0, os.SEEK_END)
+            if not self._written and stream.tell():
+                # Maybe half a line.
+                stream.write(b"\n")
+            for one in done:
+                stream.write(json.dumps(dataclasses.asdict(one)).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._written += len(done)
+
+
+def serial(make_worker: Callable[[], Worker]) -> Executor:
+    """Do one unit after the other, in this process."""
+
+    def run(schedule: Schedule) -> Iterator[Done]:
+        worker, held = make_worker(), ("", "")
+        while taken := schedule.take(held):
+            for unit in taken:
+                held = (unit.model, unit.study)
+                done = worker.run(unit)
+                schedule.finish(done)
+                yield done
+
+    return run
+
+
+def spent(schedule: Schedule) -> list[dict[str, Any]]:
+    """Where the time went: seconds by step and method, the longest first."""
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    counts: Counter[tuple[str, str]] = Counter()
+    for unit_id, took in schedule.seconds.items():
+        unit = schedule.units[unit_id]
+        place = (unit.step, unit.what if unit.step in ("choose", "share") else "")
+        seconds[place] += took
+        counts[place] += 1
+    return [
+        {"step": step, "what": what, "units": counts[step, what], "hours": round(took / 3600, 4)}
+        for (step, what), took in sorted(seconds.items(), key=lambda pair: -pair[1])
+    ]
