@@ -90,11 +90,11 @@ $(LLAMA)/.installed:
 	$(LLAMA)/bin/pip install --quiet llama-cpp-python==0.3.36
 	touch $@
 
-# The harnesses that ask edited models, and what one of them applies adapters with.
+# The harnesses that ask edited models, what one of them applies adapters with, and Ray.
 $(EVAL)/.installed: pyproject.toml
 	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
 	$(EVAL)/bin/pip install --quiet --constraint constraints.txt torch
-	$(EVAL)/bin/pip install --quiet --editable '.[lm-eval,inspect-ai,adapters]'
+	$(EVAL)/bin/pip install --quiet --editable '.[lm-eval,inspect-ai,adapters,ray]'
 	touch $@
 
 clean:

@@ -3,9 +3,9 @@
     conflictscope compare docs/comparison.yaml --out out/comparison
     python -m benchmarks.costs out/comparison --json
 
-Steps and methods are told in units of measuring one condition on test, medians over the finished studies of that folder;
-the efficiency is the share of this machine's speed at products of matrices at which a condition was measured. ``--write``
-puts the result where the command reads it.
+Steps and methods are told in units of measuring one condition on test, medians over the finished studies of that
+folder; the efficiency is the share of this machine's speed at products of matrices at which a condition was measured.
+``--write`` puts the result where the command reads it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ def main(
         if seconds := [one.seconds for name, one in done.items() if _is_test(schedule, name, digest)]:
             tested, tokens = size(setting)
             shapes = Shapes.of(load_config(setting.model.name))
-            speeds.append(
-                tested * shapes.answer_flops(round(tokens), COMPLETION_TOKENS) / statistics.median(seconds)
-            )
+            speeds.append(tested * shapes.answer_flops(round(tokens), COMPLETION_TOKENS) / statistics.median(seconds))
     record["efficiency"] = round(statistics.median(speeds) / flops_a_second(), 3)
     if write:
         write_json(assets_directory() / "costs.json", record)
-    show(record, json=json)
+    show(record, as_json=json)
 
 
 def _is_test(schedule: Schedule, name: str, study: str) -> bool:
