@@ -152,7 +152,7 @@ class Crossed(NamedTuple):
     """Values that depend in two ways, each of which is a reason to be alike.
 
     Attributes:
-        values: ``(n,)``.
+        values: ``(n, ...)``: trailing dimensions are resampled together.
         rows: ``n`` labels of the first way, for example the subject of each value.
         columns: ``n`` labels of the second, for example the seed.
     """
@@ -171,11 +171,11 @@ def pigeonhole_means(tables: Sequence[Crossed], *, seed: int = 0) -> np.ndarray:
     With one table and one column it is ``bootstrap_means`` by row.
 
     Args:
-        tables: Tables of values, none of them empty.
+        tables: Tables of values, none of them empty, all with the same trailing dimensions.
         seed: Seed of the resampling.
 
     Returns:
-        ``(RESAMPLES, n_tables)`` means; NaN where nothing of a table was drawn.
+        ``(RESAMPLES, n_tables, ...)`` means; NaN where nothing of a table was drawn.
     """
     rows, n_rows = _members([row for table in tables for row in table.rows])
     drawn_rows = _drawn(n_rows, seed)
@@ -187,11 +187,16 @@ def pigeonhole_means(tables: Sequence[Crossed], *, seed: int = 0) -> np.ndarray:
         names = tuple(sorted({str(name) for name in table.columns}))
         if names not in drawn_columns:
             drawn_columns[names] = _drawn(n_columns, seed + 1 + len(drawn_columns))
-        sums, sizes = np.zeros((2, len(own), n_columns))
+        trailing = table.values.shape[1:]
+        sums, sizes = np.zeros((len(own), n_columns, *trailing)), np.zeros((len(own), n_columns))
         np.add.at(sums, (row, column), table.values)
         np.add.at(sizes, (row, column), 1)
-        total, size = (((drawn_rows[:, own] @ part) * drawn_columns[names]).sum(1) for part in (sums, sizes))
-        means.append(np.divide(total, size, out=np.full(RESAMPLES, np.nan), where=size > 0))
+        total, size = (
+            np.einsum("dc,dc...->d...", drawn_columns[names], np.tensordot(drawn_rows[:, own], part, axes=1))
+            for part in (sums, sizes)
+        )
+        size = size.reshape(-1, *[1] * len(trailing))
+        means.append(np.divide(total, size, out=np.full(total.shape, np.nan), where=size > 0))
     return np.stack(means, axis=1)
 
 

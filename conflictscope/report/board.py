@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -69,7 +70,7 @@ class Numbers:
         return max((loss.value for loss in self.losses.values() if loss is not None), default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """One study of the board: a model, a data set, a seed, and the answers to test's prompts.
 
@@ -85,16 +86,20 @@ class Study:
     block: Block
     seed: int
 
-    def changes(self, condition: str | None, measure: str) -> Crossed:
-        """By how much each prompt's outcome rose: 1, 0 or -1.
+    def asks(self, measure: str) -> bool:
+        """Whether there are prompts that a rate or an accuracy is measured on."""
+        return bool(self._outcomes[UNEDITED, measure][0])
+
+    def changes(self, conditions: Sequence[str], measure: str) -> Crossed:
+        """By how much each prompt's outcome rose: 1, 0 or -1, ``(n_prompts, n_conditions)``.
 
         Args:
-            condition: What was measured; ``None`` changes nothing.
+            conditions: What was measured; the unedited model changes nothing.
             measure: A rate on conflict prompts, or an accuracy.
         """
         subjects, before = self._outcomes[UNEDITED, measure]
-        after = before if condition is None else self._outcomes[condition, measure][1]
-        return Crossed(after - before, subjects, [self.seed] * len(subjects))
+        after = [self._outcomes[condition, measure][1] for condition in conditions]
+        return Crossed(np.stack(after, axis=1) - before[:, None], subjects, [self.seed] * len(subjects))
 
     @cached_property
     def _outcomes(self) -> dict[tuple[str, str], tuple[list[str], np.ndarray]]:
@@ -126,6 +131,11 @@ class Source(NamedTuple):
 
     study: Study
     condition: Measured | None
+
+    @property
+    def name(self) -> str:
+        """The condition's name; that of the unedited model where nothing is done."""
+        return UNEDITED if self.condition is None else self.condition.name
 
 
 @dataclass(frozen=True)
@@ -281,7 +291,7 @@ class Board:
         by_method: dict[str, list[Cell]] = {}
         for cell in own:
             by_method.setdefault(cell.method, []).append(cell)
-        rows = [_row(method, cells) for method, cells in by_method.items()]
+        rows = list(_rows(by_method, towards))
         whole = [name for name, cells in by_method.items() if _ran_everywhere(cells, blocks)]
         return View(
             towards,
@@ -360,13 +370,13 @@ def _studies(runs: Sequence[Run]) -> tuple[Study, ...]:
 def _cells(studies: Sequence[Study]) -> Iterator[Cell]:
     """The cells of one block."""
     for towards, choice in product(DIRECTIONS, CHOICES):
-        sources: dict[str, list[Source]] = {}
+        sources: dict[str, tuple[Source, ...]] = {}
         for study in studies:
             for method, condition in _chosen(study, towards, choice):
-                sources.setdefault(method, []).append(Source(study, condition))
+                sources[method] = (*sources.get(method, ()), Source(study, condition))
+        numbers = _numbers({method: [own] for method, own in sources.items()}, towards)
         for method, own in sources.items():
-            numbers = _numbers([own], towards)
-            yield Cell(studies[0].block, towards, choice, method, tuple(own), len(studies), numbers)
+            yield Cell(studies[0].block, towards, choice, method, own, len(studies), numbers[method])
 
 
 def _chosen(study: Study, towards: Direction, choice: Choice) -> Iterator[tuple[str, Measured | None]]:
@@ -388,49 +398,65 @@ def _refusals(study: Study) -> Iterator[Refusal]:
         yield Refusal(method, study, towards, "The study has not come to it yet.")
 
 
-def _numbers(cells: Sequence[Sequence[Source]], towards: Direction) -> Numbers:
-    """What a method gains and costs over some cells, each weighing the same."""
+def _numbers(methods: Mapping[str, Sequence[Sequence[Source]]], towards: Direction) -> dict[str, Numbers]:
+    """What methods gain and cost over their cells, each cell weighing the same."""
 
-    def speeds(source: Source) -> Mapping[str, Any] | None:
+    def speed(source: Source) -> Mapping[str, Any] | None:
         if source.condition is None:
             return Estimate(1.0, 1.0, 1.0, 0).to_record()
         cost = source.condition.cost
         return cost and {"value": cost["speed"], "low": cost["low"], "high": cost["high"], "n": 1}
 
-    def divergences(source: Source) -> Mapping[str, Any] | None:
+    def kl(source: Source) -> Mapping[str, Any] | None:
         return _NOTHING.to_record() if source.condition is None else source.condition.test["neutral_kl"]
 
-    losses = {label: _pooled(cells, measure) for label, measure in LOSSES.items()}
-    gain = _pooled(cells, f"{towards}_rate")
-    assert gain is not None
-    return Numbers(
-        gain,
-        {label: None if loss is None else _turned(loss) for label, loss in losses.items()},
-        _averaged([[divergences(source) for source in cell] for cell in cells]),
-        _averaged([[speeds(source) for source in cell] for cell in cells]),
-    )
+    gains = _pooled(methods, f"{towards}_rate")
+    losses = {label: _pooled(methods, measure, sign=-1) for label, measure in LOSSES.items()}
+    return {
+        method: Numbers(
+            gains[method],
+            {label: found.get(method) for label, found in losses.items()},
+            _averaged([[kl(source) for source in cell] for cell in cells]),
+            _averaged([[speed(source) for source in cell] for cell in cells]),
+        )
+        for method, cells in methods.items()
+    }
 
 
-def _pooled(cells: Sequence[Sequence[Source]], measure: str) -> Estimate | None:
-    """The mean change of a measure over the cells that have it, resampled by subject and seed."""
-    tables = []
-    for cell in cells:
-        parts = [
-            study.changes(None if condition is None else condition.name, measure)
-            for study, condition in cell
-            if condition is None or condition.test[measure] is not None
-        ]
-        parts = [part for part in parts if len(part.values)]
-        if parts:
+def _pooled(methods: Mapping[str, Sequence[Sequence[Source]]], measure: str, *, sign: int = 1) -> dict[str, Estimate]:
+    """The mean change of a measure over the cells that have it, by method, resampled by subject and seed."""
+    # What is of the same studies is of the same prompts, and is drawn at once.
+    alike: dict[tuple[tuple[Study, ...], ...], dict[str, list[list[Source]]]] = {}
+    for method, cells in methods.items():
+        own = [[source for source in cell if _has(source, measure)] for cell in cells]
+        own = [cell for cell in own if cell]
+        if own:
+            studies = tuple(tuple(source.study for source in cell) for cell in own)
+            alike.setdefault(studies, {})[method] = own
+    found = {}
+    for studies, members in alike.items():
+        tables = []
+        for number, cell in enumerate(studies):
+            parts = [
+                study.changes([own[number][place].name for own in members.values()], measure)
+                for place, study in enumerate(cell)
+            ]
             values, rows, columns = zip(*parts, strict=True)
-            tables.append(Crossed(np.concatenate(values), [*chain(*rows)], [*chain(*columns)]))
-    if not tables:
-        return None
-    # A table of which nothing was drawn says nothing in that draw.
-    drawn = np.ma.masked_invalid(pigeonhole_means(tables)).mean(1).compressed()
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = fmean(float(table.values.mean()) for table in tables)
-    return Estimate(value, float(low), float(high), sum(len(table.values) for table in tables))
+            tables.append(Crossed(sign * np.concatenate(values), [*chain(*rows)], [*chain(*columns)]))
+        # A table of which nothing was drawn says nothing in that draw.
+        drawn = np.ma.masked_invalid(pigeonhole_means(tables)).mean(1).filled(np.nan)
+        lows, highs = np.nanquantile(drawn, [0.025, 0.975], axis=0) + 0.0
+        means = np.mean([table.values.mean(0) for table in tables], axis=0) + 0.0
+        n = sum(len(table.values) for table in tables)
+        for method, value, low, high in zip(members, means, lows, highs, strict=True):
+            found[method] = Estimate(float(value), float(low), float(high), n)
+    return found
+
+
+def _has(source: Source, measure: str) -> bool:
+    if source.condition is not None and source.condition.test[measure] is None:
+        return False
+    return source.study.asks(measure)
 
 
 def _averaged(cells: Sequence[Sequence[Mapping[str, Any] | None]]) -> Estimate | None:
@@ -443,27 +469,22 @@ def _averaged(cells: Sequence[Sequence[Mapping[str, Any] | None]]) -> Estimate |
     return Estimate(value, low, high, sum(one["n"] for cell in known for one in cell))
 
 
-def _turned(rise: Estimate) -> Estimate:
-    """A rise as a loss."""
-    return Estimate(0.0 - rise.value, 0.0 - rise.high, 0.0 - rise.low, rise.n)
-
-
 def _ran_everywhere(cells: Sequence[Cell], blocks: Sequence[Block]) -> bool:
     return len(cells) == len(blocks) and all(len(cell.sources) == cell.seeds for cell in cells)
 
 
-def _row(method: str, cells: Sequence[Cell]) -> Row:
-    numbers = cells[0].numbers
-    if len(cells) > 1:
-        numbers = _numbers([cell.sources for cell in cells], cells[0].towards)
-    return Row(
-        method,
-        numbers,
-        len(cells),
-        sum(cell.applied for cell in cells),
-        sum(len(cell.sources) for cell in cells),
-        is_derived=is_derived(method),
-    )
+def _rows(methods: Mapping[str, Sequence[Cell]], towards: Direction) -> Iterator[Row]:
+    several = {method: [cell.sources for cell in cells] for method, cells in methods.items() if len(cells) > 1}
+    numbers = _numbers(several, towards)
+    for method, cells in methods.items():
+        yield Row(
+            method,
+            numbers[method] if method in numbers else cells[0].numbers,
+            len(cells),
+            sum(cell.applied for cell in cells),
+            sum(len(cell.sources) for cell in cells),
+            is_derived=is_derived(method),
+        )
 
 
 def _ranked(rows: Sequence[Row], whole: Sequence[str]) -> Iterator[Row]:
@@ -481,15 +502,15 @@ def _ranked(rows: Sequence[Row], whole: Sequence[str]) -> Iterator[Row]:
 def front_of(found: Sequence[Numbers]) -> list[Numbers]:
     """Those that no other beats: none is at least as good in gain, damage and speed, and better in one of them.
 
-    Two are compared by what both have: one that was not timed is compared by gain and damage alone.
+    Only by what was measured: what was not timed is compared by gain and damage, and beats nothing that was timed.
     """
 
     def beats(one: Numbers, other: Numbers) -> bool:
         pairs = [(one.gain.value, other.gain.value)]
-        if one.damage is not None and other.damage is not None:
-            pairs.append((-one.damage, -other.damage))
-        if one.speed is not None and other.speed is not None:
-            pairs.append((one.speed.value, other.speed.value))
+        if other.damage is not None:
+            pairs.append((-math.inf if one.damage is None else -one.damage, -other.damage))
+        if other.speed is not None:
+            pairs.append((-math.inf if one.speed is None else one.speed.value, other.speed.value))
         return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
     return [one for one in found if not any(beats(other, one) for other in found)]

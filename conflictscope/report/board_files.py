@@ -54,7 +54,7 @@ def write_board(out: Path, folders: Sequence[Path]) -> Board:
     """Rank the methods of all studies below some folders, and write page and tables.
 
     Args:
-        out: The folder for ``leaderboard`` as ``.html`` with ``answers-n.js`` beside it, ``.csv``, ``.parquet``, ``.md``, ``.tex``.
+        out: The folder for ``leaderboard.html`` with its answers, ``.csv``, ``.parquet``, ``.md`` and ``.tex``.
         folders: Folders that hold studies, at any depth.
 
     Returns:
