@@ -13,7 +13,7 @@ from interp.ranks import Ranks
 
 _SPEEDS = [[0, "#AA4499"], [0.5, "#DDAA33"], [1, "#44AA99"]]
 _KINDS = {"front": ("diamond", 13), "edit": ("circle", 9), "control": ("circle-open-dot", 9)}
-_NAMES = {"front": "not beaten in all three", "edit": "beaten", "control": "random control"}
+_NAMES = {"front": "on the front", "edit": "beaten by another", "control": "random control"}
 _STEP, _ABOVE = 0.45, 0.7
 
 
@@ -74,7 +74,8 @@ def gain_against_loss(points: Sequence[Competitor]) -> go.Figure:
     figure.update_xaxes(title_text="gain: rise of the wanted rate", tickformat="+.0%", zeroline=True)
     figure.update_yaxes(title_text="largest loss of accuracy", tickformat=".0%", autorange="reversed", zeroline=True)
     if is_timed:
-        bar = {"title": {"text": "speed", "side": "top"}, "thickness": 12, "len": 0.8, "tickformat": ".1f"}
+        bar = {"title": {"text": "speed", "side": "right"}, "orientation": "h", "thickness": 10, "len": 0.6, "y": -0.18}
+        bar |= {"yanchor": "top", "tickformat": ".1f"}
         ends = {"cmin": min(0.5, *speeds), "cmax": max(1.0, *speeds)}
         figure.update_layout(coloraxis2={"colorscale": _SPEEDS, "colorbar": bar, **ends})
     return figure.update_layout(
@@ -129,23 +130,17 @@ def critical_differences(ranks: Ranks) -> go.Figure:
         hoverinfo="skip",
         showlegend=False,
     )
-    figure.add_annotation(
-        text=f"critical difference {ranks.difference:.2f}",
-        x=1,
-        y=top,
-        xanchor="left",
-        yanchor="bottom",
-        yshift=5,
-        showarrow=False,
-    )
     figure.update_xaxes(title_text="mean rank (1 is best)", range=[0.8, end + 0.2], zeroline=False)
     figure.update_yaxes(
-        tickvals=list(range(len(names))),
-        ticktext=[f"{escape(name)}  {mean:.2f}" for name, mean in ranks.means.items()],
-        range=[len(names) - 0.4, top - 1.2],
+        tickvals=[top, *range(len(names))],
+        ticktext=[
+            f"critical difference  {ranks.difference:.2f}",
+            *(f"{escape(name)}  {mean:.2f}" for name, mean in ranks.means.items()),
+        ],
+        range=[len(names) - 0.4, top - 0.6],
         showgrid=False,
         zeroline=False,
     )
     return figure.update_layout(
-        template=LIGHT_THEME, height=round(ROW * (len(names) + 1.2 - top)) + 50, hovermode="closest"
+        template=LIGHT_THEME, height=round(ROW * (len(names) + 0.2 - top)) + 50, hovermode="closest"
     )

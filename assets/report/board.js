@@ -35,11 +35,10 @@
   }
 
   function rankedRow(row, blocks) {
-    const notes = [row.derived && "ablation of another method", row.front && "not beaten in all three"];
+    const notes = [row.derived && "ablation of another method", row.front && "on the front"];
     const ran = element("td", "choice", `${row.cells} of ${blocks}`);
     if (row.applied < row.studies) {
-      const where = row.studies > 1 ? ` in ${row.studies - row.applied} of ${row.studies} studies` : "";
-      ran.append(element("small", "", `nothing fits the budget${where}`));
+      ran.append(element("small", "", `applied in ${row.applied} of ${row.studies} studies`));
     }
     return element("tr", row.of !== null ? "control" : row.front ? "marked" : "",
       heading("row", row.method, ...notes), ran,

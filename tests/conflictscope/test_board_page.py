@@ -99,7 +99,7 @@ def test_a_reason_is_shown_for_what_did_not_run_and_what_does_not_fit(opened: Pa
     text = opened.locator("#ranked").inner_text()
     assert "It needs <both> sources & more." in text
     assert "currency, small, seeds 0, 1" in text
-    assert "nothing fits the budget in 2 of 8 studies" in text
+    assert "applied in 6 of 8 studies" in text
     assert "ablation of another method" in text
     heat = opened.locator("#heat")
     assert heat.get_by_text("not run").count() == 1

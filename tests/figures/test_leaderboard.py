@@ -42,7 +42,7 @@ def test_gain_lies_to_the_right_loss_downwards_and_speed_is_the_colour() -> None
 def test_without_all_speeds_there_are_no_colours() -> None:
     figure: Any = gain_against_loss([point._replace(speed=None) for point in points()[:1]] + points()[1:])
     assert "coloraxis2" not in figure.layout
-    assert trace(figure, name="not beaten in all three").marker.color == drawn(figure, "diamond").marker.color
+    assert trace(figure, name="on the front").marker.color == drawn(figure, "diamond").marker.color
 
 
 def test_mean_ranks_and_the_groups_that_cannot_be_told_apart_are_drawn() -> None:
@@ -51,7 +51,7 @@ def test_mean_ranks_and_the_groups_that_cannot_be_told_apart_are_drawn() -> None
     figure: Any = critical_differences(ranks)
     dots = next(t for t in figure.data if t.mode == "markers")
     assert list(dots.x) == [1, 2.5, 2.5, 4]
-    assert [label.split()[0] for label in figure.layout.yaxis.ticktext] == ["a", "b", "c", "d"]
+    assert [label.split()[0] for label in figure.layout.yaxis.ticktext] == ["critical", "a", "b", "c", "d"]
     bars = [list(t.x) for t in figure.data if t.name and t.name.startswith("cannot be told apart")]
     assert bars == [[1, 2.5], [2.5, 4]]
     (rule,) = (t for t in figure.data if t.mode == "lines+markers")
