@@ -31,6 +31,8 @@ def leaderboard(
         say(title(view))
         print_frame(pl.DataFrame(rows, schema=header, orient="row"))
         say(said_of_ranks(view.ranks))
+    if board.is_quick:
+        say("These studies were made with --quick, which asks too few prompts to rank anything.")
     if board.missing:
         missing = "; ".join(f"{model} on {data} with seed {seed}" for model, data, seed in board.missing)
         say(f"Missing of the studies that these models, data sets and seeds make: {missing}.")

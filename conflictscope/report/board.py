@@ -88,7 +88,7 @@ class Study:
 
     def asks(self, measure: str) -> bool:
         """Whether there are prompts that a rate or an accuracy is measured on."""
-        return bool(self._outcomes[UNEDITED, measure][0])
+        return bool(self._outcome(UNEDITED, measure)[0])
 
     def changes(self, conditions: Sequence[str], measure: str) -> Crossed:
         """By how much each prompt's outcome rose: 1, 0 or -1, ``(n_prompts, n_conditions)``.
@@ -97,9 +97,15 @@ class Study:
             conditions: What was measured; the unedited model changes nothing.
             measure: A rate on conflict prompts, or an accuracy.
         """
-        subjects, before = self._outcomes[UNEDITED, measure]
-        after = [self._outcomes[condition, measure][1] for condition in conditions]
+        subjects, before = self._outcome(UNEDITED, measure)
+        after = [self._outcome(condition, measure)[1] for condition in conditions]
         return Crossed(np.stack(after, axis=1) - before[:, None], subjects, [self.seed] * len(subjects))
+
+    def _outcome(self, condition: str, measure: str) -> tuple[list[str], np.ndarray]:
+        """The subject of each prompt, and 1 where it was answered as the measure counts, else 0."""
+        if (condition, measure) not in self._outcomes:
+            raise UserError(f"The examples of {self.run.name} lack {condition}; run the study again.")
+        return self._outcomes[condition, measure]
 
     @cached_property
     def _outcomes(self) -> dict[tuple[str, str], tuple[list[str], np.ndarray]]:
@@ -317,7 +323,8 @@ def board_of(runs: Sequence[Run]) -> Board:
             made with different budgets.
     """
     studies = _studies(runs)
-    settings = [(dict(s.run.record.settings["budgets"]), bool(s.run.record.settings["quick"])) for s in studies]
+    records = [study.run.record.settings for study in studies]
+    settings = [(dict(own.get("budgets", {})), bool(own.get("quick"))) for own in records]
     for study, other in zip(studies, settings, strict=True):
         if other != settings[0]:
             raise UserError(
@@ -353,7 +360,10 @@ def _studies(runs: Sequence[Run]) -> tuple[Study, ...]:
         if run.examples is None or "memory_span_match" not in run.examples.columns:
             raise UserError(f"{run.name} left no answers to compare; run its command again in the same folder.")
         about = run.record
-        key = (str(about.model["name"]), str(about.data["name"]), int(about.settings["seed"]))
+        try:
+            key = (str(about.model["name"]), str(about.data["name"]), int(about.settings["seed"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"The record of {run.name} lacks something ({error}); run the study again.") from error
         if key in found:
             raise UserError(
                 f"{found[key].name} and {run.name} are both of {key[0]} on {key[1]}, seed {key[2]}; give one of them."
@@ -407,30 +417,36 @@ def _numbers(methods: Mapping[str, Sequence[Sequence[Source]]], towards: Directi
         cost = source.condition.cost
         return cost and {"value": cost["speed"], "low": cost["low"], "high": cost["high"], "n": 1}
 
-    def kl(source: Source) -> Mapping[str, Any] | None:
-        return _NOTHING.to_record() if source.condition is None else source.condition.test["neutral_kl"]
-
     gains = _pooled(methods, f"{towards}_rate")
     losses = {label: _pooled(methods, measure, sign=-1) for label, measure in LOSSES.items()}
     return {
         method: Numbers(
             gains[method],
             {label: found.get(method) for label, found in losses.items()},
-            _averaged([[kl(source) for source in cell] for cell in cells]),
+            _divergence(cells),
             _averaged([[speed(source) for source in cell] for cell in cells]),
         )
         for method, cells in methods.items()
     }
 
 
+def _divergence(cells: Sequence[Sequence[Source]]) -> Estimate | None:
+    found = [[_NOTHING.to_record() if c is None else c.test["neutral_kl"] for _, c in cell] for cell in cells]
+    # Where it is not applied nothing moves, but that says nothing of what it would do.
+    return None if any(one is None for cell in found for one in cell) else _averaged(found)
+
+
 def _pooled(methods: Mapping[str, Sequence[Sequence[Source]]], measure: str, *, sign: int = 1) -> dict[str, Estimate]:
-    """The mean change of a measure over the cells that have it, by method, resampled by subject and seed."""
+    """The mean change of a measure over cells, by method, resampled by subject and seed.
+
+    Cells without prompts for it are left out, and so is a method that it does not apply to.
+    """
     # What is of the same studies is of the same prompts, and is drawn at once.
     alike: dict[tuple[tuple[Study, ...], ...], dict[str, list[list[Source]]]] = {}
     for method, cells in methods.items():
-        own = [[source for source in cell if _has(source, measure)] for cell in cells]
+        own = [[source for source in cell if source.study.asks(measure)] for cell in cells]
         own = [cell for cell in own if cell]
-        if own:
+        if own and all(c is None or c.test[measure] is not None for cell in own for _, c in cell):
             studies = tuple(tuple(source.study for source in cell) for cell in own)
             alike.setdefault(studies, {})[method] = own
     found = {}
@@ -451,12 +467,6 @@ def _pooled(methods: Mapping[str, Sequence[Sequence[Source]]], measure: str, *, 
         for method, value, low, high in zip(members, means, lows, highs, strict=True):
             found[method] = Estimate(float(value), float(low), float(high), n)
     return found
-
-
-def _has(source: Source, measure: str) -> bool:
-    if source.condition is not None and source.condition.test[measure] is None:
-        return False
-    return source.study.asks(measure)
 
 
 def _averaged(cells: Sequence[Sequence[Mapping[str, Any] | None]]) -> Estimate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,10 @@ def write_board(out: Path, folders: Sequence[Path]) -> Board:
     Raises:
         UserError: If there is no study, studies do not go together, or a file cannot be read or written.
     """
-    board = board_of(read_runs(studies_below(folders)))
+    paths = studies_below(folders)
+    # Folders of a plan have the same names, such as those of seeds.
+    runs = [replace(run, name=str(path)) for path, run in zip(paths, read_runs(paths), strict=True)]
+    board = board_of(runs)
     frame = long_table(board)
     csv = io.StringIO()
     frame.write_csv(csv)

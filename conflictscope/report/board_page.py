@@ -45,7 +45,8 @@ def write_page(out: Path, board: Board) -> None:
     """
     for study in board.studies:
         (answers,) = answers_of([study.run])
-        record = json.dumps(answers, separators=(",", ":"), allow_nan=False)
+        shown = {part: answers[part] for part in ("names", "held_out", "prompts", "conditions")}
+        record = json.dumps(shown, separators=(",", ":"), allow_nan=False)
         write_text(out / _ANSWERS.format(study.number), f"(globalThis.answers ??= {{}})[{study.number}] = {record};\n")
     left = len(board.studies)
     # What a larger board left.

@@ -173,6 +173,18 @@ def test_a_method_of_which_nothing_fits_gains_0_there_and_says_so(plan: Path, bo
     assert cell_of(board, "spare").applied == 2, "at its best it is applied with both seeds"
 
 
+def test_what_does_not_apply_to_a_method_is_no_0_where_it_is_not_applied(tmp_path: Path) -> None:
+    methods = {"adacad": (0.4, 0.1, 0.5), **METHODS}
+    folders = [
+        write_study(tmp_path / str(seed), seed=seed, methods=methods, unfit=unfit)
+        for seed, unfit in ((0, ()), (1, ("adacad",)))
+    ]
+    numbers = cell_of(board_of(read_runs(folders)), "adacad", choice="within_budget").numbers
+    assert (numbers.losses["closed-book"], numbers.kl) == (None, None)
+    assert numbers.losses["aligned"] is not None
+    assert numbers.damage == max(loss.value for loss in numbers.losses.values() if loss is not None)
+
+
 def test_a_method_that_never_fits_has_no_part_in_the_front(tmp_path: Path) -> None:
     view = board_of(read_runs([write_study(tmp_path, unfit=tuple(METHODS))])).view("context")
     assert view is not None
@@ -299,6 +311,15 @@ def test_a_study_without_answers_is_refused(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "a")
     (folder / EXAMPLES).unlink()
     with pytest.raises(UserError, match="a left no answers to compare"):
+        board_of(read_runs([folder]))
+
+
+def test_a_condition_without_answers_is_refused(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "a")
+    examples = read_examples(folder)
+    assert examples is not None
+    write_examples(folder, examples.filter(pl.col("condition") != "caa, towards context"))
+    with pytest.raises(UserError, match="The examples of a lack caa, towards context"):
         board_of(read_runs([folder]))
 
 

@@ -219,7 +219,9 @@ def test_prompts_are_stored_once_a_study_and_not_in_the_page(folder: Path, plan:
     frame = answers(plan, "small/capital/0", "caa")
     prompt = frame["prompt"][0]
     text = (folder / "answers-0.js").read_text(encoding="ascii")
-    record = json.loads(re.fullmatch(r"\(globalThis\.answers \?\?= \{\}\)\[0\] = (.*);\n", text)[1])  # type: ignore[index]
+    found = re.fullmatch(r"\(globalThis\.answers \?\?= \{\}\)\[0\] = (.*);\n", text)
+    assert found is not None
+    record = json.loads(found[1])
     assert record["prompts"]["prompt"].count(prompt) == 1
     page = (folder / "leaderboard.html").read_text(encoding="utf-8")
     assert json.dumps(prompt)[1:-1] not in page
@@ -231,7 +233,7 @@ def test_the_page_says_what_is_missing_and_not_finished(browser_page: Page, tmp_
         "b": {"seed": 1},
         "c": {"model": "new", "to_come": ("spare",), "quick": False},
     }.items():
-        write_study(tmp_path / name, methods={"pruning": METHODS["pruning"]}, **about)  # type: ignore[arg-type]
+        write_study(tmp_path / name, methods={"pruning": METHODS["pruning"]}, **about)
     write_board(tmp_path / "out", [tmp_path])
     browser_page.goto((tmp_path / "out/leaderboard.html").as_uri())
     notes = " ".join(browser_page.locator("header .note").all_inner_texts())

@@ -258,7 +258,7 @@ def test_the_pigeonhole_bootstrap_draws_subjects_and_seeds_as_a_naive_loop_does(
         for draw in range(RESAMPLES):
             values = []
             for value, row, column in zip(*table, strict=True):
-                values += [value] * (drawn_rows[draw]["abcde".index(row)] * drawn_columns[draw][column])
+                values += [value] * (drawn_rows[draw]["abcde".index(str(row))] * drawn_columns[draw][column])
             assert found[draw, number] == pytest.approx(np.mean(values) if values else np.nan, nan_ok=True)
 
 
