@@ -45,11 +45,12 @@ _SCORE_COLUMNS = (
     "logit_difference",
 )
 _IS_RIGHT = pl.col("memory_span_match") > 0
-_GUARDS: dict[str, ContextKind] = {
+GUARDS: dict[str, ContextKind] = {
     "closed_book_accuracy": "none",
     "aligned_accuracy": "aligned",
     "irrelevant_accuracy": "irrelevant",
 }
+"""The accuracies that an edit should not change, with the kind of prompt that each is measured on."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class UsageReport:
         Returns:
             By measure, named as in a study's summary; accuracies as far as there are prompts of their kind.
         """
-        conflict, guards = self.select(kind="conflict"), {m: self.select(kind=kind) for m, kind in _GUARDS.items()}
+        conflict, guards = self.select(kind="conflict"), {m: self.select(kind=kind) for m, kind in GUARDS.items()}
         return {
             **{f"{usage}_rate": conflict.rate_change(before, usage) for usage in USAGES},
             **{measure: part.accuracy_change(before) for measure, part in guards.items() if len(part.frame)},
@@ -332,7 +333,7 @@ class Damage:
     @classmethod
     def of(cls, report: UsageReport, divergences: np.ndarray) -> Damage:
         """The guards of a report that holds prompts of kinds none, aligned and irrelevant, and of ``neutral_kl``."""
-        accuracies = {measure: report.select(kind=kind).accuracy() for measure, kind in _GUARDS.items()}
+        accuracies = {measure: report.select(kind=kind).accuracy() for measure, kind in GUARDS.items()}
         return cls(**accuracies, neutral_kl=bootstrap_mean(divergences, range(len(divergences))))
 
     def to_record(self) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 Values of one subject depend on each other, so subjects are what counts:
 
     bootstrap_mean        the mean of any values: percentiles of the means of resampled subjects
+    pigeonhole_means      the same where values depend in two ways, on their subject and on their seed, say
     rate                  a share of yes or no: Wilson's interval with an effective number of values
     paired_difference     what changes between two measurements of the same things, and a sign-flip test
     group_difference      how the means of two groups of other things differ, and a permutation test
@@ -16,7 +17,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,8 +92,12 @@ def _members(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
 def _draws(clusters: Sequence[Hashable], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each cluster is drawn, ``(RESAMPLES, n_clusters)``, and which cluster each value is of, ``(n,)``."""
     index, n_clusters = _members(clusters)
+    return _drawn(n_clusters, seed), index
+
+
+def _drawn(n_clusters: int, seed: int) -> np.ndarray:
     drawn = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=RESAMPLES)
-    return drawn.astype(float), index
+    return drawn.astype(float)
 
 
 def bootstrap_weights(clusters: Sequence[Hashable], *, seed: int = 0) -> np.ndarray:
@@ -141,6 +146,58 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hash
         raise ValueError("bootstrap_mean needs at least one value")
     low, high = np.quantile(bootstrap_means(array, clusters, seed=seed), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), len(array))
+
+
+class Crossed(NamedTuple):
+    """Values that depend in two ways, each of which is a reason to be alike.
+
+    Attributes:
+        values: ``(n, ...)``: trailing dimensions are resampled together.
+        rows: ``n`` labels of the first way, for example the subject of each value.
+        columns: ``n`` labels of the second, for example the seed.
+    """
+
+    values: np.ndarray
+    rows: Sequence[Hashable]
+    columns: Sequence[Hashable]
+
+
+def pigeonhole_means(tables: Sequence[Crossed], *, seed: int = 0) -> np.ndarray:
+    """Resample the means of tables whose values depend in two ways: the pigeonhole bootstrap (Owen 2007).
+
+    Rows and columns are drawn with replacement, each on their own, and a value counts as often as its row was drawn
+    times as often as its column was (Owen & Eckles 2012). Intervals from it are rather too wide than too narrow. Rows
+    are drawn once for all tables, of the rows that any of them has; tables with the same columns share their draws.
+    With one table and one column it is ``bootstrap_means`` by row.
+
+    Args:
+        tables: Tables of values, none of them empty, all with the same trailing dimensions.
+        seed: Seed of the resampling.
+
+    Returns:
+        ``(RESAMPLES, n_tables, ...)`` means; NaN where nothing of a table was drawn.
+    """
+    rows, n_rows = _members([row for table in tables for row in table.rows])
+    drawn_rows = _drawn(n_rows, seed)
+    drawn_columns: dict[tuple[str, ...], np.ndarray] = {}
+    means, start = [], 0
+    for table in tables:
+        own, row = np.unique(rows[start : (start := start + len(table.values))], return_inverse=True)
+        column, n_columns = _members(table.columns)
+        names = tuple(sorted({str(name) for name in table.columns}))
+        if names not in drawn_columns:
+            drawn_columns[names] = _drawn(n_columns, seed + 1 + len(drawn_columns))
+        trailing = table.values.shape[1:]
+        sums, sizes = np.zeros((len(own), n_columns, *trailing)), np.zeros((len(own), n_columns))
+        np.add.at(sums, (row, column), table.values)
+        np.add.at(sizes, (row, column), 1)
+        total, size = (
+            np.einsum("dc,dc...->d...", drawn_columns[names], np.tensordot(drawn_rows[:, own], part, axes=1))
+            for part in (sums, sizes)
+        )
+        size = size.reshape(-1, *[1] * len(trailing))
+        means.append(np.divide(total, size, out=np.full(total.shape, np.nan), where=size > 0))
+    return np.stack(means, axis=1)
 
 
 def rate(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable]) -> Estimate:

@@ -57,6 +57,7 @@ from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from probes.detector import ConflictDetector
 from probes.linear import ProbeSet
+from tests.conflictscope.board_samples import write_study
 from tests.tiny import tiny_conflicts, tiny_tokenizer
 
 # What the command line complains with; typer does not name it itself.
@@ -68,7 +69,7 @@ FACTS = 30
 _RUN = {
     *("models", "plan", "inspect", "generate", "ask", "evaluate", "attribute"),
     *("data build", "data inspect", "data convert", "data tasks"),
-    *("probe detect", "dial apply", "steer apply"),
+    *("probe detect", "dial apply", "steer apply", "leaderboard"),
 }
 _SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf", "llama-server", "lm_eval", "inspect")
 _NQ_SWAP = {
@@ -139,6 +140,7 @@ def prepared(tiny_directories: Mapping[str, Path], tmp_path_factory: pytest.Temp
     for part in ("Static", "Temporal", "Disputable"):
         shutil.copy(ROOT / "tests/interp/fixtures/formats/dynamicqa.csv", root / f"{part}_final.csv")
     shutil.copytree(ROOT / "tests/interp/fixtures/ragtruth", root / "RAGTruth/dataset")
+    write_study(root / "out/studies/capital")
     return root
 
 

@@ -1,22 +1,10 @@
 (() => {
   const runs = JSON.parse(document.getElementById("answers").textContent);
-  const USAGES = {m: "memory", c: "context", b: "both", o: "other", e: "empty"};
-  const SHOWN = 20;
   const section = document.getElementById("browser");
   const form = section.querySelector("form");
   const fields = form.elements;
-  const list = section.querySelector("ol");
-  const [previous, next] = section.querySelectorAll(".pager button");
+  const page = pager(section, section.querySelector("ol"));
   let found = [];
-  let first = 0;
-
-  // All text is set as text, never as HTML: it comes from models and data.
-  function element(tag, name, ...children) {
-    const made = document.createElement(tag);
-    if (name) made.className = name;
-    made.append(...children);
-    return made;
-  }
 
   function fill(select, names, any, chosen) {
     const kept = select.value;
@@ -53,7 +41,6 @@
       (!text || [prompts.prompt[i], prompts.subject[i], ...answered.map((condition) => condition.answer[i])]
         .join("\n").toLowerCase().includes(text));
     found = [...prompts.kind.keys()].filter(fits);
-    first = 0;
     show();
   }
 
@@ -63,45 +50,13 @@
       .map(([usage, count]) => `${usage} ${count} (${(100 * count / found.length).toFixed(1)}%)`).join(", ");
   }
 
-  function answer(condition, i) {
-    const usage = USAGES[condition.usage[i]];
-    const difference = condition.logit[i];
-    const written = difference === null ? "" : `logit difference ${difference < 0 ? "−" : "+"}${Math.abs(difference).toFixed(2)}`;
-    return [element("span", `usage ${usage}`, usage), " ", element("q", "", condition.answer[i]), " ", element("small", "", written)];
-  }
-
-  function row(i) {
-    const {names, prompts, conditions, held_out} = run();
-    const template = names.template[prompts.template[i]];
-    const about = [
-      prompts.subject[i], names.relation[prompts.relation[i]], names.kind[prompts.kind[i]],
-      template + (template === held_out ? " (held out)" : ""),
-    ];
-    const facts = [
-      ["Memory says", [prompts.memory[i]]],
-      ["Context says", [prompts.context[i] || "nothing about it"]],
-      ["Before", answer(conditions[0], i)],
-      ["After", answer(after(), i)],
-    ];
-    return element("li", "",
-      element("div", "", element("p", "how", about.join(" · ")), element("p", "prompt", prompts.prompt[i])),
-      element("dl", "", ...facts.map(([term, words]) => element("div", "", element("dt", "", term), element("dd", "", ...words)))));
-  }
-
   function show() {
-    const last = Math.min(first + SHOWN, found.length);
     const {conditions, prompts} = run();
     section.querySelector(".found").textContent = `${found.length} of ${prompts.kind.length} prompts. ` +
       (found.length ? `Before: ${counted(conditions[0])}. After (${after().name}): ${counted(after())}.` : "Nothing fits all filters.");
-    section.querySelector(".pager span").textContent = found.length ? `${first + 1} to ${last} of ${found.length}` : "none";
-    previous.disabled = first === 0;
-    next.disabled = last === found.length;
-    list.start = first + 1;
-    list.replaceChildren(...found.slice(first, last).map(row));
+    page(found.map((i) => () => promptRow(run(), after(), i)));
   }
 
-  previous.addEventListener("click", () => { first -= SHOWN; show(); });
-  next.addEventListener("click", () => { first += SHOWN; show(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", (event) => { if (event.target.name === "run") chooseRun(); filter(); });
   // The fields are reset after the event.

@@ -21,6 +21,7 @@ from conflictscope.cli import (
     explore,
     foreign,
     gate,
+    leaderboard,
     locate,
     look,
     persuade,
@@ -46,7 +47,7 @@ _START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Da
 for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore),
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
-    _STUDY: (compare.compare, locate.locate, report.report),
+    _STUDY: (compare.compare, locate.locate, report.report, leaderboard.leaderboard),
     _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, serving.serve),
     _DATA: (look.models, plan.plan, doctor.doctor),
 }.items():

@@ -27,6 +27,9 @@ from interp.errors import UserError
 from interp.files import assets_directory, write_text
 from probes.scoring import score_table
 
+COLOURS = {"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR}
+"""What pages colour sources with."""
+
 _LISTED = 12
 _FILTERS = {
     "percent": words.share,
@@ -53,14 +56,6 @@ def write_report(path: str | Path, runs: Sequence[Run], *, growing: bool = False
     Raises:
         UserError: If a run's records do not fit together or lack something, or the file cannot be written.
     """
-    environment = Environment(
-        loader=FileSystemLoader(assets_directory() / "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= _FILTERS
     prefixes = [f"run{number}-" if len(runs) > 1 else "" for number in range(1, len(runs) + 1)]
     try:
         plots = {
@@ -70,29 +65,46 @@ def write_report(path: str | Path, runs: Sequence[Run], *, growing: bool = False
         }
         if len(runs) > 1 and (over_all := compared(runs)):
             plots["compared"] = over_all
-        page = environment.get_template("page.html").render(
-            runs=runs,
-            growing=growing,
-            prefixes=prefixes,
-            differing=_differing(runs),
-            strongest=_strongest(runs),
-            best_probes=best_probes,
-            probe_table=score_table,
-            directions=DIRECTIONS,
-            colours={"memory": MEMORY_COLOUR, "context": CONTEXT_COLOUR, "other": OTHER_COLOUR},
-            over_cards=_over_cards,
-            edited_heads=_edited_heads,
-            listed=_LISTED,
-            alt={name: plot.alt for name, plot in plots.items()},
-            figures={name: _plain(plot.figure) for name, plot in plots.items()},
-            themes={"light": LIGHT_THEME.to_plotly_json(), "dark": DARK_THEME.to_plotly_json()},
-            answers=answers_of(runs),
-            examples_file=EXAMPLES,
-            plotly_js=get_plotlyjs(),
+        page = (
+            environment()
+            .get_template("page.html")
+            .render(
+                runs=runs,
+                growing=growing,
+                prefixes=prefixes,
+                differing=_differing(runs),
+                strongest=_strongest(runs),
+                best_probes=best_probes,
+                probe_table=score_table,
+                directions=DIRECTIONS,
+                colours=COLOURS,
+                over_cards=_over_cards,
+                edited_heads=_edited_heads,
+                listed=_LISTED,
+                alt={name: plot.alt for name, plot in plots.items()},
+                figures={name: plain(plot.figure) for name, plot in plots.items()},
+                themes={"light": LIGHT_THEME.to_plotly_json(), "dark": DARK_THEME.to_plotly_json()},
+                answers=answers_of(runs),
+                examples_file=EXAMPLES,
+                plotly_js=get_plotlyjs(),
+            )
         )
     except (UndefinedError, KeyError) as error:
         raise UserError(f"The records lack something that the report shows ({error}); run the study again.") from error
     write_text(path, page)
+
+
+def environment() -> Environment:
+    """The templates of ``assets/report``, with the filters that they use."""
+    found = Environment(
+        loader=FileSystemLoader(assets_directory() / "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= _FILTERS
+    return found
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
@@ -124,8 +136,8 @@ def _edited_heads(run: Run, condition: Measured) -> list[tuple[RankedHead, float
     return [(head, scales[head.layer, head.head]) for head in sorted(edited, key=lambda head: -abs(head.score))]
 
 
-def _plain(figure: BaseFigure) -> dict[str, Any]:
-    """The figure without its theme, which the page chooses."""
+def plain(figure: BaseFigure) -> dict[str, Any]:
+    """A figure as JSON without its theme, which the page chooses."""
     record = json.loads(figure.to_json() or "{}")
     del record["layout"]["template"]
     return record

@@ -22,7 +22,7 @@ from conflictscope.study.condition import Condition
 from interp.anatomy import transformers_model
 from interp.answers import USAGES
 from interp.conflicts import ConflictSet
-from interp.evaluation import ANSWERS_VERSION, UsageReport, divergence, measure_usage, neutral_texts
+from interp.evaluation import ANSWERS_VERSION, GUARDS, UsageReport, divergence, measure_usage, neutral_texts
 from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
 from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_mean
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 COST_VERSION = 5
 """Version of how the cost is measured."""
 
-_GUARDS = {"closed_book_accuracy": "none", "aligned_accuracy": "aligned", "irrelevant_accuracy": "irrelevant"}
 _TIMED, _ROUNDS, _TOKENS = 4, 3, 4
 _FEW_TEXTS = 8
 
@@ -167,7 +166,7 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
         return {f"{usage}_rate": part.rate(usage).to_record() for usage in USAGES}
 
     record: dict[str, Any] = {**rates(conflict), "memorisation_ratio": conflict.memorisation_ratio().to_record()}
-    for measure_name, kind in _GUARDS.items():
+    for measure_name, kind in GUARDS.items():
         part = result.report.select(kind=kind)
         applies = len(part.frame) and (kind != "none" or result.closed_book)
         record[measure_name] = part.accuracy().to_record() if applies else None

@@ -8,6 +8,7 @@ from scipy.stats import binomtest, permutation_test
 from interp.files import read_json, write_json
 from interp.statistics import (
     RESAMPLES,
+    Crossed,
     Estimate,
     bootstrap_mean,
     bootstrap_means,
@@ -16,6 +17,7 @@ from interp.statistics import (
     group_difference,
     kept_share,
     paired_difference,
+    pigeonhole_means,
     rate,
 )
 
@@ -229,3 +231,49 @@ def test_a_label_in_both_groups_is_a_cluster_in_each_and_an_empty_group_is_refus
     assert group_difference([0, 1], [0, 1], ["a", "b"], ["a", "b"]).p == 1
     with pytest.raises(ValueError, match="needs values in both groups"):
         group_difference([], [1], [], ["a"])
+
+
+def test_values_of_one_seed_are_resampled_by_subject_alone():
+    rng = np.random.default_rng(0)
+    values, subjects = rng.normal(size=40), [f"subject {i // 3}" for i in range(40)]
+    for seed in (0, 7):
+        (found,) = pigeonhole_means([Crossed(values, subjects, ["seed 5"] * 40)], seed=seed).T
+        np.testing.assert_allclose(found, bootstrap_means(values, subjects, seed=seed))
+
+
+def test_the_pigeonhole_bootstrap_draws_subjects_and_seeds_as_a_naive_loop_does():
+    """Owen & Eckles (2012), section 3: the weight of a value is the product of those of its row and its column."""
+    rng = np.random.default_rng(1)
+    rows, columns = ["a", "b", "b", "c", "a", "c"], [0, 0, 1, 1, 2, 2]
+    tables = [
+        Crossed(rng.normal(size=6), rows, columns),
+        Crossed(rng.normal(size=6), ["d", "a", "b", "e", "e", "b"], columns),
+        Crossed(rng.normal(size=6), rows, [0, 0, 1, 1, 1, 0]),
+    ]
+    found = pigeonhole_means(tables, seed=3)
+    drawn_rows = np.random.default_rng(3).multinomial(5, [0.2] * 5, size=RESAMPLES)
+    three = np.random.default_rng(4).multinomial(3, [1 / 3] * 3, size=RESAMPLES)
+    two = np.random.default_rng(5).multinomial(2, [0.5] * 2, size=RESAMPLES)
+    for number, (table, drawn_columns) in enumerate(zip(tables, (three, three, two), strict=True)):
+        for draw in range(RESAMPLES):
+            values = []
+            for value, row, column in zip(*table, strict=True):
+                values += [value] * (drawn_rows[draw]["abcde".index(str(row))] * drawn_columns[draw][column])
+            assert found[draw, number] == pytest.approx(np.mean(values) if values else np.nan, nan_ok=True)
+
+
+def test_the_pigeonhole_interval_covers_a_mean_that_depends_on_subjects_and_seeds():
+    """Subjects and seeds each shift values: one-way resampling covers far less than nine in ten."""
+    rng = np.random.default_rng(2)
+    rows, columns = np.repeat(np.arange(60), 8), np.tile(np.arange(8), 60)
+    covered = {"two ways": 0, "one way": 0}
+    for _ in range(60):
+        values = rng.normal(size=60)[rows] + rng.normal(size=8)[columns] + rng.normal(size=480)
+        means = {
+            "two ways": pigeonhole_means([Crossed(values, rows.tolist(), columns.tolist())])[:, 0],
+            "one way": bootstrap_means(values, rows.tolist()),
+        }
+        for name, drawn in means.items():
+            low, high = np.quantile(drawn, [0.025, 0.975])
+            covered[name] += low <= 0 <= high
+    assert covered["two ways"] >= 50 > covered["one way"] + 10
