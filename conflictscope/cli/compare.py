@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from conflictscope.cli.leaderboard import show_board
 from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption, say
 from conflictscope.cli.studies import BudgetedStudy, command_line, study
 from conflictscope.cli.tables import print_frame
 from interp.errors import UserError
 
 if TYPE_CHECKING:
+    from conflictscope.report.board import Board
     from conflictscope.study.comparison import Comparing, Comparison
     from conflictscope.study.units import Done, Executor, Schedule
 
 _NOT_OF_PLANS = {"plan", "out", "dry_run", "ray", "workers", "gpus"}
-_SECONDS = 1.0
+_SECONDS, _SHOWN_EVERY = 1.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
     if schedule.n_done:
         say(f"{schedule.n_done} units were done before.")
     unwritten: list[Done] = []
-    written_at = time.monotonic()
+    written_at, shown_at = time.monotonic(), time.monotonic()
     try:
         for done in executor(schedule):
             unwritten.append(done)
@@ -195,10 +197,15 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
                 journal.append(unwritten)
                 unwritten, written_at = [], time.monotonic()
             _tell(comparing, schedule, done)
+            # Workers wait meanwhile.
+            if schedule.units[done.id].step == "record" and time.monotonic() - shown_at > _SHOWN_EVERY:
+                _show(comparing)
+                shown_at = time.monotonic()
     finally:
         journal.append(unwritten)
     write_json(comparing.out / "hours.json", spent(schedule))
-    _show(comparing)
+    if len(schedule.failed) < len(comparing.settings):
+        show_board(_show(comparing), comparing.out)
     for digest, reason in schedule.failed.items():
         say(f"{_called(comparing, digest)} could not be made: {reason}")
     if schedule.failed:
@@ -206,7 +213,7 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
 
 
 def _tell(comparing: Comparing, schedule: Schedule, done: Done) -> None:
-    """Say what a unit found, and show the leaderboard after each study."""
+    """Say what a unit found, and how far all is after each study."""
     unit = schedule.units[done.id]
     if done.failed is not None or unit.step == "record":
         hours = sum(schedule.seconds.values()) / 3600
@@ -215,8 +222,6 @@ def _tell(comparing: Comparing, schedule: Schedule, done: Done) -> None:
             f"{_called(comparing, unit.study)} {how}; {schedule.n_done} of {len(schedule.units)} units, "
             f"{hours:.2f} hours of work."
         )
-        if done.failed is None and not schedule.is_finished:
-            _show(comparing)
         return
     for sentence in done.said:
         say(f"{_called(comparing, unit.study)}: {sentence}")
@@ -227,8 +232,9 @@ def _called(comparing: Comparing, digest: str) -> str:
     return f"{setting.model.name}, {setting.data.name}, seed {setting.seed}"
 
 
-def _show(comparing: Comparing) -> None:
+def _show(comparing: Comparing) -> Board:
     """Write the leaderboard of the studies that are there."""
+    from conflictscope.report.board_files import write_board
     from conflictscope.study.comparison import finished
 
-    say(f"{len(finished(comparing))} studies")
+    return write_board(comparing.out, finished(comparing))

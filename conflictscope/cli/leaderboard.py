@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from conflictscope.cli.options import say
 from conflictscope.cli.tables import print_frame
+
+if TYPE_CHECKING:
+    from conflictscope.report.board import Board
 
 
 def leaderboard(
@@ -20,12 +23,18 @@ def leaderboard(
     Writes leaderboard.html, whose cells open the prompts behind them, and the numbers as CSV, Parquet, Markdown and
     LaTeX.
     """
+    from conflictscope.report.board_files import write_board
+
+    show_board(write_board(out, folder), out)
+
+
+def show_board(board: Board, out: Path) -> None:
+    """Print the ranked tables of a leaderboard that was written, and say what to know about them."""
     import polars as pl
 
-    from conflictscope.report.board_files import main_views, ranking, title, write_board
+    from conflictscope.report.board_files import main_views, ranking, title
     from conflictscope.report.board_page import PAGE, said_of_ranks
 
-    board = write_board(out, folder)
     for view in main_views(board):
         header, rows = ranking(view)
         say(title(view))

@@ -94,7 +94,7 @@ class StudyOptions(Asked):
         from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
 
         data = DataSetting(
-            name="+".join(relations) if self.data is None else self.data.name,
+            name="+".join(relations) if self.data is None else self.data.stem,
             relations=tuple(relations) if self.data is None else (),
             data=None if self.data is None else str(self.data),
             leave_out=leave_out,

@@ -27,7 +27,7 @@ import polars as pl
 from conflictscope.report.runs import Run
 from conflictscope.study.leaderboard import LOSSES, lost
 from conflictscope.study.method import registered
-from conflictscope.study.record import UNEDITED, Choice, Measured
+from conflictscope.study.record import UNEDITED, WITHIN, Choice, Measured
 from interp.answers import DIRECTIONS, Direction
 from interp.errors import UserError
 from interp.evaluation import GUARDS
@@ -37,7 +37,7 @@ from interp.statistics import Crossed, Estimate, pigeonhole_means
 CHOICES: tuple[Choice, ...] = ("within_budget", "best")
 """How conditions are chosen on dev; the first compares at equal damage."""
 
-_WITHIN = ", within budget"
+
 _NOTHING = Estimate(0.0, 0.0, 0.0, 0)
 
 
@@ -395,14 +395,14 @@ def _chosen(study: Study, towards: Direction, choice: Choice) -> Iterator[tuple[
     yield from ((c.method, c) for c in record.chosen(towards, choice))
     if choice == "within_budget":
         best = record.chosen(towards, "best")
-        yield from ((c.method, None) for c in best if f"{c.name}{_WITHIN}" in record.not_run)
+        yield from ((c.method, None) for c in best if f"{c.name}{WITHIN}" in record.not_run)
 
 
 def _refusals(study: Study) -> Iterator[Refusal]:
     record = study.run.record
     for key, reason in record.not_run.items():
         method, _, named = key.partition(", towards ")
-        if not (key.endswith(_WITHIN) or key.startswith("random control of ")):
+        if not (key.endswith(WITHIN) or key.startswith("random control of ")):
             yield from (Refusal(method, study, d, reason) for d in DIRECTIONS if named in ("", d))
     for method, towards in product(record.to_come, DIRECTIONS):
         yield Refusal(method, study, towards, "The study has not come to it yet.")

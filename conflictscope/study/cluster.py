@@ -25,6 +25,7 @@ LOCAL = "local"
 # Units that take less than this together are given to a worker at once, so that the driver is not asked for each.
 _SECONDS_AT_ONCE, _MOST_AT_ONCE = 2.0, 64
 _RECENT = 0.9
+_SECONDS_TO_ANSWER = 10
 
 
 def on_ray(
@@ -82,14 +83,26 @@ def _cluster(address: str) -> Iterator[Any]:
         raise UserError("Ray is not installed; install it with: pip install 'conflictscope[ray]'") from None
     started = {"include_dashboard": False} if address == LOCAL else {}
     try:
+        _check_there(address)
         ray.init(LOCAL if address == LOCAL else address, log_to_driver=False, logging_level="error", **started)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"There is no Ray cluster at {address} ({reason}); start one, or give --ray local.") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """See that something listens at an address, as Ray waits for minutes.
+
+    Raises:
+        OSError: If nothing does.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
 
 
 class _Holder:

@@ -28,6 +28,8 @@ from interp.files import read_json, write_json, write_parquet
 FORMAT, VERSION = "conflictscope-study", 1
 RECORD, EXAMPLES, HEADS = "study.json", "examples.parquet", "heads.parquet"
 UNEDITED = "unedited"
+WITHIN = ", within budget"
+"""What the name of a condition ends with that is the best within the budget, and not the best of all."""
 
 Choice = Literal["best", "within_budget"]
 """How a condition was chosen on dev: at its method's best, or as the best within the damage budget."""

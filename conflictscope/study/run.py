@@ -26,7 +26,7 @@ from conflictscope.study.lab import Lab
 from conflictscope.study.leaderboard import chosen_on_dev, heads_found, measured_on_test
 from conflictscope.study.measure import Result, measure, measures_of, pooled
 from conflictscope.study.method import Method
-from conflictscope.study.record import HEADS, RECORD, UNEDITED, Choice, Measured, StudyRecord, write_examples
+from conflictscope.study.record import HEADS, RECORD, UNEDITED, WITHIN, Choice, Measured, StudyRecord, write_examples
 from interp.answers import DIRECTIONS, Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -35,7 +35,6 @@ from interp.fingerprints import fingerprint
 from interventions.base import Intervention
 from interventions.config import InterventionFile
 
-_WITHIN = ", within budget"
 _ChosenBy = dict[tuple[Method, Direction], Chosen]
 
 
@@ -239,9 +238,9 @@ class Study:
         rows = [_Row(name, [best.condition], tuple(self.choices) if is_both else ("best",), best)]
         if "within_budget" in self.choices and not is_both:
             if within is None:
-                not_run[f"{name}{_WITHIN}"] = "No candidate stays within the damage budget on dev, also moved back."
+                not_run[f"{name}{WITHIN}"] = "No candidate stays within the damage budget on dev, also moved back."
             else:
-                rows.append(_Row(f"{name}{_WITHIN}", [within.condition], ("within_budget",), within))
+                rows.append(_Row(f"{name}{WITHIN}", [within.condition], ("within_budget",), within))
         return rows, not_run
 
     def _write_edits(
@@ -271,7 +270,7 @@ class Study:
             measured={"test": tests[row.name], "unedited": tests[UNEDITED]},
         )
         folder = self.out / "interventions"
-        suffix = "-within_budget" if row.name.endswith(_WITHIN) else ""
+        suffix = "-within_budget" if row.name.endswith(WITHIN) else ""
         name = f"{condition.method}-towards_{condition.towards}{suffix}.json"
         if row.control_of:
             name = f"{condition.method}-for-{condition.control_of}-towards_{condition.towards}{suffix}.json"

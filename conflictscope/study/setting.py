@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -195,6 +196,8 @@ class StudySetting(Strict):
         """Get the prompts; see ``DataSetting.prompts``."""
         most = min(self.data.subjects, QUICK_SUBJECTS) if self.quick else self.data.subjects
         found = self.data.prompts(model, self.model.name, records, seed=self.seed, most=most)
+        if self.data.leave_out is None and self.data.test_data is None:
+            found = replace(found, name=self.data.name)
         return found.few(self.seed) if self.quick else found
 
     def _saes(self) -> Sequence[SparseAutoencoder]:
