@@ -163,10 +163,7 @@ class ActivationStore(Mapping[str, Tensor]):
 
     def _recorded(self) -> int:
         """How many prompts have been recorded."""
-        shards = self._shards()
-        if not shards:
-            return 0
-        return 1 + pl.scan_parquet(shards[-1] / "index.parquet").select(pl.col("prompt").max()).collect().item()
+        return sum(len(_prompts_of(shard)) for shard in self._shards())
 
     @classmethod
     def record(
@@ -182,12 +179,16 @@ class ActivationStore(Mapping[str, Tensor]):
         dtype: torch.dtype = torch.float32,
         answers: bool = False,
         batch_size: int = BATCH_SIZE,
+        only: Sequence[int] | None = None,
         progress: str | None = None,
     ) -> ActivationStore:
         """Record activations to a folder, or go on where an earlier call with the same arguments stopped.
 
         Memory use does not depend on the number of prompts. What is recorded is the model as it is: a store knows its
         weights, but not the interventions on it, so give each edit a folder of its own.
+
+        Several processes may each record some shards at once, into a folder that one of them made with ``only=()``; the
+        bytes are those of one process that recorded all.
 
         Args:
             path: The folder.
@@ -200,6 +201,7 @@ class ActivationStore(Mapping[str, Tensor]):
             dtype: What to keep.
             answers: Answer each conflict prompt greedily too, and put ``answer`` and ``usage`` into the index.
             batch_size: Prompts per batch.
+            only: The numbers of the shards that are recorded; ``None`` records all.
             progress: Label of a progress bar; ``None`` shows none.
 
         Raises:
@@ -233,11 +235,16 @@ class ActivationStore(Mapping[str, Tensor]):
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"Could not write {path}: {error.strerror or error}; choose another folder.") from error
+        what: dict[str, Any] = {"where": where, "dtype": dtype, "batch_size": batch_size, "answers": answers}
+        if only and (folder / "store.json").exists():
+            _check(folder, basis)
+            cls(folder)._continue(model, source, **what, only=only, progress=progress)
+            return cls(folder)
         try:
             with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
                 _prepare(folder, basis)
                 store = cls(folder)
-                store._continue(model, source, where, dtype, batch_size, answers, progress)
+                store._continue(model, source, **what, only=only, progress=progress)
         except Timeout as error:
             raise UserError(f"Another process is recording to {path}; wait for it or choose another folder.") from error
         return cls(folder)
@@ -250,22 +257,50 @@ class ActivationStore(Mapping[str, Tensor]):
         dtype: torch.dtype,
         batch_size: int,
         answers: bool,
+        only: Sequence[int] | None,
         progress: str | None,
     ) -> None:
-        first, number = self._recorded(), len(self._shards())
+        if only is not None and not only:
+            return
         bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in where.values())
         pending: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer, counted(progress, len(source), first) as advance:
-            while first < len(source):
-                numbers = _next_shard(source, first, bytes_per_row)
+        with ThreadPoolExecutor(1) as writer, counted(progress, len(source), self._recorded()) as advance:
+            for shard, numbers in self._ranges(source, bytes_per_row):
+                if shard.exists() or (only is not None and int(shard.name) not in only):
+                    continue
                 collected = collected_activations(model, source, numbers, where, dtype, batch_size, advance)
                 index = _index(model, source, numbers, answers, batch_size)
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_write_shard, self.path / "shards" / f"{number:05d}", collected, index)
-                first, number = numbers[-1] + 1, number + 1
+                pending = writer.submit(_write_shard, shard, collected, index)
             if pending is not None:
                 pending.result()
+
+    def _ranges(self, source: PromptSource, bytes_per_row: int) -> Iterator[tuple[Path, range]]:
+        """Every shard with its prompts; what it holds depends on the data alone."""
+        first, number = 0, 0
+        while first < len(source):
+            shard = self.path / "shards" / f"{number:05d}"
+            numbers = _prompts_of(shard) if shard.exists() else _next_shard(source, first, bytes_per_row)
+            yield shard, numbers
+            first, number = numbers[-1] + 1, number + 1
+
+    @classmethod
+    def n_shards(
+        cls,
+        model: nn.Module,
+        prompts: Sequence[str] | ConflictSet,
+        sites: Sequence[str],
+        positions: Position = "last",
+        dtype: torch.dtype = torch.float32,
+    ) -> int:
+        """Count the shards that ``record`` with these arguments makes."""
+        source = PromptSource(model, prompts, positions)
+        bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in observations(model, sites).values())
+        first, count = 0, 0
+        while first < len(source):
+            first, count = _next_shard(source, first, bytes_per_row)[-1] + 1, count + 1
+        return count
 
 
 class _Rows(Mapping[str, Tensor]):
@@ -302,13 +337,7 @@ def texts_digest(texts: Sequence[str]) -> str:
 def _prepare(folder: Path, basis: dict[str, Any]) -> None:
     """Make ``folder`` a store with this basis, or see that it is one, and clear what a killed run left half-written."""
     if (folder / "store.json").exists():
-        found = ActivationStore(folder).basis
-        for key, value in basis.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{folder} holds another recording: its {key} is {_short(found.get(key))}, not {_short(value)}; "
-                    "give the name of a new folder, or the arguments it was recorded with."
-                )
+        _check(folder, basis)
     else:
         if folder.exists() and (
             not folder.is_dir() or any(not p.name.startswith(".store.json.") for p in folder.iterdir())
@@ -317,6 +346,28 @@ def _prepare(folder: Path, basis: dict[str, Any]) -> None:
         write_json(folder / "store.json", basis)
     for leftover in (*folder.glob(".store.json.*"), *folder.glob("shards/.*")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _check(folder: Path, basis: dict[str, Any]) -> None:
+    """See that a store has this basis.
+
+    Raises:
+        UserError: If it has not; the message says what differs.
+    """
+    found = ActivationStore(folder).basis
+    for key, value in basis.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{folder} holds another recording: its {key} is {_short(found.get(key))}, not {_short(value)}; "
+                "give the name of a new folder, or the arguments it was recorded with."
+            )
+
+
+def _prompts_of(shard: Path) -> range:
+    """The prompts that a finished shard holds."""
+    ends = [pl.col("prompt").min().alias("first"), pl.col("prompt").max().alias("last")]
+    first, last = pl.scan_parquet(shard / "index.parquet").select(ends).collect().row(0)
+    return range(first, last + 1)
 
 
 def _short(value: Any) -> str:

@@ -42,6 +42,8 @@ _UNITS: dict[Metric, str] = {
     "context_probability": "relative change of P(context answer)",
 }
 _CLEAN_STREAM_TOLERANCE, _ROUNDED = {torch.float32: 1e-3}, 5e-2
+BLOCK = 256
+"""So many examples are scored together: memory does not grow with their number, and blocks may be scored anywhere."""
 PATH_PATCHING_VERSION = 1
 """Version of the scores: raise it when the same prompts would get others."""
 
@@ -56,6 +58,8 @@ def path_patching(
     metrics: Sequence[Metric] = ("logit_diff",),
     memory_budget: int = 2**29,
     seed: int = 0,
+    blocks: Sequence[int] | None = None,
+    partners: Sequence[int] | None = None,
     progress: str | None = None,
 ) -> dict[Metric, HeadScores]:
     """Score every head by exact path patching on every example.
@@ -71,6 +75,9 @@ def path_patching(
             relative changes by which PH3 ranks memory heads and context heads; they need the whole unembedding.
         memory_budget: Bytes that the sweep may take on top of the model.
         seed: Decides the corrupted prompts.
+        blocks: Score only these blocks of ``BLOCK`` examples, counted among those that can be scored; ``None`` scores
+            all. ``HeadScores.merged`` puts blocks together to what all at once give, to the last digit.
+        partners: What ``partners_of`` gave for all examples that can be scored, to find them once for many blocks.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
@@ -78,40 +85,75 @@ def path_patching(
         answer pushed towards it.
 
     Raises:
-        UserError: If an option is not known or no example can be scored.
+        UserError: If an option is not known, no example can be scored, or blocks are to be scored apart whose baseline
+            is a mean over all.
     """
     check_choice("baseline", baseline, get_args(Baseline))
     check_choice("mlps", mlps, get_args(Mlps))
     for metric in metrics:
         check_choice("metric", metric, get_args(Metric))
+    if baseline == "mean" and blocks is not None:
+        raise UserError("A mean over all examples needs all of them at once; score all blocks, or take zero.")
     examples, token_ids = scorable(model, conflicts)
     # Refused before anything runs.
-    partners = partners_of(examples, baseline, seed)
-    states = last_token_states(model, [example.prompt for example in examples])
-    check_attributed(Anatomy(model), states.final, token_ids)
-    replacement = replacement_z(states, baseline, partners)
-    values = patching_scores(
-        Anatomy(model),
-        states,
-        replacement,
-        token_ids,
-        mlps=mlps,
-        metrics=metrics,
-        memory_budget=memory_budget,
-        progress=progress,
-    )
+    partners = partners_of(examples, baseline, seed) if partners is None else partners
+    size = len(examples) if baseline == "mean" else BLOCK
+    parts = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+    chosen = parts if blocks is None else [parts[number] for number in blocks]
+    values: dict[Metric, list[Tensor]] = {metric: [] for metric in metrics}
+    for rows in tracked(chosen, progress if len(chosen) > 1 else None):
+        states, replacement = _states(model, examples, rows, baseline, partners)
+        check_attributed(Anatomy(model), states.final, token_ids[rows.start : rows.stop])
+        scores = patching_scores(
+            Anatomy(model),
+            states,
+            replacement,
+            token_ids[rows.start : rows.stop],
+            mlps=mlps,
+            metrics=metrics,
+            memory_budget=memory_budget,
+            progress=progress if len(chosen) == 1 else None,
+        )
+        for metric in metrics:
+            values[metric].append(scores[metric])
+    scored = [examples[i] for rows in chosen for i in rows]
+    about = {"baseline": baseline, "mlps": mlps, "seed": seed, "left_out": len(conflicts) - len(examples)}
     return {
-        metric: HeadScores.of(
-            values[metric],
-            examples,
-            conflicts,
-            method="path_patching",
-            metric=metric,
-            model=name,
-            settings={"unit": _UNITS[metric], "baseline": baseline, "mlps": mlps, "seed": seed},
+        metric: HeadScores(
+            torch.cat(values[metric]),
+            tuple(example.id for example in scored),
+            tuple(example.subject for example in scored),
+            "path_patching",
+            metric,
+            name,
+            conflicts.digest,
+            {"unit": _UNITS[metric], **about},
         )
         for metric in metrics
     }
+
+
+def n_blocks(model: nn.Module, conflicts: ConflictSet) -> int:
+    """Count the blocks of the examples that can be scored.
+
+    Raises:
+        UserError: If there is none.
+    """
+    return -(-len(scorable(model, conflicts)[0]) // BLOCK)
+
+
+def _states(
+    model: nn.Module, examples: Sequence[ConflictExample], rows: range, baseline: Baseline, partners: Sequence[int]
+) -> tuple[LastTokenStates, Tensor]:
+    """States of some examples, and what each head's z is replaced by."""
+    outside = sorted({partners[i] for i in rows} - set(rows)) if partners else []
+    numbers = [*rows, *outside]
+    states = last_token_states(model, [examples[i].prompt for i in numbers])
+    places = {number: place for place, number in enumerate(numbers)}
+    own = states[: len(rows)]
+    if not partners:
+        return own, replacement_z(own, baseline, [])
+    return own, replacement_z(states, baseline, [places[partners[i]] for i in rows])
 
 
 def partners_of(examples: Sequence[ConflictExample], baseline: Baseline, seed: int) -> list[int]:

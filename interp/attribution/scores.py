@@ -95,6 +95,24 @@ class Scores:
             {**settings, "left_out": len(conflicts) - len(examples)},
         )
 
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """Put scores of different examples of the same data together, in their order.
+
+        Raises:
+            UserError: If there are none, or they were not made alike.
+        """
+        if not parts:
+            raise UserError("There are no scores to put together; give some.")
+        first = parts[0]
+        for other in parts[1:]:
+            for name in ("method", "metric", "model", "data", "settings"):
+                if getattr(first, name) != getattr(other, name):
+                    raise UserError(f"Scores whose {name} differs do not belong together; score all of them alike.")
+        ids = tuple(name for part in parts for name in part.example_ids)
+        subjects = tuple(subject for part in parts for subject in part.subjects)
+        return replace(first, values=torch.cat([part.values for part in parts]), example_ids=ids, subjects=subjects)
+
     @property
     def signed(self) -> bool:
         """Whether scores tell towards which source a part pushes."""

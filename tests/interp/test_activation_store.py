@@ -364,3 +364,20 @@ def test_a_recording_killed_at_twenty_random_moments_ends_with_the_bytes_of_an_u
     whole = contents(tmp_path / "whole")
     assert len(whole) == 1 + 2 * report["shards"]
     assert contents(tmp_path / "store") == whole
+
+
+def test_shards_that_are_recorded_apart_and_in_any_order_are_those_of_one_process(tiny_llama, tmp_path, small_shards):
+    store_of(tmp_path / "whole", tiny_llama, batch_size=2)
+    whole = contents(tmp_path / "whole")
+    sites = ("embed.hook_out", RESIDUAL)
+    count = ActivationStore.n_shards(tiny_llama, MORE_TEXTS, sites, "all")
+    assert count == len(list((tmp_path / "whole" / "shards").iterdir()))
+    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=())
+    for number in reversed(range(1, count)):
+        assert not store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=[number]).complete
+    (tmp_path / "apart" / "shards" / ".00000.half").mkdir()
+    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=[0])
+    assert store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=()).complete
+    assert contents(tmp_path / "apart") == whole
+    with pytest.raises(UserError, match="another recording"):
+        store_of(tmp_path / "apart", tiny_llama, MORE_TEXTS[1:], batch_size=2, only=[0])

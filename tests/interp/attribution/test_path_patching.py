@@ -5,8 +5,10 @@ import torch
 
 from benchmarks.reference import full_forward_patch, z_of
 from interp.anatomy import Anatomy
+from interp.attribution import path_patching as patching_module
 from interp.attribution.examples import with_partners
-from interp.attribution.path_patching import corrupted_partners, patching_scores, path_patching, scorable
+from interp.attribution.path_patching import corrupted_partners, n_blocks, patching_scores, path_patching, scorable
+from interp.attribution.scores import HeadScores
 from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
@@ -155,3 +157,25 @@ def test_examples_with_partners_all_find_one(conflicts):
     assert kept == examples
     assert len(corrupted_partners(kept, 0)) == len(kept)
     assert with_partners(examples[:1]) == []
+
+
+def test_blocks_that_are_scored_apart_are_what_all_at_once_give(tiny_llama, monkeypatch):
+    """To the last digit; and all in one block is the same to rounding, each example with the same partner."""
+    conflicts, options = tiny_conflicts(), {"name": "tiny", "metrics": ("logit_diff", "memory_probability"), "seed": 3}
+    one = path_patching(tiny_llama, conflicts, **options)
+    monkeypatch.setattr(patching_module, "BLOCK", 5)
+    count = n_blocks(tiny_llama, conflicts)
+    assert count == -(-len(one["logit_diff"].example_ids) // 5) > 2
+    whole = path_patching(tiny_llama, conflicts, **options)
+    partners = corrupted_partners(scorable(tiny_llama, conflicts)[0], 3)
+    for metric, scores in whole.items():
+        apart = [path_patching(tiny_llama, conflicts, **options, blocks=[b], partners=partners) for b in range(count)]
+        merged = HeadScores.merged([part[metric] for part in apart])
+        assert torch.equal(merged.values, scores.values)
+        assert replace(merged, values=scores.values) == scores
+        assert relative_error(scores.values, one[metric].values) < 1e-5
+        assert scores.settings == one[metric].settings
+    with pytest.raises(UserError, match="do not belong together"):
+        HeadScores.merged([whole["logit_diff"], replace(whole["logit_diff"], settings={"seed": 4})])
+    with pytest.raises(UserError, match="needs all of them"):
+        path_patching(tiny_llama, conflicts, name="tiny", baseline="mean", blocks=[0])
