@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from conflictscope.cli.cluster import Cluster
 from conflictscope.cli.inputs import check_parquet
 from conflictscope.cli.options import Asked, SplitOption, say
 from conflictscope.cli.tables import print_frame
@@ -107,6 +109,7 @@ def attribute(
     out: Annotated[
         Path, typer.Option(help="Parquet file for the scores; a JSON and an HTML file go next to it.")
     ] = Path("out/heads.parquet"),
+    cluster: Cluster,
     source: Asked,
 ) -> None:
     """Score every head, or every layer: which push the answer to the context, which to memory.
@@ -122,20 +125,52 @@ def attribute(
     if at_answer and method in _COMPARED:
         raise UserError(f"{method} compares prompts that contradict with prompts that agree; leave out --at-answer.")
     check_parquet(out)
-    model, conflicts = source.conflicts()
-    part = conflicts.select(split=None if split == "all" else split)
-    if at_answer:
-        part = _at_answers(model, part, source.longest_answer(model))
+    cluster.check()
+    asked = partial(_asked, source, split, at_answer)
     about = {"name": source.model, "progress": method.replace("-", " ").capitalize(), "seed": source.seed}
-    if method == "edges":
-        scores: Any = _edges(model, part, out, top, about)
+    if cluster.ray is not None:
+        scores: Any = _on_cluster(method, patching, cluster, source, asked, out)
+    elif method == "edges":
+        scores = _edges(*asked(), out, top, about)
     else:
-        scores = _scores(method, patching, model, part, about)
+        scores = _scores(method, patching, *asked(), about)
     scores.save(out)
     is_layers = isinstance(scores, LayerScores)
     save_figure(layer_lines(scores) if is_layers else head_map(scores), out.with_suffix(".html"))
     _print_ranking(scores.growth() if is_layers else scores, top)
     say(f"Scores are in {out}, a picture in {out.with_suffix('.html')}")
+
+
+def _asked(source: Asked, split: str, at_answer: bool) -> tuple[Any, Any]:
+    """Load the model, and get the prompts that are scored."""
+    model, conflicts = source.conflicts()
+    part = conflicts.select(split=None if split == "all" else split)
+    return model, _at_answers(model, part, source.longest_answer(model)) if at_answer else part
+
+
+def _on_cluster(method: str, patching: Patching, cluster: Cluster, source: Asked, asked: Any, out: Path) -> Any:
+    """The scores by path patching, block by block on a cluster; what was scored is kept in OUT-parts.
+
+    Raises:
+        UserError: If the method needs all prompts at once.
+    """
+    from conflictscope.study.sharded import ShardedAttribution, done_in_parts
+    from interp.attribution.scores import HeadScores
+
+    if method != "path-patching":
+        raise UserError(f"--ray belongs to path-patching; leave it out with {method}.")
+    out = out.resolve()
+    options = {"name": source.model, "baseline": patching.baseline, "mlps": patching.mlps, "seed": source.seed}
+    conflicts = partial(_conflict_prompts, asked)
+    parts = out.with_name(f"{out.stem}-parts")
+    work = partial(ShardedAttribution, source.load, conflicts, parts, options, out, patching.metric)
+    done_in_parts(work(), repr((source, asked.args, patching)), cluster.executor(work, parts))
+    return HeadScores.load(out)
+
+
+def _conflict_prompts(asked: Any) -> tuple[Any, Any]:
+    model, part = asked()
+    return model, part.select(kind="conflict")
 
 
 def _at_answers(model: Any, part: Any, longest: int) -> Any:

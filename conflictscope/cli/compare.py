@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from conflictscope.cli.cluster import Cluster
 from conflictscope.cli.leaderboard import show_board
 from conflictscope.cli.options import DEFAULT_MODEL, OutOption, SaeOption, say
 from conflictscope.cli.studies import BudgetedStudy, command_line, study
@@ -22,47 +22,6 @@ if TYPE_CHECKING:
 
 _NOT_OF_PLANS = {"plan", "out", "dry_run", "ray", "workers", "gpus"}
 _SECONDS, _SHOWN_EVERY = 1.0, 600.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where the units of a comparison are done."""
-
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel="Cluster",
-            metavar="ADDRESS",
-            help="Measure on a Ray cluster: its address, auto for this machine's, or local to start one here.",
-        ),
-    ] = None
-    workers: Annotated[
-        int | None, typer.Option(rich_help_panel="Cluster", min=1, help="Workers; else one a GPU, or one a core.")
-    ] = None
-    gpus: Annotated[
-        float | None, typer.Option(rich_help_panel="Cluster", min=0, help="GPUs of each worker; else one, if any.")
-    ] = None
-
-    def executor(self, comparing: Comparing) -> Executor:
-        """What does the units.
-
-        Raises:
-            UserError: If options do not go together.
-        """
-        from functools import partial
-
-        from conflictscope.study.cluster import on_ray
-        from conflictscope.study.comparison import StudyWorker
-        from conflictscope.study.units import serial
-
-        make_worker = partial(StudyWorker, comparing)
-        if self.ray is not None:
-            return on_ray(
-                make_worker, comparing.out / "plan.json", address=self.ray, workers=self.workers, gpus=self.gpus
-            )
-        if self.workers is not None or self.gpus is not None:
-            raise UserError("--workers and --gpus belong to --ray; add --ray local, or leave them out.")
-        return serial(make_worker)
 
 
 def compare(
@@ -113,13 +72,13 @@ def compare(
         _refuse_options(plan, context)
     wanted = _planned(plan) if plan is not None else _plan_of(asked, method, without, controls, sae, elsewhere)
     if plan is None and not dry_run and cluster.ray is None:
-        cluster_options = (cluster.workers, cluster.gpus)
-        if cluster_options != (None, None):
-            raise UserError("--workers and --gpus belong to --ray; add --ray local, or leave them out.")
+        cluster.check()
         lab = asked.lab(out, default=RELATIONS, sae=sae, **elsewhere)
         study(lab, wanted.chosen_methods, "compare", out, controls=controls)
         return
-    from conflictscope.study.comparison import Comparing
+    from functools import partial
+
+    from conflictscope.study.comparison import Comparing, StudyWorker
 
     comparing = Comparing(wanted, out.resolve(), command_line())
     if dry_run:
@@ -127,7 +86,7 @@ def compare(
 
         print_frame(expected(comparing))
         return
-    _compare_all(comparing, cluster.executor(comparing))
+    _compare_all(comparing, cluster.executor(partial(StudyWorker, comparing), out.resolve()))
 
 
 def _planned(plan: Path) -> Comparison:

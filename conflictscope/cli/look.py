@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from conflictscope.cli.cluster import Cluster
 from conflictscope.cli.inputs import check_parquet, columns_of, layers_of
 from conflictscope.cli.options import Asked, BatchSizeOption, SplitOption, say
 from conflictscope.cli.tables import print_frame
@@ -140,6 +142,7 @@ def record(
     out: Annotated[
         Path, typer.Option(help="Folder of the recording; the same command goes on where it stopped.")
     ] = Path("out/recording"),
+    cluster: Cluster,
     source: Asked,
 ) -> None:
     """Record activations of conflicting and aligned prompts, and what the model answers, in a folder.
@@ -148,33 +151,40 @@ def record(
     closed-book first; what it knows is kept in OUT-records.
     """
     from interp.activation_store import ActivationStore
-    from interp.conflicts import ConflictSet
     from interp.models import DTYPES
+
+    chosen = site or ["residual", "attention", "mlp"]
+    _check_layers(chosen, layers)
+    cluster.check()
+    numbers, beside = layers_of(layers), out.resolve().with_name(f"{out.resolve().name}-records")
+    options: dict[str, Any] = {"positions": position, "name": source.model, "seed": source.seed}
+    options |= {"dtype": DTYPES[keep], "answers": answers, "batch_size": batch_size}
+    asked, sites = partial(_recorded_prompts, source, beside), partial(_sites, chosen=chosen, layers=numbers)
+    if cluster.ray is None:
+        model, conflicts = asked()
+        store = ActivationStore.record(out, model, conflicts, sites(model), **options, progress="Recording")
+    else:
+        from conflictscope.study.sharded import ShardedRecording, done_in_parts
+
+        work = partial(ShardedRecording, source.load, asked, beside, options, out.resolve(), sites)
+        done_in_parts(work(), repr((source, chosen, numbers, options)), cluster.executor(work, beside))
+        store = ActivationStore(out)
+    about = f"{store.basis['data']['prompts']} prompts at {len(store.sites)} sites"
+    say(f"Recorded {store.index.height} tokens of {about} in {out}")
+
+
+def _recorded_prompts(source: Asked, folder: Path) -> tuple[Any, Any]:
+    """Load the model, and get the prompts that are recorded."""
+    from interp.conflicts import ConflictSet
     from probes.fitting import conflicts_for_probes
 
-    relations, chosen = source.relations(), site or ["residual", "attention", "mlp"]
-    _check_layers(chosen, layers)
+    relations = source.relations()
     conflicts = None if source.data is None else ConflictSet.load(source.data)
     model = source.load()
-    sites = _sites(model, chosen, layers_of(layers))
     if conflicts is None:
-        how: Any = {"folder": out.resolve().with_name(f"{out.resolve().name}-records"), "seed": source.seed}
+        how: Any = {"folder": folder, "seed": source.seed}
         conflicts = conflicts_for_probes(model, relations, kinds=("conflict", "aligned"), **how)
-    conflicts = source.asking.asked(model, source.model, conflicts)
-    store = ActivationStore.record(
-        out,
-        model,
-        conflicts,
-        sites,
-        position,
-        name=source.model,
-        seed=source.seed,
-        dtype=DTYPES[keep],
-        answers=answers,
-        batch_size=batch_size,
-        progress="Recording",
-    )
-    say(f"Recorded {store.index.height} tokens of {len(conflicts)} prompts at {len(store.sites)} sites in {out}")
+    return model, source.asking.asked(model, source.model, conflicts)
 
 
 def _check_layers(chosen: Sequence[str], layers: str | None) -> None:

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -39,7 +36,7 @@ from conflictscope.study.method import Method, method_named, registered
 from conflictscope.study.record import StudyRecord
 from conflictscope.study.run import Study
 from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
-from conflictscope.study.units import Done, Step, Unit
+from conflictscope.study.units import Done, Step, Unit, timed
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
 from interp.files import write_json
@@ -253,18 +250,7 @@ class StudyWorker:
 
     def run(self, unit: Unit) -> Done:
         """Do one unit; what keeps it from being done is told in its result."""
-        name, start = f"{socket.gethostname()}:{os.getpid()}", time.monotonic()
-        said: list[str] = []
-        new: tuple[Unit, ...] = ()
-        failed = None
-        try:
-            new = self._run(unit, said.append)
-        except UserError as error:
-            failed = str(error)
-        except Exception as error:
-            # What is wrong with one study is no reason to lose the others.
-            failed = f"{unit.step} {unit.what}: {type(error).__name__}: {error}"
-        return Done(unit.id, time.monotonic() - start, name, new, tuple(said), failed)
+        return timed(unit, self._run)
 
     def _run(self, unit: Unit, told: Callable[[str], None]) -> tuple[Unit, ...]:
         setting, lab = self.comparing.settings[unit.study], self._lab(unit)

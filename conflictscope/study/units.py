@@ -9,6 +9,8 @@ it, so that a unit may be killed and run again: it goes on where it stopped, and
     tests        list what is measured on test, once all methods are chosen: one more unit for each
     test         measure one condition on test
     record       write the study's record from all that is known
+
+Attributing and recording are cut too: into prompts, parts of them, and a merge.
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
+import logging
 import os
+import socket
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Step = Literal["prompts", "share", "choose", "tests", "test", "record"]
+from interp.errors import UserError
+
+Step = Literal["prompts", "share", "choose", "tests", "test", "record", "part", "merge"]
+
+_log = logging.getLogger(__name__)
 
 MOST_LOSSES = 20
 """How often a unit is given to another worker after its own was lost, before it is given up."""
@@ -248,6 +257,26 @@ class Journal:
             stream.flush()
             os.fsync(stream.fileno())
         self._written += len(done)
+
+
+def timed(unit: Unit, work: Callable[[Unit, Callable[[str], None]], Sequence[Unit]]) -> Done:
+    """Do a unit, and tell how long it took and what it left; what keeps it from being done is told too.
+
+    Args:
+        unit: The unit.
+        work: Does it: takes what takes sentences about what was found, and gives the units that it found.
+    """
+    start, said, new, failed = time.monotonic(), list[str](), (), None
+    try:
+        new = tuple(work(unit, said.append))
+    except UserError as error:
+        failed = str(error)
+    except Exception as error:
+        # What is wrong with one unit is no reason to lose others.
+        _log.exception("%s failed", unit.id)
+        failed = f"{unit.step} {unit.what}: {type(error).__name__}: {error}"
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    return Done(unit.id, time.monotonic() - start, worker, new, tuple(said), failed)
 
 
 def serial(make_worker: Callable[[], Worker]) -> Executor:

@@ -154,6 +154,26 @@ def test_a_driver_that_is_killed_goes_on_where_it_stopped(plan: Path, alone: dic
     assert all(count == 1 for name, count in done(out).items() if name in before)
 
 
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        (["attribute", "--split", "all"], ["out.parquet", "out.json"]),
+        (["record", "--layers", "0-1"], ["out/store.json", "out/shards/00000/activations.safetensors"]),
+    ],
+    ids=["attribute", "record"],
+)
+def test_what_is_attributed_and_recorded_in_parts_is_the_same(
+    plan: Path, command: list[str], made: list[str], tmp_path: Path
+) -> None:
+    asked = [*command, "--model", plan.parent / "llama", "--data", plan.parent / "capitals.jsonl"]
+    for name, cluster in (("one", []), ("ray", ["--ray", "local", "--workers", "2"])):
+        out = tmp_path / name / ("out.parquet" if command[0] == "attribute" else "out")
+        run = [PYTHON, "-m", "conflictscope", *asked, "--out", out, *cluster]
+        subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, timeout=600)
+    for file in made:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "ray" / file).read_bytes()
+
+
 def test_a_cluster_that_is_not_there_is_said(plan: Path, tmp_path: Path) -> None:
     command = [PYTHON, "-m", "conflictscope", "compare", plan, "--out", tmp_path, "--ray", "127.0.0.1:1"]
     result = subprocess.run(command, env=ONE_THREAD, text=True, capture_output=True, timeout=300, check=False)
