@@ -5,10 +5,10 @@ Python      Runs, block after block of a page in one namespace. ``smollm2-135m``
             reader come from ``_given``.
 Commands    ``conflictscope``, ``python -m`` and ``make`` lines must parse: their commands, options, arguments, modules
             and targets exist and none that is needed is missing. Those in ``_RUN`` really run, on tiny inputs; the
-            others take minutes, a server or a browser, and are not run. Bodies for the server are read by its own
+            others take minutes, a server, a cluster or a browser, and are not run. Bodies for the server are read by its own
             models, extras of ``pip install`` must exist. Options for harnesses, which are not installed, are those in
             the source of what they ask.
-JSON        Is read by the project's own readers.
+JSON, YAML  Is read by the project's own readers.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from urllib.parse import urlparse
 import pytest
 import torch
 import typer
+import yaml
 from markdown_it import MarkdownIt
 from pydantic import TypeAdapter, ValidationError
 
 from conflictscope.cli import app, main
 from conflictscope.cli.inputs import read_prompts
 from conflictscope.serve.requests import ChatRequest, CompletionRequest
+from conflictscope.study.comparison import Comparison
 from interp import facts, formats
 from interp.activations import record
 from interp.anatomy import Anatomy
@@ -71,7 +73,10 @@ _RUN = {
     *("data build", "data inspect", "data convert", "data tasks"),
     *("probe detect", "dial apply", "steer apply", "leaderboard"),
 }
-_SHELL = ("conflictscope", "make", "python", "pip", "curl", "echo", "printf", "llama-server", "lm_eval", "inspect")
+_SHELL = (
+    *("conflictscope", "make", "python", "pip", "curl", "echo", "printf"),
+    *("llama-server", "lm_eval", "inspect", "ray"),
+)
 _NQ_SWAP = {
     "question": "What is the capital of Japan?",
     "org_context": "Tokyo is the capital of Japan.",
@@ -240,7 +245,7 @@ def check_shell(block: Block, run: Callable[[list[str], str], None]) -> None:
                 piped = subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
             elif program == "conflictscope":
                 name = parsed(typer.main.get_command(app), "conflictscope", arguments)
-                if name.removeprefix("conflictscope ") in _RUN:
+                if name.removeprefix("conflictscope ") in _RUN and "--ray" not in arguments:
                     run(arguments, piped)
             else:
                 _OTHERS[Path(program).name](arguments)
@@ -290,6 +295,15 @@ def _llama_server(arguments: list[str]) -> None:
     assert {"-m", "--lora"} <= set(arguments)
 
 
+def _ray(arguments: list[str]) -> None:
+    assert arguments[0] in ("up", "dashboard", "job")
+    if arguments[0] == "job":
+        _, *command = arguments[arguments.index("--") + 1 :]
+        parsed(typer.main.get_command(app), "conflictscope", command)
+    else:
+        assert (ROOT / arguments[1]).is_file()
+
+
 def _lm_eval(arguments: list[str]) -> None:
     options = dict(pairwise(arguments))
     given = {part.partition("=")[0] for part in options["--model_args"].split(",")}
@@ -320,6 +334,7 @@ _OTHERS: dict[str, Callable[[list[str]], None]] = {
     "llama-server": _llama_server,
     "lm_eval": _lm_eval,
     "inspect": _inspect,
+    "ray": _ray,
 }
 
 
@@ -362,6 +377,8 @@ def test_code_blocks(document, reader, tiny_directories, monkeypatch):
                 check_shell(block, run)
             elif block.language in ("json", "jsonl"):
                 check_json(block, reader)
+            elif block.language == "yaml":
+                Comparison.model_validate(yaml.safe_load(block.text))
             else:
                 assert block.language == "text", f"nothing checks blocks of {block.language}"
         except BaseException as error:

@@ -71,10 +71,11 @@ def compare(
     if plan is not None:
         _refuse_options(plan, context)
     wanted = _planned(plan) if plan is not None else _plan_of(asked, method, without, controls, sae, elsewhere)
+    methods = wanted.chosen_methods
+    cluster.check()
     if plan is None and not dry_run and cluster.ray is None:
-        cluster.check()
         lab = asked.lab(out, default=RELATIONS, sae=sae, **elsewhere)
-        study(lab, wanted.chosen_methods, "compare", out, controls=controls)
+        study(lab, methods, "compare", out, controls=controls)
         return
     from functools import partial
 

@@ -120,7 +120,7 @@ class Comparison(Strict):
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
         if not isinstance(said, dict):
-            raise UserError(f"{path} is no plan: it needs models and data, each a list; see docs/compare.md.")
+            raise UserError(f"{path} is no plan: it needs models and data, each a list; see docs/comparison.md.")
         try:
             plan = cls.model_validate(said)
         except ValidationError as error:
