@@ -8,6 +8,8 @@ marks is written anew:
 
     <!-- results of compare, towards context, within budget, first 10 -->
     <!-- end of results -->
+
+Of a comparison of many studies its leaderboard is written, and where the hours went.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from conflictscope.study.leaderboard import LOSSES, lost, speed, written
 from conflictscope.study.record import Choice, Measured, StudyRecord
 from interp.answers import DIRECTIONS, Direction
 from interp.errors import UserError
-from interp.files import write_text
+from interp.files import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 _MARK = re.compile(
@@ -37,6 +39,7 @@ _WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
     "best": (None, "best"),
     "within budget": (None, "within_budget"),
 }
+HOURS, LEADERBOARD, _LONGEST = "hours.json", "leaderboard.md", 12
 _FIRST = re.compile("first ([1-9][0-9]*)")
 
 
@@ -106,8 +109,22 @@ def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterat
     yield str(test[rate]["n"])
 
 
-def filled(page: str, records: Mapping[str, StudyRecord]) -> tuple[str, set[str]]:
+def ranking(folder: Path) -> str:
+    """Say a comparison of many studies: its leaderboard, and the hours that its steps and methods took."""
+    hours = read_json(folder / HOURS)
+    total = sum(one["hours"] for one in hours)
+    places = [(" ".join(filter(None, (one["step"], words(one["what"])))), one) for one in hours]
+    longest = "; ".join(f"{name} {one['hours']:.2f} ({one['units']})" for name, one in places[:_LONGEST])
+    spent = f"{total:.1f} hours of work on one worker or another. The longest, with how many units: {longest}."
+    return f"{(folder / LEADERBOARD).read_text(encoding='utf-8').strip()}\n\n{spent}"
+
+
+def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, set[str]]:
     """Write the tables of the given studies anew in a page; which of them it has is the second that is returned.
+
+    Args:
+        page: The page.
+        records: By name a study, or the text that stands for it.
 
     Raises:
         UserError: If a mark asks for something that there is not.
@@ -119,8 +136,10 @@ def filled(page: str, records: Mapping[str, StudyRecord]) -> tuple[str, set[str]
         if name not in records:
             return mark[0]
         found.add(name)
+        record = records[name]
+        text = record if isinstance(record, str) else tables(record, *_wanted(wanted))
         # Empty lines, or what follows a mark would be read as part of it.
-        return f"{start}\n{tables(records[name], *_wanted(wanted))}\n\n{end}"
+        return f"{start}\n{text}\n\n{end}"
 
     return _MARK.sub(fill, page), found
 
@@ -153,12 +172,16 @@ def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tu
     """Write the tables of studies into pages; gives each page that has some, with the names of the studies.
 
     Raises:
-        UserError: If a folder holds no finished study, has the name of another, or no page has a mark for it.
+        UserError: If a folder holds neither a finished study nor a comparison, has the name of another, or no page has
+            a mark for it.
     """
-    records = {folder.resolve().name: StudyRecord.load(folder) for folder in studies}
+    records = {
+        folder.resolve().name: ranking(folder) if (folder / HOURS).is_file() else StudyRecord.load(folder)
+        for folder in studies
+    }
     if len(records) < len(studies):
         raise UserError("Two of the folders have the same name, which is what a page knows them by; rename one.")
-    if unfinished := [name for name, record in records.items() if record.to_come]:
+    if unfinished := [name for name, record in records.items() if isinstance(record, StudyRecord) and record.to_come]:
         raise UserError(f"{unfinished[0]} is not finished; run its command again, which goes on where it stopped.")
     shown: set[str] = set()
     for path in pages:

@@ -5,9 +5,9 @@ Python      Runs, block after block of a page in one namespace. ``smollm2-135m``
             reader come from ``_given``.
 Commands    ``conflictscope``, ``python -m`` and ``make`` lines must parse: their commands, options, arguments, modules
             and targets exist and none that is needed is missing. Those in ``_RUN`` really run, on tiny inputs; the
-            others take minutes, a server, a cluster or a browser, and are not run. Bodies for the server are read by its own
-            models, extras of ``pip install`` must exist. Options for harnesses, which are not installed, are those in
-            the source of what they ask.
+            others take minutes, a server, a cluster or a browser, and are not run. Bodies for the server are read by
+            its own models, extras of ``pip install`` must exist. Options for harnesses, which are not installed, are
+            those in the source of what they ask.
 JSON, YAML  Is read by the project's own readers.
 """
 

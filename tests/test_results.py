@@ -14,6 +14,7 @@ from conflictscope.study.leaderboard import speed
 from conflictscope.study.record import UNEDITED, Measured, StudyRecord
 from docs.results import filled, main, tables, write_results
 from interp.errors import UserError
+from interp.files import write_json
 
 
 def estimate(value: float, low: float, high: float, n: int = 68) -> dict[str, Any]:
@@ -131,6 +132,18 @@ def test_a_mark_without_an_end_takes_nothing_of_the_next(record):
 def test_a_mark_that_asks_for_what_there_is_not_is_an_error(record):
     with pytest.raises(UserError, match="'towards both'"):
         filled("<!-- results of mine, towards both -->\n<!-- end of results -->", {"mine": record})
+
+
+def test_of_many_studies_the_leaderboard_is_written_and_where_the_hours_went(tmp_path: Path):
+    folder, page = tmp_path / "many", tmp_path / "page.md"
+    folder.mkdir()
+    (folder / "leaderboard.md").write_text("| rank |\n| --- |\n| 1 |\n")
+    spent = [{"step": "choose", "what": "learned_scales", "units": 2, "hours": 1.5}]
+    write_json(folder / "hours.json", [*spent, {"step": "test", "what": "", "units": 40, "hours": 0.25}])
+    page.write_text("<!-- results of many -->\n<!-- end of results -->\n")
+    assert [*write_results([folder], [page])] == [(page, {"many"})]
+    assert "| 1 |\n\n1.8 hours of work" in page.read_text()
+    assert "choose learned scales 1.50 (2); test 0.25 (40)." in page.read_text()
 
 
 def test_the_command_writes_pages_and_says_what_it_could_not_place(record, tmp_path: Path):
