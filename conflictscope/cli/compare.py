@@ -159,13 +159,13 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
             _tell(comparing, schedule, done)
             # Workers wait meanwhile.
             if schedule.units[done.id].step == "record" and time.monotonic() - shown_at > _SHOWN_EVERY:
-                _show(comparing)
+                _show(comparing, schedule)
                 shown_at = time.monotonic()
     finally:
         journal.append(unwritten)
     write_json(comparing.out / "hours.json", spent(schedule))
     if len(schedule.failed) < len(comparing.settings):
-        show_board(_show(comparing), comparing.out)
+        show_board(_show(comparing, schedule), comparing.out)
     for digest, reason in schedule.failed.items():
         say(f"{_called(comparing, digest)} could not be made: {reason}")
     if schedule.failed:
@@ -192,9 +192,9 @@ def _called(comparing: Comparing, digest: str) -> str:
     return f"{setting.model.name}, {setting.data.name}, seed {setting.seed}"
 
 
-def _show(comparing: Comparing) -> Board:
+def _show(comparing: Comparing, schedule: Schedule) -> Board:
     """Write the leaderboard of the studies that are there."""
     from conflictscope.report.board_files import write_board
     from conflictscope.study.comparison import finished
 
-    return write_board(comparing.out, finished(comparing))
+    return write_board(comparing.out, finished(comparing, schedule))

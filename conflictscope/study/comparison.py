@@ -33,13 +33,14 @@ from conflictscope.study.condition import Condition
 from conflictscope.study.lab import BUDGETS, Lab
 from conflictscope.study.measure import COST_VERSION, measure
 from conflictscope.study.method import Method, method_named, registered
-from conflictscope.study.record import StudyRecord
 from conflictscope.study.run import Study
 from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
-from conflictscope.study.units import Done, Step, Unit, timed
+from conflictscope.study.units import Done, Schedule, Step, Unit, timed
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
+from interp.facts import relation_named
 from interp.files import write_json
+from interp.formats.loading import format_named
 from interp.reading import READING_VERSION
 from interventions.base import EDITS_VERSION
 from interventions.identity import Strict
@@ -127,8 +128,13 @@ class Comparison(Strict):
             (first, *_) = error.errors()
             place = ".".join(map(str, first["loc"])) or "the plan"
             raise UserError(f"{path}, {place}: {first['msg'].removeprefix('Value error, ')}; mend the plan.") from error
+        # Before hours are spent.
         for name in (*plan.methods, *plan.without):
             method_named(name)
+        for relation in (relation for one in plan.data for relation in one.relations):
+            relation_named(relation)
+        for name in (name for one in plan.data for name in (one.data_format, one.test_format) if name):
+            format_named(name)
         return plan._with_files_from(path.parent)
 
     def _with_files_from(self, folder: Path) -> Comparison:
@@ -298,17 +304,10 @@ class StudyWorker:
         return self.comparing.out / "conditions" / unit.study
 
 
-def finished(comparing: Comparing) -> list[Path]:
-    """The folders of the studies whose records are there."""
-    folders = [comparing.folder(setting) for setting in comparing.settings.values()]
-
-    def is_whole(folder: Path) -> bool:
-        try:
-            return not StudyRecord.load(folder).to_come
-        except UserError:
-            return False
-
-    return [folder for folder in folders if is_whole(folder)]
+def finished(comparing: Comparing, schedule: Schedule) -> list[Path]:
+    """The folders of the studies whose records were written; records of earlier plans may lie beside them."""
+    done = {one.study for one in schedule.units.values() if one.step == "record" and schedule.is_done(one.id)}
+    return [comparing.folder(setting) for digest, setting in comparing.settings.items() if digest in done]
 
 
 def save_plan(comparing: Comparing) -> None:

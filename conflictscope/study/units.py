@@ -125,6 +125,10 @@ class Schedule:
         """Whether nothing is left to do."""
         return self.n_done == len(self.units)
 
+    def is_done(self, unit_id: str) -> bool:
+        """Whether a unit was done, and not given up."""
+        return unit_id in self._done and self.units[unit_id].study not in self.failed
+
     def add(self, units: Iterable[Unit]) -> None:
         """Take more units; those that were done before are done at once."""
         new = [unit for unit in units if unit.id not in self.units]

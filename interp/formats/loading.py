@@ -70,7 +70,7 @@ def load_dataset(
     Raises:
         UserError: If the format is not known, a file cannot be read, nothing is left, or a row is bad.
     """
-    reading = Reading(_paths(path), _known(format), on_error, seed, markup)
+    reading = Reading(_paths(path), format_named(format), on_error, seed, markup)
     examples = tuple(reading.examples())
     return Loaded(ConflictSet(format, examples), reading.skipped, reading.left_out)
 
@@ -100,12 +100,17 @@ def convert_dataset(
     paths = _paths(path)
     if same := [file for file in paths if Path(out).exists() and file.exists() and file.samefile(out)]:
         raise UserError(f"{out} is to be written, but {same[0]} is read from it; give another name to write to.")
-    reading = Reading(paths, _known(format), on_error, seed, markup)
+    reading = Reading(paths, format_named(format), on_error, seed, markup)
     written = write_examples(out, reading.examples())
     return Converted(written, reading.skipped, reading.left_out, reading.reasons)
 
 
-def _known(format: str) -> Format:
+def format_named(format: str) -> Format:
+    """The public format of this name.
+
+    Raises:
+        UserError: If there is none; the message lists those there are.
+    """
     if format not in FORMATS:
         raise UserError(f"The format {format!r} is not known; known are {', '.join(format_names())}.")
     return FORMATS[format]

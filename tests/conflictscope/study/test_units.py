@@ -145,7 +145,7 @@ def test_a_comparison_gives_the_records_of_its_studies_and_holds_one_model_at_a_
     order = [schedule.units[one.id] for one in serial(lambda: StudyWorker(comparing))(schedule)]
     assert not schedule.failed
     assert len(loads) == 2
-    assert len(finished(comparing)) == 4
+    assert len(finished(comparing, schedule)) == 4
     # A model's units come together, and a study's.
     assert len([unit for unit, before in zip(order[1:], order, strict=False) if unit.study != before.study]) == 3
     setting = next(iter(comparing.settings.values()))
@@ -197,7 +197,7 @@ def test_a_study_that_cannot_be_made_is_said_and_others_are_made(comparing: Comp
     list(serial(lambda: StudyWorker(one))(schedule))
     (reason,) = schedule.failed.values()
     assert "no.jsonl" in reason
-    assert len(finished(one)) == 1
+    assert len(finished(one, schedule)) == 1
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,8 @@ def test_a_study_that_cannot_be_made_is_said_and_others_are_made(comparing: Comp
         ),
         ({"data": [{"relations": ["capital"]}, {"relations": ["capital"]}]}, "data has capital twice"),
         ({"data": [{"data": "nowhere.jsonl"}]}, "nowhere.jsonl, the data of nowhere, is not there"),
+        ({"data": [{"relations": ["capitol"]}]}, "capitol"),
+        ({"data": [{"data": "plan.yaml", "data_format": "nqswap"}]}, "nqswap"),
         ({"methods": ["prunning"]}, "There is no method 'prunning'"),
         ({"seeds": ["one"]}, "seeds"),
         ({"budgets": 1}, "budgets: Extra inputs are not permitted"),
