@@ -58,6 +58,8 @@ class OtherContext(Prompting):
 class TwoStreamMethod(Method):
     """Decode with and without the context side by side, by the rules that compete."""
 
+    needs = "nothing"
+
     @abstractmethod
     def rules(self, towards: Direction) -> Iterable[tuple[Mapping[str, Any], DecodingRule]]:
         """The rules that compete, each with what tells it from the others."""

@@ -54,6 +54,7 @@ class Demonstrations(Method):
     """
 
     name: ClassVar[str] = "demonstrations"
+    needs = "nothing"
     counts: tuple[int, ...] = (1, 3, 6)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

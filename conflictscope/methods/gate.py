@@ -57,6 +57,7 @@ class Gate(Method):
     """
 
     name: ClassVar[str] = "gate"
+    needs = "learning"
     edits: tuple[Intervention, ...] | None = None
     towards: Direction | None = None
     keep: float = 0.95

@@ -62,6 +62,7 @@ class Instruction(Method):
     """
 
     name: ClassVar[str] = "instruction"
+    needs = "nothing"
     wordings: Mapping[Direction, Sequence[str]] = field(default_factory=lambda: WORDINGS, hash=False)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

@@ -24,6 +24,7 @@ class MeanAblation(HeadMethod):
     """Hold heads at their mean outputs."""
 
     name = "mean_ablation"
+    needs = "head_scores"
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """Each number of heads, with and without the strongest supporter strengthened, unless that is held itself."""

@@ -59,6 +59,7 @@ class Spare(Method):
     layers: tuple[int, ...] | None = None
 
     name = "spare"
+    needs = "autoencoders"
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """Each run of neighbouring autoencoders, with every share and every alpha.

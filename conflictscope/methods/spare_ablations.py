@@ -37,6 +37,7 @@ class SpareAblation(Method):
     of: Spare = field(default_factory=Spare)
 
     derived = True
+    needs = "autoencoders"
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """The one part of SpARE's best."""

@@ -10,7 +10,7 @@ import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from conflictscope.study.condition import Condition
 from interp.answers import Direction
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "conflictscope.methods"
 
+Needs = Literal["nothing", "head_scores", "states", "learning", "autoencoders", "unknown"]
+"""What a method needs before it can name candidates, the cheapest first: nothing; scores of all heads; states or
+activities that are recorded; learning or a search of its own; autoencoders of the model; not said."""
+NEEDS: tuple[Needs, ...] = get_args(Needs)
+
 
 class Method(ABC):
     """A way to move a model towards its memory or its context.
@@ -28,10 +33,12 @@ class Method(ABC):
     Attributes:
         name: Its name, as commands and records have it.
         derived: Whether it is an ablation of another method, which is not compared with others for the best.
+        needs: What it needs before it can name candidates, by which a search tries the cheapest methods first.
     """
 
     name: ClassVar[str]
     derived: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "unknown"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

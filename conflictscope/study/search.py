@@ -1,0 +1,231 @@
+"""Search for one edit: methods in order of what they need, their candidates by successive halving on dev.
+
+1. Methods make tiers by their ``needs``, the cheapest first. All candidates of a tier compete together; of a tier whose
+   methods learn or search themselves each method is a step of its own.
+2. Candidates are asked a quarter of dev's conflict prompts, and all that they should leave alone; the better half is
+   asked half of the prompts, and the better half of these all of them (successive halving: Jamieson & Talwalkar 2016).
+   No part has fewer than 16 prompts, so that a small dev is asked as a whole.
+3. What leaves the budget of damage is moved back on its line from the unedited model before it is compared. It is taken
+   to have no higher rate then, so that what is behind already need not be moved.
+4. A step's best takes the place of the best so far if its rate is higher by more than one standard error, paired by
+   subject: of two that dev cannot tell apart the cheaper one stays.
+5. The search ends where the goal is reached, less one standard error; where, without a goal, a tier is no better than
+   the edit that a cheaper one found; or where time is up. Then nothing new is begun, and the best of what was measured
+   is measured whole.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from conflictscope.study.choice import Dev, Tried, as_good_as_the_best, moved_back, tried
+from conflictscope.study.condition import Condition
+from conflictscope.study.lab import Lab
+from conflictscope.study.method import NEEDS, Method
+from conflictscope.study.record import UNEDITED
+from interp.answers import Direction
+from interp.errors import UserError
+from interp.progress import tracked
+from interp.statistics import bootstrap_means
+
+_SHARES, _LEAST = (4, 2), 16
+_DEAR = NEEDS.index("learning")
+_TIME, _GOAL, _ALL = "Time was up.", "The goal was reached on dev.", "All methods were tried."
+_NO_BETTER = "Dearer methods were no better than what a cheaper one had found."
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        best: The edit that was chosen, measured on all of dev; where none is better than the unedited model by more
+            than one standard error, the one with the highest rate; ``None`` where nothing stays within the budget.
+        whole: All that was measured on all of dev.
+        unedited: The unedited model on dev.
+        candidates: How many candidates were measured.
+        stopped: Why the search ended, as a sentence.
+        not_run: Methods that cannot run, or have nothing that is allowed, with the reason.
+        not_tried: Methods that the search ended before, or some of whose candidates it did not measure, likewise.
+    """
+
+    best: Tried | None
+    whole: tuple[Tried, ...]
+    unedited: Tried
+    candidates: int
+    stopped: str
+    not_run: dict[str, str]
+    not_tried: dict[str, str]
+
+    def to_record(self) -> dict[str, Any]:
+        """What a study's record says of it, besides what it chose."""
+        return {name: getattr(self, name) for name in ("candidates", "stopped", "not_run", "not_tried")}
+
+
+@dataclass
+class Search:
+    """A search for one edit towards a source.
+
+    Attributes:
+        lab: The lab.
+        towards: The source that is wanted.
+        allowed: Which conditions may be chosen.
+        goal: The rate of that source that is enough; ``None`` wants as much as there is.
+        is_over: Whether time is up.
+        told: Takes a sentence about what was found.
+    """
+
+    lab: Lab
+    towards: Direction
+    allowed: Callable[[Condition], bool] = lambda _: True
+    goal: float | None = None
+    is_over: Callable[[], bool] = lambda: False
+    told: Callable[[str], None] = lambda _: None
+    _whole: list[Tried] = field(default_factory=list)
+    _candidates: int = 0
+    _not_run: dict[str, str] = field(default_factory=dict)
+    _not_tried: dict[str, str] = field(default_factory=dict)
+
+    def run(self, methods: Sequence[Method]) -> Found:
+        """Try methods until more will not help; of equally dear ones the order is kept."""
+        best, stopped = self.unedited, ""
+        closest: list[Tried] = []
+        for tier in tiers_of(methods):
+            before, found = best, []
+            for step in tier:
+                stopped = stopped or self._ended(best)
+                if stopped:
+                    self._not_tried |= dict.fromkeys((method.name for method in step), stopped)
+                elif (one := self.halved(self._pool(step))) is not None:
+                    found.append(one)
+                    best = one if self._is_better(one, best) else best
+                    self._tell(step, one)
+            closest += found
+            if found and best is before is not self.unedited and self.goal is None:
+                stopped = stopped or _NO_BETTER
+        if best is self.unedited:
+            best = min(closest, key=self._order, default=None)
+        stopped = stopped or (self._ended(best) if best else "") or _ALL
+        whole = tuple(self._whole)
+        return Found(best, whole, self.unedited, self._candidates, stopped, self._not_run, self._not_tried)
+
+    @cached_property
+    def pieces(self) -> list[Dev]:
+        """Dev in the pieces that candidates are asked one after the other."""
+        return self.lab.dev.pieces(ends_of(len(self.lab.dev.conflicts)))
+
+    @cached_property
+    def unedited(self) -> Tried:
+        """The unedited model on all of dev."""
+        return tried(self.lab, Condition(UNEDITED), self.pieces)
+
+    def halved(self, conditions: Sequence[Condition]) -> Tried | None:
+        """The best of conditions within the budget, by successive halving; ``None`` if nothing stays within it."""
+        kept: list[Tried] = []
+        last = len(self.pieces)
+        self._candidates += len(conditions)
+        for rung in range(1, last + 1):
+            # When time is up, what is best by then is still measured whole.
+            tries = self._measured(conditions, rung, least=int(rung > 1))
+            keep = 1 if rung == last or self.is_over() else math.ceil(len(tries) / 2)
+            kept = self._within(tries, keep) if rung == 1 else sorted(tries, key=self._order)[:keep]
+            conditions = [one.condition for one in kept]
+            if rung == last:
+                self._whole += [*tries, *(one for one in kept if one not in tries)]
+        return kept[0] if kept else None
+
+    def _pool(self, step: Sequence[Method]) -> list[Condition]:
+        """The candidates of some methods that are allowed, each once whatever it is called."""
+        pool: dict[str | None, Condition] = {}
+        for method in step:
+            if self.is_over():
+                self._not_tried[method.name] = _TIME
+                continue
+            try:
+                candidates = self.lab.candidates(method, self.towards)
+            except UserError as error:
+                self._not_run[method.name] = str(error)
+                continue
+            fitting = [condition for condition in candidates if self.allowed(condition)]
+            if not fitting:
+                self._not_run[method.name] = f"None of its {len(candidates)} candidates is of a kind that is allowed."
+            for condition in fitting:
+                pool.setdefault(condition.digest, condition)
+        return list(pool.values())
+
+    def _measured(self, conditions: Sequence[Condition], rung: int, *, least: int) -> list[Tried]:
+        """Conditions on the first pieces of dev; when time is up only those before, and so many at least."""
+        found: list[Tried] = []
+        label = f"On dev, part {rung} of {len(self.pieces)}" if len(conditions) > 1 else None
+        for condition in tracked(conditions, label):
+            if self.is_over() and len(found) >= least:
+                break
+            found.append(tried(self.lab, condition, self.pieces[:rung]))
+        left = conditions[len(found) :]
+        self._candidates -= len(left) if rung == 1 else 0
+        for name, count in Counter(condition.method for condition in left).items():
+            self._not_tried[name] = f"{_TIME} {count} of its candidates were not measured, or not on all of dev."
+        return found
+
+    def _within(self, tries: Sequence[Tried], keep: int) -> list[Tried]:
+        """The best so many within the budget; what leaves it is moved back when its turn comes."""
+        queue, kept = sorted(tries, key=self._order), []
+        while queue and len(kept) < keep:
+            one = queue.pop(0)
+            if one.spent(self.lab.budgets) <= 1:
+                kept.append(one)
+            elif (moved := moved_back(self.lab, one, self.pieces[:1])) is not None:
+                insort(queue, moved, key=self._order)
+        return kept
+
+    def _order(self, one: Tried) -> tuple[float, float]:
+        """Higher rates first; of equal ones what damages less."""
+        return -one.rate(self.towards), one.spent(self.lab.budgets)
+
+    def _is_better(self, one: Tried, other: Tried) -> bool:
+        """Whether the rate of one is higher by more than one standard error, paired by subject."""
+        subjects = [example.subject for example in self.lab.dev.conflicts]
+        return as_good_as_the_best([other, one], self.towards, subjects) == [1]
+
+    def _ended(self, best: Tried) -> str:
+        """Why the search ends now; nothing if it does not."""
+        if self.goal is not None and best is not self.unedited:
+            hits = np.array([usage == self.towards for usage in best.usages], dtype=float)
+            subjects = [example.subject for example in self.lab.dev.conflicts]
+            if hits.mean() - bootstrap_means(hits, subjects).std() >= self.goal:
+                return _GOAL
+        return _TIME if self.is_over() else ""
+
+    def _tell(self, step: Sequence[Method], one: Tried) -> None:
+        names = ", ".join(method.name.replace("_", " ") for method in step)
+        rates = f"{one.rate(self.towards):.0%} of dev's answers start with {self.towards}'s"
+        was = f"{self.unedited.rate(self.towards):.0%} unedited"
+        self.told(f"Tried {names}: within the budget best is {one.condition.name}: {rates}, {was}.")
+
+
+def ends_of(count: int) -> list[int]:
+    """How many of dev's conflict prompts are asked after each round: a quarter, half, all, and never too few to tell.
+
+    Args:
+        count: How many there are.
+    """
+    return [*(count // share for share in _SHARES if count // share >= _LEAST), count]
+
+
+def tiers_of(methods: Sequence[Method]) -> list[list[list[Method]]]:
+    """Methods in tiers by what they need, the cheapest first, each tier as steps: what is tried together.
+
+    Args:
+        methods: The methods; of equally dear ones the order is kept.
+    """
+    order = sorted(methods, key=lambda method: NEEDS.index(method.needs))
+    tiers = [(needs, list(members)) for needs, members in groupby(order, key=lambda method: method.needs)]
+    return [[[m] for m in tier] if NEEDS.index(needs) >= _DEAR else [tier] for needs, tier in tiers]
