@@ -51,8 +51,9 @@ class StudyOptions(Asked):
         default: tuple[str, ...] = (DEFAULT_RELATION,),
         saes: Callable[[], Any] | None = None,
         tested_elsewhere: bool = False,
+        model: Any = None,
     ) -> Lab:
-        """Load the model, and get its prompts about some relations or from a file.
+        """Load the model, unless it is given, and get its prompts about some relations or from a file.
 
         Raises:
             UserError: If options do not go together, or the model knows too little.
@@ -65,7 +66,7 @@ class StudyOptions(Asked):
         from interp.fingerprints import fingerprint
         from interp.records import Records
 
-        model = self.load()
+        model = self.load() if model is None else model
         records = Records(out / "records", model=fingerprint(model))
         if self.data is None:
             prompts = fact_prompts(

@@ -123,7 +123,9 @@ class Dev:
     ) -> None:
         self.model = model
         self.conflicts = list(conflicts)
-        self.guards = {kind: list(some) for kind, some in guards.items() if some}
+        self.guards: dict[ContextKind, list[ConflictExample]] = {
+            kind: list(some) for kind, some in guards.items() if some
+        }
         self.texts = list(texts)
         self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
         self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts, *rounding(model)]
@@ -149,7 +151,7 @@ class Dev:
                 "Dev has no conflict prompt whose two answers start with different tokens; give other data."
             )
         kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
-        guards = {
+        guards: dict[ContextKind, Sequence[ConflictExample]] = {
             kind: evenly(examples.select(kind=kind), _FEW_GUARDS if few else _GUARDS[kind], seed) for kind in kinds
         }
         return cls(model, conflicts, guards, texts)
