@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,8 +143,8 @@ class Search:
         return kept[0] if kept else None
 
     def _pool(self, step: Sequence[Method]) -> list[Condition]:
-        """The candidates of some methods that are allowed, each once whatever it is called."""
-        pool: dict[str | None, Condition] = {}
+        """The candidates of some methods that are allowed, of methods in turn, each once whatever it is called."""
+        found: list[list[Condition]] = []
         for method in step:
             if self.is_over():
                 self._not_tried[method.name] = _TIME
@@ -157,9 +157,10 @@ class Search:
             fitting = [condition for condition in candidates if self.allowed(condition)]
             if not fitting:
                 self._not_run[method.name] = f"None of its {len(candidates)} candidates is of a kind that is allowed."
-            for condition in fitting:
-                pool.setdefault(condition.digest, condition)
-        return list(pool.values())
+            found.append(fitting)
+        # In turn, so that each method has had its first ones when time is up.
+        turns = (condition for turn in zip_longest(*found) for condition in turn if condition is not None)
+        return list({condition.digest: condition for condition in reversed(list(turns))}.values())[::-1]
 
     def _measured(self, conditions: Sequence[Condition], rung: int, *, least: int) -> list[Tried]:
         """Conditions on the first pieces of dev; when time is up only those before, and so many at least."""
