@@ -97,6 +97,9 @@ class Tuning:
         allow: The kinds in one of which the edit is to be served.
         clock: The time that may be spent.
         told: Takes a sentence about what was found, at every stage.
+
+    Raises:
+        UserError: If the goal is a rate of the other source.
     """
 
     towards: Direction
@@ -107,15 +110,16 @@ class Tuning:
     clock: Clock = field(default_factory=lambda: Clock(float("inf")))
     told: Callable[[str], None] = lambda _: None
 
+    def __post_init__(self) -> None:
+        if self.goal is not None and self.goal.source != self.towards:
+            raise UserError(f"The goal is a rate of {self.goal.source}; give --towards {self.goal.source} with it.")
+
     def run(self, lab: Lab, methods: Sequence[Method]) -> Tuned:
         """Measure, search, verify and write; finished steps are kept, so that what was killed goes on.
 
         Raises:
-            UserError: If the goal is a rate of the other source, or the data is too little or asked so that dev cannot
-                choose.
+            UserError: If the data is too little, or asked so that dev cannot choose.
         """
-        if self.goal is not None and self.goal.source != self.towards:
-            raise UserError(f"The goal is a rate of {self.goal.source}; give --towards {self.goal.source} with it.")
         (self.out / EDIT).unlink(missing_ok=True)
         before = self._unedited(lab)
         follow = f"unedited, {written(before)} of the answers follow {SOURCES[self.towards]}"

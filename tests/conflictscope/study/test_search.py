@@ -189,7 +189,8 @@ def test_a_method_that_says_nothing_goes_last() -> None:
 
 def test_the_search_ends_where_a_dearer_tier_is_no_better(made: Callable[[int], Made]) -> None:
     world = made(40)
-    cheap, dearer = (Named(n, w, [some(n, 0.6, 40)]) for n, w in (("cheap", "nothing"), ("dearer", "head_scores")))
+    cheap = Named("cheap", "nothing", [some("cheap", 0.6, 40)])
+    dearer = Named("dearer", "head_scores", [some("dearer", 0.6, 40)])
     dearest = Named("dearest", "learning", [some("dearest", 1.0, 40)])
     found = Search(world.lab, "context").run([dearest, dearer, cheap])
     assert found.best is not None
@@ -232,7 +233,8 @@ def test_the_search_ends_where_the_goal_is_reached_less_a_standard_error(
 
 def test_what_a_goal_still_lacks_is_looked_for_further(made: Callable[[int], Made]) -> None:
     world = made(40)
-    same = [Named(n, w, [some(n, 0.5, 40)]) for n, w in (("a", "nothing"), ("b", "head_scores"), ("c", "learning"))]
+    kinds: list[Needs] = ["nothing", "head_scores", "learning"]
+    same = [Named(needs, needs, [some(needs, 0.5, 40)]) for needs in kinds]
     assert Search(world.lab, "context", goal=0.9).run(same).stopped == "All methods were tried."
 
 

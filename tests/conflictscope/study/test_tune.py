@@ -54,11 +54,21 @@ class Edits(Method):
         return [Condition("random_heads", chosen.towards, {}, (IDLE,), control_of=chosen.method)]
 
 
+class Untouched(Edits):
+    """Fails where it is tried."""
+
+    needs = "head_scores"
+
+    def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
+        pytest.fail("nothing is to be tried")
+
+
 @pytest.fixture(scope="module")
 def saying_lima(tiny_llama: Any) -> Steering:
     """Makes the tiny model answer Lima, whatever it is asked."""
     (token,) = tiny_llama.tokenizer(" Lima", add_special_tokens=False).input_ids
-    rows = Anatomy(tiny_llama).model.get_output_embeddings().weight.detach()
+    network: Any = Anatomy(tiny_llama).model
+    rows = network.get_output_embeddings().weight.detach()
     return Steering(2, 1000 * (rows[token] - rows.mean(0)), 1.0, "all")
 
 
@@ -98,7 +108,7 @@ def test_the_edit_that_helps_is_verified_written_and_told(lab: Lab, saying_lima:
     out = lab.records.folder.parent
     found = tuning(lab, goal=Goal("context", 0.7)).run(lab, [Edits(IDLE, saying_lima)])
     assert found.file == out / EDIT
-    (edit,) = InterventionFile.load(found.file).build()
+    (edit,) = InterventionFile.load(out / EDIT).build()
     assert isinstance(edit, Steering)
     assert torch.equal(edit.vector, saying_lima.vector)
     assert found.exports == {
@@ -143,9 +153,7 @@ def test_where_nothing_stays_within_the_budget_nothing_is_measured_on_test(lab: 
 
 
 def test_where_the_goal_holds_already_nothing_is_written(lab: Lab) -> None:
-    method = Edits(IDLE)
-    method.candidates = lambda *_: pytest.fail("nothing is to be tried")
-    (sentence,) = tuning(lab, towards="memory", goal=Goal("memory", 0.1)).run(lab, [method]).sentences
+    (sentence,) = tuning(lab, towards="memory", goal=Goal("memory", 0.1)).run(lab, [Untouched()]).sentences
     assert sentence.startswith("No edit is needed: unedited,")
     assert not (lab.records.folder.parent / RECORD).exists()
 
@@ -174,9 +182,7 @@ def test_what_was_killed_goes_on_and_measures_nothing_twice(
 
 def test_when_time_is_up_nothing_is_begun(lab: Lab) -> None:
     told: list[str] = []
-    method = Edits(IDLE)
-    method.candidates = lambda *_: pytest.fail("nothing is to be tried")
-    found = tuning(lab, clock=Clock(0.0), told=told.append).run(lab, [method])
+    found = tuning(lab, clock=Clock(0.0), told=told.append).run(lab, [Untouched()])
     assert found.record is None
     assert "Time was up." in told
 
@@ -205,10 +211,8 @@ def test_only_what_can_be_served_is_found(lab: Lab, saying_lima: Steering) -> No
 
 
 def test_what_edits_activations_is_not_even_prepared_where_words_alone_are_allowed(lab: Lab) -> None:
-    method = Edits(IDLE)
-    method.needs, told = "head_scores", []  # pyright: ignore[reportAttributeAccessIssue]
-    method.candidates = lambda *_: pytest.fail("nothing is to be prepared")
-    tuning(lab, allow=("prompt",), told=told.append).run(lab, [method])
+    told: list[str] = []
+    tuning(lab, allow=("prompt",), told=told.append).run(lab, [Untouched()])
     assert "Not tried: edits: It edits activations, which is not allowed." in told
 
 
