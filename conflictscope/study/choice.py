@@ -157,15 +157,16 @@ class Dev:
         return cls(model, conflicts, guards, texts)
 
     def pieces(self, ends: Sequence[int]) -> list[Dev]:
-        """Cut the conflict prompts at some ends; all guards and texts go with the first piece.
+        """Take guards and texts alone, and cut the conflict prompts at some ends.
 
         Args:
-            ends: How many conflict prompts the first piece has, the first two together, and so on to all.
+            ends: How many conflict prompts the first cut has, the first two together, and so on to all.
+
+        Returns:
+            The guards with the texts, then the conflict prompts cut by cut.
         """
-        if len(ends) == 1:
-            return [self]
-        first, *more = (self.conflicts[start:end] for start, end in pairwise((0, *ends)))
-        return [Dev(self.model, first, self.guards, self.texts), *(Dev(self.model, part, {}, ()) for part in more)]
+        cuts = [self.conflicts[start:end] for start, end in pairwise((0, *ends))]
+        return [Dev(self.model, (), self.guards, self.texts), *(Dev(self.model, cut, {}, ()) for cut in cuts)]
 
     def measure(self, condition: Condition) -> dict[str, Any]:
         """What ``Tried`` holds of a condition besides itself, as JSON."""
@@ -242,7 +243,7 @@ def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:
     Args:
         lab: The lab.
         condition: The condition.
-        pieces: The first pieces of dev, where not all of it is to be asked.
+        pieces: Pieces of dev, where not all of it is to be asked.
     """
 
     def measured(dev: Dev) -> dict[str, Any]:
@@ -250,9 +251,10 @@ def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:
         basis = [dev.digest, condition.digest]
         return lab.records.json("dev", basis, lambda: dev.measure(condition), version=version)
 
-    first, *more = map(measured, pieces or (lab.dev,))
-    usages = [*first["usages"], *(usage for found in more for usage in found["usages"])]
-    return Tried(condition, tuple(usages), first["damage"], first["right"])
+    found = [measured(dev) for dev in pieces or (lab.dev,)]
+    usages = tuple(usage for part in found for usage in part["usages"])
+    damage, right = ({k: v for part in found for k, v in part[about].items()} for about in ("damage", "right"))
+    return Tried(condition, usages, damage, right)
 
 
 def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, within_budget: bool = True) -> Chosen:

@@ -2,11 +2,12 @@
 
 1. Methods make tiers by their ``needs``, the cheapest first. All candidates of a tier compete together; of a tier whose
    methods learn or search themselves each method is a step of its own.
-2. Candidates are asked a quarter of dev's conflict prompts, and all that they should leave alone; the better half is
-   asked half of the prompts, and the better half of these all of them (successive halving: Jamieson & Talwalkar 2016).
-   No part has fewer than 16 prompts, so that a small dev is asked as a whole.
-3. What leaves the budget of damage is moved back on its line from the unedited model before it is compared. It is taken
-   to have no higher rate then, so that what is behind already need not be moved.
+2. Candidates are asked a quarter of dev's conflict prompts; the better half is asked half of them, and the better half
+   of these all (successive halving: Jamieson & Talwalkar 2016). No part has fewer than 16 prompts, so that a small dev
+   is asked as a whole.
+3. After the first part candidates are asked, from the best on and until half are found that fit, what they should leave
+   alone. What leaves the budget of damage is moved back on its line from the unedited model, and compared anew. It is
+   taken to have no higher rate then, so that what is behind already need be neither asked nor moved.
 4. A step's best takes the place of the best so far if its rate is higher by more than one standard error, paired by
    subject: of two that dev cannot tell apart the cheaper one stays.
 5. The search ends where the goal is reached, less one standard error; where, without a goal, a tier is no better than
@@ -17,11 +18,11 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Found(NamedTuple):
     Attributes:
         best: The edit that was chosen, measured on all of dev; where none is better than the unedited model by more
             than one standard error, the one with the highest rate; ``None`` where nothing stays within the budget.
-        whole: All that was measured on all of dev.
+        whole: All that was measured on all of dev, guards too.
         unedited: The unedited model on dev.
         candidates: How many candidates were measured.
         stopped: Why the search ended, as a sentence.
@@ -112,14 +113,14 @@ class Search:
             if found and best is before is not self.unedited and self.goal is None:
                 stopped = stopped or _NO_BETTER
         if best is self.unedited:
-            best = min(closest, key=self._order, default=None)
+            best = max(closest, key=lambda one: one.rate(self.towards), default=None)
         stopped = stopped or (self._ended(best) if best else "") or _ALL
         whole = tuple(self._whole)
         return Found(best, whole, self.unedited, self._candidates, stopped, self._not_run, self._not_tried)
 
     @cached_property
     def pieces(self) -> list[Dev]:
-        """Dev in the pieces that candidates are asked one after the other."""
+        """Dev's guards, and its conflict prompts in the parts that candidates are asked one after the other."""
         return self.lab.dev.pieces(ends_of(len(self.lab.dev.conflicts)))
 
     @cached_property
@@ -129,17 +130,19 @@ class Search:
 
     def halved(self, conditions: Sequence[Condition]) -> Tried | None:
         """The best of conditions within the budget, by successive halving; ``None`` if nothing stays within it."""
-        kept: list[Tried] = []
-        last = len(self.pieces)
+        last = len(self.pieces) - 1
         self._candidates += len(conditions)
+        kept: list[Tried] = []
         for rung in range(1, last + 1):
             # When time is up, what is best by then is still measured whole.
-            tries = self._measured(conditions, rung, least=int(rung > 1))
+            tries = self._measured(conditions, rung)
             keep = 1 if rung == last or self.is_over() else math.ceil(len(tries) / 2)
-            kept = self._within(tries, keep) if rung == 1 else sorted(tries, key=self._order)[:keep]
+            if rung == 1:
+                kept, guarded = self._within(tries, keep)
+            else:
+                kept, guarded = sorted(tries, key=lambda one: -one.rate(self.towards))[:keep], tries
+            self._whole += guarded if rung == last else []
             conditions = [one.condition for one in kept]
-            if rung == last:
-                self._whole += [*tries, *(one for one in kept if one not in tries)]
         return kept[0] if kept else None
 
     def _pool(self, step: Sequence[Method]) -> list[Condition]:
@@ -162,34 +165,38 @@ class Search:
         turns = (condition for turn in zip_longest(*found) for condition in turn if condition is not None)
         return list({condition.digest: condition for condition in reversed(list(turns))}.values())[::-1]
 
-    def _measured(self, conditions: Sequence[Condition], rung: int, *, least: int) -> list[Tried]:
-        """Conditions on the first pieces of dev; when time is up only those before, and so many at least."""
+    def _measured(self, conditions: Sequence[Condition], rung: int) -> list[Tried]:
+        """Conditions on the first parts of dev, after the first one with guards; when time is up only those before."""
         found: list[Tried] = []
-        label = f"On dev, part {rung} of {len(self.pieces)}" if len(conditions) > 1 else None
+        label = f"On dev, part {rung} of {len(self.pieces) - 1}" if len(conditions) > 1 else None
         for condition in tracked(conditions, label):
-            if self.is_over() and len(found) >= least:
+            if self.is_over() and (found or rung == 1):
                 break
-            found.append(tried(self.lab, condition, self.pieces[:rung]))
+            found.append(tried(self.lab, condition, self.pieces[int(rung == 1) : rung + 1]))
         left = conditions[len(found) :]
         self._candidates -= len(left) if rung == 1 else 0
         for name, count in Counter(condition.method for condition in left).items():
             self._not_tried[name] = f"{_TIME} {count} of its candidates were not measured, or not on all of dev."
         return found
 
-    def _within(self, tries: Sequence[Tried], keep: int) -> list[Tried]:
-        """The best so many within the budget; what leaves it is moved back when its turn comes."""
-        queue, kept = sorted(tries, key=self._order), []
+    def _within(self, tries: Sequence[Tried], keep: int) -> tuple[list[Tried], list[Tried]]:
+        """The best so many within the budget, on the first part of dev, and all that were asked guards too."""
+        first = self.pieces[:2]
+        queue = [(-one.rate(self.towards), number, one, False) for number, one in enumerate(tries)]
+        heapify(queue)
+        kept, guarded = [], []
         while queue and len(kept) < keep:
-            one = queue.pop(0)
+            _, number, one, fits = heappop(queue)
+            if not fits:
+                one = tried(self.lab, one.condition, first)
+                guarded.append(one)
             if one.spent(self.lab.budgets) <= 1:
                 kept.append(one)
-            elif (moved := moved_back(self.lab, one, self.pieces[:1])) is not None:
-                insort(queue, moved, key=self._order)
-        return kept
-
-    def _order(self, one: Tried) -> tuple[float, float]:
-        """Higher rates first; of equal ones what damages less."""
-        return -one.rate(self.towards), one.spent(self.lab.budgets)
+            elif (moved := moved_back(self.lab, one, first[:1])) is not None:
+                moved = tried(self.lab, moved.condition, first)
+                guarded.append(moved)
+                heappush(queue, (-moved.rate(self.towards), number, moved, True))
+        return kept, guarded
 
     def _is_better(self, one: Tried, other: Tried) -> bool:
         """Whether the rate of one is higher by more than one standard error, paired by subject."""

@@ -30,6 +30,7 @@ from conflictscope.study.verdict import SOURCES, Goal, helps, sentences_of
 from conflictscope.tables import written
 from interp.answers import Direction
 from interp.errors import UserError
+from interp.evaluation import ANSWERS_VERSION
 from interventions.config import InterventionFile
 from interventions.export.forms import forms_of
 
@@ -140,11 +141,17 @@ class Tuning:
         return self._verified(lab, next(m for m in methods if m.name == found.best.condition.method), found)
 
     def _unedited(self, lab: Lab) -> dict[str, Any]:
-        """The unedited model's rate on test; notes how long measuring an edit there will take."""
-        begun = self.clock.spent
-        report = measure(lab, Condition(UNEDITED)).report
+        """The unedited model's rate on test; keeps time for measuring an edit there."""
+
+        def seconds() -> float:
+            begun = self.clock.spent
+            measure(lab, Condition(UNEDITED))
+            return self.clock.spent - begun
+
+        taken = lab.records.json("unedited_seconds", lab.asked.digest, seconds, version=ANSWERS_VERSION)
         # The edit and its controls are asked as much, some of them twice.
-        self.clock.reserved = min(_ON_TEST * (self.clock.spent - begun), self.clock.seconds / 2)
+        self.clock.reserved = min(_ON_TEST * taken, self.clock.seconds / 2)
+        report = measure(lab, Condition(UNEDITED)).report
         return report.select(kind="conflict").rate(self.towards).to_record()
 
     def _search(self, lab: Lab, methods: Sequence[Method]) -> Found:

@@ -79,7 +79,7 @@ class Made:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
         self.n = n
         self.measured: list[tuple[str | None, int]] = []
-        pieces = [SimpleNamespace(count=end) for end in ends_of(n)]
+        pieces = [SimpleNamespace(count=end) for end in (0, *ends_of(n))]
         examples = [SimpleNamespace(subject=str(i)) for i in range(n)]
         dev = SimpleNamespace(conflicts=examples, pieces=lambda _: pieces)
         self.lab: Any = SimpleNamespace(
@@ -90,11 +90,11 @@ class Made:
 
     def tried(self, lab: Any, condition: Condition, pieces: Sequence[Any] = ()) -> Tried:
         assert lab is self.lab
-        count = pieces[-1].count
+        count, is_guarded = pieces[-1].count, pieces[0].count == 0
         self.measured.append((condition.digest, count))
         numbers = condition.numbers if isinstance(condition, MadeUp) else Numbers((False,) * self.n)
         usages = tuple("context" if hit else "memory" for hit in numbers.kept[:count])
-        return Tried(condition, usages, {"none": numbers.spent * numbers.way**2}, {})
+        return Tried(condition, usages, {"none": numbers.spent * numbers.way**2} if is_guarded else {}, {})
 
 
 @pytest.fixture
@@ -137,14 +137,13 @@ def test_halving_keeps_what_sorting_everything_that_was_moved_back_keeps(
         spent = condition.numbers.spent
         return condition if spent <= 1 else condition.scaled(0.97 / math.sqrt(spent))
 
-    def rate(condition: Condition, count: int) -> tuple[float, float]:
+    def rate(condition: Condition, count: int) -> float:
         assert isinstance(condition, MadeUp)
-        numbers = condition.numbers
-        return -sum(numbers.kept[:count]) / count, numbers.spent * numbers.way**2
+        return sum(condition.numbers.kept[:count]) / count
 
     left: list[Condition] = [fits(condition) for condition in pool]
     for count, keep in ((16, 6), (32, 3), (64, 1)):
-        left = sorted(left, key=lambda condition: rate(condition, count))[:keep]
+        left = sorted(left, key=lambda condition: -rate(condition, count))[:keep]
     assert found is not None
     assert found.condition.digest == left[0].digest
     assert len(found.usages) == 64
@@ -153,13 +152,14 @@ def test_halving_keeps_what_sorting_everything_that_was_moved_back_keeps(
     assert of_part[64] <= of_part[32] <= of_part[16]
 
 
-def test_what_is_behind_already_is_not_moved_back(made: Callable[[int], Made]) -> None:
+def test_what_is_behind_already_is_asked_no_guards_and_not_moved_back(made: Callable[[int], Made]) -> None:
     world = made(12)
     good, poor = some("good", 0.9, 12), [some(f"poor{i}", 0.1, 12, spent=9) for i in range(5)]
     found = Search(world.lab, "context").halved([*poor, good])
     assert found is not None
     assert found.condition is good
-    assert len(world.measured) == 6
+    assert found.damage == {"none": 0.0}
+    assert len(world.measured) == 6 + 1
 
 
 def test_what_never_fits_is_dropped(made: Callable[[int], Made]) -> None:

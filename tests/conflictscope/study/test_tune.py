@@ -161,7 +161,7 @@ def test_where_the_goal_holds_already_nothing_is_written(lab: Lab) -> None:
 def test_what_was_killed_goes_on_and_measures_nothing_twice(
     tiny_llama: Any, lab: Lab, saying_lima: Steering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, left = Edits(IDLE, saying_lima), 2
+    method, left = Edits(IDLE, saying_lima), 3
     measured: list[Any] = []
     whole = Dev.measure
 
@@ -177,7 +177,7 @@ def test_what_was_killed_goes_on_and_measures_nothing_twice(
     left = 1000
     found = tuning(lab).run(tuned_lab(tiny_llama, lab.records.folder.parent), [method])
     assert found.file is not None
-    assert len(measured) == len({str(one) for one in measured}) == 3
+    assert len(measured) == len({str(one) for one in measured}) == 5
 
 
 def test_when_time_is_up_nothing_is_begun(lab: Lab) -> None:
