@@ -27,7 +27,7 @@ class GreedyPruning(HeadMethod):
     """Prune the heads that greedy selection removes first."""
 
     name = "greedy_pruning"
-    needs = "learning"
+    needs = "search"
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """Each number of heads, up to those whose removal helped.

@@ -46,7 +46,7 @@ class JudgeHeads(Method):
     """
 
     name: ClassVar[str] = "juice"
-    needs = "head_scores"
+    needs = "search"
     up: tuple[float, ...] = (1.0, 5.0)
     down: tuple[float, ...] = (-1.0, -2.0)
     counts: tuple[int, ...] = (2, 5)

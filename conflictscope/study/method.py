@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "conflictscope.methods"
 
-Needs = Literal["nothing", "head_scores", "states", "learning", "autoencoders", "unknown"]
+Needs = Literal["nothing", "head_scores", "states", "learning", "search", "autoencoders", "unknown"]
 """What a method needs before it can name candidates, the cheapest first: nothing; scores of all heads; states or
-activities that are recorded; learning or a search of its own; autoencoders of the model; not said."""
+activities that are recorded; learning; trying all heads one by one; autoencoders of the model; not said."""
 NEEDS: tuple[Needs, ...] = get_args(Needs)
 
 
