@@ -129,8 +129,10 @@ class Tuning:
             return Tuned((f"No edit is needed: {follow}, so that {self.goal.met_by(before)}.",))
         found = self._search(lab, methods)
         self.told(found.stopped)
-        for method, reason in {**found.not_run, **found.not_tried}.items():
-            self.told(f"Not tried: {method.replace('_', ' ')}: {reason}")
+        reasons = {**found.not_run, **found.not_tried}
+        for reason in dict.fromkeys(reasons.values()):
+            names = ", ".join(name.replace("_", " ") for name in reasons if reasons[name] == reason)
+            self.told(f"Not tried: {names}. {reason}")
         if found.best is None:
             return Tuned(
                 (

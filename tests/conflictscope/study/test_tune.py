@@ -213,7 +213,7 @@ def test_only_what_can_be_served_is_found(lab: Lab, saying_lima: Steering) -> No
 def test_what_edits_activations_is_not_even_prepared_where_words_alone_are_allowed(lab: Lab) -> None:
     told: list[str] = []
     tuning(lab, allow=("prompt",), told=told.append).run(lab, [Untouched()])
-    assert "Not tried: edits: It edits activations, which is not allowed." in told
+    assert "Not tried: edits. It edits activations, which is not allowed." in told
 
 
 def test_dev_that_cannot_choose_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
