@@ -33,6 +33,7 @@ from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import NEEDS, Method
 from conflictscope.study.record import UNEDITED
+from conflictscope.study.verdict import SOURCES
 from interp.answers import Direction
 from interp.errors import UserError
 from interp.progress import tracked
@@ -105,10 +106,12 @@ class Search:
                 stopped = stopped or self._ended(best)
                 if stopped:
                     self._not_tried |= dict.fromkeys((method.name for method in step), stopped)
-                elif (one := self.halved(self._pool(step))) is not None:
+                    continue
+                one = self.halved(self._pool(step))
+                self._tell(step, one)
+                if one is not None:
                     found.append(one)
                     best = one if self._is_better(one, best) else best
-                    self._tell(step, one)
             closest += found
             if found and best is before is not self.unedited and self.goal is None:
                 stopped = stopped or _NO_BETTER
@@ -212,11 +215,17 @@ class Search:
                 return _GOAL
         return _TIME if self.is_over() else ""
 
-    def _tell(self, step: Sequence[Method], one: Tried) -> None:
-        names = ", ".join(method.name.replace("_", " ") for method in step)
-        rates = f"{one.rate(self.towards):.0%} of dev's answers start with {self.towards}'s"
-        was = f"{self.unedited.rate(self.towards):.0%} unedited"
-        self.told(f"Tried {names}: within the budget best is {one.condition.name}: {rates}, {was}.")
+    def _tell(self, step: Sequence[Method], one: Tried | None) -> None:
+        """Say what came of the methods of a step that were measured."""
+        measured = [m for m in step if m.name not in self._not_run and self._not_tried.get(m.name) != _TIME]
+        if not measured:
+            return
+        found = "nothing stays within the budget"
+        if one is not None:
+            source, was = SOURCES[self.towards], f"{self.unedited.rate(self.towards):.0%} unedited"
+            rate = f"{one.rate(self.towards):.0%} of dev's answers start with what {source} says, {was}"
+            found = f"best within the budget is {one.condition.method.replace('_', ' ')}: {rate}"
+        self.told(f"Tried {', '.join(method.name.replace('_', ' ') for method in measured)}; {found}.")
 
 
 def ends_of(count: int) -> list[int]:

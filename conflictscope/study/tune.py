@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from conflictscope.study.search import Found, Search
 from conflictscope.study.verdict import SOURCES, Goal, helps, sentences_of
 from conflictscope.tables import written
 from interp.answers import Direction
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 from interp.evaluation import ANSWERS_VERSION
 from interventions.config import InterventionFile
 from interventions.export.forms import forms_of
@@ -45,6 +46,7 @@ EDIT = "edit.json"
 
 _KNOWS_NOTHING = ("nothing", "unknown")
 _ON_TEST = 4
+_FEW = 10
 
 
 @dataclass
@@ -127,6 +129,9 @@ class Tuning:
         self.told(f"On unseen subjects, {follow}.")
         if self.goal is not None and before["value"] >= self.goal.rate:
             return Tuned((f"No edit is needed: {follow}, so that {self.goal.met_by(before)}.",))
+        if (count := len(lab.dev.conflicts)) < _FEW:
+            few = f"Dev has {count} conflict prompts to choose by, which is little more than chance"
+            warnings.warn(Caution(f"{few}; give more rows, or --unknown-too."), stacklevel=2)
         found = self._search(lab, methods)
         self.told(found.stopped)
         reasons = {**found.not_run, **found.not_tried}
