@@ -113,7 +113,7 @@ def _costs(edit: Measured) -> str:
         losses.append(f"{written(kl, 3)} nats on ordinary text")
     lacking = [label for label, measure in LOSSES.items() if edit.test[measure] is None]
     unasked = f"; nothing is known, or nothing changes, of {' and '.join(lacking)} prompts" if lacking else ""
-    pace = "" if edit.cost is None else f", at {speed(edit.cost)} times the speed"
+    pace = "" if edit.cost is None else f"; its speed relative to the unedited model is {speed(edit.cost)}"
     return f"It costs {', '.join(losses) or 'nothing that was measured'}{pace}{unasked}."
 
 
