@@ -43,6 +43,30 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
             every token, in order.
 
     Raises:
+        UserError: As ``check_foldable``.
+    """
+    changes = check_foldable(model, interventions)
+    anatomy = Anatomy(model)
+    with torch.no_grad():
+        for (layer, head), change in changes.heads.items():
+            _fold_head(anatomy, layer, head, change)
+        for layer, scale in changes.layers.items():
+            _scale_mlp(anatomy, layer, scale)
+        # After the scales: a direction is added to what a scaled MLP writes.
+        for layer, direction in changes.directions.items():
+            bias = anatomy.mlp_bias(layer)
+            assert bias is not None, "refused above"
+            bias.copy_(bias.float() + direction.to(bias.device) / anatomy.residual_multiplier)
+
+
+def check_foldable(model: nn.Module, interventions: Sequence[Intervention]) -> Folding:
+    """See that interventions can be folded into the weights of a model, and say what they do to them.
+
+    Args:
+        model: A transformers model or a ``TransformerBridge``.
+        interventions: The interventions, in order.
+
+    Raises:
         UserError: If one of them cannot be folded, the model does not have what it changes, a head is scaled around a
             mean or a direction is added but the model has no bias for it, a scaled feed-forward layer has experts, or
             the weights are quantised, offloaded or have adapters.
@@ -69,16 +93,7 @@ def fold(model: nn.Module, interventions: Sequence[Intervention]) -> None:
                 f"A direction is added after layer {layer}, which needs a bias to be folded into, and the MLPs of this "
                 f"{anatomy.architecture} have none; apply the intervention while the model runs."
             )
-    with torch.no_grad():
-        for (layer, head), change in changes.heads.items():
-            _fold_head(anatomy, layer, head, change)
-        for layer, scale in changes.layers.items():
-            _scale_mlp(anatomy, layer, scale)
-        # After the scales: a direction is added to what a scaled MLP writes.
-        for layer, direction in changes.directions.items():
-            bias = anatomy.mlp_bias(layer)
-            assert bias is not None, "refused above"
-            bias.copy_(bias.float() + direction.to(bias.device) / anatomy.residual_multiplier)
+    return changes
 
 
 def folding_of(interventions: Sequence[Intervention]) -> Folding:

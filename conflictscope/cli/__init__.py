@@ -31,6 +31,7 @@ from conflictscope.cli import (
     sae,
     serving,
     ship,
+    tune,
     verify,
 )
 from conflictscope.cli.options import console, with_groups
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 _START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Data and models"
 for _panel, _commands in {
-    _START: (demo.demo, ask.ask, explore.explore),
+    _START: (demo.demo, ask.ask, explore.explore, tune.tune),
     _LOOK: (look.evaluate, persuade.persuasion, consistent.consistency, attribute.attribute, look.record),
     _STUDY: (compare.compare, locate.locate, report.report, leaderboard.leaderboard),
     _SHIP: (ship.inspect, ship.generate, ship.export, foreign.import_, verify.verify, serving.serve),

@@ -166,19 +166,43 @@ def _from_facts(source: Facts, all_facts: bool) -> Any:
 
 
 def _from_table(own: OwnTable, source: Facts, all_facts: bool) -> Any:
-    """The prompts of a table, after saying what was left out of it and why."""
-    from interp.tables import read_table, table_conflicts
+    table = read_own(own, source.seed)
+    is_asked = not all_facts and any(not row.memory for row in table.rows)
+    return built_of(table, source.load() if is_asked else None, source)
+
+
+def read_own(own: OwnTable, seed: int) -> Any:
+    """Read a table, and say what was left out of it and why.
+
+    Raises:
+        UserError: If nothing can be read, or columns are missing.
+    """
+    from interp.tables import read_table
 
     assert own.path is not None
-    table = read_table(own.path, own.columns, limit=own.limit, sample=own.sample, seed=source.seed)
+    table = read_table(own.path, own.columns, limit=own.limit, sample=own.sample, seed=seed)
     columns = ", ".join(f"{role} from {name!r}" for role, name in table.columns.items())
     say(f"Read {len(table.rows)} rows of {own.path}: {columns}.")
     for sentence in table.left_out[:_SHOWN_ROWS]:
         say(f"Left out: {sentence}")
     if len(table.left_out) > _SHOWN_ROWS:
         say(f"Left out {len(table.left_out)} rows in all.")
-    is_asked = not all_facts and any(not row.memory for row in table.rows)
-    model = source.load() if is_asked else None
+    return table
+
+
+def built_of(table: Any, model: Any, source: Facts) -> Any:
+    """Build the prompts of a table, and say what could not be made.
+
+    Args:
+        table: The table.
+        model: The model that is asked what memory answers; ``None`` asks none.
+        source: What the model is called, and the seed.
+
+    Raises:
+        UserError: If nothing can be made of it.
+    """
+    from interp.tables import table_conflicts
+
     built = table_conflicts(table, model, seed=source.seed, progress="Closed-book")
     if built.asked:
         say(

@@ -47,19 +47,22 @@ class StudyOptions(Asked):
         bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
     ] = False
 
-    def lab(self, out: Path, *, default: tuple[str, ...] = (DEFAULT_RELATION,), **of_study: Any) -> Lab:
-        """Load the model, and get its prompts about some relations or from a file.
+    def lab(
+        self, out: Path, *, default: tuple[str, ...] = (DEFAULT_RELATION,), model: Any = None, **of_study: Any
+    ) -> Lab:
+        """Load the model, unless it is given, and get its prompts about some relations or from a file.
 
         Args:
             out: The folder of the study.
             default: The relations where none is said.
+            model: The model, where it is loaded already.
             **of_study: What ``setting`` takes besides.
 
         Raises:
             UserError: If options do not go together, or the model knows too little.
         """
         setting = self.setting(default, **of_study)
-        lab = setting.lab(out / "records")
+        lab = setting.lab(out / "records", model)
         prompts = lab.prompts
         counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         taken = "is asked about" if self.unknown_too else "knows"

@@ -40,6 +40,7 @@ class SteeringMethod(Method):
     tokens: Tokens = "last_prompt"
 
     mode: ClassVar[SteeringMode] = "add"
+    needs = "states"
 
     @abstractmethod
     def vectors(self, lab: Lab, layers: Sequence[int], towards: Direction) -> Tensor:

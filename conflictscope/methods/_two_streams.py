@@ -58,6 +58,7 @@ class OtherContext(Prompting):
 class TwoStreamMethod(Method):
     """Decode with and without the context side by side, by the rules that compete."""
 
+    needs = "nothing"
     starts_from = ()
 
     @abstractmethod

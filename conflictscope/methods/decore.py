@@ -34,6 +34,7 @@ class RetrievalHeadContrast(Method):
     """
 
     name: ClassVar[str] = "decore"
+    needs = "head_scores"
     starts_from = ()
     counts: tuple[int, ...] = (4, 8, 16)
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0)

@@ -54,6 +54,7 @@ class Demonstrations(Method):
     """
 
     name: ClassVar[str] = "demonstrations"
+    needs = "nothing"
     starts_from = ()
     counts: tuple[int, ...] = (1, 3, 6)
 

@@ -20,6 +20,7 @@ class LayerContrast(Method):
     """Decode by the contrast with an earlier layer."""
 
     name = "dola"
+    needs = "nothing"
     starts_from = ()
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

@@ -42,6 +42,7 @@ class FeedForwardSuppression(HeadMethod):
     """
 
     name: ClassVar[str] = "feed_forward_suppression"
+    needs = "states"
     starts_from = ()
     counts: tuple[int, ...] = (1, 2, 4, 8)
     down: tuple[float, ...] = (0.0, 0.5)

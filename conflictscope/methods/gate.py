@@ -57,6 +57,7 @@ class Gate(Method):
     """
 
     name: ClassVar[str] = "gate"
+    needs = "learning"
     starts_from = ("head_scores",)
     follows = ("pruning",)
     edits: tuple[Intervention, ...] | None = None

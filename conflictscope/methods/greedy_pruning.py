@@ -27,6 +27,7 @@ class GreedyPruning(HeadMethod):
     """Prune the heads that greedy selection removes first."""
 
     name = "greedy_pruning"
+    needs = "search"
     starts_from = ("texts",)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

@@ -62,6 +62,7 @@ class Instruction(Method):
     """
 
     name: ClassVar[str] = "instruction"
+    needs = "nothing"
     starts_from = ()
     wordings: Mapping[Direction, Sequence[str]] = field(default_factory=lambda: WORDINGS, hash=False)
 

@@ -46,6 +46,7 @@ class JudgeHeads(Method):
     """
 
     name: ClassVar[str] = "juice"
+    needs = "search"
     starts_from = ()
     up: tuple[float, ...] = (1.0, 5.0)
     down: tuple[float, ...] = (-1.0, -2.0)

@@ -39,6 +39,7 @@ class LearnedScales(HeadMethod):
     """
 
     name = "learned_scales"
+    needs = "learning"
     starts_from = ("texts",)
     training: ScaleTraining = TRAINING
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)

@@ -24,6 +24,7 @@ class MeanAblation(HeadMethod):
     """Hold heads at their mean outputs."""
 
     name = "mean_ablation"
+    needs = "head_scores"
     starts_from = ("head_scores", "mean_outputs")
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

@@ -76,6 +76,7 @@ class Opinion(Method):
     """
 
     name: ClassVar[str] = "opinion"
+    needs = "nothing"
     starts_from = ()
     frames: Mapping[Direction, Sequence[Frame]] = field(default_factory=lambda: FRAMES, hash=False)
 

@@ -21,6 +21,7 @@ class Pruning(HeadMethod):
     """Prune the first heads of a ranking."""
 
     name = "pruning"
+    needs = "head_scores"
     starts_from = ("head_scores",)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

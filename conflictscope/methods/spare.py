@@ -59,6 +59,7 @@ class Spare(Method):
     layers: tuple[int, ...] | None = None
 
     name = "spare"
+    needs = "autoencoders"
     starts_from = ("store",)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

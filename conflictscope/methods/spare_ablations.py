@@ -37,6 +37,7 @@ class SpareAblation(Method):
     of: Spare = field(default_factory=Spare)
 
     derived = True
+    needs = "autoencoders"
     starts_from = ("store",)
     follows = ("spare",)
 

@@ -20,6 +20,7 @@ class ValueScaling(HeadMethod):
     """Scale the one head that matters most."""
 
     name = "value_scaling"
+    needs = "head_scores"
     starts_from = ("head_scores",)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:

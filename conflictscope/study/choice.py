@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,34 +105,68 @@ class Chosen:
 
 
 class Dev:
-    """Dev's prompts and texts, and what the unedited model says at their ends.
+    """Prompts and texts of dev, and what the unedited model says at their ends.
 
     Args:
         model: The model, or a bridge around it, unedited.
-        examples: Dev's prompts.
+        conflicts: Conflict prompts whose two answers start with different tokens.
+        guards: By kind the prompts that are to be left alone.
         texts: Ordinary text.
-        seed: Decides which prompts are used.
-        few: Whether to use few of them.
     """
 
     def __init__(
-        self, model: nn.Module, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False
+        self,
+        model: nn.Module,
+        conflicts: Sequence[ConflictExample],
+        guards: Mapping[ContextKind, Sequence[ConflictExample]],
+        texts: Sequence[str],
     ) -> None:
         self.model = model
+        self.conflicts = list(conflicts)
+        self.guards: dict[ContextKind, list[ConflictExample]] = {
+            kind: list(some) for kind, some in guards.items() if some
+        }
         self.texts = list(texts)
-        conflicts = [e for e in examples.select(kind="conflict") if answer_token_ids(model, e) is not None]
-        self.conflicts = evenly(conflicts, _FEW if few else _CONFLICTS, seed)
-        if not self.conflicts:
+        self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
+        self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts, *rounding(model)]
+
+    @classmethod
+    def of(cls, model: nn.Module, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False) -> Dev:
+        """Take some of dev's prompts of every kind, of relations and phrasings in turn.
+
+        Args:
+            model: The model, or a bridge around it, unedited.
+            examples: Dev's prompts.
+            texts: Ordinary text.
+            seed: Decides which prompts are used.
+            few: Whether to use few of them.
+
+        Raises:
+            UserError: If no conflict prompt can tell its two answers apart.
+        """
+        told_apart = [e for e in examples.select(kind="conflict") if answer_token_ids(model, e) is not None]
+        conflicts = evenly(told_apart, _FEW if few else _CONFLICTS, seed)
+        if not conflicts:
             raise UserError(
                 "Dev has no conflict prompt whose two answers start with different tokens; give other data."
             )
         kinds: tuple[ContextKind, ...] = ("none", "aligned", "irrelevant")
-        guards = {
+        guards: dict[ContextKind, Sequence[ConflictExample]] = {
             kind: evenly(examples.select(kind=kind), _FEW_GUARDS if few else _GUARDS[kind], seed) for kind in kinds
         }
-        self.guards = {kind: some for kind, some in guards.items() if some}
-        self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
-        self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts, *rounding(model)]
+        return cls(model, conflicts, guards, texts)
+
+    def pieces(self, ends: Sequence[int]) -> list[Dev]:
+        """Take guards and texts alone, and cut the conflict prompts at some ends.
+
+        Args:
+            ends: How many conflict prompts the first cut has, the first two together, and so on to all.
+
+        Returns:
+            The guards with the texts, then the conflict prompts cut by cut.
+        """
+        cuts = [self.conflicts[start:end] for start, end in pairwise((0, *ends))]
+        return [Dev(self.model, (), self.guards, self.texts), *(Dev(self.model, cut, {}, ()) for cut in cuts)]
 
     def measure(self, condition: Condition) -> dict[str, Any]:
         """What ``Tried`` holds of a condition besides itself, as JSON."""
@@ -141,7 +176,7 @@ class Dev:
             "context" if token == context else "memory" if token == memory else "other"
             for token, (context, memory) in zip(first[:n], self._pairs, strict=True)
         ]
-        moved = divergence(self._unedited[0][n:], ends[n:])
+        moved = divergence(self._unedited[0][n:], ends[n:]) if self.guards else ends[n:, 0]
         is_right = [token == wanted for token, wanted in zip(first[n:], self._right, strict=True)]
         damage, right, start = {}, {}, 0
         for kind, some in self.guards.items():
@@ -150,7 +185,7 @@ class Dev:
             if applies := kind != "none" or condition.decoding is None:
                 damage[kind] = moved[part].mean().item()
             right[kind] = sum((is_right if applies else self._right_unedited)[part]) / len(some)
-        if texts is not None:
+        if texts is not None and self.texts:
             damage["neutral"] = divergence(self._unedited[1], texts).mean().item()
         return {"usages": usages, "damage": damage, "right": right}
 
@@ -202,15 +237,24 @@ class Dev:
         return logits[:count], logits[count:] if condition.changes_text else None
 
 
-def tried(lab: Lab, condition: Condition) -> Tried:
-    """Measure a condition on dev; what does the same is measured once."""
-    found = lab.records.json(
-        "dev",
-        [lab.dev.digest, condition.digest],
-        lambda: lab.dev.measure(condition),
-        version=(DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION, READING_VERSION),
-    )
-    return Tried(condition, tuple(found["usages"]), found["damage"], found["right"])
+def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:
+    """Measure a condition on dev; what does the same is measured once.
+
+    Args:
+        lab: The lab.
+        condition: The condition.
+        pieces: Pieces of dev, where not all of it is to be asked.
+    """
+
+    def measured(dev: Dev) -> dict[str, Any]:
+        version = (DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
+        basis = [dev.digest, condition.digest]
+        return lab.records.json("dev", basis, lambda: dev.measure(condition), version=version)
+
+    found = [measured(dev) for dev in pieces or (lab.dev,)]
+    usages = tuple(usage for part in found for usage in part["usages"])
+    damage, right = ({k: v for part in found for k, v in part[about].items()} for about in ("damage", "right"))
+    return Tried(condition, usages, damage, right)
 
 
 def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, within_budget: bool = True) -> Chosen:
@@ -233,9 +277,9 @@ def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, wit
     within = [one for one in own if one.spent(lab.budgets) <= 1]
     outside = sorted((one for one in own if one.spent(lab.budgets) > 1), key=lambda one: -one.rate(towards))
     outside = outside[:_MOVED_BACK] if within_budget else []
-    moved_back = [moved for one in outside if (moved := _moved_back(lab, one)) is not None]
-    affordable = max([*within, *moved_back], key=lambda one: one.rate(towards), default=None)
-    return Chosen(best_of(lab, own, towards), affordable if within_budget else None, (*own, *moved_back))
+    fitted = [moved for one in outside if (moved := moved_back(lab, one)) is not None]
+    affordable = max([*within, *fitted], key=lambda one: one.rate(towards), default=None)
+    return Chosen(best_of(lab, own, towards), affordable if within_budget else None, (*own, *fitted))
 
 
 def best_of(lab: Lab, tries: Sequence[Tried], towards: Direction) -> Tried:
@@ -262,8 +306,17 @@ def line(lab: Lab, name: str, doses: Mapping[float, Condition]) -> list[dict[str
     return found
 
 
-def _moved_back(lab: Lab, one: Tried) -> Tried | None:
-    """The same condition, as far as the budgets allow; ``None`` if it has no strength or never fits."""
+def moved_back(lab: Lab, one: Tried, pieces: Sequence[Dev] = ()) -> Tried | None:
+    """Move a condition back on its line from the unedited model, as far as the budgets allow.
+
+    Args:
+        lab: The lab.
+        one: The condition as it is, measured on the same pieces.
+        pieces: As for ``tried``.
+
+    Returns:
+        It where it fits; ``None`` if it has no strength or never does.
+    """
     way, spent = 1.0, one.spent(lab.budgets)
     for _ in range(_TRIES):
         # Divergence grows about with the square of the way.
@@ -272,7 +325,7 @@ def _moved_back(lab: Lab, one: Tried) -> Tried | None:
         if way < _LEAST:
             return None
         try:
-            moved = tried(lab, one.condition.scaled(way))
+            moved = tried(lab, one.condition.scaled(way), pieces)
         except UserError:
             return None
         if (spent := moved.spent(lab.budgets)) <= 1:

@@ -221,7 +221,7 @@ class Comparing:
             for method in methods:
                 before = [unit_id(digest, "choose", other) for other in method.follows if other in names]
                 needs = [first.id, *(shared[name].id for name in method.starts_from), *before]
-                cost = _LEARNING if "texts" in method.starts_from else _CHOOSING
+                cost = _LEARNING if method.needs in ("learning", "search", "unknown") else _CHOOSING
                 choices.append(unit("choose", method.name, needs, cost))
             yield from choices
             yield unit("tests", needs=[one.id for one in choices])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conflictscope.study.choice import Chosen, Dev, choose
+from conflictscope.study.condition import Condition
 from conflictscope.study.data import Prompts
 from conflictscope.study.measure import Reading
 from conflictscope.study.method import Method, Shared
@@ -96,7 +97,7 @@ class Lab:
     @cached_property
     def dev(self) -> Dev:
         """What candidates compete on."""
-        return Dev(self.model, self.prompts.dev, self.texts("dev"), seed=self.seed, few=self.quick)
+        return Dev.of(self.model, self.prompts.dev, self.texts("dev"), seed=self.seed, few=self.quick)
 
     def chosen(self, method: Method, towards: Direction, *, within_budget: bool = True) -> Chosen:
         """What dev chooses of a method's candidates; ``within_budget`` is that of ``choose``.
@@ -106,12 +107,7 @@ class Lab:
         """
         key = (method, towards, within_budget)
         if key not in self._chosen:
-            candidates = method.candidates(self, towards)
-            if not candidates:
-                raise UserError(f"{method.name} has nothing to try towards {towards} on this model and these prompts.")
-            # A quick study tries some of them, evenly.
-            tries = candidates[:: -(-len(candidates) // _QUICK_TRIES)] if self.quick else candidates
-            self._chosen[key] = choose(self, tries, towards, within_budget=within_budget)
+            self._chosen[key] = choose(self, self.candidates(method, towards), towards, within_budget=within_budget)
         return self._chosen[key]
 
     def share(self, name: Shared) -> None:
@@ -124,6 +120,21 @@ class Lab:
             self.texts("train")
         else:
             getattr(self, name)
+
+    def settle(self, method: Method, towards: Direction, chosen: Chosen) -> None:
+        """Take as dev's choice of a method what a search found otherwise."""
+        self._chosen[method, towards, True] = chosen
+
+    def candidates(self, method: Method, towards: Direction) -> Sequence[Condition]:
+        """What a method has to try; in a quick study some of it, evenly.
+
+        Raises:
+            UserError: If the method cannot run, or has no candidate.
+        """
+        candidates = method.candidates(self, towards)
+        if not candidates:
+            raise UserError(f"{method.name} has nothing to try towards {towards} on this model and these prompts.")
+        return candidates[:: -(-len(candidates) // _QUICK_TRIES)] if self.quick else candidates
 
     def texts(self, split: Literal["train", "dev"]) -> list[str]:
         """Ordinary text that the model writes itself, to be left as it is."""

@@ -25,6 +25,11 @@ Shared = Literal["texts", "head_scores", "mean_outputs", "store"]
 """What methods share: train's texts, head scores, mean outputs of heads, recorded states with answers."""
 SHARED: tuple[Shared, ...] = get_args(Shared)
 
+Needs = Literal["nothing", "head_scores", "states", "learning", "search", "autoencoders", "unknown"]
+"""What a method needs before it can name candidates, the cheapest first: nothing; scores of all heads; states or
+activities that are recorded; learning; trying all heads one by one; autoencoders of the model; not said."""
+NEEDS: tuple[Needs, ...] = get_args(Needs)
+
 
 class Method(ABC):
     """A way to move a model towards its memory or its context.
@@ -35,12 +40,14 @@ class Method(ABC):
         starts_from: What it takes of the lab that other methods take too, which is made once before them; all by
             default.
         follows: The methods whose choice it starts from.
+        needs: What it needs before it can name candidates, by which a search tries the cheapest methods first.
     """
 
     name: ClassVar[str]
     derived: ClassVar[bool] = False
     starts_from: ClassVar[tuple[Shared, ...]] = SHARED
     follows: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Needs] = "unknown"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

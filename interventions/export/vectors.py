@@ -9,7 +9,7 @@ residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +113,7 @@ def write_control_vector(model: nn.Module, directions: Mapping[int, Tensor], pat
     """
     import gguf
 
-    anatomy = Anatomy(model)
-    if 0 in directions:
-        others = "" if anatomy.blueprint.mlp_post_norm is not None else "write it for PEFT with --vector peft, or "
-        raise UserError(
-            f"llama.cpp adds no direction after layer 0, as this edit does; {others}fit it after a later layer."
-        )
+    check_control_vector(Anatomy(model), directions)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_string(MODEL_HINT, architecture_name(model))
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
@@ -137,21 +132,13 @@ def write_biases(model: nn.Module, directions: Mapping[int, Tensor], folder: Pat
         base: What the base model is loaded from.
 
     Raises:
-        UserError: If the architecture has a norm between its MLPs and the residual stream.
+        UserError: As ``bias_paths``.
     """
     anatomy = Anatomy(model)
-    check_no_post_norm(anatomy)
+    paths = bias_paths(anatomy, directions)
     nothing = Factors(torch.zeros(1, anatomy.d_mlp), torch.zeros(anatomy.d_model, 1))
     tensors: dict[str, Tensor] = {}
-    paths: list[str] = []
-    for layer, direction in directions.items():
-        path = anatomy.mlp_output_path(layer)
-        if path is None:
-            raise UserError(
-                f"A direction is no bias in layer {layer}, which has experts; write it for llama.cpp (--vector gguf), "
-                "or apply the intervention while the model runs."
-            )
-        paths.append(path)
+    for path, direction in zip(paths, directions.values(), strict=True):
         name = f"base_model.model.{path}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (factor.clone() for factor in nothing)
         # All that the block adds may be multiplied on its way.
@@ -159,6 +146,38 @@ def write_biases(model: nn.Module, directions: Mapping[int, Tensor], folder: Pat
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     adapter = Adapter(dict.fromkeys(paths, nothing), {}, anatomy.transposed)
     write_json(folder / CONFIG, adapter_config(adapter, base) | {"lora_bias": True})
+
+
+def check_control_vector(anatomy: Anatomy, directions: Mapping[int, Tensor]) -> None:
+    """See that llama.cpp adds a direction wherever an edit does.
+
+    Raises:
+        UserError: If it adds none there.
+    """
+    if 0 in directions:
+        others = "" if anatomy.blueprint.mlp_post_norm is not None else "write it for PEFT with --vector peft, or "
+        raise UserError(
+            f"llama.cpp adds no direction after layer 0, as this edit does; {others}fit it after a later layer."
+        )
+
+
+def bias_paths(anatomy: Anatomy, layers: Iterable[int]) -> list[str]:
+    """The paths of the maps whose biases are directions that are added after layers.
+
+    Raises:
+        UserError: If the architecture has a norm between its MLPs and the residual stream, or a layer has experts.
+    """
+    check_no_post_norm(anatomy)
+    paths: list[str] = []
+    for layer in layers:
+        path = anatomy.mlp_output_path(layer)
+        if path is None:
+            raise UserError(
+                f"A direction is no bias in layer {layer}, which has experts; write it for llama.cpp (--vector gguf), "
+                "or apply the intervention while the model runs."
+            )
+        paths.append(path)
+    return paths
 
 
 def check_no_post_norm(anatomy: Anatomy) -> None:

@@ -60,7 +60,7 @@ def assert_roughly_the_same(lab, tries, monkeypatch):
     exact = [lab.dev.measure(condition) for condition in tries]
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: True)
     assert can_be_rough(lab.model)
-    dev = Dev(lab.model, lab.prompts.dev, lab.texts("dev"), seed=lab.seed, few=True)
+    dev = Dev.of(lab.model, lab.prompts.dev, lab.texts("dev"), seed=lab.seed, few=True)
     for condition, expected in zip(tries, exact, strict=True):
         found = dev.measure(condition)["damage"]
         assert found.keys() == expected["damage"].keys() != set()

@@ -91,7 +91,7 @@ def test_the_best_keeps_most_and_the_budget_s_best_stays_within(lab: Lab, monkey
     }
     for name, one in made.items():
         object.__setattr__(one, "condition", Condition(name, "context", {"name": name}))
-    monkeypatch.setattr("conflictscope.study.choice.tried", lambda _, condition: made[condition.method])
+    monkeypatch.setattr("conflictscope.study.choice.tried", lambda _, condition, *__: made[condition.method])
     monkeypatch.setattr(Condition, "scaled", lambda _, way: Condition("little", "context", {"moved": way}))
     found = choose(lab, [one.condition for one in made.values()], "context")
     assert found.best is made["as_much"]
