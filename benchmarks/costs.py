@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Measure what steps of a comparison take."""
     plan = Comparison.model_validate(read_json(folder / "plan.json"))
-    comparing = Comparing(plan, folder, "")
+    comparing = Comparing.of(plan, folder, "")
     found = Journal(folder / "units.jsonl").read()
     schedule = Schedule(comparing.units(), found)
     # Units that were not done tell nothing.

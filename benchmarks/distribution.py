@@ -106,7 +106,7 @@ def on_paper(devices: int) -> dict[str, Any]:
     shapes, known = Shapes.of(config), measured()
     test_seconds = _PROMPTS * shapes.answer_flops(_TOKENS, COMPLETION_TOKENS) / _DEVICE_FLOPS
     data = [{"name": str(number), "relations": ["capital"]} for number in range(_SETS)]
-    comparing = Comparing(Comparison.model_validate({"models": ["8B"], "data": data}), Path("paper"), "")
+    comparing = Comparing.of(Comparison.model_validate({"models": ["8B"], "data": data}), Path("paper"), "")
     schedule, tests = Schedule(comparing.units()), round(known["tests"] * len(comparing.plan.chosen_methods))
 
     def took(unit: Unit) -> float:

@@ -179,7 +179,8 @@ class ActivationStore(Mapping[str, Tensor]):
         dtype: torch.dtype = torch.float32,
         answers: bool = False,
         batch_size: int = BATCH_SIZE,
-        only: Sequence[int] | None = None,
+        only: Mapping[int, range] | None = None,
+        patience: float = 0,
         progress: str | None = None,
     ) -> ActivationStore:
         """Record activations to a folder, or go on where an earlier call with the same arguments stopped.
@@ -187,7 +188,7 @@ class ActivationStore(Mapping[str, Tensor]):
         Memory use does not depend on the number of prompts. What is recorded is the model as it is: a store knows its
         weights, but not the interventions on it, so give each edit a folder of its own.
 
-        Several processes may each record some shards at once, into a folder that one of them made with ``only=()``; the
+        Several processes may each record some shards at once, into a folder that one of them made with ``only={}``; the
         bytes are those of one process that recorded all.
 
         Args:
@@ -201,7 +202,9 @@ class ActivationStore(Mapping[str, Tensor]):
             dtype: What to keep.
             answers: Answer each conflict prompt greedily too, and put ``answer`` and ``usage`` into the index.
             batch_size: Prompts per batch.
-            only: The numbers of the shards that are recorded; ``None`` records all.
+            only: The shards that are recorded, by their number their prompts, see ``shard_prompts``; ``None`` records
+                all.
+            patience: Seconds to wait for another process that is recording to the folder; -1 is as long as it takes.
             progress: Label of a progress bar; ``None`` shows none.
 
         Raises:
@@ -241,7 +244,7 @@ class ActivationStore(Mapping[str, Tensor]):
             cls(folder)._continue(model, source, **what, only=only, progress=progress)
             return cls(folder)
         try:
-            with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+            with FileLock(folder.parent / f".{folder.name}.lock", timeout=patience):
                 _prepare(folder, basis)
                 store = cls(folder)
                 store._continue(model, source, **what, only=only, progress=progress)
@@ -257,16 +260,18 @@ class ActivationStore(Mapping[str, Tensor]):
         dtype: torch.dtype,
         batch_size: int,
         answers: bool,
-        only: Sequence[int] | None,
+        only: Mapping[int, range] | None,
         progress: str | None,
     ) -> None:
         if only is not None and not only:
             return
         bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in where.values())
         pending: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer, counted(progress, len(source), self._recorded()) as advance:
-            for shard, numbers in self._ranges(source, bytes_per_row):
-                if shard.exists() or (only is not None and int(shard.name) not in only):
+        shards = self._ranges(source, bytes_per_row) if only is None else self._some(only)
+        recorded = self._recorded() if only is None else 0
+        with ThreadPoolExecutor(1) as writer, counted(progress, len(source), recorded) as advance:
+            for shard, numbers in shards:
+                if shard.exists():
                     continue
                 collected = collected_activations(model, source, numbers, where, dtype, batch_size, advance)
                 index = _index(model, source, numbers, answers, batch_size)
@@ -285,22 +290,25 @@ class ActivationStore(Mapping[str, Tensor]):
             yield shard, numbers
             first, number = numbers[-1] + 1, number + 1
 
+    def _some(self, only: Mapping[int, range]) -> Iterator[tuple[Path, range]]:
+        return ((self.path / "shards" / f"{number:05d}", numbers) for number, numbers in only.items())
+
     @classmethod
-    def n_shards(
+    def shard_prompts(
         cls,
         model: nn.Module,
         prompts: Sequence[str] | ConflictSet,
         sites: Sequence[str],
         positions: Position = "last",
         dtype: torch.dtype = torch.float32,
-    ) -> int:
-        """Count the shards that ``record`` with these arguments makes."""
+    ) -> list[range]:
+        """Say which prompts each shard holds that ``record`` with these arguments makes."""
         source = PromptSource(model, prompts, positions)
         bytes_per_row = sum(dtype.itemsize * _width(model, o) for o in observations(model, sites).values())
-        first, count = 0, 0
-        while first < len(source):
-            first, count = _next_shard(source, first, bytes_per_row)[-1] + 1, count + 1
-        return count
+        shards: list[range] = []
+        while (first := shards[-1].stop if shards else 0) < len(source):
+            shards.append(_next_shard(source, first, bytes_per_row))
+        return shards
 
 
 class _Rows(Mapping[str, Tensor]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from interp.files import read_json, write_json
 from interp.inputs import INPUTS_VERSION
 
 _T = TypeVar("_T")
+_NOTHING = object()
 
 Version = int | Sequence[int]
 
@@ -79,12 +81,19 @@ class Records:
         write: Callable[[Path, _T], None],
         compute: Callable[[], _T],
     ) -> _T:
-        if path.exists():
-            try:
-                return read(path)
-            except (UserError, OSError, pl.exceptions.PolarsError):
-                # Damaged since it was written: compute it again.
-                pass
+        if (known := _read_if_there(path, read)) is not _NOTHING:
+            return known
         result = compute()
+        # Another worker may have been faster, and others gone on from what it found.
+        if (known := _read_if_there(path, read)) is not _NOTHING:
+            return known
         write(path, result)
         return result
+
+
+def _read_if_there(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file or folder holds; nothing where it is not there, or was damaged since it was written."""
+    if path.exists():
+        with contextlib.suppress(UserError, OSError, pl.exceptions.PolarsError):
+            return read(path)
+    return _NOTHING

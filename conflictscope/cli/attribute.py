@@ -154,6 +154,7 @@ def _on_cluster(method: str, patching: Patching, cluster: Cluster, source: Asked
     Raises:
         UserError: If the method needs all prompts at once.
     """
+    from conflictscope.study.setting import digest_of
     from conflictscope.study.sharded import ShardedAttribution, done_in_parts
     from interp.attribution.scores import HeadScores
 
@@ -162,9 +163,10 @@ def _on_cluster(method: str, patching: Patching, cluster: Cluster, source: Asked
     out = out.resolve()
     options = {"name": source.model, "baseline": patching.baseline, "mlps": patching.mlps, "seed": source.seed}
     conflicts = partial(_conflict_prompts, asked)
-    parts = out.with_name(f"{out.stem}-parts")
+    files = [Path(source.model), *filter(None, (source.data, source.blueprint))]
+    parts = out.with_name(f"{out.stem}-parts") / digest_of([repr((source, asked.args, patching))], files)
     work = partial(ShardedAttribution, source.load, conflicts, parts, options, out, patching.metric)
-    done_in_parts(work(), repr((source, asked.args, patching)), cluster.executor(work, parts))
+    done_in_parts(work(), cluster.executor(work, parts))
     return HeadScores.load(out)
 
 

@@ -56,7 +56,7 @@ def compare(
     """Compare methods on the same prompts: each at its best and within one damage budget, towards both sources.
 
     Without --data the prompts are about facts of four relations that the model knows. A plan compares on several
-    models, data sets and seeds, and ranks the methods over all of them.
+    models, data sets and seeds, and ranks the methods over all of them; so does --ray, with a plan of one study.
     """
     from conflictscope.study.data import RELATIONS
     from conflictscope.study.method import method_named
@@ -70,7 +70,11 @@ def compare(
     elsewhere: dict[str, Any] = {"leave_out": leave_out, "test_data": test_data, "test_format": test_format}
     if plan is not None:
         _refuse_options(plan, context)
-    wanted = _planned(plan) if plan is not None else _plan_of(asked, method, without, controls, sae, elsewhere)
+        from conflictscope.study.comparison import Comparison
+
+        wanted = Comparison.load(plan)
+    else:
+        wanted = _plan_of(asked, method, without, controls, sae, elsewhere)
     methods = wanted.chosen_methods
     cluster.check()
     if plan is None and not dry_run and cluster.ray is None:
@@ -81,19 +85,13 @@ def compare(
 
     from conflictscope.study.comparison import Comparing, StudyWorker
 
-    comparing = Comparing(wanted, out.resolve(), command_line())
+    comparing = Comparing.of(wanted, out.resolve(), command_line())
     if dry_run:
         from conflictscope.study.costs import expected
 
         print_frame(expected(comparing))
         return
     _compare_all(comparing, cluster.executor(partial(StudyWorker, comparing), out.resolve()))
-
-
-def _planned(plan: Path) -> Comparison:
-    from conflictscope.study.comparison import Comparison
-
-    return Comparison.load(plan)
 
 
 def _plan_of(
@@ -134,11 +132,24 @@ def _refuse_options(plan: Path, context: typer.Context) -> None:
 
 
 def _compare_all(comparing: Comparing, executor: Executor) -> None:
-    """Do all units, tell what they find, and keep the leaderboard up to date.
+    """Do all units, as long as nobody else does them in the same folder.
 
     Raises:
+        UserError: If somebody does.
         typer.Exit: If a study could not be made.
     """
+    from filelock import FileLock, Timeout
+
+    comparing.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(comparing.out / ".units.lock", timeout=0):
+            _do_all(comparing, executor)
+    except Timeout as error:
+        raise UserError(f"Another compare works in {comparing.out}; wait for it, or give another --out.") from error
+
+
+def _do_all(comparing: Comparing, executor: Executor) -> None:
+    """Do all units, tell what they find, and keep the leaderboard up to date."""
     from conflictscope.study.comparison import save_plan
     from conflictscope.study.units import Journal, Schedule, spent
     from interp.files import write_json
@@ -159,7 +170,11 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
             _tell(comparing, schedule, done)
             # Workers wait meanwhile.
             if schedule.units[done.id].step == "record" and time.monotonic() - shown_at > _SHOWN_EVERY:
-                _show(comparing, schedule)
+                # What cannot be ranked is no reason to measure no more.
+                try:
+                    _show(comparing, schedule)
+                except UserError as error:
+                    say(str(error))
                 shown_at = time.monotonic()
     finally:
         journal.append(unwritten)

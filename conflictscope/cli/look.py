@@ -164,10 +164,13 @@ def record(
         model, conflicts = asked()
         store = ActivationStore.record(out, model, conflicts, sites(model), **options, progress="Recording")
     else:
+        from conflictscope.study.setting import digest_of
         from conflictscope.study.sharded import ShardedRecording, done_in_parts
 
-        work = partial(ShardedRecording, source.load, asked, beside, options, out.resolve(), sites)
-        done_in_parts(work(), repr((source, chosen, numbers, options)), cluster.executor(work, beside))
+        files = [Path(source.model), *filter(None, (source.data, source.blueprint))]
+        parts = beside / f"parts-{digest_of([repr((source, chosen, numbers, options))], files)}"
+        work = partial(ShardedRecording, source.load, asked, parts, options, out.resolve(), sites)
+        done_in_parts(work(), cluster.executor(work, parts))
         store = ActivationStore(out)
     about = f"{store.basis['data']['prompts']} prompts at {len(store.sites)} sites"
     say(f"Recorded {store.index.height} tokens of {about} in {out}")

@@ -97,6 +97,8 @@ class Model:
 
     def load(self) -> Any:
         """Load the model with its tokenizer."""
+        # Also where it came from another process, with none of its own.
+        self.__post_init__()
         from interp.models import load_model
 
         return load_model(

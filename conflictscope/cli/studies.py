@@ -64,10 +64,9 @@ class StudyOptions(Asked):
         setting = self.setting(default, **of_study)
         lab = setting.lab(out / "records", model)
         prompts = lab.prompts
-        counts = {split: len(prompts.part(split).subjects) for split in ("train", "dev", "test")}
         taken = "is asked about" if self.unknown_too else "knows"
         known = " whether it knows them or not." if self.unknown_too else " closed-book."
-        say(f"{self.model} {taken} {sum(counts.values())} of {prompts.asked} subjects of {prompts.name}{known}")
+        say(f"{self.model} {taken} {prompts.known} of {prompts.asked} subjects of {prompts.name}{known}")
         return lab
 
     def setting(
@@ -96,8 +95,11 @@ class StudyOptions(Asked):
         relations = self.relations(default)
         from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
 
+        if min(budgets := [*self.budgets().values(), 1]) <= 0:
+            raise UserError(
+                f"--budget and --context-budget are above 0, not {min(budgets):g}; give what may be damaged."
+            )
         data = DataSetting(
-            name="+".join(relations) if self.data is None else self.data.stem,
             relations=tuple(relations) if self.data is None else (),
             data=None if self.data is None else str(self.data),
             leave_out=leave_out,

@@ -25,6 +25,8 @@ LOCAL = "local"
 # Units that take less than this together are given to a worker at once, so that the driver is not asked for each.
 _SECONDS_AT_ONCE, _MOST_AT_ONCE = 2.0, 64
 _RECENT = 0.9
+# An error counts as so many losses of a worker: a third one is the unit's own.
+_WEIGHT_OF_A_CRASH = 8
 _SECONDS_TO_ANSWER = 10
 
 
@@ -57,15 +59,20 @@ def on_ray(
 
 
 def _resources(ray: Any, workers: int | None, gpus: float | None) -> dict[str, Any]:
-    """How many workers there are, and what each has."""
-    there = ray.cluster_resources()
-    cores, devices = int(there.get("CPU", 1)), there.get("GPU", 0)
+    """How many workers there are, and what each has.
+
+    Raises:
+        UserError: If no machine has what a worker wants.
+    """
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, devices = (sum(node.get(kind, 0) for node in there) for kind in ("CPU", "GPU"))
     each: float = (1 if devices else 0) if gpus is None else gpus
-    most = int(devices // each) if each else cores
-    if each and not most:
-        raise UserError(f"The cluster has {devices:g} GPUs, and each worker wants {each:g}; give fewer --gpus.")
-    count = workers or most
-    return {"count": count, "num_gpus": each, "num_cpus": max(1, cores // count) if count <= cores else cores / count}
+    fits = int(sum(node.get("GPU", 0) // each for node in there)) if each else max(1, int(cores))
+    if not fits:
+        raise UserError(f"No machine of the cluster has {each:g} GPUs, which each worker wants; give fewer --gpus.")
+    # Where there are devices, more workers than fit on them would wait for ever.
+    count = min(workers or fits, fits) if each else workers or fits
+    return {"count": count, "gpus": each, "threads": max(1, int(cores) // count)}
 
 
 @contextmanager
@@ -111,9 +118,18 @@ class _Holder:
     def __init__(self, make_worker: Callable[[], Worker]) -> None:
         self._worker = make_worker()
 
-    def run(self, units: list[Unit], shared: Path) -> list[Done] | str:
-        """Do units; or the name of a machine that does not see the path."""
-        return [self._worker.run(unit) for unit in units] if shared.exists() else socket.gethostname()
+    def sees(self, shared: Path) -> str | None:
+        """The name of this machine, if it does not see the path."""
+        return None if shared.exists() else socket.gethostname()
+
+    def run(self, units: list[Unit]) -> list[Done]:
+        """Do units, up to one that crashes."""
+        finished = []
+        for unit in units:
+            finished.append(self._worker.run(unit))
+            if finished[-1].crashed:
+                break
+        return finished
 
 
 @dataclass
@@ -125,91 +141,107 @@ class _Driver:
         make_worker: Makes what does units.
         shared: A path that every machine must see.
         count: How many workers there are.
-        num_cpus, num_gpus: What each of them has.
+        gpus: How many devices each of them has.
+        threads: How many threads each of them computes with.
     """
 
     ray: Any
     make_worker: Callable[[], Worker]
     shared: Path
     count: int
-    num_cpus: float
-    num_gpus: float
+    gpus: float
+    threads: int
     _held: dict[Any, tuple[str, str]] = field(default_factory=dict, init=False)
     _running: dict[Any, tuple[Any, list[Unit]]] = field(default_factory=dict, init=False)
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
-    _lost_in_a_row: int = field(default=0, init=False)
+    _stillborn: int = field(default=0, init=False)
 
     def run(self, schedule: Schedule) -> Iterator[Done]:
         """Do all units; workers are told to end in any case."""
-        idle = [self._new_worker() for _ in range(min(self.count, max(1, len(schedule.units) - schedule.n_done)))]
         try:
+            for _ in range(self.count):
+                self._start_worker()
+            idle: list[Any] = []
             while not schedule.is_finished:
                 idle = [worker for worker in idle if not self._give(worker, schedule)]
-                # A unit may have made room for more workers than were needed at first.
-                while len(self._held) < self.count and schedule.n_ready:
-                    if not self._give(worker := self._new_worker(), schedule):
-                        idle.append(worker)
-                if not self._running:
-                    raise RuntimeError(
-                        f"{len(schedule.units) - schedule.n_done} units wait for others that are not there."
-                    )
+                if len(idle) == self.count:
+                    left = len(schedule.units) - schedule.n_done
+                    raise RuntimeError(f"{left} units wait for others that are not there.")
                 for worker, finished in self._finished(schedule):
-                    idle.append(worker)
+                    if worker is not None:
+                        idle.append(worker)
                     yield from finished
         finally:
             for worker in self._held:
                 self.ray.kill(worker)
 
-    def _new_worker(self) -> Any:
-        resources = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
-        worker = self.ray.remote(**resources)(_Holder).remote(self.make_worker)
+    def _start_worker(self) -> None:
+        """Start a worker; it is given units once it is there, as machines may be long in coming."""
+        options = {"num_cpus": 0, "num_gpus": self.gpus, "scheduling_strategy": "SPREAD"}
+        threads = {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}}
+        worker = self.ray.remote(**options, runtime_env=threads)(_Holder).remote(self.make_worker)
         self._held[worker] = ("", "")
-        return worker
+        self._running[worker.sees.remote(self.shared)] = (worker, [])
 
     def _give(self, worker: Any, schedule: Schedule) -> bool:
-        """Give a worker units, if there are some."""
+        """Give a worker units, if there are some: several where they are short."""
         holders = Counter(model for model, _ in self._held.values())
-        units = schedule.take(self._held[worker], self._at_once(schedule), holders)
-        if units:
-            self._held[worker] = (units[0].model, units[0].study)
-            self._running[worker.run.remote(units, self.shared)] = (worker, units)
-        return bool(units)
-
-    def _at_once(self, schedule: Schedule) -> int:
-        """How many units a worker is given together: few where each takes long, or others would have none."""
-        each = max(self._seconds.values(), default=_SECONDS_AT_ONCE)
-        return max(1, min(_MOST_AT_ONCE, int(_SECONDS_AT_ONCE / max(each, 1e-6)), schedule.n_ready // (2 * self.count)))
+        units = schedule.take(self._held[worker], 1, holders)
+        if not units:
+            return False
+        held = self._held[worker] = (units[0].model, units[0].study)
+        each = self._seconds.get(units[0].step, _SECONDS_AT_ONCE)
+        more = min(_MOST_AT_ONCE, int(_SECONDS_AT_ONCE / max(each, 1e-6)), schedule.n_ready // (2 * self.count)) - 1
+        if more > 0:
+            units += schedule.take(held, more, holders)
+        self._running[worker.run.remote(units)] = (worker, units)
+        return True
 
     def _finished(self, schedule: Schedule) -> Iterator[tuple[Any, list[Done]]]:
-        """Wait for workers; each that has finished, with what it did; one that was lost is replaced.
+        """Wait for workers; each that is free, if it lives, with what it did.
 
         Raises:
-            UserError: If workers do not live, or do not see the folder.
+            UserError: If workers do not come to life, or do not see the folder.
         """
         self.ray.wait(list(self._running))
         ready, _ = self.ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         for ref in ready:
             worker, units = self._running.pop(ref)
             try:
-                finished = self.ray.get(ref)
+                found = self.ray.get(ref)
             except self.ray.exceptions.RayError as error:
-                self._lost(worker, error)
+                self._replace(worker, error if not units else None)
                 schedule.lost(units)
-                yield self._new_worker(), []
+                yield None, []
                 continue
-            if isinstance(finished, str):
-                raise UserError(f"{finished} does not see {self.shared}; put --out where all machines find it.")
-            self._lost_in_a_row = 0
+            if not units:
+                if found is not None:
+                    raise UserError(f"{found} does not see {self.shared}; put --out where all machines find it.")
+                self._stillborn = 0
+                yield worker, []
+                continue
+            finished = [done for done in found if not done.crashed]
             for done in finished:
                 schedule.finish(done)
                 step = schedule.units[done.id].step
                 before = self._seconds.setdefault(step, done.seconds)
                 self._seconds[step] = _RECENT * before + (1 - _RECENT) * done.seconds
+            if len(finished) < len(units):
+                # Maybe its device is broken, and would fail whatever it is given.
+                self.ray.kill(worker)
+                self._replace(worker)
+                crashed, *others = units[len(finished) :]
+                schedule.lost([crashed], str(found[-1].failed), _WEIGHT_OF_A_CRASH)
+                schedule.lost(others, weight=0)
+                yield None, finished
+                continue
             yield worker, finished
 
-    def _lost(self, worker: Any, error: Exception) -> None:
+    def _replace(self, worker: Any, stillborn: Exception | None = None) -> None:
+        """Start another worker for one that was lost."""
         del self._held[worker]
-        self._lost_in_a_row += 1
-        if self._lost_in_a_row > 2 * self.count + 10:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self._lost_in_a_row} workers in a row were lost before one did anything: {reason}")
+        self._stillborn += stillborn is not None
+        if stillborn is not None and self._stillborn > 2 * self.count + 10:
+            reason = " ".join(str(stillborn).split())
+            raise UserError(f"{self._stillborn} workers in a row were lost before they could begin: {reason}")
+        self._start_worker()

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,28 +27,22 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from conflictscope import __version__
-from conflictscope.study.choice import DEV_VERSION
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import BUDGETS, Lab
-from conflictscope.study.measure import COST_VERSION, measure
+from conflictscope.study.measure import measure
 from conflictscope.study.method import Method, method_named, registered
 from conflictscope.study.run import Study
 from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
 from conflictscope.study.units import Done, Schedule, Step, Unit, timed
 from interp.errors import UserError
-from interp.evaluation import ANSWERS_VERSION
 from interp.facts import relation_named
 from interp.files import write_json
 from interp.formats.loading import format_named
-from interp.reading import READING_VERSION
-from interventions.base import EDITS_VERSION
 from interventions.identity import Strict
 
 Controls = Literal["each", "kinds", "winners"]
 
-_VERSIONS = (__version__, DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION, READING_VERSION, COST_VERSION)
-_HASHED = 2**20
+_DEV_TEXTS = "dev texts"
 # Expected costs, in units of measuring one condition on test: what others wait for, what learns, and other methods.
 _SHARED_FIRST, _LEARNING, _CHOOSING = 30.0, 20.0, 2.0
 
@@ -84,25 +78,12 @@ class Comparison(Strict):
             [{"name": one} if isinstance(one, str) else one for one in models] if isinstance(models, list) else models
         )
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _called(cls, data: Any) -> Any:
-        """The data sets with their names: those of the relations, or that of the file."""
-
-        def name(one: dict[str, Any]) -> str:
-            relations = one.get("relations")
-            return "+".join(map(str, relations)) if isinstance(relations, list) else Path(str(one.get("data"))).stem
-
-        if not isinstance(data, list):
-            return data
-        return [{"name": name(one), **one} if isinstance(one, dict) else one for one in data]
-
     @model_validator(mode="after")
     def _distinct(self) -> Comparison:
         for what, names in (("models", self.models), ("data", self.data), ("seeds", self.seeds)):
             called = [one if isinstance(one, int) else one.name for one in names]
-            if twice := next((one for one in called if called.count(one) > 1), None):
-                raise ValueError(f"{what} has {twice} twice; give each a name of its own")
+            if twice := [one for one in called if called.count(one) > 1]:
+                raise ValueError(f"{what} has {twice[0]} twice; give each a name of its own, or take one of them out")
         return self
 
     @classmethod
@@ -138,14 +119,27 @@ class Comparison(Strict):
         return plan._with_files_from(path.parent)
 
     def _with_files_from(self, folder: Path) -> Comparison:
-        def moved(one: DataSetting) -> DataSetting:
-            files = {name: str(folder / file) for name in ("data", "test_data") if (file := getattr(one, name))}
-            for file in files.values():
-                if not Path(file).exists():
-                    raise UserError(f"{file}, the data of {one.name}, is not there; check the path.")
-            return one.model_copy(update=files)
+        """The same with whole paths, which mean the same on every machine."""
 
-        return self.model_copy(update={"data": tuple(moved(one) for one in self.data)})
+        def whole(said: str | None) -> str | None:
+            path = Path(said or "").expanduser()
+            there = path if path.is_absolute() else folder / path
+            return str(there.resolve()) if said and there.exists() else said
+
+        for path in (one.name for one in self.models if one.name.startswith((".", "~", "/"))):
+            if whole(path) == path and not Path(path).exists():
+                raise UserError(f"{path} in the plan's models is not there; check the path.")
+        for one in self.data:
+            for file in filter(None, (one.data, one.test_data)):
+                if not Path(str(whole(file))).exists():
+                    raise UserError(f"{folder / file}, the data of {one.name}, is not there; check the path.")
+        models = tuple(
+            one.model_copy(update={"name": whole(one.name), "blueprint": whole(one.blueprint)}) for one in self.models
+        )
+        data = tuple(
+            one.model_copy(update={"data": whole(one.data), "test_data": whole(one.test_data)}) for one in self.data
+        )
+        return self.model_copy(update={"models": models, "data": data, "sae": whole(self.sae)})
 
     @property
     def studies(self) -> list[StudySetting]:
@@ -180,16 +174,23 @@ class Comparing:
         plan: What is compared.
         out: The folder; where several machines work, all of them see it under this path.
         command: The command that makes it again.
+        settings: The studies by a hash of all that decides them.
     """
 
     plan: Comparison
     out: Path
     command: str
+    settings: Mapping[str, StudySetting]
 
-    @cached_property
-    def settings(self) -> dict[str, StudySetting]:
-        """The studies by their digest, which other data, methods and versions of the code change."""
-        return {self._digest(one): one for one in self.plan.studies}
+    @classmethod
+    def of(cls, plan: Comparison, out: Path, command: str) -> Comparing:
+        """A comparison in a folder; files are looked at here, once for all machines."""
+        decides = (*(method.name for method in plan.chosen_methods), plan.controls)
+
+        def digest(setting: StudySetting) -> str:
+            return hashlib.sha256(repr((setting.digest, decides)).encode()).hexdigest()[:12]
+
+        return cls(plan, out, command, {digest(setting): setting for setting in plan.studies})
 
     def folder(self, setting: StudySetting) -> Path:
         """Where a study's record is written."""
@@ -207,6 +208,7 @@ class Comparing:
         """The units that are known before anything is measured."""
         methods = self.plan.chosen_methods
         names = {method.name for method in methods}
+        texts: dict[tuple[str, int, str], Unit] = {}
         for digest, setting in self.settings.items():
             model = hashlib.sha256(setting.model.model_dump_json().encode()).hexdigest()[:12]
 
@@ -214,23 +216,20 @@ class Comparing:
             first = unit("prompts")
             shared = {
                 name: unit("share", name, [first.id], _SHARED_FIRST)
-                for name in dict.fromkeys(one for method in methods for one in method.starts_from)
+                for name in dict.fromkeys((_DEV_TEXTS, *(one for method in methods for one in method.starts_from)))
             }
-            yield from (first, *shared.values())
+            for name in shared.keys() & {_DEV_TEXTS, "texts"}:
+                # They are the same for all data: the first study makes them.
+                shared[name] = texts.setdefault((model, setting.seed, name), shared[name])
+            yield from (first, *(one for one in shared.values() if one.study == digest))
             choices = []
             for method in methods:
                 before = [unit_id(digest, "choose", other) for other in method.follows if other in names]
-                needs = [first.id, *(shared[name].id for name in method.starts_from), *before]
+                needs = [first.id, *(shared[name].id for name in (_DEV_TEXTS, *method.starts_from)), *before]
                 cost = _LEARNING if method.needs in ("learning", "search", "unknown") else _CHOOSING
                 choices.append(unit("choose", method.name, needs, cost))
             yield from choices
             yield unit("tests", needs=[one.id for one in choices])
-
-    def _digest(self, setting: StudySetting) -> str:
-        files = [_hash_of(Path(file)) for file in (setting.data.data, setting.data.test_data) if file]
-        methods = [method.name for method in self.plan.chosen_methods]
-        said = repr((setting.digest, files, methods, self.plan.controls, _VERSIONS))
-        return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def _unit(study: str, model: str, step: Step, what: str = "", needs: Iterable[str] = (), cost: float = 1.0) -> Unit:
@@ -263,6 +262,8 @@ class StudyWorker:
         study, methods = self.comparing.study(setting, told), self.comparing.plan.chosen_methods
         match unit.step:
             case "prompts":
+                pass
+            case "share" if unit.what == _DEV_TEXTS:
                 lab.texts("dev")
             case "share":
                 # What cannot be made is said by the methods that start from it.
@@ -275,7 +276,7 @@ class StudyWorker:
             case "test":
                 measure(lab, Condition.load(self._conditions(unit) / unit.what))
             case "record":
-                study.run(lab, methods)
+                study.finish(lab, methods)
         return ()
 
     def _lab(self, unit: Unit) -> Lab:
@@ -313,16 +314,6 @@ def finished(comparing: Comparing, schedule: Schedule) -> list[Path]:
 def save_plan(comparing: Comparing) -> None:
     """Write what is compared, with all that it did not say, as ``plan.json``."""
     write_json(comparing.out / "plan.json", comparing.plan.model_dump(mode="json"))
-
-
-def _hash_of(path: Path) -> str:
-    """A hash of what a file holds; of a folder, of the files in it."""
-    digest = hashlib.sha256()
-    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            while block := stream.read(_HASHED):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _slug(name: str) -> str:

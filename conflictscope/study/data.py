@@ -54,6 +54,7 @@ class Prompts:
         relations: The relations that are learned from.
         held_out: The phrasing family that test alone has; ``None`` where the data has no such.
         asked: How many facts the model was asked about closed-book, to find those it knows.
+        known: How many of them it knows.
     """
 
     train: ConflictSet
@@ -63,6 +64,7 @@ class Prompts:
     relations: tuple[str, ...]
     held_out: str | None = None
     asked: int = 0
+    known: int = 0
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -229,7 +231,8 @@ def _split(conflicts: ConflictSet, relations: tuple[str, ...], asked: int) -> Pr
     )
     test = ConflictSet(conflicts.name, tuple(e for e in conflicts.select(split="test") if is_tested(e)))
     held_out = HELD_OUT_PHRASING if any(e.template == HELD_OUT_PHRASING for e in test) else None
-    return Prompts(train, dev, test, conflicts.name, relations, held_out, asked)
+    known = sum(len(part.subjects) for part in (train, dev, test))
+    return Prompts(train, dev, test, conflicts.name, relations, held_out, asked, known)
 
 
 def _only(conflicts: ConflictSet, relations: Sequence[str]) -> ConflictSet:

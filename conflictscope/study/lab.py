@@ -213,6 +213,8 @@ class Lab:
             name=self.name,
             seed=self.seed,
             answers=True,
+            # Studies that learn from the same prompts share it.
+            patience=-1,
             progress="Recording and answering",
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,11 +125,22 @@ class Study:
         Raises:
             UserError: As ``run``.
         """
-        work = _Work()
-        for method in methods:
-            self._choose(lab, method, work)
-        rows, _ = self._planned(lab, self._checked(work))
+        rows, _ = self._planned(lab, self._chosen_quietly(lab, methods))
         return list({c.digest: c for row in rows for c in row.conditions}.values())
+
+    def finish(self, lab: Lab, methods: Sequence[Method]) -> StudyRecord:
+        """Do what ``run`` does, where it was told before what dev chose.
+
+        Raises:
+            UserError: As ``run``.
+        """
+        return self._record(lab, self._chosen_quietly(lab, methods))
+
+    def _chosen_quietly(self, lab: Lab, methods: Sequence[Method]) -> _Work:
+        quiet, work = replace(self, told=lambda _: None), _Work()
+        for method in methods:
+            quiet._choose(lab, method, work)
+        return self._checked(work)
 
     def _checked(self, work: _Work) -> _Work:
         if not work.chosen:

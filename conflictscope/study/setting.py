@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from conflictscope import __version__
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
 from conflictscope.study.lab import BUDGETS, Lab
 from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
@@ -27,6 +29,31 @@ if TYPE_CHECKING:
     from interp.sae import SparseAutoencoder
 
 SUBJECTS, QUICK_SUBJECTS = 40, 12
+_VERSION = re.compile(r"^_?[A-Z_]*VERSION = .+$", re.MULTILINE)
+_PACKAGES = ("interp", "probes", "interventions", "conflictscope")
+
+
+def digest_of(said: Sequence[str], files: Sequence[Path]) -> str:
+    """Hash what decides a result: words, files and folders that are there, and the versions of the code.
+
+    Of files that were not changed their size and time say enough.
+    """
+    held = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for path in files
+        if path.exists()
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    return hashlib.sha256(repr((list(said), held, _versions(), __version__)).encode()).hexdigest()[:12]
+
+
+@cache
+def _versions() -> list[str]:
+    """The versions of what records keep, whatever is imported."""
+    root = Path(__file__).parents[2]
+    files = (file for package in _PACKAGES for file in sorted((root / package).rglob("*.py")))
+    return [found for file in files for found in _VERSION.findall(file.read_text(encoding="utf-8"))]
 
 
 class ModelSetting(Strict):
@@ -86,12 +113,24 @@ class DataSetting(Strict):
     answer_prefix: str = ""
     shots: int = Field(0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _called(cls, said: Any) -> Any:
+        """The data with its name: that of the relations, of the public format, or of the file."""
+        if not isinstance(said, dict) or "name" in said:
+            return said
+        relations, format = said.get("relations"), said.get("data_format")
+        named = "+".join(map(str, relations)) if isinstance(relations, (list, tuple)) and relations else None
+        return {"name": named or format or Path(str(said.get("data"))).stem, **said}
+
     @model_validator(mode="after")
     def _fits_together(self) -> DataSetting:
         if (self.data is None) == (not self.relations):
             raise ValueError(f"{self.name} needs either relations or data, the name of a file; give one of them")
         if self.data is None and (self.data_format is not None or (self.unknown_too and self.test_data is None)):
             raise ValueError("data_format and unknown_too belong to data; give a file, or leave them out")
+        if self.leave_out and self.relations and (len(self.relations) < 2 or self.leave_out not in self.relations):
+            raise ValueError(f"leave_out must be one of two or more relations, not {self.leave_out}; give another")
         if self.leave_out is not None and self.test_data is not None:
             raise ValueError("leave_out and test_data do not go together; give one of them")
         if self.test_format is not None and self.test_data is None:
@@ -163,8 +202,9 @@ class StudySetting(Strict):
 
     @property
     def digest(self) -> str:
-        """A hash of all that decides it, but for what files hold."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        """A hash of all that decides it: what is said, what files hold, and the versions of the code."""
+        files = (self.model.name, self.model.blueprint, self.data.data, self.data.test_data, self.sae)
+        return digest_of([self.model_dump_json()], [Path(file) for file in files if file])
 
     def lab(self, records: Path, model: nn.Module | None = None) -> Lab:
         """Make the lab: load the model, and get its prompts.
@@ -196,8 +236,7 @@ class StudySetting(Strict):
         """Get the prompts; see ``DataSetting.prompts``."""
         most = min(self.data.subjects, QUICK_SUBJECTS) if self.quick else self.data.subjects
         found = self.data.prompts(model, self.model.name, records, seed=self.seed, most=most)
-        if self.data.leave_out is None and self.data.test_data is None:
-            found = replace(found, name=self.data.name)
+        found = replace(found, name=self.data.name)
         return found.few(self.seed) if self.quick else found
 
     def _saes(self) -> Sequence[SparseAutoencoder]:

@@ -5,7 +5,6 @@ The parts depend on the data alone, so that what is put together is, to the last
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ class Sharded(ABC):
     Attributes:
         load: Loads the model.
         asked: Loads the model, and makes the prompts.
-        parts: The folder for the prompts, and for what is made of parts of them; every machine sees it.
+        parts: The folder for the prompts, and for what is made of parts of them, of this work alone; every machine sees
+            it.
         options: What else decides the result, by name.
     """
 
@@ -44,15 +44,6 @@ class Sharded(ABC):
     options: Mapping[str, Any]
     _held: tuple[nn.Module, ConflictSet] | None = field(default=None, init=False)
 
-    def units(self, said: str) -> list[Unit]:
-        """The units that are known before the prompts are.
-
-        Args:
-            said: All that decides the result: other words are other work.
-        """
-        digest = hashlib.sha256(said.encode()).hexdigest()[:12]
-        return [Unit(f"{digest}/prompts", "", digest, "prompts")]
-
     def run(self, unit: Unit) -> Done:
         """Do one unit; what keeps it from being done is told in its result."""
         return timed(unit, self._run)
@@ -61,27 +52,27 @@ class Sharded(ABC):
         del told
         if unit.step == "prompts":
             self._held = model, prompts = self.asked()
+            begun = self.begin(model, prompts)
             prompts.save(self.parts / _PROMPTS)
             write_json(self.parts / _NAME, prompts.name)
-            count = self.begin(model, prompts)
-            parts = [Unit(f"{unit.study}/part/{n}", "", unit.study, "part", str(n)) for n in range(count)]
+            parts = [Unit(f"{unit.study}/part/{what}", "", unit.study, "part", what) for what in begun]
             needs = tuple(one.id for one in parts)
             return (*parts, Unit(f"{unit.study}/merge", "", unit.study, "merge", "", needs))
         if self._held is None:
             loaded = ConflictSet.load(self.parts / _PROMPTS)
             self._held = self.load(), ConflictSet(read_json(self.parts / _NAME), loaded.examples)
         if unit.step == "part":
-            self.make(*self._held, int(unit.what))
+            self.make(*self._held, unit.what)
         else:
             self.merge(*self._held)
         return ()
 
     @abstractmethod
-    def begin(self, model: nn.Module, prompts: ConflictSet) -> int:
-        """Prepare what parts need, and count them."""
+    def begin(self, model: nn.Module, prompts: ConflictSet) -> Sequence[str]:
+        """Prepare what parts need, and name them."""
 
     @abstractmethod
-    def make(self, model: nn.Module, prompts: ConflictSet, number: int) -> None:
+    def make(self, model: nn.Module, prompts: ConflictSet, part: str) -> None:
         """Make one part."""
 
     @abstractmethod
@@ -101,21 +92,21 @@ class ShardedAttribution(Sharded):
     out: Path = Path("heads.parquet")
     metric: Metric = "logit_diff"
 
-    def begin(self, model: nn.Module, prompts: ConflictSet) -> int:
+    def begin(self, model: nn.Module, prompts: ConflictSet) -> Sequence[str]:
         """Find what each example is corrupted with, once for all blocks."""
         examples, _ = scorable(model, prompts)
         baseline, seed = self.options["baseline"], self.options["seed"]
         if baseline == "mean":
             raise UserError("A mean over all examples needs all of them at once; take --baseline zero, or no --ray.")
         write_json(self.parts / "partners.json", partners_of(examples, baseline, seed))
-        return n_blocks(model, prompts)
+        return [str(number) for number in range(n_blocks(model, prompts))]
 
-    def make(self, model: nn.Module, prompts: ConflictSet, number: int) -> None:
+    def make(self, model: nn.Module, prompts: ConflictSet, part: str) -> None:
         """Score one block."""
         partners = read_json(self.parts / "partners.json")
-        options: dict[str, Any] = {"metrics": (self.metric,), "blocks": [number], "partners": partners}
+        options: dict[str, Any] = {"metrics": (self.metric,), "blocks": [int(part)], "partners": partners}
         scores = path_patching(model, prompts, **self.options, **options)
-        scores[self.metric].save(self._part(number))
+        scores[self.metric].save(self._part(int(part)))
 
     def merge(self, model: nn.Module, prompts: ConflictSet) -> None:
         """Put the blocks together in their order."""
@@ -138,15 +129,17 @@ class ShardedRecording(Sharded):
     out: Path = Path("recording")
     sites: Callable[[nn.Module], Sequence[str]] = sites_of
 
-    def begin(self, model: nn.Module, prompts: ConflictSet) -> int:
-        """Make the folder, or see that it is one of this recording."""
-        self._record(model, prompts, ())
-        counted = {name: self.options[name] for name in ("positions", "dtype")}
-        return ActivationStore.n_shards(model, prompts, self.sites(model), **counted)
+    def begin(self, model: nn.Module, prompts: ConflictSet) -> Sequence[str]:
+        """Make the folder, or see that it is one of this recording; say which prompts each shard holds."""
+        self._record(model, prompts, {})
+        decided = {name: self.options[name] for name in ("positions", "dtype")}
+        shards = ActivationStore.shard_prompts(model, prompts, self.sites(model), **decided)
+        return [f"{number}:{held.start}:{held.stop}" for number, held in enumerate(shards)]
 
-    def make(self, model: nn.Module, prompts: ConflictSet, number: int) -> None:
+    def make(self, model: nn.Module, prompts: ConflictSet, part: str) -> None:
         """Record one shard."""
-        self._record(model, prompts, (number,))
+        number, start, stop = map(int, part.split(":"))
+        self._record(model, prompts, {number: range(start, stop)})
 
     def merge(self, model: nn.Module, prompts: ConflictSet) -> None:
         """Clear what killed workers left half-written.
@@ -154,27 +147,23 @@ class ShardedRecording(Sharded):
         Raises:
             UserError: If a shard is missing.
         """
-        if not self._record(model, prompts, ()).complete:
+        if not self._record(model, prompts, {}).complete:
             raise UserError(f"A shard of {self.out} is missing; run the same command again.")
 
-    def _record(self, model: nn.Module, prompts: ConflictSet, only: tuple[int, ...]) -> ActivationStore:
+    def _record(self, model: nn.Module, prompts: ConflictSet, only: Mapping[int, range]) -> ActivationStore:
         return ActivationStore.record(self.out, model, prompts, self.sites(model), **self.options, only=only)
 
 
-def done_in_parts(work: Sharded, said: str, executor: Executor) -> None:
+def done_in_parts(work: Sharded, executor: Executor) -> None:
     """Do work in parts; what was killed goes on where it stopped.
-
-    Args:
-        work: The work.
-        said: All that decides its result.
-        executor: What does its units.
 
     Raises:
         UserError: If one of them cannot be done.
     """
     work.parts.mkdir(parents=True, exist_ok=True)
     journal = Journal(work.parts / "units.jsonl")
-    schedule = Schedule(work.units(said), journal.read())
+    name = work.parts.name
+    schedule = Schedule([Unit(f"{name}/prompts", "", name, "prompts")], journal.read())
     for done in executor(schedule):
         journal.append([done])
         if done.failed is not None:

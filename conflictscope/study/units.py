@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import json
 import logging
 import os
 import socket
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 
 Step = Literal["prompts", "share", "choose", "tests", "test", "record", "part", "merge"]
 
@@ -72,6 +74,7 @@ class Done:
         new: Units that it found.
         said: Sentences about what was found.
         failed: Why it could not be done; ``None`` if it was.
+        crashed: Whether that may be its worker's fault: an error that is not the user's.
     """
 
     id: str
@@ -80,6 +83,7 @@ class Done:
     new: tuple[Unit, ...] = ()
     said: tuple[str, ...] = ()
     failed: str | None = None
+    crashed: bool = False
 
 
 class Worker(Protocol):
@@ -105,15 +109,21 @@ class Schedule:
         self.units: dict[str, Unit] = {}
         self.seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
-        self.n_done = 0
         self._done: set[str] = set()
         self._known = {one.id: one for one in done}
         self._waits: dict[str, int] = {}
         self._needed_by: dict[str, list[str]] = defaultdict(list)
+        self._of_study: dict[str, list[str]] = defaultdict(list)
         self._ready: dict[str, dict[str, list[tuple[float, int, str]]]] = defaultdict(lambda: defaultdict(list))
         self._n_ready: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
+        self._number = itertools.count()
         self.add(units)
+
+    @property
+    def n_done(self) -> int:
+        """How many units were done, or given up."""
+        return len(self._done)
 
     @property
     def n_ready(self) -> int:
@@ -130,23 +140,30 @@ class Schedule:
         return unit_id in self._done and self.units[unit_id].study not in self.failed
 
     def add(self, units: Iterable[Unit]) -> None:
-        """Take more units; those that were done before are done at once."""
-        new = [unit for unit in units if unit.id not in self.units]
-        self.units |= {unit.id: unit for unit in new}
-        for unit in new:
-            open_needs = [one for one in unit.needs if one not in self._done]
-            self._waits[unit.id] = len(open_needs)
-            for one in open_needs:
-                self._needed_by[one].append(unit.id)
-        for unit in new:
-            if unit.id in self._done:
-                continue
-            if unit.study in self.failed:
-                self._finish(unit.id)
-            elif (known := self._known.get(unit.id)) is not None:
-                self.finish(known)
-            elif not self._waits[unit.id]:
-                self._push(unit)
+        """Take more units; those that were done before are done at once, with those that they found."""
+        waiting = list(units)
+        while waiting:
+            new = [unit for unit in {unit.id: unit for unit in waiting}.values() if unit.id not in self.units]
+            self.units |= {unit.id: unit for unit in new}
+            waiting = []
+            for unit in new:
+                self._of_study[unit.study].append(unit.id)
+                if (known := self._known.get(unit.id)) is not None:
+                    self._done.add(unit.id)
+                    self.seconds[unit.id] = known.seconds
+                    waiting += known.new
+                elif unit.study in self.failed:
+                    self._done.add(unit.id)
+            # After that, so that each is ready once.
+            for unit in new:
+                open_needs = [one for one in unit.needs if one not in self._done]
+                self._waits[unit.id] = len(open_needs)
+                for one in open_needs:
+                    self._needed_by[one].append(unit.id)
+                if unit.id in self._done:
+                    self._release(unit.id)
+                elif not open_needs:
+                    self._push(unit)
 
     def take(
         self, held: tuple[str, str] = ("", ""), most: int = 1, holders: Mapping[str, int] | None = None
@@ -158,58 +175,62 @@ class Schedule:
             most: How many at most.
             holders: How many workers hold each model.
         """
-        model, study = held
-        if not self._n_ready[model]:
-            counts = holders or {}
-            model = max(self._n_ready, key=lambda one: self._n_ready[one] / (1 + counts.get(one, 0)), default="")
-        if not self._n_ready[model]:
-            return []
-        studies = self._ready[model]
-        if not studies.get(study):
-            study = max(studies, key=lambda one: len(studies[one]))
-        taken: list[Unit] = []
-        queue = studies[study]
-        while queue and len(taken) < most:
-            *_, unit_id = heapq.heappop(queue)
-            self._n_ready[model] -= 1
-            if unit_id not in self._done:
-                taken.append(self.units[unit_id])
-        if not queue:
-            del studies[study]
-        return taken or self.take(held, most, holders)
+        counts, taken = holders or {}, list[Unit]()
+        while self.n_ready and not taken:
+            model, study = held
+            if not self._n_ready[model]:
+                model = max(self._n_ready, key=lambda one: self._n_ready[one] / (1 + counts.get(one, 0)))
+            studies = self._ready[model]
+            if study not in studies:
+                study = max(studies, key=lambda one: len(studies[one]))
+            queue = studies[study]
+            while queue and len(taken) < most:
+                *_, unit_id = heapq.heappop(queue)
+                self._n_ready[model] -= 1
+                # Those of a study that was given up stay in the queue.
+                if unit_id not in self._done:
+                    taken.append(self.units[unit_id])
+            if not queue:
+                del studies[study]
+        return taken
 
     def finish(self, done: Done) -> None:
         """Note what a unit left: others become ready, or its study is given up."""
         if done.id in self._done:
             return
-        unit = self.units[done.id]
         self.seconds[done.id] = done.seconds
         if done.failed is not None:
-            self._give_up(unit.study, done.failed)
+            self._give_up(self.units[done.id].study, done.failed)
             return
-        self._finish(done.id)
+        self._done.add(done.id)
+        self._release(done.id)
         self.add(done.new)
 
-    def lost(self, units: Iterable[Unit]) -> None:
-        """Make units ready again whose worker was lost; one that was lost too often takes its study with it."""
+    def lost(self, units: Iterable[Unit], reason: str = "", weight: int = 1) -> None:
+        """Make units ready again whose worker was lost; one that was lost too often takes its study with it.
+
+        Args:
+            units: The units.
+            reason: What is known of why.
+            weight: For how many losses it counts.
+        """
         for unit in units:
-            self._losses[unit.id] += 1
+            self._losses[unit.id] += weight
             if unit.id in self._done:
                 continue
             if self._losses[unit.id] > MOST_LOSSES:
-                reason = f"its {unit.step} {unit.what} lost its worker {self._losses[unit.id]} times; look at memory"
-                self._give_up(unit.study, reason)
+                lost = f"{unit.step} {unit.what} lost its worker again and again; look at memory"
+                self._give_up(unit.study, reason or lost)
             else:
                 self._push(unit)
 
     def _push(self, unit: Unit) -> None:
         # What takes longest goes first; of others those that came first.
-        heapq.heappush(self._ready[unit.model][unit.study], (-unit.cost, len(self._waits), unit.id))
+        heapq.heappush(self._ready[unit.model][unit.study], (-unit.cost, next(self._number), unit.id))
         self._n_ready[unit.model] += 1
 
-    def _finish(self, unit_id: str) -> None:
-        self._done.add(unit_id)
-        self.n_done += 1
+    def _release(self, unit_id: str) -> None:
+        """Make ready what waited for this unit alone."""
         for other in self._needed_by.pop(unit_id, ()):
             self._waits[other] -= 1
             if not self._waits[other] and other not in self._done:
@@ -217,10 +238,11 @@ class Schedule:
 
     def _give_up(self, study: str, reason: str) -> None:
         self.failed.setdefault(study, reason)
-        for unit in list(self.units.values()):
-            if unit.study == study and unit.id not in self._done:
-                self._done.add(unit.id)
-                self.n_done += 1
+        given_up = [unit_id for unit_id in self._of_study[study] if unit_id not in self._done]
+        self._done.update(given_up)
+        # Other studies may wait for what this one was to make for all; they will make it themselves.
+        for unit_id in given_up:
+            self._release(unit_id)
 
 
 @dataclass
@@ -235,7 +257,10 @@ class Journal:
     _written: int = field(default=0, init=False)
 
     def read(self) -> list[Done]:
-        """What was done and did not fail; a line that was being written as its writer was killed is left out."""
+        """What was done and did not fail, but for records and merges, which are written anew.
+
+        A line that was being written as its writer was killed is left out.
+        """
         if not self.path.exists():
             return []
         found = []
@@ -246,7 +271,8 @@ class Journal:
                 continue
             record["new"] = tuple(Unit(**{**unit, "needs": tuple(unit["needs"])}) for unit in record["new"])
             found.append(Done(**{**record, "said": tuple(record["said"])}))
-        return [done for done in found if done.failed is None]
+        # They are cheap, and others may have written in their place.
+        return [one for one in found if one.failed is None and one.id.rpartition("/")[2] not in ("record", "merge")]
 
     def append(self, done: Sequence[Done]) -> None:
         """Write what was done, and wait until it is on the disk."""
@@ -270,17 +296,20 @@ def timed(unit: Unit, work: Callable[[Unit, Callable[[str], None]], Sequence[Uni
         unit: The unit.
         work: Does it: takes what takes sentences about what was found, and gives the units that it found.
     """
-    start, said, new, failed = time.monotonic(), list[str](), (), None
-    try:
-        new = tuple(work(unit, said.append))
-    except UserError as error:
-        failed = str(error)
-    except Exception as error:
-        # What is wrong with one unit is no reason to lose others.
-        _log.exception("%s failed", unit.id)
-        failed = f"{unit.step} {unit.what}: {type(error).__name__}: {error}"
+    start, said, new, failed, crashed = time.monotonic(), list[str](), (), None, False
+    with warnings.catch_warnings(record=True) as cautions:
+        warnings.simplefilter("once", Caution)
+        try:
+            new = tuple(work(unit, said.append))
+        except UserError as error:
+            failed = str(error)
+        except Exception as error:
+            # What is wrong with one unit is no reason to lose others.
+            _log.exception("%s failed", unit.id)
+            failed, crashed = f"{unit.step} {unit.what}: {type(error).__name__}: {error}", True
+    noted = [f"Note: {one.message}" for one in cautions if issubclass(one.category, Caution)]
     worker = f"{socket.gethostname()}:{os.getpid()}"
-    return Done(unit.id, time.monotonic() - start, worker, new, tuple(said), failed)
+    return Done(unit.id, time.monotonic() - start, worker, new, (*noted, *said), failed, crashed)
 
 
 def serial(make_worker: Callable[[], Worker]) -> Executor:

@@ -6,6 +6,7 @@ with ConflictScope and its extra ray.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -67,8 +68,12 @@ def records(out: Path) -> dict[str, Any]:
 
 
 def done(out: Path) -> Counter[str]:
-    lines = (out / "units.jsonl").read_text(encoding="utf-8").splitlines()
-    return Counter(json.loads(line)["id"] for line in lines)
+    """How often each unit was done; a killed driver may leave half a line."""
+    found: Counter[str] = Counter()
+    for line in (out / "units.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            found[json.loads(line)["id"]] += 1
+    return found
 
 
 def kept(out: Path) -> dict[Path, int]:
@@ -151,7 +156,8 @@ def test_a_driver_that_is_killed_goes_on_where_it_stopped(plan: Path, alone: dic
     assert again.returncode == 0, said
     assert "units were done before" in said
     assert records(out) == alone
-    assert all(count == 1 for name, count in done(out).items() if name in before)
+    # Only records are written anew.
+    assert {name for name, count in done(out).items() if count > 1} <= {n for n in before if n.endswith("/record")}
 
 
 @pytest.mark.parametrize(

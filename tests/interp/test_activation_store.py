@@ -370,14 +370,15 @@ def test_shards_that_are_recorded_apart_and_in_any_order_are_those_of_one_proces
     store_of(tmp_path / "whole", tiny_llama, batch_size=2)
     whole = contents(tmp_path / "whole")
     sites = ("embed.hook_out", RESIDUAL)
-    count = ActivationStore.n_shards(tiny_llama, MORE_TEXTS, sites, "all")
-    assert count == len(list((tmp_path / "whole" / "shards").iterdir()))
-    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=())
-    for number in reversed(range(1, count)):
-        assert not store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=[number]).complete
+    shards = ActivationStore.shard_prompts(tiny_llama, MORE_TEXTS, sites, "all")
+    assert len(shards) == len(list((tmp_path / "whole" / "shards").iterdir()))
+    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only={})
+    for number in reversed(range(1, len(shards))):
+        some = {number: shards[number]}
+        assert not store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=some).complete
     (tmp_path / "apart" / "shards" / ".00000.half").mkdir()
-    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=[0])
-    assert store_of(tmp_path / "apart", tiny_llama, batch_size=2, only=()).complete
+    store_of(tmp_path / "apart", tiny_llama, batch_size=2, only={0: shards[0]})
+    assert store_of(tmp_path / "apart", tiny_llama, batch_size=2, only={}).complete
     assert contents(tmp_path / "apart") == whole
     with pytest.raises(UserError, match="another recording"):
-        store_of(tmp_path / "apart", tiny_llama, MORE_TEXTS[1:], batch_size=2, only=[0])
+        store_of(tmp_path / "apart", tiny_llama, MORE_TEXTS[1:], batch_size=2, only={0: shards[0]})

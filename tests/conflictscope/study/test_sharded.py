@@ -48,8 +48,8 @@ def in_two_lives(make: Any) -> list[str]:
             return self.work.run(unit)
 
     with pytest.raises(KeyboardInterrupt):
-        done_in_parts(make(), "as said", killed_after(3, Counted))
-    done_in_parts(make(), "as said", serial(Counted))
+        done_in_parts(make(), killed_after(3, Counted))
+    done_in_parts(make(), serial(Counted))
     return made
 
 
@@ -96,4 +96,4 @@ def test_what_cannot_be_cut_is_said(tiny_llama: Any, tmp_path: Path) -> None:
     asked = (tiny_llama, tiny_conflicts())
     work = ShardedAttribution(lambda: tiny_llama, lambda: asked, tmp_path, options, tmp_path / "out.parquet")
     with pytest.raises(UserError, match="--baseline zero"):
-        done_in_parts(work, "as said", serial(lambda: work))
+        done_in_parts(work, serial(lambda: work))
