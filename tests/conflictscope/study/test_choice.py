@@ -12,6 +12,7 @@ from conflictscope.study.choice import Tried, as_good_as_the_best, choose, line,
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
 from interp.anatomy import transformers_model
+from interp.conflicts import ConflictExample
 from interp.evaluation import answer_token_ids
 from interp.inputs import first_token_id, token_ids
 from interventions.base import applied
@@ -46,7 +47,8 @@ def test_dev_is_measured_as_prompt_by_prompt(lab: Lab, kind: str) -> None:
         pair = answer_token_ids(lab.model, example)
         assert pair is not None
         usages.append("context" if token == pair[0] else "memory" if token == pair[1] else "other")
-    parts = {guard: [e.prompt for e in some] for guard, some in dev.guards.items()} | {"neutral": dev.texts}
+    guards: dict[str, list[ConflictExample]] = {**dev.guards}
+    parts = {guard: [e.prompt for e in some] for guard, some in guards.items()} | {"neutral": dev.texts}
     for guard, prompts in parts.items():
         clean = [end_logits(lab, prompt).log_softmax(-1) for prompt in prompts]
         with applied(lab.model, edit):
@@ -54,7 +56,7 @@ def test_dev_is_measured_as_prompt_by_prompt(lab: Lab, kind: str) -> None:
         divergences = [(p.exp() * (p - q)).sum() for p, q in zip(clean, edited, strict=True)]
         damage[guard] = float(torch.stack(divergences).mean())
         if guard != "neutral":
-            wanted = [first_token_id(lab.model, e.prompt, e.memory_answers[0]) for e in dev.guards[guard]]
+            wanted = [first_token_id(lab.model, e.prompt, e.memory_answers[0]) for e in guards[guard]]
             right[guard] = np.mean([int(q.argmax()) == token for q, token in zip(edited, wanted, strict=True)])
     assert list(found.usages) == usages
     assert found.damage == pytest.approx(damage, rel=1e-3, abs=1e-5)
