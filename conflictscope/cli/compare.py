@@ -190,6 +190,8 @@ def _do_all(comparing: Comparing, executor: Executor) -> None:
 def _tell(comparing: Comparing, schedule: Schedule, done: Done) -> None:
     """Say what a unit found, and how far all is after each study."""
     unit = schedule.units[done.id]
+    for sentence in done.said:
+        say(f"{_called(comparing, unit.study)}: {sentence}")
     if done.failed is not None or unit.step == "record":
         hours = sum(schedule.seconds.values()) / 3600
         how = "is done" if done.failed is None else f"could not be made: {done.failed}"
@@ -197,9 +199,6 @@ def _tell(comparing: Comparing, schedule: Schedule, done: Done) -> None:
             f"{_called(comparing, unit.study)} {how}; {schedule.n_done} of {len(schedule.units)} units, "
             f"{hours:.2f} hours of work."
         )
-        return
-    for sentence in done.said:
-        say(f"{_called(comparing, unit.study)}: {sentence}")
 
 
 def _called(comparing: Comparing, digest: str) -> str:

@@ -42,7 +42,8 @@ from interventions.identity import Strict
 
 Controls = Literal["each", "kinds", "winners"]
 
-_DEV_TEXTS = "dev texts"
+DEV_TEXTS = "dev texts"
+"""What all methods share: ordinary text that candidates are to leave as it is."""
 # Expected costs, in units of measuring one condition on test: what others wait for, what learns, and other methods.
 _SHARED_FIRST, _LEARNING, _CHOOSING = 30.0, 20.0, 2.0
 
@@ -216,16 +217,16 @@ class Comparing:
             first = unit("prompts")
             shared = {
                 name: unit("share", name, [first.id], _SHARED_FIRST)
-                for name in dict.fromkeys((_DEV_TEXTS, *(one for method in methods for one in method.starts_from)))
+                for name in dict.fromkeys((DEV_TEXTS, *(one for method in methods for one in method.starts_from)))
             }
-            for name in shared.keys() & {_DEV_TEXTS, "texts"}:
+            for name in shared.keys() & {DEV_TEXTS, "texts"}:
                 # They are the same for all data: the first study makes them.
                 shared[name] = texts.setdefault((model, setting.seed, name), shared[name])
             yield from (first, *(one for one in shared.values() if one.study == digest))
             choices = []
             for method in methods:
                 before = [unit_id(digest, "choose", other) for other in method.follows if other in names]
-                needs = [first.id, *(shared[name].id for name in (_DEV_TEXTS, *method.starts_from)), *before]
+                needs = [first.id, *(shared[name].id for name in (DEV_TEXTS, *method.starts_from)), *before]
                 cost = _LEARNING if method.needs in ("learning", "search", "unknown") else _CHOOSING
                 choices.append(unit("choose", method.name, needs, cost))
             yield from choices
@@ -263,7 +264,7 @@ class StudyWorker:
         match unit.step:
             case "prompts":
                 pass
-            case "share" if unit.what == _DEV_TEXTS:
+            case "share" if unit.what == DEV_TEXTS:
                 lab.texts("dev")
             case "share":
                 # What cannot be made is said by the methods that start from it.

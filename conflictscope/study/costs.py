@@ -19,13 +19,14 @@ from typing import Any
 import polars as pl
 import torch
 
-from conflictscope.study.comparison import Comparing
+from conflictscope.study.comparison import DEV_TEXTS, Comparing
 from conflictscope.study.data import Prompts
+from conflictscope.study.method import method_named
 from conflictscope.study.setting import StudySetting
 from conflictscope.study.units import Done, Unit
 from interp.answers import COMPLETION_TOKENS
 from interp.files import assets_directory, read_json
-from interp.models import load_config
+from interp.models import load_config, resolve_device
 from interp.plan import Shapes
 from interp.records import Records
 
@@ -68,9 +69,11 @@ def expected(comparing: Comparing) -> pl.DataFrame:
     Raises:
         UserError: If a model's configuration or a data set cannot be read.
     """
-    speed = flops_a_second() * measured()["efficiency"]
+    devices = {setting.model.device for setting in comparing.settings.values()}
+    speeds = {name: flops_a_second(resolve_device(name)) * measured()["efficiency"] for name in devices}
     rows = []
     for setting in comparing.settings.values():
+        speed = speeds[setting.model.device]
         load = load_of(setting, [method.name for method in comparing.plan.chosen_methods])
         rows.append(
             {
@@ -103,8 +106,9 @@ def load_of(setting: StudySetting, methods: Iterable[str], shapes: Shapes | None
     tested, tokens = size(setting)
     names, known = list(methods), measured()
     usual = statistics.median(known["choose"].values())
+    used = {shared for name in names for shared in method_named(name).starts_from}
     steps = {("prompts", ""): known["prompts"]}
-    steps |= {("share", name): cost for name, cost in known["share"].items()}
+    steps |= {("share", name): cost for name, cost in known["share"].items() if name in {*used, DEV_TEXTS}}
     steps |= {("choose", name): known["choose"].get(name, usual) for name in names}
     flops = tested * shapes.answer_flops(max(1, round(tokens)), COMPLETION_TOKENS)
     return Load(tested, tokens, flops, steps, round(1 + known["tests"] * len(names)))
@@ -155,8 +159,8 @@ def ratios(done: Mapping[str, Done], units: Mapping[str, Unit]) -> dict[str, Any
     }
 
 
-def flops_a_second(device: str = "cpu") -> float:
-    """How many FLOPs a second this machine computes in a product of matrices, float32, with the threads that it has."""
+def flops_a_second(device: torch.device | str = "cpu") -> float:
+    """How many FLOPs a second a device of this machine computes in a product of matrices, float32."""
     one = torch.rand(_ROWS, _ROWS, device=device)
     count, start = 0, time.perf_counter()
     while (took := time.perf_counter() - start) < _SECONDS:
