@@ -99,19 +99,26 @@ def load_of(setting: StudySetting, methods: Iterable[str], shapes: Shapes | None
 
     Args:
         setting: The study.
-        methods: The names of its methods; what was not measured takes as long as the median one.
+        methods: The names of its methods; one that was not measured takes as long as those that need the same.
         shapes: Those of the model; by default read from its configuration.
     """
     shapes = Shapes.of(load_config(setting.model.name)) if shapes is None else shapes
     tested, tokens = size(setting)
     names, known = list(methods), measured()
-    usual = statistics.median(known["choose"].values())
     used = {shared for name in names for shared in method_named(name).starts_from}
     steps = {("prompts", ""): known["prompts"]}
     steps |= {("share", name): cost for name, cost in known["share"].items() if name in {*used, DEV_TEXTS}}
-    steps |= {("choose", name): known["choose"].get(name, usual) for name in names}
+    steps |= {("choose", name): _choosing(name, known["choose"]) for name in names}
     flops = tested * shapes.answer_flops(max(1, round(tokens)), COMPLETION_TOKENS)
     return Load(tested, tokens, flops, steps, round(1 + known["tests"] * len(names)))
+
+
+def _choosing(name: str, known: Mapping[str, float]) -> float:
+    """What a method takes to choose: as measured, or as long as those that need the same, or the longest."""
+    if name in known:
+        return known[name]
+    alike = [cost for other, cost in known.items() if method_named(other).needs == method_named(name).needs]
+    return statistics.median(alike) if alike else max(known.values())
 
 
 def size(setting: StudySetting) -> tuple[int, float]:
