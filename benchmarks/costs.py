@@ -21,6 +21,7 @@ from conflictscope.study.comparison import Comparing, Comparison
 from conflictscope.study.costs import flops_a_second, ratios, size
 from conflictscope.study.units import Journal, Schedule
 from interp.answers import COMPLETION_TOKENS
+from interp.conflicts import ConflictSet
 from interp.files import assets_directory, read_json, write_json
 from interp.models import load_config
 from interp.plan import Shapes
@@ -42,7 +43,9 @@ def main(
     speeds = []
     for digest, setting in comparing.settings.items():
         if seconds := [one.seconds for name, one in done.items() if _is_test(schedule, name, digest)]:
-            tested, tokens = size(setting)
+            # What the model knows, which is less than all.
+            tested = len(ConflictSet.load(comparing.folder(setting) / "prompts" / "test.jsonl"))
+            _, tokens = size(setting)
             shapes = Shapes.of(load_config(setting.model.name))
             speeds.append(tested * shapes.answer_flops(round(tokens), COMPLETION_TOKENS) / statistics.median(seconds))
     record["efficiency"] = round(statistics.median(speeds) / flops_a_second(), 3)
