@@ -11,6 +11,7 @@ model on ten data sets of 5,000 prompts with every method, of which it knows wha
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 import tempfile
 import time
@@ -24,8 +25,10 @@ from benchmarks import show
 from conflictscope.study.units import Done, Schedule, Unit
 
 _CHOICES, _TESTS = 20, 77
-# What a device really computes of its peak in a forward pass, and how fast a record is read: assumptions.
+# What a device really computes in a forward pass: an assumption.
 _DEVICE_FLOPS = 300e12
+# What a prompt takes in the records of a condition, as measured of 48 conditions on 50 prompts.
+_ANSWER_BYTES = 175
 _PROMPTS, _SETS, _TOKENS = 5000, 10, 200
 
 
@@ -94,9 +97,9 @@ def on_paper(devices: int) -> dict[str, Any]:
     from transformers import LlamaConfig
 
     from conflictscope.study.comparison import Comparing, Comparison
-    from conflictscope.study.costs import measured
+    from conflictscope.study.costs import choosing, measured, sharing
     from interp.answers import COMPLETION_TOKENS
-    from interp.plan import Shapes
+    from interp.plan import Shapes, weight_bytes
 
     config = LlamaConfig(
         **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -111,20 +114,19 @@ def on_paper(devices: int) -> dict[str, Any]:
 
     def took(unit: Unit) -> float:
         if unit.step == "share":
-            return test_seconds * known["share"][unit.what]
+            return test_seconds * sharing(unit.what, known["share"])
         if unit.step == "choose":
-            return test_seconds * known["choose"][unit.what]
+            return test_seconds * choosing(unit.what, known["choose"])
         return test_seconds * {"prompts": known["prompts"], "test": 1.0}.get(unit.step, 0.05)
 
-    now, worked, moved = 0.0, 0.0, 0
+    now, worked, number = 0.0, 0.0, itertools.count()
     free: list[tuple[str, str]] = [("", "")] * devices
     running: list[tuple[float, int, tuple[str, str], list[Unit]]] = []
     while not schedule.is_finished:
         while free and (units := schedule.take(free[-1])):
             free.pop()
             worked += sum(map(took, units))
-            heapq.heappush(running, (now + sum(map(took, units)), len(running) + moved, ("8B", units[0].study), units))
-            moved += 1
+            heapq.heappush(running, (now + sum(map(took, units)), next(number), ("8B", units[0].study), units))
         now, _, held, units = heapq.heappop(running)
         free.append(held)
         for unit in units:
@@ -137,7 +139,8 @@ def on_paper(devices: int) -> dict[str, Any]:
         "device_hours": round(worked / 3600, 1),
         "hours": round(now / 3600, 2),
         "idle": round(1 - worked / (devices * now), 3),
-        "answers_written_gb": round(schedule_bytes(len(schedule.units)) / 1e9, 2),
+        "weights_read_gb": round(devices * weight_bytes(shapes, 2) / 1e9, 1),
+        "answers_written_gb": round(_SETS * tests * _PROMPTS * _ANSWER_BYTES / 1e9, 2),
     }
 
 
@@ -145,11 +148,6 @@ def _paper_tests(unit: Unit, count: int) -> tuple[Unit, ...]:
     tests = [Unit(f"{unit.study}/test/{n}", unit.model, unit.study, "test", str(n)) for n in range(count)]
     needs = tuple(one.id for one in tests)
     return (*tests, Unit(f"{unit.study}/record", unit.model, unit.study, "record", "", needs))
-
-
-def schedule_bytes(units: int) -> float:
-    """What the answers of so many tests take in records: some 50 bytes a prompt, compressed."""
-    return units * _PROMPTS * 50.0
 
 
 def main(

@@ -164,7 +164,8 @@ def main(
             report = measured(loaded, asked, form, title, records)
             has_memory = any(example.memory_answers for example in conflicts)
             table += rows(title, form, report, has_memory=has_memory)
-        _write(table, "data sets", missing)
+    # Once, so that a run that is killed takes nothing off the page.
+    _write(table, "data sets", missing)
 
 
 def _write(table: list[list[str]], what: str, missing: Sequence[str] = ()) -> None:

@@ -107,13 +107,18 @@ def load_of(setting: StudySetting, methods: Iterable[str], shapes: Shapes | None
     names, known = list(methods), measured()
     used = {shared for name in names for shared in method_named(name).starts_from}
     steps = {("prompts", ""): known["prompts"]}
-    steps |= {("share", name): cost for name, cost in known["share"].items() if name in {*used, DEV_TEXTS}}
-    steps |= {("choose", name): _choosing(name, known["choose"]) for name in names}
+    steps |= {("share", name): sharing(name, known["share"]) for name in sorted({*used, DEV_TEXTS})}
+    steps |= {("choose", name): choosing(name, known["choose"]) for name in names}
     flops = tested * shapes.answer_flops(max(1, round(tokens)), COMPLETION_TOKENS)
     return Load(tested, tokens, flops, steps, round(1 + known["tests"] * len(names)))
 
 
-def _choosing(name: str, known: Mapping[str, float]) -> float:
+def sharing(name: str, known: Mapping[str, float]) -> float:
+    """What it takes to make what methods share: as measured, or as long as the longest of these."""
+    return known.get(name, max(known.values()))
+
+
+def choosing(name: str, known: Mapping[str, float]) -> float:
     """What a method takes to choose: as measured, or as long as those that need the same, or the longest."""
     if name in known:
         return known[name]

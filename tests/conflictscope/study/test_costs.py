@@ -18,6 +18,7 @@ from conflictscope.study.units import Done, Unit
 from interp.answers import COMPLETION_TOKENS
 from interp.models import load_config
 from interp.plan import Shapes
+from interp.records import Records
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def test_units_are_told_by_the_median_test_of_their_study() -> None:
     assert found["test_seconds"] == 4
 
 
-def test_a_study_takes_what_its_passes_do(plan: dict[str, Any]) -> None:
+def test_a_study_takes_what_its_passes_do(plan: dict[str, Any], tmp_path: Path) -> None:
     (setting, *_) = Comparison.model_validate(plan).studies
     load, known = load_of(setting, plan["methods"]), measured()
-    prompts = setting.prompts(None, Any)  # pyright: ignore[reportArgumentType]
+    prompts = setting.prompts(None, Records(tmp_path))
     assert load.tested == len(prompts.test)
     shapes = Shapes.of(load_config(setting.model.name))
     assert load.flops == load.tested * shapes.answer_flops(round(load.tokens), COMPLETION_TOKENS)
@@ -84,7 +85,9 @@ def test_what_was_not_measured_takes_as_long_as_what_needs_the_same(
     assert set(measured()["choose"]) <= set(registered())
     (setting, *_) = Comparison.model_validate(plan).studies
     choose = {"actadd": 2.0, "probe_direction": 4.0, "task_vector": 9.0, "learned_scales": 50.0}
-    monkeypatch.setattr(costs_module, "measured", lambda: {"prompts": 1.0, "share": {}, "choose": choose, "tests": 2.0})
+    monkeypatch.setattr(
+        costs_module, "measured", lambda: {"prompts": 1.0, "share": {"store": 3.0}, "choose": choose, "tests": 2.0}
+    )
     steps = load_of(setting, ["caa", "hard_concrete", "greedy_pruning", "learned_scales"]).steps
     found = [cost for (step, _), cost in steps.items() if step == "choose"]
     assert found == [4.0, 50.0, 50.0, 50.0]
