@@ -8,10 +8,13 @@ from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
+from interventions.config import InterventionFile
+from interventions.decoding import CAD
 from interventions.dial import DialScale, TrustDial
 from interventions.feedforward import FeedForwardScaling
-from interventions.gate import ConflictGate
+from interventions.gate import ConflictGate, Familiar, GateReading
 from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
 from interventions.steering import Steering
 from tests.tiny import few_bridges, tiny_conflicts
 
@@ -180,3 +183,84 @@ def test_a_probe_of_another_width_or_layer_is_refused_and_nothing_stays_attached
     network = transformers_model(tiny_llama)
     assert not network._forward_pre_hooks
     assert "generate" not in vars(network)
+
+
+def rows_alone(model: nn.Module, prompts: list[str], *edits: Any) -> torch.Tensor:
+    """The next token's logits of each prompt, read one at a time under edits, ``(n, d_vocab)``."""
+    with applied(model, *edits), torch.inference_mode():
+        return torch.cat([transformers_model(model)(**encode(model, [one])).logits[:, -1] for one in prompts])
+
+
+def test_a_probe_of_several_sites_is_the_sum_of_its_readings(tiny_llama):
+    parts = ("attention", "output_projection", "block")
+    values = [read(tiny_llama, part, PROMPTS) for part in parts]
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(found.shape[1], generator=generator) for found in values]
+    scores = sum(found @ weight for found, weight in zip(values, weights, strict=True))
+    threshold = float(scores.sort().values[len(PROMPTS) // 2 - 1 : len(PROMPTS) // 2 + 1].mean())
+    also = tuple(GateReading(part, 0, weight) for part, weight in zip(parts[:2], weights[:2], strict=True))
+    gate = ConflictGate("block", 0, weights[2], 0.0, threshold, EDITS, also)
+    inputs = encode(tiny_llama, PROMPTS)
+    plain = tokens(tiny_llama, inputs)
+    with applied(tiny_llama, *EDITS):
+        edited = tokens(tiny_llama, inputs)
+    with applied(tiny_llama, gate):
+        gated = tokens(tiny_llama, inputs)
+    assert torch.equal(gated, torch.where((scores > threshold)[:, None], edited, plain))
+
+
+def test_a_soft_gate_scales_heads_by_its_probability(tiny_llama):
+    weight, heads = VECTOR, [(1, 1), (2, 3)]
+    scores = read(tiny_llama, "block", PROMPTS) @ weight
+    threshold = float(scores.median())
+    gate = ConflictGate("block", 0, weight, 0.0, threshold, (HeadScaling.of(heads, -2.0),), soft=True)
+    expected = [
+        rows_alone(tiny_llama, [prompt], HeadScaling.of(heads, 1 - 3 * float(share)))
+        for prompt, share in zip(PROMPTS, (scores - threshold).sigmoid(), strict=True)
+    ]
+    torch.testing.assert_close(rows_alone(tiny_llama, PROMPTS, gate), torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_unlike_all_that_was_seen_stays_closed(tiny_llama):
+    values = read(tiny_llama, "block", PROMPTS)
+    center, scale = values[0], torch.full_like(values[0], 0.5)
+    distances = ((values - center) / 0.5).square().mean(1)
+    limit = float(distances.sort().values[len(PROMPTS) // 2 - 1 : len(PROMPTS) // 2 + 1].mean())
+    heads = HeadScaling.of([(1, 1), (2, 3)], -2.0)
+    gate = ConflictGate("block", 0, VECTOR, 0.0, -1e8, (heads,), familiar=Familiar(center, scale, limit))
+    plain, edited, gated = (rows_alone(tiny_llama, PROMPTS, *edits) for edits in ((), (heads,), (gate,)))
+    assert torch.equal(gated, torch.where((distances <= limit)[:, None], edited, plain))
+
+
+def test_what_a_gate_reads_survives_its_file(tiny_llama, tmp_path):
+    familiar = Familiar(VECTOR, VECTOR.abs() + 1, 2.5)
+    also = (GateReading("attention", 0, 2 * VECTOR),)
+    gate = ConflictGate("block", 0, VECTOR, 0.5, 0.25, (HeadScaling.of([(1, 1)], 0.0),), also, True, familiar)
+    path = tmp_path / "gated.json"
+    InterventionFile.of([gate], name="gated", model=ModelIdentity.of(tiny_llama, "tiny")).save(path)
+    (again,) = InterventionFile.load(path).build()
+    assert isinstance(again, ConflictGate)
+    assert torch.equal(rows_alone(tiny_llama, PROMPTS, again), rows_alone(tiny_llama, PROMPTS, gate))
+    assert torch.equal(again.also[0].weight, 2 * VECTOR)
+    assert again.familiar is not None
+    assert again.familiar.limit == 2.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"also": (GateReading("block", 1, VECTOR),)}, "decides in the highest layer"),
+        ({"also": (GateReading("block", 0, VECTOR),)}, "each site once"),
+        ({"familiar": Familiar(VECTOR, torch.zeros(32), 1.0)}, "standard deviations above 0"),
+        ({"familiar": Familiar(VECTOR, torch.ones(32), 0.0)}, "strangeness .* above 0"),
+    ],
+)
+def test_what_a_gate_cannot_read_is_one_sentence(change, message):
+    with pytest.raises(UserError, match=message):
+        ConflictGate("block", 0, VECTOR, 0.0, 0.0, EDITS, **change)
+
+
+def test_a_rule_for_the_next_token_is_refused_behind_a_soft_gate(tiny_llama):
+    gate = ConflictGate("block", 0, VECTOR, 0.0, 0.0, (CAD(1.0),), soft=True)
+    with pytest.raises(UserError, match="not soft"):
+        gate.acting(tiny_llama)
