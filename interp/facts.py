@@ -97,7 +97,7 @@ def _question(relation: Relation) -> str:
 
 
 def _in_short(relation: Relation) -> str:
-    return f"In short, {_lower_clause(relation.stem)}"
+    return f"In short, {lower_clause(relation.stem)}"
 
 
 def _lower(text: str) -> str:
@@ -130,7 +130,7 @@ PHRASINGS: dict[str, Phrasing] = {
         ),
         Phrasing(
             "according_to",
-            context=lambda r: f"According to {r.authority}, {_lower_clause(r.inverse)}. ",
+            context=lambda r: f"According to {r.authority}, {lower_clause(r.inverse)}. ",
             ask=lambda r: f"{r.question} {r.stem}",
             bare=lambda r: f"{r.question} {r.stem}",
             chat=Layout("I found this: {text}", "Now tell me: {question}"),
@@ -144,7 +144,7 @@ PHRASINGS: dict[str, Phrasing] = {
         ),
         Phrasing(
             "dialogue",
-            context=lambda r: f"User: I read that {_lower_clause(r.inverse)}. ",
+            context=lambda r: f"User: I read that {lower_clause(r.inverse)}. ",
             ask=lambda r: f"{r.question}\nAssistant: {r.stem}",
             bare=lambda r: f"User: {r.question}\nAssistant: {r.stem}",
             chat=Layout("{text}", "{question}", "earlier", label="User: "),
@@ -164,7 +164,7 @@ STUDY_PHRASINGS = (*SEEN_PHRASINGS, HELD_OUT_PHRASING)
 LEARNED_PHRASINGS = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASING)
 
 
-def _lower_clause(clause: str) -> str:
+def lower_clause(clause: str) -> str:
     """Lower the first letter, unless the clause starts with the answer itself."""
     return clause if clause.startswith("{") else _lower(clause)
 
@@ -201,7 +201,7 @@ def load_facts(relation: str) -> tuple[Fact, ...]:
 
 def closed_book_prompt(relation: Relation, subject: str, phrasing: str) -> str:
     """The prompt of one phrasing family without any context."""
-    return _sentence_case(PHRASINGS[phrasing].bare(relation).format(subject=subject, answer=""))
+    return sentence_case(PHRASINGS[phrasing].bare(relation).format(subject=subject, answer=""))
 
 
 def usable_facts(relation: str) -> tuple[Fact, ...]:
@@ -267,7 +267,7 @@ def build_conflicts(
     examples: list[ConflictExample] = []
     for name, known in facts.items():
         relation = relation_named(name)
-        conflicting = _conflicting_answers(relation, known, seed)
+        conflicting = conflicting_answers(relation, known, seed)
         distractors = _distractors(relation, known, seed)
         for fact in known:
             if fact.subject not in conflicting:
@@ -297,7 +297,7 @@ def build_conflicts(
                             kind=kind,
                             template=phrasing.name,
                             source=SOURCE,
-                            prompt=_sentence_case(context) + _sentence_case(ask) if context else bare,
+                            prompt=sentence_case(context) + sentence_case(ask) if context else bare,
                             bare_prompt=bare,
                             split=split_of(fact.subject, seed),
                         )
@@ -314,11 +314,11 @@ def _context(phrasing: Phrasing, relation: Relation, subject: str, answer: str) 
     return phrasing.context(relation).format(subject=subject, answer=answer)
 
 
-def _sentence_case(text: str) -> str:
+def sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[str, ...]]:
+def conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[str, ...]]:
     """For each subject another subject's answers: a permutation within each split, never an alias of the truth."""
     result: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:

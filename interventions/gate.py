@@ -205,12 +205,12 @@ class ConflictGate(Intervention):
 
     def _reader(self, model: nn.Module) -> _Reader:
         anatomy = Anatomy(model)
-        for part, layer, weight in ((one.part, one.layer, one.weight) for one in self.readings):
-            anatomy.site(part, layer)
-            width = anatomy.n_heads * anatomy.d_head if part == "output_projection" else anatomy.d_model
-            if len(weight) != width:
+        for one in self.readings:
+            anatomy.site(one.part, one.layer)
+            width = anatomy.n_heads * anatomy.d_head if one.part == "output_projection" else anatomy.d_model
+            if len(one.weight) != width:
                 raise UserError(
-                    f"The gate's probe reads {len(weight)} numbers, but this model has {width} there; fit it on this "
+                    f"The gate's probe reads {len(one.weight)} numbers, but this model has {width} there; fit it on this "
                     "model."
                 )
         return _Reader(self)
@@ -251,10 +251,8 @@ class ConflictGate(Intervention):
             also.append({"part": reading.part, "layer": reading.layer, "weight": f"{name}.probe.{number}"})
         familiar = None
         if self.familiar is not None:
-            tensors[f"{name}.center"], tensors[f"{name}.scale"] = (
-                self.familiar.center.float(),
-                self.familiar.scale.float(),
-            )
+            tensors[f"{name}.center"] = self.familiar.center.float()
+            tensors[f"{name}.scale"] = self.familiar.scale.float()
             familiar = {"center": f"{name}.center", "scale": f"{name}.scale", "limit": self.familiar.limit}
         return ConflictGateEntry.model_validate(
             {
