@@ -1,0 +1,346 @@
+"""Make conflict prompts in dozens of phrasing families, put together from parts.
+
+What is learned from few wordings is learned of these words. A family here is one choice each of
+
+1. a layout: how context and question stand in a completion, or in a chat through the model's own template;
+2. a telling: how the context words the fact: as the question does, turned round, quoted, or by implication, in a
+   sentence about something else that can only be true if the fact is;
+3. a wording of the question;
+4. what stands around the sentence: nothing, or sentences about other things before it, on both sides, or between it
+   and the question.
+
+A family that is asked of nothing learned (``UNSEEN_FAMILIES``) shares no part with one that is learned from. Each prompt
+is of one variant: a conflict, an aligned context, three kinds of irrelevant ones (another fact of the same subject, the
+same fact of another subject, something else altogether), or none.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any, Literal, get_args
+
+from interp.answers import contains_answer
+from interp.chat import Layout, chat_text
+from interp.conflicts import ConflictExample, ConflictSet, ContextKind, Split, split_of
+from interp.errors import UserError
+from interp.facts import (
+    SOURCE,
+    Fact,
+    Relation,
+    conflicting_answers,
+    load_facts,
+    lower_clause,
+    relation_named,
+    relations,
+    sentence_case,
+)
+from interp.files import assets_directory, read_json
+from interp.inputs import joined
+
+Variant = Literal[
+    "conflict", "aligned", "irrelevant_same_subject", "irrelevant_same_relation", "irrelevant_other", "none"
+]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+Around = Literal["alone", "after", "between", "far"]
+AROUND: tuple[Around, ...] = get_args(Around)
+
+_BESIDE: Mapping[Around, tuple[int, int]] = {"alone": (0, 0), "after": (2, 0), "between": (1, 1), "far": (0, 3)}
+"""How many sentences about other things stand before the context's and after it."""
+
+_COMPLETIONS: Mapping[str, tuple[str, str]] = {
+    "plain": ("{context} ", "{stem}"),
+    "short": ("{context}\n", "Q: {question}\nA: {stem}"),
+    "labelled": ("Context: {context}\n", "Question: {question}\nAnswer: {stem}"),
+    "tagged": ("<document>\n{context}\n</document>\n", "{question}\n{stem}"),
+    "note": ("Note: {context}\n\n", "{stem}"),
+    "dialogue": ("Anna: {context}\n", "Ben: {question}\nAnna: {stem}"),
+    "list": ("What is known:\n- {context}\n\n", "In short: {stem}"),
+    "quiz": ("{context}\n\n", "Quiz, first question. {question} {stem}"),
+    "results": ("Search results:\n1. {context}\n", "Query: {question}\nResult: {stem}"),
+    "letter": ("Dear Sam, {context} Yours, Kim\n\n", "Sam asked himself: {question} {stem}"),
+    "comment": ('> "{context}"\n\n', "# {question}\n{stem}"),
+}
+_CHATS: Mapping[str, tuple[Layout, bool]] = {
+    "chat": (Layout(), True),
+    "chat_tagged": (Layout("<document>\n{text}\n</document>", "{question}"), True),
+    "chat_system": (Layout("You have these notes:\n- {text}", "{question}", "system"), True),
+    "chat_earlier": (Layout("{text}", "{question}", "earlier"), True),
+    "chat_after": (Layout("Passage:\n{text}", "{question}", "after"), True),
+    "chat_open": (Layout("I found this: {text}", "Now tell me: {question}"), False),
+    "chat_colleague": (Layout("A colleague wrote to me: {text}", "I am not sure. {question}"), True),
+}
+"""Layouts of chats, and whether the assistant's answer begins with the question's stem."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One choice of every part.
+
+    Attributes:
+        layout: Name of a layout of completions or of chats.
+        telling: How the context's sentence is worded.
+        asked: Which wording of the question: 0 is that of the fact tables.
+        around: Where sentences about other things stand.
+    """
+
+    layout: str
+    telling: str
+    asked: int
+    around: Around
+
+    @property
+    def name(self) -> str:
+        """Its parts in one word."""
+        return f"{self.layout}-{self.telling}-{self.asked}-{self.around}"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is asked through a chat template."""
+        return self.layout in _CHATS
+
+
+def _implied(number: int) -> Callable[[Relation], str]:
+    return lambda relation: _wordings(relation.name)["implied"][number]
+
+
+_TELLINGS: Mapping[str, Callable[[Relation], str]] = {
+    "stem": lambda r: f"{r.stem} {{answer}}.",
+    "inverse": lambda r: f"{r.inverse}.",
+    "implied_1": _implied(0),
+    "authority": lambda r: f"According to {r.authority}, {lower_clause(r.inverse)}.",
+    "document": lambda r: r.document,
+    "implied_2": _implied(1),
+    "confirmed": lambda r: f"It has been confirmed that {lower_clause(r.inverse)}.",
+    "implied_3": _implied(2),
+    "answered": lambda r: f"{r.question} {r.stem} {{answer}}.",
+    "implied_4": _implied(3),
+    "rumour": lambda r: f"Word has it that {lower_clause(r.inverse)}.",
+    "replied": lambda r: f"They say {{answer}} when one asks them: {r.question}",
+}
+_UNSEEN_WORDING = 3
+UNSEEN_FAMILIES = (
+    Family("letter", "rumour", _UNSEEN_WORDING, "alone"),
+    Family("comment", "implied_4", _UNSEEN_WORDING, "between"),
+    Family("chat_colleague", "replied", _UNSEEN_WORDING, "far"),
+)
+"""Families that are only asked, never learned from or chosen on."""
+
+
+def _learned() -> tuple[Family, ...]:
+    unseen = {part for family in UNSEEN_FAMILIES for part in (family.layout, family.telling)}
+    layouts = [name for name in (*_COMPLETIONS, *_CHATS) if name not in unseen]
+    tellings = [name for name in _TELLINGS if name not in unseen]
+    return tuple(Family(*parts) for parts in product(layouts, tellings, range(_UNSEEN_WORDING), AROUND))
+
+
+LEARNED_FAMILIES = _learned()
+"""Families to learn from: every part in every other's company."""
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (*LEARNED_FAMILIES, *UNSEEN_FAMILIES)}
+
+
+@cache
+def _all_wordings() -> Mapping[str, Any]:
+    return read_json(assets_directory() / "facts" / "wordings.json")
+
+
+def _wordings(relation: str) -> Mapping[str, Any]:
+    return _all_wordings()[relation]
+
+
+def can_be_asked(families: Sequence[Family], tokenizer: Any) -> tuple[Family, ...]:
+    """The families that a tokenizer can ask: without a chat template those of completions."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return tuple(family for family in families if has_template or not family.is_chat)
+
+
+def variant_of(example: ConflictExample) -> Variant:
+    """Which variant a prompt of ``worded_conflicts`` is.
+
+    Raises:
+        UserError: If it is of other data.
+    """
+    last = example.id.rpartition("/")[2]
+    if last not in VARIANTS:
+        raise UserError(f"{example.id} is of no phrasing family that is made from parts; make prompts that are.")
+    return last
+
+
+def worded_conflicts(
+    facts: Mapping[str, Sequence[Fact]],
+    tokenizer: Any,
+    *,
+    families: Sequence[Family] = LEARNED_FAMILIES,
+    variants: Sequence[Variant] = VARIANTS,
+    each: int | None = None,
+    splits: Sequence[Split] = ("train", "dev", "test"),
+    seed: int = 0,
+) -> ConflictSet:
+    """Build prompts of every variant in many families about some facts.
+
+    Args:
+        facts: Facts by relation, for example from ``known_facts``.
+        tokenizer: Writes chats; families of chats are left out where it has no template.
+        families: The families.
+        variants: The variants to build.
+        each: How many families are drawn for each fact and variant; ``None`` takes all.
+        splits: Of which splits.
+        seed: Decides the splits, the draws, what conflicts with what, and what else is told.
+
+    Raises:
+        UserError: If a relation is not known, or nothing is left.
+    """
+    writer, askable = _Writer(facts, tokenizer, seed), can_be_asked(families, tokenizer)
+    examples = [
+        writer.example(relation, fact, family, variant)
+        for relation, fact in writer.known(splits)
+        for variant in variants
+        for family in writer.drawn(askable, relation, fact, variant, each)
+    ]
+    if not examples:
+        raise UserError(
+            f"There are too few different answers among the facts of {', '.join(facts)} to make conflicts from; "
+            "choose another relation or a model that knows more."
+        )
+    return ConflictSet("+".join(facts), tuple(examples))
+
+
+class _Writer:
+    """Writes prompts about facts; what is drawn depends on the seed, the fact and the family alone."""
+
+    def __init__(self, facts: Mapping[str, Sequence[Fact]], tokenizer: Any, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._known = [(relation_named(name), fact) for name, some in facts.items() for fact in some]
+        self._conflicting = {
+            name: conflicting_answers(relation_named(name), some, seed) for name, some in facts.items()
+        }
+        self._told = [(relation, fact) for name, relation in relations().items() for fact in load_facts(name)]
+
+    def known(self, splits: Sequence[Split]) -> list[tuple[Relation, Fact]]:
+        """The facts of some splits that can be contradicted."""
+        return [
+            (relation, fact)
+            for relation, fact in self._known
+            if fact.subject in self._conflicting[relation.name] and split_of(fact.subject, self._seed) in splits
+        ]
+
+    def drawn(
+        self, families: Sequence[Family], relation: Relation, fact: Fact, variant: Variant, each: int | None
+    ) -> Sequence[Family]:
+        """The families that a fact is asked in."""
+        if each is None or each >= len(families):
+            return families
+        return random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{variant}").sample(families, each)
+
+    def example(self, relation: Relation, fact: Fact, family: Family, variant: Variant) -> ConflictExample:
+        """The prompt."""
+        rng = random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{family.name}/{variant}")
+        avoid = (fact.subject, *fact.answers)
+        answers: tuple[str, ...] = ()
+        context = ""
+        if variant != "none":
+            told, subject, answers, sentence = self._sentence(relation, fact, family, variant, rng)
+            del told, subject
+            before, after = _BESIDE[family.around]
+            others = [self._other(relation, fact, (*avoid, *answers), rng) for _ in range(before + after)]
+            context = " ".join([*others[:before], sentence, *others[before:]])
+        question, stem = self._question(relation, fact, family)
+        kind: ContextKind = "irrelevant" if variant.startswith("irrelevant") else variant  # pyright: ignore
+        bare = self._prompt(family, "", question, stem)
+        return ConflictExample(
+            id=f"{relation.name}/{fact.subject}/{family.name}/{variant}",
+            subject=fact.subject,
+            relation=relation.name,
+            question=question,
+            contexts=(context,) if context else (),
+            memory_answers=fact.answers,
+            context_answers=answers if kind in ("conflict", "aligned") else (),
+            kind=kind,
+            template=family.name,
+            source=SOURCE,
+            prompt=self._prompt(family, context, question, stem) if context else bare,
+            bare_prompt=bare,
+            split=split_of(fact.subject, self._seed),
+        )
+
+    def _sentence(self, relation, fact, family, variant, rng):
+        telling = _TELLINGS[family.telling]
+        if variant == "conflict":
+            answers = self._conflicting[relation.name][fact.subject]
+            told, subject = relation, fact.subject
+        elif variant == "aligned":
+            told, subject, answers = relation, fact.subject, fact.answers
+        elif variant == "irrelevant_same_relation":
+            pool = [
+                f
+                for f in load_facts(relation.name)
+                if split_of(f.subject, self._seed) == split_of(fact.subject, self._seed)
+            ]
+            pool = [
+                f
+                for f in pool
+                if f.subject != fact.subject
+                and not contains_answer(f" {f.answers[0]} {f.subject} ", (fact.subject, *fact.answers))
+            ]
+            other = rng.choice(pool)
+            told, subject, answers = relation, other.subject, other.answers
+        elif variant == "irrelevant_same_subject":
+            pool = [
+                (r, f)
+                for r, f in self._told
+                if f.subject == fact.subject
+                and r.name != relation.name
+                and not contains_answer(f.answers[0], fact.answers)
+            ]
+            if not pool:
+                s = rng.choice(_PASSING).format(subject=fact.subject)
+                return relation, fact.subject, (), s
+            told, f = rng.choice(pool)
+            subject, answers = f.subject, f.answers
+        else:
+            told, f = self._another(relation, fact, (fact.subject, *fact.answers), rng)
+            subject, answers = f.subject, f.answers
+        return told, subject, answers, sentence_case(telling(told).format(subject=subject, answer=answers[0]))
+
+    def _another(self, relation, fact, avoid, rng):
+        split = split_of(fact.subject, self._seed)
+        while True:
+            told, f = rng.choice(self._told)
+            if (
+                told.name != relation.name
+                and split_of(f.subject, self._seed) == split
+                and not contains_answer(f"{f.subject} {f.answers[0]}", avoid)
+            ):
+                return told, f
+
+    def _other(self, relation, fact, avoid, rng):
+        told, f = self._another(relation, fact, avoid, rng)
+        telling = rng.choice([t for t in ("stem", "inverse", "document", "implied_1", "implied_2")])
+        return sentence_case(_TELLINGS[telling](told).format(subject=f.subject, answer=f.answers[0]))
+
+    def _question(self, relation, fact, family):
+        if family.asked == 0:
+            pair = (relation.question, relation.stem)
+        else:
+            pair = _wordings(relation.name)["asked"][family.asked - 1]
+        return tuple(sentence_case(t.format(subject=fact.subject)) for t in pair)
+
+    def _prompt(self, family, context, question, stem):
+        if family.is_chat:
+            layout, begins = _CHATS[family.layout]
+            text = chat_text(self._tokenizer, layout.messages(question, (context,) if context else ()))
+            return joined(self._tokenizer, text, stem) if begins else text
+        given, asked = _COMPLETIONS[family.layout]
+        return (given.format(context=context) if context else "") + asked.format(question=question, stem=stem)
+
+
+_PASSING = (
+    "Many people have asked about {subject} this year.",
+    "Last spring an exhibition showed pictures of {subject}.",
+    "A radio programme about {subject} was heard by thousands.",
+    "There is a long article about {subject} in the library.",
+)
