@@ -126,7 +126,19 @@ def conflicts_about_known(
     Raises:
         UserError: If it knows too few facts for conflicts.
     """
-    known = {}
+    known = facts_known(model, facts, records)
+    return build_conflicts(known, seed=seed, kinds=kinds, phrasings=tuple(PHRASINGS))
+
+
+def facts_known(model: nn.Module, facts: Mapping[str, Sequence[Fact]], records: Records) -> dict[str, list[Fact]]:
+    """Find those of some facts that the model knows.
+
+    Args:
+        model: The model, or a bridge around it.
+        facts: Facts of the fact tables by relation.
+        records: Where it is kept what the model knows, so that it is asked once.
+    """
+    known: dict[str, list[Fact]] = {}
     for relation, some in facts.items():
 
         def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
@@ -135,7 +147,7 @@ def conflicts_about_known(
         depends_on = [[fact.subject, fact.answers] for fact in some]
         subjects = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
         known[relation] = [fact for fact in some if fact.subject in subjects]
-    return build_conflicts(known, seed=seed, kinds=kinds, phrasings=tuple(PHRASINGS))
+    return known
 
 
 _Fact = tuple[str, str, tuple[str, ...]]

@@ -210,8 +210,8 @@ class ConflictGate(Intervention):
             width = anatomy.n_heads * anatomy.d_head if one.part == "output_projection" else anatomy.d_model
             if len(one.weight) != width:
                 raise UserError(
-                    f"The gate's probe reads {len(one.weight)} numbers, but this model has {width} there; fit it on this "
-                    "model."
+                    f"The gate's probe reads {len(one.weight)} numbers, but this model has {width} there; fit it on "
+                    "this model."
                 )
         return _Reader(self)
 

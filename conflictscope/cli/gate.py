@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from conflictscope.cli.options import OutOption, TrustOption, say
-from conflictscope.cli.studies import StudyOptions, study
+from conflictscope.cli.studies import BudgetedStudy, StudyOptions, study
 
 _UNSEEN = "held_out_phrasing"
 
@@ -17,9 +17,10 @@ def gate_fit(
     *,
     config: Annotated[Path, typer.Argument(help="The intervention file to put behind a gate.")],
     trust: TrustOption = None,
-    keep: Annotated[
-        float, typer.Option(help="Share of the conflict prompts on dev that the gate is to let pass.")
-    ] = 0.95,
+    keep: Annotated[float, typer.Option(help="Share of conflict prompts that the gate is to let pass.")] = 0.95,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Move every prompt by the probability of a conflict, not all or nothing.")
+    ] = False,
     out: OutOption = Path("out/gate"),
     asked: StudyOptions,
 ) -> None:
@@ -34,7 +35,7 @@ def gate_fit(
     file = InterventionFile.load(config).at(trust=trust)
     # What strengthens neither source is shown as if it were for the context.
     towards = file.towards or DIRECTIONS[-1]
-    gate, given = Gate(tuple(file.build()), file.towards, keep), Given(file)
+    gate, given = Gate(tuple(file.build()), file.towards, keep, soft), Given(file)
     lab = asked.lab(out, default=RELATIONS)
     file.check(lab.model)
     # Where there is no gate there is nothing to measure.
@@ -52,9 +53,52 @@ def gate_fit(
         return ", ".join(f"{kind} {written(share)}" for kind, share in shares.items() if kind != _UNSEEN)
 
     found = record.details[gate.name][f"towards_{towards}"]
-    say(f"The gate reads {found['site']}; it opens for {listed(found['opened'])}")
+    say(
+        f"The gate reads {len(found['sites'])} sites up to {found['sites'][-1]}; it opens for {listed(found['opened'])}"
+    )
     say(f"It keeps of the gain, and of each loss of accuracy: {listed(found['kept'])}")
     if _UNSEEN in found["opened"]:
         say(f"In the unseen phrasing it opens for {listed(found['opened'][_UNSEEN])}")
         say(f"and keeps {listed(found['kept'][_UNSEEN])}")
     say(f"The gated intervention is {out / 'gated.json'}")
+
+
+def gate_dial(
+    *,
+    keep: Annotated[float, typer.Option(help="Share of conflict prompts that the gate is to let pass.")] = 0.95,
+    out: OutOption = Path("out/gated-dial"),
+    asked: BudgetedStudy,
+) -> None:
+    """Learn a dial behind a gate, calibrate and verify it; writes OUT/gated_dial.json and OUT/study.json.
+
+    What the gate protects needs no budget of damage, so that the dial may move heads further than one without a gate.
+    """
+    from conflictscope.methods.dial import SETTINGS
+    from conflictscope.methods.gated_scales import GatedScales
+    from conflictscope.methods.learned_scales import ENDS
+    from conflictscope.study.choice import line
+    from conflictscope.study.condition import Condition
+    from conflictscope.study.data import RELATIONS
+    from conflictscope.study.run import made_with
+    from interp.answers import DIRECTIONS, Direction
+    from interventions.config import InterventionFile
+
+    method = GatedScales(keep=keep, strengths=(1.0,))
+    lab = asked.lab(out, default=RELATIONS)
+    gate = method.dial(lab)
+
+    def at(trust: float) -> Condition:
+        towards: Direction | None = next((d for d in DIRECTIONS if trust * ENDS[d] > 0), None)
+        return Condition("gated_dial", towards, {"trust": trust}, (gate.turned(trust),))
+
+    settings = line(lab, "trust", {trust: at(trust) for trust in SETTINGS})
+    record = study(lab, [method], "gate", out, choices=("best",), lines={"trust": settings})
+    ends = {f"trust {ENDS[towards]:+g}": record.chosen(towards)[0].test for towards in DIRECTIONS}
+    InterventionFile.of(
+        [gate],
+        name=f"{lab.name}: gated dial",
+        model=lab.identity,
+        provenance={"method": method.name, "chosen_on": "dev", "data": lab.prompts.digest, **made_with(lab)},
+        measured={"unedited": record.unedited.test, **ends},
+    ).save(out / "gated_dial.json")
+    say(f"The gated dial is {out / 'gated_dial.json'}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conflictscope.study.setting import StudySetting
 
 SUBJECTS = 40
-_DATA = ("data_format", "unknown_too", "subjects", "format", "system", "answer_prefix", "shots")
+_DATA = ("data_format", "unknown_too", "subjects", "families", "format", "system", "answer_prefix", "shots")
 _MODEL = (
     *("device", "dtype", "attention", "revision", "subfolder", "device_map"),
     *("trust_remote_code", "batch_tokens"),
@@ -43,6 +43,13 @@ class StudyOptions(Asked):
     subjects: Annotated[
         int, _study_option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
     ] = SUBJECTS
+    families: Annotated[
+        int,
+        _study_option(
+            min=0,
+            help="Learn each fact in so many phrasings made from parts, and test in unseen ones; 0 takes the tables'.",
+        ),
+    ] = 0
     quick: Annotated[
         bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
     ] = False

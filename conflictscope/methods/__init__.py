@@ -13,6 +13,7 @@ from conflictscope.methods.dola import LayerContrast
 from conflictscope.methods.feature_differences import ContextFeatures
 from conflictscope.methods.feed_forward_suppression import FeedForwardSuppression
 from conflictscope.methods.gate import Gate
+from conflictscope.methods.gated_scales import GatedScales
 from conflictscope.methods.greedy_pruning import GreedyPruning
 from conflictscope.methods.hard_concrete import HardConcrete
 from conflictscope.methods.instruction import Instruction
@@ -35,6 +36,7 @@ ALL: tuple[type[Method], ...] = (
     Pruning,
     GreedyPruning,
     LearnedScales,
+    GatedScales,
     HardConcrete,
     OtherAnswers,
     FeedForwardSuppression,

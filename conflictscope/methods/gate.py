@@ -1,15 +1,19 @@
 """Put edits behind a gate that opens for conflicts, so that they act nowhere else; a method of this project.
 
-1. Record what residual stream, attention and MLP hold at the ends of prompts of every kind, in all layers below the
-   lowest edited one, and fit a probe at every site that tells conflicts from all other kinds on train.
-2. On dev, set each probe's threshold so that the wanted share of conflicts passes; of all sites take the one that lets
-   fewest of the others through.
+1. Record z, what heads write through, at the ends of prompts of every kind, in the upper half of the layers below the
+   lowest edited one, and fit one probe of all of it that tells conflicts from all other kinds on train.
+2. Score dev's prompts by probes that were fitted without the phrasings that these are in; the strength that ranks them
+   best is taken.
+3. Set the threshold on these scores so that the wanted share of the conflicts of a new phrasing family passes, or where
+   there are too few families for that, of new prompts.
+4. What is stranger, where the gate decides, than 99 % of dev's prompts stays closed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -23,24 +27,28 @@ from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method, method_named
 from conflictscope.study.record import UNEDITED
-from interp.activations import record, sites_of
+from interp.activations import record
 from interp.anatomy import located
 from interp.answers import Direction
-from interp.conflicts import CONTEXT_KINDS, ConflictSet
+from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
 from interp.errors import UserError
 from interp.evaluation import UsageReport
+from interp.families import FAMILIES
 from interp.statistics import kept_share, rate
 from interventions.base import Intervention
 from interventions.config import effect_digest
-from interventions.gate import ConflictGate
-from probes.linear import ProbeSet
-from probes.quality import auroc
+from interventions.gate import ConflictGate, Familiar, GateReading
+from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_scores, ranks
 
-GATE_VERSION = 1
+GATE_VERSION = 2
 """Version of how gates are fitted: raise it when the same prompts would get another one."""
 
-_EXAMPLES = {"train": 180, "dev": 120}
+_EXAMPLES = {"train": 400, "dev": 200}
 """How many prompts of each kind are recorded at most."""
+_FOLDS = 3
+_FAMILIAR = 0.99
+_ANY = 1e8
+"""Log odds beyond all that is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +58,8 @@ class Gate(Method):
     Attributes:
         edits: What is put behind the gate; ``None`` takes the heads that pruning chose.
         towards: The source that the given edits strengthen; ``None`` gates them towards either.
-        keep: The share of dev's conflicts that the gate is to let pass.
+        keep: The share of conflicts that the gate is to let pass.
+        soft: Whether edits act in part where the probe is unsure; see ``ConflictGate``.
 
     Raises:
         UserError: If ``keep`` is no share, or the edits cannot be gated.
@@ -63,6 +72,7 @@ class Gate(Method):
     edits: tuple[Intervention, ...] | None = None
     towards: Direction | None = None
     keep: float = 0.95
+    soft: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
@@ -71,41 +81,38 @@ class Gate(Method):
             _check(self.edits)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """The one gate of all sites that lets fewest others through.
+        """The edits behind the gate that is fitted for the layers below them.
 
         Raises:
             UserError: If the edits strengthen the other source or start at layer 0, or there are too few prompts.
         """
         edits = self._edits(lab, towards)
-        lowest = _lowest(edits)
-        learned = {split: _learned_from(lab, split) for split in ("train", "dev")}
-        # Kept, since what is measured is kept under the gate's digits, which may differ from run to run.
-        found = lab.records.json(
-            "gate",
-            [*(part.digest for part in learned.values()), lowest, self.keep],
-            lambda: _fitted(lab, learned["train"], learned["dev"], lowest, self.keep),
-            version=GATE_VERSION,
-        )
-        part, layer = located(found["site"])
-        gate = ConflictGate(part, layer, torch.tensor(found["weight"]), found["bias"], found["threshold"], edits)
-        return [Condition(self.name, towards, {"site": found["site"], "keep": self.keep}, (gate,))]
+        gate = fitted_gate(lab, _lowest(edits), self.keep, edits, soft=self.soft)
+        return [Condition(self.name, towards, {"keep": self.keep, "soft": self.soft}, (gate,))]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
-        """A gate that reads a random direction at the same site, set to let as many conflicts pass."""
+        """A gate that reads a random direction at the same sites, set to let as many conflicts pass."""
         gate, dev = _gate_of(chosen), _learned_from(lab, "dev")
         generator = torch.Generator().manual_seed(lab.seed)
-        weight = torch.randn(gate.weight.shape, generator=generator) * gate.weight.norm() / len(gate.weight) ** 0.5
-        blind = replace(gate, weight=weight, bias=0.0)
-        scores = _log_odds(lab, blind, dev)[[e.kind == "conflict" for e in dev]]
-        blind = replace(blind, threshold=passing_threshold(scores, self.keep))
-        return [Condition("random_gate", chosen.towards, edits=(blind,), control_of=chosen.method)]
+
+        def blind(weight: Tensor) -> Tensor:
+            return torch.randn(weight.shape, generator=generator) * weight.norm() / len(weight) ** 0.5
+
+        also = tuple(replace(reading, weight=blind(reading.weight)) for reading in gate.also)
+        found = replace(gate, weight=blind(gate.weight), also=also, bias=0.0)
+        is_conflict = torch.tensor([e.kind == "conflict" for e in dev])
+        opened = float((_log_odds(lab, gate, dev)[is_conflict] > gate.threshold).float().mean())
+        scores = _log_odds(lab, found, dev)[is_conflict]
+        threshold = float(scores.sort().values[round((1 - opened) * len(scores)) - 1]) if opened < 1 else -_ANY
+        found = replace(found, threshold=threshold)
+        return [Condition("random_gate", chosen.towards, edits=(found,), control_of=chosen.method)]
 
     def details(self, lab: Lab, chosen: Condition) -> Mapping[str, Any]:
         """Where the gate and its control read, how often they open, and what they keep of gain and damage."""
         gate, (control,) = _gate_of(chosen), self.controls(lab, chosen)
         dev, unseen = _learned_from(lab, "dev"), lab.prompts.held_out
         scores, kinds = _log_odds(lab, gate, dev), np.array([e.kind for e in dev])
-        ranked = auroc(scores.double().numpy(), kinds == "conflict", np.ones((1, len(kinds))))
+        fitted = _kept_fit(lab, _lowest(gate.edits), self.keep)
         ungated = Condition("ungated", chosen.towards, edits=gate.edits)
         unedited, ungated, gated, blind = (
             measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen, control)
@@ -119,9 +126,15 @@ class Gate(Method):
             return {**shares, "held_out_phrasing": kept_shares(first, second, third, chosen.towards)}
 
         return {
-            "site": lab.anatomy.site(gate.part, gate.layer),
+            "sites": [lab.anatomy.site(reading.part, reading.layer) for reading in gate.readings],
             "threshold": gate.threshold,
-            "dev": {"auroc": float(ranked[0]), "opened": _passing(scores, gate.threshold, kinds)},
+            "threshold_over": fitted["threshold_over"],
+            "dev": {
+                "auroc": ranks(scores, kinds == "conflict"),
+                "left_out_auroc": fitted["left_out_auroc"],
+                "opened": _passing(scores, gate.threshold, kinds),
+                "unlike": float((_log_odds(lab, gate, dev) < -_ANY / 2).float().mean()),
+            },
             "opened": _opened(lab, gate),
             "random_opened": _opened(lab, _gate_of(control)),
             "kept": kept(gated),
@@ -221,37 +234,117 @@ def _learned_from(lab: Lab, split: Literal["train", "dev"]) -> ConflictSet:
     )
 
 
-def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: float) -> dict[str, Any]:
-    """The probe and its threshold: of all sites below the lowest edited layer, the one that opens least for others."""
-    sites = sites_of(lab.model, layers=range(lowest))
-    recorded = [
-        record(lab.model, part, sites, progress=f"Recording: {part.examples[0].split}") for part in (train, dev)
-    ]
-    probes = ProbeSet.fit(
-        {site: torch.cat([values[site] for values in recorded]) for site in sites},
-        ["conflict" if e.kind == "conflict" else "other" for e in (*train, *dev)],
-        validation=[False] * len(train) + [True] * len(dev),
-        classes=("other", "conflict"),
-        device=str(lab.anatomy.device),
-        progress="Probes",
+def fitted_gate(
+    lab: Lab, lowest: int, keep: float, edits: tuple[Intervention, ...], *, soft: bool = False
+) -> ConflictGate:
+    """The gate that is fitted for edits of a layer and those above it, around some; fitted once.
+
+    Args:
+        lab: The lab, from whose train and dev it is learned.
+        lowest: The lowest layer that may be edited.
+        keep: The share of conflicts that it is to let pass.
+        edits: What it lets through.
+        soft: Whether it is soft.
+
+    Raises:
+        UserError: If there are too few prompts.
+    """
+    found = _kept_fit(lab, lowest, keep)
+    *also, main = (GateReading(*located(site), torch.tensor(weight)) for site, weight in found["weights"].items())
+    familiar = found["familiar"]
+    if familiar is not None:
+        familiar = Familiar(torch.tensor(familiar["center"]), torch.tensor(familiar["scale"]), familiar["limit"])
+    probe = (main.part, main.layer, main.weight, found["bias"], found["threshold"])
+    return ConflictGate(*probe, edits, tuple(also), soft, familiar)
+
+
+def opens(lab: Lab, gate: ConflictGate, prompts: ConflictSet | Sequence[str]) -> Tensor:
+    """For which prompts a gate opens, boolean ``(n,)``."""
+    return _log_odds(lab, gate, prompts) > gate.threshold
+
+
+def _kept_fit(lab: Lab, lowest: int, keep: float) -> dict[str, Any]:
+    """What was fitted; kept, since what is measured is kept under its digits, which may differ from run to run."""
+    learned = {split: _learned_from(lab, split) for split in ("train", "dev")}
+    return lab.records.json(
+        "gate",
+        [*(part.digest for part in learned.values()), lowest, keep],
+        lambda: _fitted(lab, learned["train"], learned["dev"], lowest, keep),
+        version=GATE_VERSION,
     )
-    kinds = np.array([e.kind for e in dev])
-    found = []
-    for site, probe in probes.items():
-        scores = recorded[1][site] @ probe.weight[0] + probe.bias[0]
-        threshold = passing_threshold(scores[kinds == "conflict"], keep)
-        others = sum(share for kind, share in _passing(scores, threshold, kinds).items() if kind != "conflict")
-        found.append((others, site, threshold))
-    _, site, threshold = min(found, key=lambda one: one[0])
-    weight, bias = probes[site].weight[0].tolist(), float(probes[site].bias[0])
-    return {"site": site, "weight": weight, "bias": bias, "threshold": threshold}
 
 
-def _log_odds(lab: Lab, gate: ConflictGate, prompts: ConflictSet) -> Tensor:
-    """What the gate reads at the end of each prompt, ``(n,)``."""
-    site = lab.anatomy.site(gate.part, gate.layer)
-    values = record(lab.model, prompts, [site], progress="Recording: what a gate reads")[site]
-    return values @ gate.weight + gate.bias
+def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: float) -> dict[str, Any]:
+    """The probe of the sites below a layer, its threshold, and what is familiar to it."""
+    sites = [lab.anatomy.site("output_projection", layer) for layer in range(lowest // 2, lowest)]
+    recorded = [
+        {site: values.flatten(1).float() for site, values in found.items()}
+        for found in (
+            record(lab.model, part, sites, progress=f"Recording: {part.examples[0].split}") for part in (train, dev)
+        )
+    ]
+    is_conflict = [[e.kind == "conflict" for e in part] for part in (train, dev)]
+    parts = [[_parts(e) for e in part] for part in (train, dev)]
+    scores: dict[float, Tensor] = {}
+    has_folds = all(len(set(kind)) >= _FOLDS for kind in zip(*parts[0], strict=True))
+    for strength in STRENGTHS:
+        if has_folds:
+            fitted_on, scored = (recorded[0], is_conflict[0], parts[0]), (recorded[1], parts[1])
+            scores[strength] = left_out_scores(fitted_on, scored, strength=strength, folds=_FOLDS)
+        else:
+            scores[strength] = JointProbe.fit(recorded[0], is_conflict[0], strength=strength).log_odds(recorded[1])
+    quality = {strength: ranks(found, is_conflict[1]) for strength, found in scores.items()}
+    strength = max(quality, key=lambda one: quality[one])
+    probe = JointProbe.fit(recorded[0], is_conflict[0], strength=strength)
+    threshold, over = _threshold(scores[strength], probe.log_odds(recorded[1]), dev, keep)
+    return {
+        "weights": {site: weight.tolist() for site, weight in probe.weights.items()},
+        "bias": probe.bias,
+        "strength": strength,
+        "threshold": threshold,
+        "threshold_over": over,
+        "left_out_auroc": quality[strength] if has_folds else None,
+        "familiar": _familiar(recorded[0][sites[-1]], recorded[1][sites[-1]]),
+    }
+
+
+def _threshold(left_out: Tensor, fitted: Tensor, dev: ConflictSet, keep: float) -> tuple[float, str]:
+    """The threshold, and whether it holds for new families or, where there are too few of them, for new prompts."""
+    is_conflict = torch.tensor([e.kind == "conflict" for e in dev])
+    passing = is_conflict & ~left_out.isnan()
+    families = [e.template for e, is_in in zip(dev, passing.tolist(), strict=True) if is_in]
+    with suppress(UserError):
+        return family_threshold(left_out[passing], families, keep), "families"
+    with suppress(UserError):
+        return passing_threshold(left_out[passing], keep), "prompts in left-out phrasings"
+    return passing_threshold(fitted[is_conflict], keep), "prompts"
+
+
+def _familiar(train: Tensor, dev: Tensor) -> dict[str, Any] | None:
+    """What is familiar: nearly all of dev is; ``None`` where dev is too small to say so."""
+    center, scale = train.mean(0), train.std(0).clamp(min=1e-6)
+    strangeness = Familiar(center, scale, 1.0).strangeness(dev).sort().values
+    rank = math.ceil((len(dev) + 1) * _FAMILIAR)
+    if rank > len(dev):
+        return None
+    return {"center": center.tolist(), "scale": scale.tolist(), "limit": float(strangeness[rank - 1])}
+
+
+def _parts(example: ConflictExample) -> tuple[str, ...]:
+    """What a prompt's words are made of, of which some are left out: its layout and its telling, or its phrasing."""
+    family = FAMILIES.get(example.template)
+    return (example.template,) if family is None else (family.layout, family.telling)
+
+
+def _log_odds(lab: Lab, gate: ConflictGate, prompts: ConflictSet | Sequence[str]) -> Tensor:
+    """What the gate reads at the end of each prompt, ``(n,)``; very low where that is unlike what it was fitted on."""
+    sites = [lab.anatomy.site(reading.part, reading.layer) for reading in gate.readings]
+    found = record(lab.model, prompts, sites, progress="Recording: what a gate reads")
+    values = {site: found[site].flatten(1).float() for site in sites}
+    read = sum((values[s] @ r.weight for s, r in zip(sites, gate.readings, strict=True)), torch.zeros(())) + gate.bias
+    if gate.familiar is None:
+        return read
+    return read.where(gate.familiar.strangeness(values[sites[-1]]) <= gate.familiar.limit, -_ANY)
 
 
 def _passing(scores: Tensor, threshold: float, kinds: np.ndarray) -> dict[str, float]:
@@ -263,7 +356,7 @@ def _passing(scores: Tensor, threshold: float, kinds: np.ndarray) -> dict[str, f
 def _opened(lab: Lab, gate: ConflictGate) -> dict[str, Any]:
     """The share of test's prompts of each kind for which the gate opens, in all phrasings and in the unseen one."""
     columns = {name: [getattr(e, name) for e in lab.asked] for name in ("kind", "subject", "template")}
-    is_open = (_log_odds(lab, gate, lab.asked) > gate.threshold).double().numpy()
+    is_open = opens(lab, gate, lab.asked).double().numpy()
     frame = pl.DataFrame({**columns, "open": is_open})
 
     def shares(frame: pl.DataFrame) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from 1, less far or further, they compete at several strengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from conflictscope.methods._heads import HeadMethod
 from conflictscope.study.condition import Condition
@@ -18,7 +18,7 @@ from interp.corpus import TEXTS_VERSION
 from interp.errors import UserError
 from interp.teacher_forcing import FORCING_VERSION
 from interventions.dial import DialScale, TrustDial
-from interventions.fitting.scale_data import SCALE_DATA_VERSION, HeadOrLayer
+from interventions.fitting.scale_data import SCALE_DATA_VERSION, HeadOrLayer, ScaleData
 from interventions.fitting.scale_learning import SCALES_VERSION, learn_scales
 from interventions.fitting.scale_training import ScaleTraining
 
@@ -62,7 +62,7 @@ class LearnedScales(HeadMethod):
         """What decided the learning, and what the learner saw on dev."""
         assert chosen.towards is not None
         return {
-            "training": asdict(_in_lab(lab, self.training)),
+            "training": asdict(in_lab(lab, self.training)),
             "dev": learned(lab, chosen.towards, self.training)[1],
         }
 
@@ -80,16 +80,38 @@ def learned(lab: Lab, towards: Direction, training: ScaleTraining) -> tuple[dict
     Raises:
         UserError: As ``LearnedScales.candidates``.
     """
-    settings = _in_lab(lab, training)
-    depends_on = [lab.scale_basis, asdict(settings)]
+    settings = in_lab(lab, training)
+    return learned_from(lab, towards, settings, [], lambda: lab.scale_data)
+
+
+def learned_from(
+    lab: Lab,
+    towards: Direction,
+    settings: ScaleTraining,
+    besides: Sequence[Any],
+    data: Callable[[], Mapping[Literal["train", "dev"], ScaleData]],
+) -> tuple[dict[HeadOrLayer, float], dict[str, Any]]:
+    """The same from some data, which is made only if it is not known what was learned from it.
+
+    Args:
+        lab: The lab.
+        towards: The direction.
+        settings: What decides the learning.
+        besides: What the data depends on besides the lab's prompts.
+        data: Makes it.
+
+    Raises:
+        UserError: As ``LearnedScales.candidates``.
+    """
+    depends_on = [lab.scale_basis, *besides, asdict(settings)]
     version = (SCALES_VERSION, SCALE_DATA_VERSION, FORCING_VERSION, TEXTS_VERSION)
     checkpoint = lab.records.place(f"training-{towards}", depends_on, ".safetensors", version=version)
 
     def compute() -> dict[str, Any]:
-        data = lab.scale_data
+        made = data()
         label = f"Learning towards {towards}"
         found = learn_scales(
-            lab.model, data["train"], data["dev"], towards, settings, checkpoint=checkpoint, progress=label
+            lab.model, made["train"], made["dev"], towards, settings, checkpoint=checkpoint, progress=label
         )
         moved = zip(found.places, found.scales, strict=True)
         return {"scales": [[*place, scale] for place, scale in moved], "dev": asdict(found.dev)}
@@ -116,7 +138,7 @@ def dial_of(ends: Mapping[Direction, Mapping[HeadOrLayer, float]]) -> TrustDial:
     )
 
 
-def _in_lab(lab: Lab, training: ScaleTraining) -> ScaleTraining:
+def in_lab(lab: Lab, training: ScaleTraining) -> ScaleTraining:
     """The training with the lab's budgets and seed, and few steps where the lab is quick."""
     budget = min(lab.budgets["none"], lab.budgets["neutral"])
     context_budget = min(lab.budgets["aligned"], lab.budgets["irrelevant"])

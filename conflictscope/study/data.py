@@ -28,8 +28,10 @@ from interp.facts import (
     relation_named,
     usable_facts,
 )
+from interp.families import UNSEEN_FAMILIES, VARIANTS, worded_conflicts
 from interp.formats import load_dataset
-from interp.known import KNOWN_VERSION, conflicts_about_known, known_part
+from interp.inputs import tokenizer_of
+from interp.known import KNOWN_VERSION, conflicts_about_known, facts_known, known_part
 from interp.records import Records
 
 RELATIONS = ("capital", "language", "continent", "manufacturer")
@@ -141,6 +143,7 @@ def fact_prompts(
     *,
     subjects: int,
     seed: int,
+    families: int = 0,
     asked: Callable[[ConflictSet], ConflictSet] = lambda conflicts: conflicts,
 ) -> Prompts:
     """Prompts of every kind and phrasing about the facts of some relations that the model knows.
@@ -152,6 +155,8 @@ def fact_prompts(
         subjects: How many subjects of each relation are asked about at most, to learn from and to test on; three fifths
             as many to choose on.
         seed: Decides splits, subjects and conflicts.
+        families: How many families that are made from parts (``interp.families``) each fact is learned from in, of each
+            variant; test is then in the unseen ones. 0 takes the phrasings of the fact tables instead.
         asked: Asks the prompts in another form; what is known is asked in the form of the fact tables.
 
     Raises:
@@ -165,11 +170,37 @@ def fact_prompts(
             members = [fact for fact in usable if split_of(fact.subject, seed) == split]
             rng = random.Random(f"{seed}/{relation}/{split}")
             facts[relation] += rng.sample(members, min(most, len(members)))
+    n_asked = sum(map(len, facts.values()))
+    if families:
+        known = facts if model is None else facts_known(model, facts, records)
+        return _in_families(None if model is None else tokenizer_of(model), known, families, seed, n_asked)
     if model is None:
         conflicts = build_conflicts(facts, seed=seed, phrasings=tuple(PHRASINGS))
     else:
         conflicts = conflicts_about_known(model, facts, records, seed=seed)
-    return _split(asked(conflicts), tuple(facts), sum(map(len, facts.values())))
+    return _split(asked(conflicts), tuple(facts), n_asked)
+
+
+def _in_families(
+    tokenizer: Any, known: Mapping[str, Sequence[Fact]], families: int, seed: int, n_asked: int
+) -> Prompts:
+    """Prompts in families that are made from parts; those of test share no part with the others.
+
+    Where an edit could do damage each fact is tested in one of the unseen families, where it should do good in all.
+    """
+
+    def written(split: Split, **options: Any) -> ConflictSet:
+        return worded_conflicts(known, tokenizer, splits=[split], seed=seed, **options)
+
+    train, dev = (written(split, each=families) for split in ("train", "dev"))
+    guards = [variant for variant in VARIANTS if variant != "conflict"]
+    tests = (
+        written("test", families=UNSEEN_FAMILIES, variants=["conflict"]),
+        written("test", families=UNSEEN_FAMILIES, variants=guards, each=1),
+    )
+    test = ConflictSet(train.name, tuple(e for part in tests for e in part))
+    n_known = sum(map(len, known.values()))
+    return Prompts(train, dev, test, train.name, tuple(known), None, n_asked, n_known)
 
 
 def file_prompts(

@@ -251,7 +251,7 @@ class Lab:
                 self.model,
                 self.prompts.part(split).examples,
                 self.texts(split),
-                **self._learned_from[split],
+                **self.learned_from[split],
                 seed=self.seed,
                 progress=f"Guards: {split}",
             )
@@ -262,10 +262,11 @@ class Lab:
     def scale_basis(self) -> list[Any]:
         """What ``scale_data`` depends on, for the keys of records: it need not be made to find what was learned."""
         digests = [self.prompts.train.digest, self.prompts.dev.digest]
-        return [*digests, self.texts("train"), self.texts("dev"), self._learned_from, self.seed, *rounding(self.model)]
+        return [*digests, self.texts("train"), self.texts("dev"), self.learned_from, self.seed, *rounding(self.model)]
 
     @property
-    def _learned_from(self) -> dict[str, dict[str, int]]:
+    def learned_from(self) -> dict[str, dict[str, int]]:
+        """How many conflict prompts and guards scales are learned from and checked on, by split."""
         return {split: {"conflicts": 2, "guards": 1} for split in _LEARNED_FROM} if self.quick else _LEARNED_FROM
 
     @cached_property

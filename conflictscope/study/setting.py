@@ -93,6 +93,8 @@ class DataSetting(Strict):
         data_format: Its public format; ``None`` is conflict data.
         unknown_too: Whether facts that the model does not know closed-book are asked too.
         subjects: Subjects of each relation to learn from, and to test on, at most.
+        families: In how many families made from parts (``interp.families``) each fact is learned from, of each variant;
+            test is then in families that share no part with these. 0 takes the phrasings of the fact tables.
         leave_out: The relation that is tested on, and not learned from.
         test_data: The file that is tested on instead.
         test_format: Its public format.
@@ -105,6 +107,7 @@ class DataSetting(Strict):
     data_format: str | None = None
     unknown_too: bool = False
     subjects: int = Field(SUBJECTS, ge=4)
+    families: int = Field(0, ge=0)
     leave_out: str | None = None
     test_data: str | None = None
     test_format: str | None = None
@@ -131,6 +134,9 @@ class DataSetting(Strict):
             raise ValueError("data_format and unknown_too belong to data; give a file, or leave them out")
         if self.leave_out and self.relations and (len(self.relations) < 2 or self.leave_out not in self.relations):
             raise ValueError(f"leave_out must be one of two or more relations, not {self.leave_out}; give another")
+        as_it_is = ("completion", "", "", 0)
+        if self.families and (self.data or (self.format, self.system, self.answer_prefix, self.shots) != as_it_is):
+            raise ValueError("families belong to relations, and say themselves how is asked; leave out the rest")
         if self.leave_out is not None and self.test_data is not None:
             raise ValueError("leave_out and test_data do not go together; give one of them")
         if self.test_format is not None and self.test_data is None:
@@ -161,7 +167,8 @@ class DataSetting(Strict):
             return file_prompts(model, Path(file), records, subjects=most, seed=seed, **options)
 
         if self.data is None:
-            prompts = fact_prompts(model, self.relations, records, subjects=most, seed=seed, asked=asked)
+            options = {"families": self.families, "asked": asked}
+            prompts = fact_prompts(model, self.relations, records, subjects=most, seed=seed, **options)
         else:
             prompts = of_file(self.data, self.data_format)
         if self.leave_out is not None:

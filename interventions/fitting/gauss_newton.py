@@ -203,7 +203,7 @@ class GaussNewton:
 
     def __init__(self, model: nn.Module, settings: ScaleTraining) -> None:
         self.settings = settings
-        self.places = scale_places(model, feed_forward=settings.feed_forward)
+        self.places = scale_places(model, feed_forward=settings.feed_forward, lowest=settings.lowest)
         self.step = 0
         n_scales = len(self.places)
         self._scales = torch.ones(n_scales)
@@ -254,6 +254,8 @@ class GaussNewton:
         self._averages["wanted"].add(*gauss_newton(values[0], gradients[0]))
         for index, kind in enumerate(GUARDS):
             guarded = _turn(guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
+            if not guarded:
+                continue
             losses = partial(_guard_losses, model, guarded, kind, generator)
             items = [item for item, _ in guarded]
             values, gradients = gradients_by_row(model, self.places, self._scales, items, losses)

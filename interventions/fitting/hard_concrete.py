@@ -64,7 +64,7 @@ class MaskedScales:
     """
 
     def __init__(self, model: nn.Module, settings: ScaleTraining) -> None:
-        self.places = scale_places(model, feed_forward=settings.feed_forward)
+        self.places = scale_places(model, feed_forward=settings.feed_forward, lowest=settings.lowest)
         self.offset = torch.zeros(len(self.places), requires_grad=True)
         self.location = torch.full((len(self.places),), 2.0, requires_grad=True)
         self.kept: Tensor | None = None
@@ -181,6 +181,8 @@ class HardConcrete:
         objective.backward()
         self._optimiser.step()
         for index, kind in enumerate(GUARDS):
+            if not sizes[kind]:
+                continue
             divergence = sum(value for (of, _), value in zip(guarded, values, strict=True) if of == kind) / sizes[kind]
             moved = multipliers[kind] + _DUAL_RATE * (divergence / settings.budgets[kind] - 1)
             self._multipliers[index] = min(max(0.0, moved), _LARGEST_MULTIPLIER)

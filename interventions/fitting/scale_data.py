@@ -59,6 +59,7 @@ class ScaleData:
         texts: Texts about anything.
         conflicts: How many conflict prompts are kept at most; they are drawn evenly from relations and phrasings.
         guards: How many prompts without a context are kept at most; half as many of the other kinds.
+        behind_gate: Whether these are the prompts that a gate opens for, so that there may be none of some guard.
         seed: Decides which.
         progress: Label of a progress bar; ``None`` shows none.
 
@@ -78,12 +79,14 @@ class ScaleData:
         *,
         conflicts: int = 720,
         guards: int = 96,
+        behind_gate: bool = False,
         seed: int = 0,
         progress: str | None = None,
     ) -> None:
         self.model = model
         by_kind = {kind: [e for e in examples if e.kind == kind] for kind in ("conflict", *GUARDS[:3])}
-        if missing := [kind for kind, found in by_kind.items() if not found]:
+        missing = [kind for kind, found in by_kind.items() if not found and (kind == "conflict" or not behind_gate)]
+        if missing:
             raise UserError(f"Scales are learned from prompts of every kind, but there are none of {missing[0]!r}.")
         self.conflicts = evenly(by_kind["conflict"], conflicts, seed)
         kept = {kind: evenly(by_kind[kind], guard_count(kind, guards), seed) for kind in GUARDS[:3]}
@@ -92,7 +95,7 @@ class ScaleData:
         }
         cut = [text_tokens(model, text, LONGEST_TEXT) for text in texts]
         items_of["neutral"] = [item for item in cut if item.predicted > 0]
-        if not items_of["neutral"]:
+        if not items_of["neutral"] and not behind_gate:
             raise UserError("Scales are guarded by ordinary text too, but there is none of two tokens or more.")
         every = [item for items in items_of.values() for item in items]
         references = iter(item_residuals(model, every, roughly=True, progress=progress))
@@ -144,10 +147,11 @@ def finite(gradients: Tensor) -> Tensor:
     return gradients
 
 
-def scale_places(model: nn.Module, *, feed_forward: bool) -> list[HeadOrLayer]:
-    """Everything of a model that can have a scale."""
+def scale_places(model: nn.Module, *, feed_forward: bool, lowest: int = 0) -> list[HeadOrLayer]:
+    """Everything of a model that can have a scale, from a layer on."""
     anatomy = Anatomy(model)
-    return [*anatomy.heads, *((layer, None) for layer in range(anatomy.n_layers) if feed_forward)]
+    every = [*anatomy.heads, *((layer, None) for layer in range(anatomy.n_layers) if feed_forward)]
+    return [place for place in every if place[0] >= lowest]
 
 
 @contextmanager
@@ -247,6 +251,7 @@ class Checked:
 
     def spent(self, budgets: Mapping[Guard, float]) -> float:
         """The largest share of a guard's budget that is used; infinite if a divergence is no number."""
+        # Behind a gate that is never open for a guard the budget is infinite.
         shares = [self.divergence[kind] / budgets[kind] for kind in GUARDS]
         return max(math.inf if math.isnan(share) else share for share in shares)
 
@@ -269,6 +274,9 @@ def check_scales(
     with torch.no_grad(), scaled(model, places, scales):
         for kind, guarded in data.guards.items():
             items = [item for item, _ in guarded]
+            if not items:
+                divergence[kind] = 0.0
+                continue
             total, hits = 0.0, 0
             for batch in token_batches(items):
                 chosen = [items[i] for i in batch]

@@ -28,6 +28,9 @@ class ScaleTraining:
         steps: Steps of the learner. Up to the default, every step sees fresh prompts.
         conflicts: Conflict prompts a step.
         guards: Prompts without a context a step; half as many of every other guard.
+        lowest: The lowest layer of which anything may move.
+        open_shares: The share of each guard's prompts on which the edit acts, in the order of ``GUARDS``: below 1
+            behind a gate. Budgets are of all prompts, those that a closed gate protects included.
         shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
             control, which should gain nothing.
         seed: Of noise and order.
@@ -42,6 +45,8 @@ class ScaleTraining:
     steps: int = 7
     conflicts: int = 36
     guards: int = 16
+    lowest: int = 0
+    open_shares: tuple[float, ...] = (1.0,) * len(GUARDS)
     shuffled: bool = False
     seed: int = 0
 
@@ -58,5 +63,9 @@ class ScaleTraining:
 
     @property
     def budgets(self) -> dict[Guard, float]:
-        """The budget of each guard."""
-        return {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
+        """The budget of each guard, for the prompts on which the edit acts."""
+        whole = {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
+        return {
+            kind: whole[kind] / share if share else math.inf
+            for kind, share in zip(GUARDS, self.open_shares, strict=True)
+        }
