@@ -1,7 +1,7 @@
 """Make conflict prompts in many phrasing families, put together from parts.
 
-A probe that is fitted on few wordings may learn these words and not what a conflict is. A family here is one choice each
-of
+A probe that is fitted on few wordings may learn these words, and not what a conflict is. A family here is one choice
+each of
 
 1. a layout: how context and question stand in a completion, or in a chat through the model's own template;
 2. a telling: how the context words the fact: as the question does, turned round, quoted, or by implication, in a
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
@@ -140,6 +140,7 @@ _PASSING = (
     "There is a long article about {subject} in the library.",
 )
 """What is told of a subject of which no other table has a fact."""
+_DRAWS = 1000
 _UNSEEN_WORDING = 3
 UNSEEN_FAMILIES = (
     Family("letter", "rumour", _UNSEEN_WORDING, "alone"),
@@ -183,7 +184,7 @@ def variant_of(example: ConflictExample) -> Variant:
         UserError: If it is of other data.
     """
     last = example.id.rpartition("/")[2]
-    if last not in VARIANTS:
+    if last not in VARIANTS or example.template.count("-") != len(fields(Family)) - 1:
         raise UserError(f"{example.id} is of no phrasing family that is made from parts; make prompts that are.")
     return last
 
@@ -256,11 +257,14 @@ class _Writer:
         self._conflicting = {
             name: conflicting_answers(relation_named(name), some, seed) for name, some in facts.items()
         }
-        self._all = [
-            Told(r, fact.subject, fact.answers) for name, r in relations().items() for fact in load_facts(name)
-        ]
+        self._all = [Told(r, fact.subject, fact.answers) for r in relations().values() for fact in load_facts(r.name)]
         self._splits = {told.subject: split_of(told.subject, seed) for told in self._all}
-        self._pools: dict[tuple[Variant, str, str], list[Told]] = {}
+        self._by_subject: dict[str, list[Told]] = {}
+        self._by_relation: dict[str, list[Told]] = {}
+        for told in self._all:
+            self._by_subject.setdefault(told.subject, []).append(told)
+            self._by_relation.setdefault(told.relation.name, []).append(told)
+        self._same_relation: dict[tuple[str, str], list[Told]] = {}
         self._told: Mapping[Variant, Callable[[Relation, Fact, random.Random], Told | None]] = {
             "conflict": lambda r, fact, _: Told(r, fact.subject, self._conflicting[r.name][fact.subject]),
             "aligned": lambda r, fact, _: Told(r, fact.subject, fact.answers),
@@ -312,51 +316,47 @@ class _Writer:
         if variant == "none":
             return "", ()
         rng = random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{family.name}/{variant}")
-        told = self._told[variant](relation, fact, rng)
-        answers = told.answers if told else ()
-        sentence = told.worded(family.telling) if told else rng.choice(_PASSING).format(subject=fact.subject)
-        before, after = _BESIDE[family.around]
+
+        def draw() -> tuple[str, tuple[str, ...]]:
+            told = self._told[variant](relation, fact, rng)
+            if told is None:
+                return rng.choice(_PASSING).format(subject=fact.subject), ()
+            return told.worded(family.telling), told.answers
+
+        avoid = fact.answers if variant == "irrelevant_same_subject" else (fact.subject, *fact.answers)
+        sentence, answers = _drawn(draw, avoid if _KINDS[variant] == "irrelevant" else ())
         avoid = (fact.subject, *fact.answers, *answers)
-        others = [self._beside(relation, fact, avoid, rng) for _ in range(before + after)]
+
+        def draw_other() -> tuple[str, tuple[str, ...]]:
+            told = self._of_another(relation, fact, avoid, rng)
+            return told.worded(rng.choice(_BESIDE_TELLINGS)), told.answers
+
+        before, after = _BESIDE[family.around]
+        others = [_drawn(draw_other, avoid)[0] for _ in range(before + after)]
         return " ".join([*others[:before], sentence, *others[before:]]), answers
 
     def _of_same_subject(self, relation: Relation, fact: Fact, rng: random.Random) -> Told | None:
         """Another fact of the subject; ``None`` if no table has one."""
-        pool = self._pool(
-            "irrelevant_same_subject",
-            relation,
-            fact,
-            lambda told: (
-                told.subject == fact.subject
-                and told.relation.name != relation.name
-                and not contains_answer(told.answers[0], fact.answers)
-            ),
-        )
+        pool = [
+            told
+            for told in self._by_subject.get(fact.subject, ())
+            if told.relation.name != relation.name and not contains_answer(told.answers[0], fact.answers)
+        ]
         return rng.choice(pool) if pool else None
 
     def _of_same_relation(self, relation: Relation, fact: Fact, rng: random.Random) -> Told:
         """The same relation of another subject of the split, with another answer."""
-        split = split_of(fact.subject, self._seed)
-        avoid = (fact.subject, *fact.answers)
-        pool = self._pool(
-            "irrelevant_same_relation",
-            relation,
-            fact,
-            lambda told: (
-                told.relation.name == relation.name
-                and self._splits[told.subject] == split
-                and told.subject != fact.subject
+        key = (relation.name, fact.subject)
+        if key not in self._same_relation:
+            split = split_of(fact.subject, self._seed)
+            avoid = (fact.subject, *fact.answers)
+            self._same_relation[key] = [
+                told
+                for told in self._by_relation[relation.name]
+                if self._splits[told.subject] == split
                 and not contains_answer(f"{told.answers[0]} {told.subject}", avoid)
-            ),
-        )
-        return rng.choice(pool)
-
-    def _pool(self, variant: Variant, relation: Relation, fact: Fact, fits: Callable[[Told], bool]) -> list[Told]:
-        """What fits, in the tables' order; found once for each fact."""
-        key = (variant, relation.name, fact.subject)
-        if key not in self._pools:
-            self._pools[key] = [told for told in self._all if fits(told)]
-        return self._pools[key]
+            ]
+        return rng.choice(self._same_relation[key])
 
     def _of_another(self, relation: Relation, fact: Fact, avoid: Sequence[str], rng: random.Random) -> Told:
         """Another relation of a subject of the split that names nothing to be avoided."""
@@ -369,10 +369,6 @@ class _Writer:
                 and not contains_answer(f"{told.subject} {told.answers[0]}", avoid)
             ):
                 return told
-
-    def _beside(self, relation: Relation, fact: Fact, avoid: Sequence[str], rng: random.Random) -> str:
-        """A sentence about something else."""
-        return self._of_another(relation, fact, avoid, rng).worded(rng.choice(_BESIDE_TELLINGS))
 
     def _prompt(self, family: Family, context: str, question: str, stem: str) -> str:
         if family.is_chat:
@@ -387,3 +383,12 @@ def _question(relation: Relation, subject: str, asked: int) -> tuple[str, str]:
     """The question and the start of the sentence that answers it."""
     question, stem = (relation.question, relation.stem) if asked == 0 else _wordings(relation.name)["asked"][asked - 1]
     return sentence_case(question.format(subject=subject)), sentence_case(stem.format(subject=subject))
+
+
+def _drawn(draw: Callable[[], tuple[str, tuple[str, ...]]], avoid: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Draw until the sentence names nothing to be avoided: in "won the greatest prizes", a currency is named."""
+    for _ in range(_DRAWS):
+        sentence, answers = draw()
+        if not contains_answer(sentence, avoid):
+            return sentence, answers
+    raise UserError(f"No context leaves out {' and '.join(avoid)}; leave this fact out.")
