@@ -4,8 +4,8 @@ A probe that is fitted on few wordings may learn these words, and not what a con
 each of
 
 1. a layout: how context and question stand in a completion, or in a chat through the model's own template;
-2. a telling: how the context words the fact: as the question does, turned round, quoted, or by implication, in a
-   sentence about something else that can only be true if the fact is;
+2. a telling: how the context words the fact: as the answer begins, turned round, quoted, or by implication, in a
+   sentence about something else that would make no sense if the fact were not so;
 3. a wording of the question;
 4. what stands around the sentence: nothing, or sentences about other things before it, on both sides, or between it
    and the question.
@@ -71,7 +71,7 @@ _COMPLETIONS: Mapping[str, tuple[str, str]] = {
     "list": ("What is known:\n- {context}\n\n", "In short: {stem}"),
     "quiz": ("{context}\n\n", "Quiz, first question. {question} {stem}"),
     "results": ("Search results:\n1. {context}\n", "Query: {question}\nResult: {stem}"),
-    "letter": ("Dear Sam, {context} Yours, Kim\n\n", "Sam asked himself: {question} {stem}"),
+    "letter": ("Dear Sam,\n{context}\nYours, Kim\n\n", "Sam asked himself: {question} {stem}"),
     "comment": ('> "{context}"\n\n', "# {question}\n{stem}"),
 }
 _CHATS: Mapping[str, tuple[Layout, bool]] = {
