@@ -1,4 +1,5 @@
 import copy
+import re
 from collections import Counter
 from string import Formatter
 
@@ -130,16 +131,15 @@ def test_wordings_name_subject_and_answer(name):
 # What contexts tell
 
 
-def test_a_context_tells_its_answer_in_one_sentence_alone(everything):
-    """The same fact told by a family that has nothing around it is the sentence, and the rest names no answer."""
+def test_a_context_tells_its_answer_once(everything):
     told = of_variant(everything, "conflict", "aligned")
     assert len(told) > 2000
     for example in told:
-        assert contains_answer(example.context, example.context_answers[:1])
         assert contains_answer(example.context, [example.subject])
-        sentences = example.context.replace(example.subject, "S").split(example.context_answers[0])
-        # Documents name it twice or three times, all others once.
-        assert 2 <= len(sentences) <= (4 if "-document-" in example.template else 2), example.context
+        rest = example.context.replace(example.subject, "")
+        times = len(re.findall(rf"(?<!\w){re.escape(example.context_answers[0])}(?!\w)", rest, re.IGNORECASE))
+        # One sentence of a document names it twice.
+        assert times == (2 if "-document-" in example.template else 1), example.context
 
 
 def test_a_sentence_about_other_things_names_neither_subject_nor_answer(chatty):
