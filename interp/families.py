@@ -211,7 +211,8 @@ def worded_conflicts(
         seed: Decides the splits, the draws, what conflicts with what, and what else is told.
 
     Raises:
-        UserError: If a relation is not known, or nothing is left.
+        UserError: If a relation is not known, no family can be asked, every context that can be drawn names what it is
+            not to name, or nothing is left.
     """
     askable = can_be_asked(families, tokenizer)
     if not askable:
