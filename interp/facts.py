@@ -165,7 +165,7 @@ LEARNED_PHRASINGS = tuple(name for name in PHRASINGS if name != HELD_OUT_PHRASIN
 
 
 def lower_clause(clause: str) -> str:
-    """Lower the first letter, unless the clause starts with the answer itself."""
+    """Lower the first letter of a clause with placeholders, unless it starts with the answer or subject itself."""
     return clause if clause.startswith("{") else _lower(clause)
 
 
@@ -315,11 +315,21 @@ def _context(phrasing: Phrasing, relation: Relation, subject: str, answer: str) 
 
 
 def sentence_case(text: str) -> str:
+    """Raise the first letter and leave all others as they are."""
     return text[:1].upper() + text[1:]
 
 
 def conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) -> dict[str, tuple[str, ...]]:
-    """For each subject another subject's answers: a permutation within each split, never an alias of the truth."""
+    """Give each subject the answers of another: a permutation within each split, never an alias of the truth.
+
+    Args:
+        relation: The relation.
+        known: The facts, among whose answers the wrong ones are.
+        seed: Decides the splits and the permutation.
+
+    Returns:
+        By subject. Facts that no other of their split can contradict are left out.
+    """
     result: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
         rng = random.Random(f"{seed}/{relation.name}/{split}")

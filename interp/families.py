@@ -1,27 +1,29 @@
-"""Make conflict prompts in dozens of phrasing families, put together from parts.
+"""Make conflict prompts in many phrasing families, put together from parts.
 
-What is learned from few wordings is learned of these words. A family here is one choice each of
+A probe that is fitted on few wordings may learn these words, and not what a conflict is. A family here is one choice
+each of
 
 1. a layout: how context and question stand in a completion, or in a chat through the model's own template;
-2. a telling: how the context words the fact: as the question does, turned round, quoted, or by implication, in a
-   sentence about something else that can only be true if the fact is;
+2. a telling: how the context words the fact: as the answer begins, turned round, quoted, or by implication, in a
+   sentence about something else that would make no sense if the fact were not so;
 3. a wording of the question;
 4. what stands around the sentence: nothing, or sentences about other things before it, on both sides, or between it
    and the question.
 
-A family that is asked of nothing learned (``UNSEEN_FAMILIES``) shares no part with one that is learned from. Each prompt
-is of one variant: a conflict, an aligned context, three kinds of irrelevant ones (another fact of the same subject, the
-same fact of another subject, something else altogether), or none.
+The families that nothing is fitted on (``UNSEEN_FAMILIES``) share no layout, no telling and no wording of the question
+with those to learn from (``LEARNED_FAMILIES``). Each prompt is of one variant: a conflict, an aligned context, three
+kinds of irrelevant ones (another fact of the same subject, the same relation of another subject, another relation of
+another subject), or no context.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from interp.answers import contains_answer
 from interp.chat import Layout, chat_text
@@ -48,6 +50,14 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 Around = Literal["alone", "after", "between", "far"]
 AROUND: tuple[Around, ...] = get_args(Around)
 
+_KINDS: Mapping[Variant, ContextKind] = {
+    "conflict": "conflict",
+    "aligned": "aligned",
+    "irrelevant_same_subject": "irrelevant",
+    "irrelevant_same_relation": "irrelevant",
+    "irrelevant_other": "irrelevant",
+    "none": "none",
+}
 _BESIDE: Mapping[Around, tuple[int, int]] = {"alone": (0, 0), "after": (2, 0), "between": (1, 1), "far": (0, 3)}
 """How many sentences about other things stand before the context's and after it."""
 
@@ -61,7 +71,7 @@ _COMPLETIONS: Mapping[str, tuple[str, str]] = {
     "list": ("What is known:\n- {context}\n\n", "In short: {stem}"),
     "quiz": ("{context}\n\n", "Quiz, first question. {question} {stem}"),
     "results": ("Search results:\n1. {context}\n", "Query: {question}\nResult: {stem}"),
-    "letter": ("Dear Sam, {context} Yours, Kim\n\n", "Sam asked himself: {question} {stem}"),
+    "letter": ("Dear Sam,\n{context}\nYours, Kim\n\n", "Sam asked himself: {question} {stem}"),
     "comment": ('> "{context}"\n\n', "# {question}\n{stem}"),
 }
 _CHATS: Mapping[str, tuple[Layout, bool]] = {
@@ -121,6 +131,16 @@ _TELLINGS: Mapping[str, Callable[[Relation], str]] = {
     "rumour": lambda r: f"Word has it that {lower_clause(r.inverse)}.",
     "replied": lambda r: f"They say {{answer}} when one asks them: {r.question}",
 }
+_BESIDE_TELLINGS = ("stem", "inverse", "document", "implied_1", "implied_2")
+"""How sentences about other things are worded, in every family."""
+_PASSING = (
+    "Many people have asked about {subject} this year.",
+    "Last spring an exhibition showed pictures of {subject}.",
+    "A radio programme about {subject} was heard by thousands.",
+    "There is a long article about {subject} in the library.",
+)
+"""What is told of a subject of which no other table has a fact."""
+_DRAWS = 1000
 _UNSEEN_WORDING = 3
 UNSEEN_FAMILIES = (
     Family("letter", "rumour", _UNSEEN_WORDING, "alone"),
@@ -164,7 +184,7 @@ def variant_of(example: ConflictExample) -> Variant:
         UserError: If it is of other data.
     """
     last = example.id.rpartition("/")[2]
-    if last not in VARIANTS:
+    if last not in VARIANTS or example.template.count("-") != len(fields(Family)) - 1:
         raise UserError(f"{example.id} is of no phrasing family that is made from parts; make prompts that are.")
     return last
 
@@ -191,9 +211,16 @@ def worded_conflicts(
         seed: Decides the splits, the draws, what conflicts with what, and what else is told.
 
     Raises:
-        UserError: If a relation is not known, or nothing is left.
+        UserError: If a relation is not known, no family can be asked, every context that can be drawn names what it is
+            not to name, or nothing is left.
     """
-    writer, askable = _Writer(facts, tokenizer, seed), can_be_asked(families, tokenizer)
+    askable = can_be_asked(families, tokenizer)
+    if not askable:
+        raise UserError(
+            "There is no family that can be asked: chats need a tokenizer with a chat template; give families of "
+            "completions, or another model's tokenizer."
+        )
+    writer = _Writer(facts, tokenizer, seed)
     examples = [
         writer.example(relation, fact, family, variant)
         for relation, fact in writer.known(splits)
@@ -208,8 +235,21 @@ def worded_conflicts(
     return ConflictSet("+".join(facts), tuple(examples))
 
 
+class Told(NamedTuple):
+    """What a context tells: that a subject has some answers, of which the first is named."""
+
+    relation: Relation
+    subject: str
+    answers: tuple[str, ...]
+
+    def worded(self, telling: str) -> str:
+        """The sentence."""
+        text = _TELLINGS[telling](self.relation)
+        return sentence_case(text.format(subject=self.subject, answer=self.answers[0]))
+
+
 class _Writer:
-    """Writes prompts about facts; what is drawn depends on the seed, the fact and the family alone."""
+    """Writes prompts about facts; what is drawn depends on the seed, the fact, the family and the variant alone."""
 
     def __init__(self, facts: Mapping[str, Sequence[Fact]], tokenizer: Any, seed: int) -> None:
         self._tokenizer = tokenizer
@@ -218,7 +258,21 @@ class _Writer:
         self._conflicting = {
             name: conflicting_answers(relation_named(name), some, seed) for name, some in facts.items()
         }
-        self._told = [(relation, fact) for name, relation in relations().items() for fact in load_facts(name)]
+        self._all = [Told(r, fact.subject, fact.answers) for r in relations().values() for fact in load_facts(r.name)]
+        self._splits = {told.subject: split_of(told.subject, seed) for told in self._all}
+        self._by_subject: dict[str, list[Told]] = {}
+        self._by_relation: dict[str, list[Told]] = {}
+        for told in self._all:
+            self._by_subject.setdefault(told.subject, []).append(told)
+            self._by_relation.setdefault(told.relation.name, []).append(told)
+        self._same_relation: dict[tuple[str, str], list[Told]] = {}
+        self._told: Mapping[Variant, Callable[[Relation, Fact, random.Random], Told | None]] = {
+            "conflict": lambda r, fact, _: Told(r, fact.subject, self._conflicting[r.name][fact.subject]),
+            "aligned": lambda r, fact, _: Told(r, fact.subject, fact.answers),
+            "irrelevant_same_subject": self._of_same_subject,
+            "irrelevant_same_relation": self._of_same_relation,
+            "irrelevant_other": lambda r, fact, rng: self._of_another(r, fact, (fact.subject, *fact.answers), rng),
+        }
 
     def known(self, splits: Sequence[Split]) -> list[tuple[Relation, Fact]]:
         """The facts of some splits that can be contradicted."""
@@ -238,18 +292,9 @@ class _Writer:
 
     def example(self, relation: Relation, fact: Fact, family: Family, variant: Variant) -> ConflictExample:
         """The prompt."""
-        rng = random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{family.name}/{variant}")
-        avoid = (fact.subject, *fact.answers)
-        answers: tuple[str, ...] = ()
-        context = ""
-        if variant != "none":
-            told, subject, answers, sentence = self._sentence(relation, fact, family, variant, rng)
-            del told, subject
-            before, after = _BESIDE[family.around]
-            others = [self._other(relation, fact, (*avoid, *answers), rng) for _ in range(before + after)]
-            context = " ".join([*others[:before], sentence, *others[before:]])
-        question, stem = self._question(relation, fact, family)
-        kind: ContextKind = "irrelevant" if variant.startswith("irrelevant") else variant  # pyright: ignore
+        context, answers = self._context(relation, fact, family, variant)
+        question, stem = _question(relation, fact.subject, family.asked)
+        kind = _KINDS[variant]
         bare = self._prompt(family, "", question, stem)
         return ConflictExample(
             id=f"{relation.name}/{fact.subject}/{family.name}/{variant}",
@@ -267,69 +312,66 @@ class _Writer:
             split=split_of(fact.subject, self._seed),
         )
 
-    def _sentence(self, relation, fact, family, variant, rng):
-        telling = _TELLINGS[family.telling]
-        if variant == "conflict":
-            answers = self._conflicting[relation.name][fact.subject]
-            told, subject = relation, fact.subject
-        elif variant == "aligned":
-            told, subject, answers = relation, fact.subject, fact.answers
-        elif variant == "irrelevant_same_relation":
-            pool = [
-                f
-                for f in load_facts(relation.name)
-                if split_of(f.subject, self._seed) == split_of(fact.subject, self._seed)
-            ]
-            pool = [
-                f
-                for f in pool
-                if f.subject != fact.subject
-                and not contains_answer(f" {f.answers[0]} {f.subject} ", (fact.subject, *fact.answers))
-            ]
-            other = rng.choice(pool)
-            told, subject, answers = relation, other.subject, other.answers
-        elif variant == "irrelevant_same_subject":
-            pool = [
-                (r, f)
-                for r, f in self._told
-                if f.subject == fact.subject
-                and r.name != relation.name
-                and not contains_answer(f.answers[0], fact.answers)
-            ]
-            if not pool:
-                s = rng.choice(_PASSING).format(subject=fact.subject)
-                return relation, fact.subject, (), s
-            told, f = rng.choice(pool)
-            subject, answers = f.subject, f.answers
-        else:
-            told, f = self._another(relation, fact, (fact.subject, *fact.answers), rng)
-            subject, answers = f.subject, f.answers
-        return told, subject, answers, sentence_case(telling(told).format(subject=subject, answer=answers[0]))
+    def _context(self, relation: Relation, fact: Fact, family: Family, variant: Variant) -> tuple[str, tuple[str, ...]]:
+        """The context and the answers that it tells."""
+        if variant == "none":
+            return "", ()
+        rng = random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{family.name}/{variant}")
 
-    def _another(self, relation, fact, avoid, rng):
+        def draw() -> tuple[str, tuple[str, ...]]:
+            told = self._told[variant](relation, fact, rng)
+            if told is None:
+                return rng.choice(_PASSING).format(subject=fact.subject), ()
+            return told.worded(family.telling), told.answers
+
+        avoid = fact.answers if variant == "irrelevant_same_subject" else (fact.subject, *fact.answers)
+        sentence, answers = _drawn(draw, avoid if _KINDS[variant] == "irrelevant" else ())
+        avoid = (fact.subject, *fact.answers, *answers)
+
+        def draw_other() -> tuple[str, tuple[str, ...]]:
+            told = self._of_another(relation, fact, avoid, rng)
+            return told.worded(rng.choice(_BESIDE_TELLINGS)), told.answers
+
+        before, after = _BESIDE[family.around]
+        others = [_drawn(draw_other, avoid)[0] for _ in range(before + after)]
+        return " ".join([*others[:before], sentence, *others[before:]]), answers
+
+    def _of_same_subject(self, relation: Relation, fact: Fact, rng: random.Random) -> Told | None:
+        """Another fact of the subject; ``None`` if no table has one."""
+        pool = [
+            told
+            for told in self._by_subject.get(fact.subject, ())
+            if told.relation.name != relation.name and not contains_answer(told.answers[0], fact.answers)
+        ]
+        return rng.choice(pool) if pool else None
+
+    def _of_same_relation(self, relation: Relation, fact: Fact, rng: random.Random) -> Told:
+        """The same relation of another subject of the split, with another answer."""
+        key = (relation.name, fact.subject)
+        if key not in self._same_relation:
+            split = split_of(fact.subject, self._seed)
+            avoid = (fact.subject, *fact.answers)
+            self._same_relation[key] = [
+                told
+                for told in self._by_relation[relation.name]
+                if self._splits[told.subject] == split
+                and not contains_answer(f"{told.answers[0]} {told.subject}", avoid)
+            ]
+        return rng.choice(self._same_relation[key])
+
+    def _of_another(self, relation: Relation, fact: Fact, avoid: Sequence[str], rng: random.Random) -> Told:
+        """Another relation of a subject of the split that names nothing to be avoided."""
         split = split_of(fact.subject, self._seed)
         while True:
-            told, f = rng.choice(self._told)
+            told = rng.choice(self._all)
             if (
-                told.name != relation.name
-                and split_of(f.subject, self._seed) == split
-                and not contains_answer(f"{f.subject} {f.answers[0]}", avoid)
+                told.relation.name != relation.name
+                and self._splits[told.subject] == split
+                and not contains_answer(f"{told.subject} {told.answers[0]}", avoid)
             ):
-                return told, f
+                return told
 
-    def _other(self, relation, fact, avoid, rng):
-        told, f = self._another(relation, fact, avoid, rng)
-        telling = rng.choice([t for t in ("stem", "inverse", "document", "implied_1", "implied_2")])
-        return sentence_case(_TELLINGS[telling](told).format(subject=f.subject, answer=f.answers[0]))
-
-    def _question(self, relation, fact, family):
-        if family.asked == 0:
-            pair = (relation.question, relation.stem)
-        else:
-            pair = _wordings(relation.name)["asked"][family.asked - 1]
-        return tuple(sentence_case(t.format(subject=fact.subject)) for t in pair)
-
-    def _prompt(self, family, context, question, stem):
+    def _prompt(self, family: Family, context: str, question: str, stem: str) -> str:
         if family.is_chat:
             layout, begins = _CHATS[family.layout]
             text = chat_text(self._tokenizer, layout.messages(question, (context,) if context else ()))
@@ -338,9 +380,16 @@ class _Writer:
         return (given.format(context=context) if context else "") + asked.format(question=question, stem=stem)
 
 
-_PASSING = (
-    "Many people have asked about {subject} this year.",
-    "Last spring an exhibition showed pictures of {subject}.",
-    "A radio programme about {subject} was heard by thousands.",
-    "There is a long article about {subject} in the library.",
-)
+def _question(relation: Relation, subject: str, asked: int) -> tuple[str, str]:
+    """The question and the start of the sentence that answers it."""
+    question, stem = (relation.question, relation.stem) if asked == 0 else _wordings(relation.name)["asked"][asked - 1]
+    return sentence_case(question.format(subject=subject)), sentence_case(stem.format(subject=subject))
+
+
+def _drawn(draw: Callable[[], tuple[str, tuple[str, ...]]], avoid: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Draw until the sentence names nothing to be avoided: in "won the greatest prizes", a currency is named."""
+    for _ in range(_DRAWS):
+        sentence, answers = draw()
+        if not contains_answer(sentence, avoid):
+            return sentence, answers
+    raise UserError(f"No context leaves out {' and '.join(avoid)}; leave this fact out.")

@@ -103,12 +103,17 @@ def left_out_scores(
         folds: How many.
 
     Returns:
-        ``(n_dev,)``; NaN for prompts whose parts are of several folds.
+        Log odds, ``(n_dev,)``; NaN for prompts whose parts are of several folds.
+
+    Raises:
+        UserError: If a class is missing among the prompts to fit on.
     """
     features, is_conflict, parts = train
-    dealt: list[dict[str, int]] = []
-    for kind in zip(*parts, strict=True):
-        dealt.append({part: number % folds for number, part in enumerate(sorted(set(kind)))})
+    # By kind; a part of dev alone is dealt out too, since nothing was fitted on it.
+    dealt = [
+        {part: number % folds for number, part in enumerate(sorted(set(kind)))}
+        for kind in zip(*parts, *dev[1], strict=True)
+    ]
 
     def of_fold(some: Sequence[Sequence[str]]) -> np.ndarray:
         return np.array([[fold[part] for fold, part in zip(dealt, one, strict=True)] for one in some])
@@ -118,6 +123,8 @@ def left_out_scores(
     for fold in range(folds):
         rows = torch.from_numpy((of_train != fold).all(1))
         wanted = torch.from_numpy((of_dev == fold).all(1))
+        if not wanted.any():
+            continue
         chosen = {site: values[rows] for site, values in features.items()}
         labels = [one for one, is_in in zip(is_conflict, rows.tolist(), strict=True) if is_in]
         probe = JointProbe.fit(chosen, labels, strength=strength)
@@ -126,19 +133,19 @@ def left_out_scores(
 
 
 def ranks(scores: Tensor, is_conflict: Sequence[bool]) -> float:
-    """AUROC of scores, of those that are numbers."""
+    """Return the AUROC of scores, ``(n,)``, of those that are numbers."""
     there = ~scores.isnan().numpy()
     positive = np.array(is_conflict, dtype=bool)[there]
     return float(auroc(scores.double().numpy()[there], positive, np.ones((1, there.sum())))[0])
 
 
 def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) -> float:
-    """The threshold that conflicts of a new family exceed with probability ``keep``, if it is one more of its kind.
+    """Return the threshold that conflicts of a new family exceed with probability ``keep`` at least.
 
-    The ``k`` families are exchangeable with the new one, and so is a score drawn from each: the threshold is the
-    largest score ``t`` for which ``(1 + the sum of the families' shares of scores up to t) / (k + 1)`` is at most
-    ``1 - keep``: what a conformal threshold on one random score a family is on average (Dunn, Wasserman & Ramdas 2022,
-    "Distribution-Free Prediction Sets for Two-Layer Hierarchical Models", arXiv 1809.07441).
+    It holds if the new family is exchangeable with the ``k`` given ones, and no two scores are the same: of the scores
+    it is the largest ``t`` for which ``(1 + the sum of the families' shares of scores below t) / (k + 1)`` is at most
+    ``1 - keep`` (hierarchical conformal prediction: Lee, Barber & Willett 2023, "Distribution-free inference with
+    hierarchical data", arXiv 2306.06342). The 1 stands for the new family, all of whose scores might lie below.
 
     Args:
         scores: Of conflicts, ``(n,)``.
@@ -151,16 +158,15 @@ def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) 
     Raises:
         UserError: If there are too few families for it.
     """
-    names, members = np.unique([str(family) for family in families], return_inverse=True)
-    share = 1 / np.bincount(members)[members]
-    order = scores.argsort().numpy()
-    # Next to the families' own shares the new one counts as wholly below: without it the level would be optimistic.
-    level = (1 + share[order].cumsum()) / (len(names) + 1)
-    ascending = scores.numpy()[order]
-    below = np.flatnonzero((level <= 1 - keep + 1e-12) & np.append(ascending[1:] != ascending[:-1], True))
-    if not len(below):
+    number = {family: n for n, family in enumerate(dict.fromkeys(families))}
+    members = np.array([number[family] for family in families], dtype=int)
+    ascending, places = np.unique(scores.numpy(), return_inverse=True)
+    shares = np.bincount(places, weights=1 / np.bincount(members)[members])
+    below = np.concatenate([[0], shares.cumsum()[:-1]])
+    allowed = np.flatnonzero(1 + below <= (len(number) + 1) * (1 - keep) + 1e-9)
+    if not len(allowed):
         raise UserError(
-            f"There are conflicts of {len(names)} families to set the gate's threshold on, too few to let {keep:g} of "
+            f"There are conflicts of {len(number)} families to set the gate's threshold on, too few to let {keep:g} of "
             "a new one's pass; give more families, or a smaller share."
         )
-    return float(ascending[below[-1]])
+    return float(ascending[allowed[-1]])
