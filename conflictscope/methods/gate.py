@@ -162,7 +162,7 @@ def passing_threshold(scores: Tensor, keep: float) -> float:
     Raises:
         UserError: If there are too few scores for it.
     """
-    rank = math.floor((len(scores) + 1) * (1 - keep))
+    rank = math.floor((len(scores) + 1) * (1 - keep) + 1e-9)
     if rank < 1:
         raise UserError(
             f"There are {len(scores)} conflict prompts to set the gate's threshold on, too few to let {keep:g} of them "
