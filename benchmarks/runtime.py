@@ -39,7 +39,7 @@ from interventions.decoding import CAD
 from interventions.decore import DeCoRe
 from interventions.dropping import drop
 from interventions.feedforward import FeedForwardScaling
-from interventions.gate import ConflictGate
+from interventions.gate import ConflictGate, GateReading
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.juice import AddedHead, JuICE
 from interventions.two_streams import generate
@@ -82,8 +82,10 @@ def main(
     decode_plainly(network)
     anatomy = Anatomy(network)
     scaling = random_heads(anatomy, heads)
-    probe = torch.ones(anatomy.d_model)
-    gate = ConflictGate("block", anatomy.n_layers // 3 - 1, probe, 0.0, -1e9, (scaling,))
+    third = anatomy.n_layers // 3
+    probe = torch.ones(anatomy.n_heads * anatomy.d_head)
+    also = tuple(GateReading("output_projection", layer, probe) for layer in range(third // 2, third - 1))
+    gate = ConflictGate("output_projection", third - 1, probe, 0.0, -1e9, (scaling,), also)
     baked, dropped = copy.deepcopy(network), copy.deepcopy(network)
     fold(baked, [scaling])
     layers = range(anatomy.n_layers // 2, anatomy.n_layers)[:4]

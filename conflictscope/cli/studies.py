@@ -99,6 +99,13 @@ class StudyOptions(Asked):
         """
         if self.data is None and (self.data_format is not None or (self.unknown_too and test_data is None)):
             raise UserError("--data-format and --unknown-too belong to --data; give a file, or leave them out.")
+        as_it_is = ("completion", "", "", 0)
+        how = (self.format, self.system, self.answer_prefix, self.shots)
+        if self.families and (self.data is not None or how != as_it_is):
+            raise UserError(
+                "--families makes prompts about relations, in forms of its own; leave out --data, --format, --system, "
+                "--answer-prefix and --shots."
+            )
         relations = self.relations(default)
         from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
 

@@ -1,6 +1,7 @@
-"""``gate fit`` on a tiny model that is taken to know all it is asked."""
+"""``gate`` on a tiny model that is taken to know all it is asked."""
 
 from conflictscope.study.record import StudyRecord
+from interp.families import UNSEEN_FAMILIES
 from interventions.config import InterventionFile
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
@@ -38,3 +39,22 @@ def test_an_edit_that_cannot_be_gated_is_refused_in_a_sentence(small, run, tiny_
     assert_one_sentence(
         run("gate", "fit", "edit.json", "--model", tiny_directories["llama"], *OPTIONS), "Layer 0 is edited"
     )
+
+
+def test_a_dial_is_learned_behind_a_gate_in_families_and_tested_in_others(small, run, tiny_directories, tmp_path):
+    options = (*OPTIONS[:-2], "--families", 1, "--budget", 1, "--context-budget", 1, "--out", "dial")
+    code, _, error = run("gate", "dial", "--model", tiny_directories["llama"], *options)
+    assert code == 0, error
+    file, record = InterventionFile.load(tmp_path / "dial/gated_dial.json"), StudyRecord.load(tmp_path / "dial")
+    (gate,) = file.build()
+    assert isinstance(gate, ConflictGate)
+    assert min(gate.turned(1.0).edited_layers) > gate.layer
+    assert set(file.measured) == {"unedited", "trust -1", "trust +1"}
+    assert [row["trust"] for row in record.lines["trust"]] == sorted(row["trust"] for row in record.lines["trust"])
+    asked = record.data["phrasings"]
+    assert set(asked["tested"]) == {family.name for family in UNSEEN_FAMILIES if not family.is_chat}
+    assert not set(asked["tested"]) & set(asked["learned"])
+
+
+def test_families_with_a_form_are_one_sentence(run):
+    assert_one_sentence(run("gate", "dial", "--families", 2, "--format", "chat"), "leave out --data, --format")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from conflictscope.study.data import Prompts, file_prompts
+from collections import Counter
+
+from conflictscope.study.data import Prompts, fact_prompts, file_prompts
 from interp.conflicts import ConflictSet
 from interp.documents import Documents
 from interp.facts import build_conflicts, usable_facts
+from interp.families import LEARNED_FAMILIES, UNSEEN_FAMILIES
 from interp.records import Records
 
 
@@ -33,3 +36,17 @@ def test_facts_with_several_documents_are_tested_too(tmp_path, tiny_plain):
     prompts = file_prompts(tiny_plain("llama"), tmp_path / "several.jsonl", Records(tmp_path), **how)
     asked = {kind: prompts.test.select(kind=kind) for kind in ("conflict", "none")}
     assert {len(part) for part in asked.values()} == {len(prompts.test.subjects)} != {0}
+
+
+def test_families_are_tested_in_others_on_other_subjects(tmp_path):
+    prompts = fact_prompts(None, ["capital", "currency"], Records(tmp_path), subjects=10, seed=0, families=2)
+    learned, tested = ({e.template for e in part} for part in (prompts.train, prompts.test))
+    assert tested <= {family.name for family in UNSEEN_FAMILIES}
+    assert learned <= {family.name for family in LEARNED_FAMILIES}
+    assert not set(prompts.train.subjects) & set(prompts.test.subjects)
+    for part, each in ((prompts.train, 2), (prompts.dev, 2), (prompts.test, 2)):
+        counts = Counter((e.relation, e.subject) for e in part.select(kind="conflict"))
+        # Without a tokenizer two of the three unseen families can be asked, those that are no chats.
+        assert set(counts.values()) == {each}
+    bare = Counter((e.relation, e.subject) for e in prompts.test.select(kind="none"))
+    assert set(bare.values()) == {1}
