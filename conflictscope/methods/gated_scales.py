@@ -134,7 +134,7 @@ class GatedScales(Method):
     def _settings(self, lab: Lab) -> tuple[ScaleTraining, dict[str, float]]:
         """The training in the lab behind the gate, and how often that opens on dev."""
         shares = self._opened(lab, "dev")["shares"]
-        open_shares = tuple(shares[kind] for kind in GUARDS)
+        open_shares = {kind: shares[kind] for kind in GUARDS}
         return replace(in_lab(lab, self.training), lowest=self._lowest(lab), open_shares=open_shares), shares
 
     def _learned(self, lab: Lab, towards: Direction) -> tuple[dict[HeadOrLayer, float], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,8 +30,8 @@ class ScaleTraining:
         conflicts: Conflict prompts a step.
         guards: Prompts without a context a step; half as many of every other guard.
         lowest: The lowest layer of which anything may move.
-        open_shares: The share of each guard's prompts on which the edit acts, in the order of ``GUARDS``: below 1
-            behind a gate. Budgets are of all prompts, those that a closed gate protects included.
+        open_shares: By guard, the share of prompts on which the edit acts, below 1 behind a gate; ``None`` is all. Budgets
+            are of all prompts, those that a closed gate protects included.
         shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
             control, which should gain nothing.
         seed: Of noise and order.
@@ -46,7 +47,7 @@ class ScaleTraining:
     conflicts: int = 36
     guards: int = 16
     lowest: int = 0
-    open_shares: tuple[float, ...] = (1.0,) * len(GUARDS)
+    open_shares: Mapping[Guard, float] | None = None
     shuffled: bool = False
     seed: int = 0
 
@@ -65,7 +66,5 @@ class ScaleTraining:
     def budgets(self) -> dict[Guard, float]:
         """The budget of each guard, for the prompts on which the edit acts."""
         whole = {kind: self.context_budget if kind in ("aligned", "irrelevant") else self.budget for kind in GUARDS}
-        return {
-            kind: whole[kind] / share if share else math.inf
-            for kind, share in zip(GUARDS, self.open_shares, strict=True)
-        }
+        shares = self.open_shares or dict.fromkeys(GUARDS, 1.0)
+        return {kind: whole[kind] / shares[kind] if shares[kind] else math.inf for kind in GUARDS}

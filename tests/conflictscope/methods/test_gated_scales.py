@@ -62,7 +62,7 @@ def test_it_is_learned_from_the_prompts_that_the_gate_lets_change(lab, candidate
 
 
 def test_a_guard_that_the_gate_protects_needs_no_budget():
-    shares = (0.5, 1.0, 0.25, 0.0)
+    shares = dict(zip(GUARDS, (0.5, 1.0, 0.25, 0.0), strict=True))
     budgets = ScaleTraining(budget=0.02, context_budget=0.2, open_shares=shares).budgets
     assert budgets == pytest.approx(dict(zip(GUARDS, (0.04, 0.2, 0.8, math.inf), strict=True)))
     assert ScaleTraining().budgets == pytest.approx(dict(zip(GUARDS, (0.02, 0.2, 0.2, 0.02), strict=True)))
@@ -89,4 +89,4 @@ def test_controls_scale_as_many_other_heads_alike_behind_the_same_gate(lab, cand
 def test_the_details_say_how_often_the_gate_opens(lab, candidates):
     details = METHOD.details(lab, candidates["context"][0])
     assert set(details["opened"]) == {"conflict", *GUARDS}
-    assert details["training"]["open_shares"] == tuple(details["opened"][kind] for kind in GUARDS)
+    assert details["training"]["open_shares"] == {kind: details["opened"][kind] for kind in GUARDS}
