@@ -15,15 +15,21 @@ ensemble               the mean of several detectors' standardised log odds (``e
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from interp.statistics import Estimate, bootstrap_weights
 from probes.joint import JointProbe, ranks
+from probes.quality import auroc, average_precision, false_alarms
+
+KEPT = 0.95
+"""The share of conflicts that is kept where false alarms are counted."""
 
 TWO_PASSES = ("divergence", "confidence_gain", "entropy_gain", "bare_answer_loss", "other_answer")
 """The columns of ``two_pass_features``."""
@@ -158,7 +164,7 @@ class NearestSubspaces:
         Args:
             features: ``(n, d)``.
             kinds: The kind of each prompt.
-            rank: How many principal directions a subspace has, 0 for its mean alone.
+            rank: How many principal directions a subspace has at most.
             conflict: The kind that is to be found.
         """
         spaces = {}
@@ -170,12 +176,17 @@ class NearestSubspaces:
             spaces[kinds[members[0]]] = _Subspace(centre, directions)
         return cls(spaces.pop(conflict), tuple(spaces.values()))
 
-    def scores(self, features: Tensor) -> Tensor:
-        """How much nearer a prompt lies to the conflicts' subspace than to any other, ``(n,)`` in squared distance."""
+    def scores(self, features: Tensor, *, rank: int) -> Tensor:
+        """How much nearer a prompt lies to the conflicts' subspace than to any other, ``(n,)`` in squared distance.
+
+        Args:
+            features: ``(n, d)``.
+            rank: How many directions of each subspace are used: 0 compares means.
+        """
 
         def distance(space: _Subspace) -> Tensor:
             away = features.float() - space.centre
-            return away.square().sum(1) - (away @ space.directions.T).square().sum(1)
+            return away.square().sum(1) - (away @ space.directions[:rank].T).square().sum(1)
 
         return torch.stack([distance(space) for space in self.others]).amin(0) - distance(self.conflict)
 
@@ -244,6 +255,42 @@ def cross_validated(
         probe = JointProbe.fit(rest, labels, strength=strength)
         scores[inside] = probe.log_odds({site: values[inside] for site, values in features.items()})
     return scores
+
+
+class Judged(NamedTuple):
+    """How well scores tell conflicts from some other prompts, with intervals by cluster.
+
+    Attributes:
+        auroc: Area under the receiver operating characteristic.
+        auprc: Average precision; ``prevalence`` is what scores reach that know nothing.
+        false_alarms: The share of others that pass at the threshold that keeps 95 % of these conflicts.
+        prevalence: The share of conflicts.
+    """
+
+    auroc: Estimate
+    auprc: Estimate
+    false_alarms: Estimate
+    prevalence: float
+
+
+def judged(scores: Tensor, is_conflict: Sequence[bool], clusters: Sequence[Hashable], *, seed: int = 0) -> Judged:
+    """Judge scores of conflicts and others.
+
+    Args:
+        scores: ``(n,)``.
+        is_conflict: What each example is.
+        clusters: What is resampled together, for example the subjects.
+        seed: Seed of the bootstrap.
+    """
+    values, positive = scores.double().numpy(), np.array(is_conflict, dtype=bool)
+    drawn, once = bootstrap_weights(clusters, seed=seed), np.ones((1, len(positive)))
+
+    def estimate(measure: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+        low, high = np.nanquantile(measure(values, positive, drawn), [0.025, 0.975])
+        return Estimate(float(measure(values, positive, once)[0]), float(low), float(high), len(positive))
+
+    alarms = estimate(partial(false_alarms, keep=KEPT))
+    return Judged(estimate(auroc), estimate(average_precision), alarms, float(positive.mean()))
 
 
 class CurvePoint(NamedTuple):

@@ -1,0 +1,717 @@
+"""Compare conflict detectors on the same prompts: phrasings, relations and subjects that nothing was fitted on.
+
+1. Make prompts of every variant about facts that the model knows (``interp.families``): train and dev in learned
+   families about seen relations; on test's subjects four parts, with seen or unseen families and relations.
+2. Record, at the last token, every head's z and the residual stream of the upper layers, and the final residual stream
+   of the bare questions. Recordings are kept, so that a run that was killed goes on.
+3. Fit what has many weights on train, and choose strengths, ranks and sites on dev. What reads a few numbers (two
+   passes, head lens, number of tokens) has nothing to fit but their weights, which is done on dev.
+4. Score the four parts, which nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from conflictscope.study.data import Prompts
+from conflictscope.study.lab import Lab
+from conflictscope.tables import written
+from interp.activation_store import ActivationStore, texts_digest
+from interp.activations import sites_of
+from interp.anatomy import Anatomy
+from interp.attribution.scores import top_heads
+from interp.conflicts import ConflictSet
+from interp.errors import UserError
+from interp.facts import Fact, build_conflicts, usable_facts
+from interp.families import FAMILIES, UNSEEN_FAMILIES, VARIANTS, variant_of, worded_conflicts
+from interp.files import write_json, write_parquet, write_text
+from interp.fingerprints import fingerprint
+from interp.inputs import token_ids, tokenizer_of
+from interp.known import kept_known_facts
+from interp.records import Records
+from probes.conflict_detectors import (
+    HEAD_LENS,
+    TWO_PASSES,
+    NearestSubspaces,
+    PhrasingDirections,
+    cross_validated,
+    ensemble,
+    family_curve,
+    head_lens_features,
+    judged,
+    shuffled_within,
+    two_pass_features,
+)
+from probes.joint import STRENGTHS, JointProbe, left_out_scores, ranks
+from probes.linear import ProbeSet
+from probes.quality import score_probabilities
+
+DETECTING_VERSION = 1
+"""Version of the detectors: raise it when the same prompts would get other scores."""
+TESTED: Mapping[str, str] = {
+    "seen": "all seen",
+    "unseen_families": "unseen phrasings",
+    "unseen_relations": "unseen relations",
+    "unseen_both": "both unseen",
+}
+"""The parts of test, and what is new in each besides the subjects."""
+UNSEEN_RELATIONS = ("headquarters", "currency")
+HEADS = 5
+"""How many heads of each kind are read."""
+
+_TESTED_FACTS, _QUICK_FACTS = 40, 12
+_RANKS = (0, 4, 16, 64)
+_CURVE = (1, 2, 4, 8, 16, 32, 64)
+_NARROW_STRENGTH = 1e-3
+_ROWS_AT_ONCE = 64
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Prompts of one part, with what the model holds at their last tokens.
+
+    Attributes:
+        prompts: The prompts.
+        states: By site, a row for each prompt: ``(n, d)``, for z also ``(n, n_heads, d_head)``.
+        bare: The final residual stream of each prompt's bare question, ``(n, d_model)``; ``None`` for train.
+    """
+
+    prompts: ConflictSet
+    states: Mapping[str, Tensor]
+    bare: Tensor | None = None
+
+    @cached_property
+    def is_conflict(self) -> list[bool]:
+        """What each prompt is."""
+        return [example.kind == "conflict" for example in self.prompts]
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """The variant of each prompt."""
+        return [variant_of(example) for example in self.prompts]
+
+    @cached_property
+    def phrasings(self) -> list[tuple[str, str]]:
+        """Layout and telling of each prompt."""
+        return [(f.layout, f.telling) for f in (FAMILIES[example.template] for example in self.prompts)]
+
+    @cached_property
+    def subjects(self) -> list[str]:
+        """The subject of each prompt."""
+        return [example.subject for example in self.prompts]
+
+    def at(self, sites: Sequence[str]) -> dict[str, Tensor]:
+        """The values at some sites."""
+        return {site: self.states[site] for site in sites}
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """What one detector says of every prompt.
+
+    Attributes:
+        name: What it is called.
+        passes: What it costs, in forward passes of the prompt; one that reads lower layers needs part of one.
+        scores: Log odds of a conflict by part, ``(n,)`` each; of train there are none.
+        about: What was chosen, and where.
+    """
+
+    name: str
+    passes: float
+    scores: Mapping[str, Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Detecting:
+    """Make all detectors from recorded parts.
+
+    Attributes:
+        model: The model, or a bridge around it.
+        parts: ``train``, ``dev`` and those of ``TESTED``.
+        memory_heads: The heads that push most towards memory.
+        context_heads: Those that push most towards the context.
+        seed: Decides what is drawn at random.
+        strengths: Regularisation strengths of probes, to choose among.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, Part]
+    memory_heads: Sequence[Head]
+    context_heads: Sequence[Head]
+    seed: int = 0
+    strengths: Sequence[float] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        self.anatomy = Anatomy(self.model)
+        self._scored = [name for name in self.parts if name != "train"]
+        self._chosen: dict[tuple[str, ...], float] = {}
+
+    @property
+    def makers(self) -> dict[str, Callable[[], list[Detector]]]:
+        """What makes the detectors, group by group; each group may be made alone."""
+        return {
+            "floor": self.floor,
+            "shuffled": self.shuffled,
+            "one-site": self.one_site,
+            "joint": self.joint,
+            "heads": self.found_heads,
+            "lens": self.head_lens,
+            "two-passes": self.two_passes,
+            "invariant": self.invariant,
+            "ensembles": self.ensembles,
+        }
+
+    @property
+    def z_sites(self) -> list[str]:
+        """Every head's z in the middle third of the layers, below what edits change."""
+        n = self.anatomy.n_layers
+        return sites_of(self.model, ["z"], range(n // 3, max(n - n // 3, n // 3 + 1)))
+
+    @property
+    def residual_sites(self) -> list[str]:
+        """The residual stream after the same layers, as far as it was recorded."""
+        n = self.anatomy.n_layers
+        sites = sites_of(self.model, ["residual"], range(n // 3, max(n - n // 3, n // 3 + 1)))
+        return [site for site in sites if site in self.parts["train"].states]
+
+    @property
+    def upper_sites(self) -> list[str]:
+        """Every head's z in all layers but the lowest third, as far as it was recorded on train."""
+        sites = sites_of(self.model, ["z"], range(self.anatomy.n_layers // 3, self.anatomy.n_layers))
+        return [site for site in sites if site in self.parts["train"].states]
+
+    def floor(self) -> list[Detector]:
+        """How many tokens a prompt has."""
+        tokenizer = tokenizer_of(self.model)
+
+        def lengths(part: Part) -> Tensor:
+            ids = token_ids(tokenizer, [example.prompt for example in part.prompts])
+            return torch.tensor([[float(len(one))] for one in ids])
+
+        return [self._narrow("floor: number of tokens", 0, lengths)]
+
+    def shuffled(self) -> list[Detector]:
+        """The probe of several layers on labels shuffled within relation and layout."""
+        train = self.parts["train"]
+        relations = [example.relation for example in train.prompts]
+        strata = [(relation, layout) for relation, (layout, _) in zip(relations, train.phrasings, strict=True)]
+        labels = shuffled_within(train.is_conflict, strata, seed=self.seed)
+        return [self._wide("control: shuffled labels", self.z_sites, labels=labels)]
+
+    def one_site(self) -> list[Detector]:
+        """A probe at one site, the best on dev of the middle third's."""
+        train, dev, sites = self.parts["train"], self.parts["dev"], [*self.z_sites, *self.residual_sites]
+        labels = ["conflict" if one else "other" for one in (*train.is_conflict, *dev.is_conflict)]
+        best = ProbeSet.fit(
+            {s: torch.cat([p.states[s].flatten(1).float() for p in (train, dev)]) for s in sites},
+            labels,
+            validation=[False] * len(train.prompts) + [True] * len(dev.prompts),
+            classes=("other", "conflict"),
+            device="cpu",
+        ).best
+        scores = {n: best.logits(self.parts[n].states[best.site])[:, 0] for n in self._scored}
+        about = {"site": best.site, "strength": best.strength}
+        return [Detector("one site", self._passes([best.site]), scores, about)]
+
+    def joint(self) -> list[Detector]:
+        """Probes on several sites at once."""
+        return [
+            self._wide("z, middle layers", self.z_sites),
+            self._wide("z and residual, middle layers", [*self.z_sites, *self.residual_sites]),
+            self._wide("z, middle and upper layers", self.upper_sites),
+        ]
+
+    def found_heads(self) -> list[Detector]:
+        """A probe on the z of the found heads alone."""
+        heads = sorted({*self.memory_heads, *self.context_heads})
+        sites = [self._z_site(layer) for layer, _ in heads]
+        values = {n: {f"{layer}.{h}": self._z(p, layer)[:, h] for layer, h in heads} for n, p in self.parts.items()}
+        return [self._wide("z of the found heads", sites, values=values)]
+
+    def head_lens(self) -> list[Detector]:
+        """What the found heads write, read through the unembedding, and the same of random heads."""
+        alike = f"head lens, as many random heads: all {len(HEAD_LENS)}"
+        rng, heads = random.Random(f"{self.seed}/random heads"), self.anatomy.heads
+        recorded = [h for h in heads if self._z_site(h[0]) in self.parts["dev"].states]
+        taken = {*self.memory_heads, *self.context_heads}
+        others = [head for head in recorded if head not in taken] or recorded
+        count = min(len(self.memory_heads), max(1, len(others) // 2))
+        drawn = rng.sample(others, min(2 * count, len(others)))
+        found = {n: self._lens(self.parts[n], self.memory_heads, self.context_heads) for n in self._scored}
+        blind = {n: self._lens(self.parts[n], drawn[:count], drawn[count:] or drawn) for n in self._scored}
+        return [
+            self._narrow_of("head lens: divergence", 1, {n: f[:, :1] for n, f in found.items()}),
+            self._narrow_of("head lens: top tokens differ", 1, {n: f[:, 1:2] for n, f in found.items()}),
+            self._narrow_of(f"head lens: all {len(HEAD_LENS)}", 1, found),
+            self._narrow_of(alike, 1, blind),
+        ]
+
+    def two_passes(self) -> list[Detector]:
+        """What the context changes in the next-token distribution."""
+        features = {name: self._two_passes(self.parts[name]) for name in self._scored}
+        return [
+            self._narrow_of("two passes: divergence", 2, {n: f[:, :1] for n, f in features.items()}),
+            self._narrow_of("two passes: confidence gain", 2, {n: f[:, 1:2] for n, f in features.items()}),
+            self._narrow_of(f"two passes: all {len(TWO_PASSES)}", 2, features),
+        ]
+
+    def invariant(self) -> list[Detector]:
+        """Probe and nearest subspace without the directions in which phrasings differ."""
+        train = self.parts["train"]
+        side_by_side = {n: _side_by_side(p.at(self.z_sites)) for n, p in self.parts.items()}
+        directions = PhrasingDirections.fit(side_by_side["train"], train.phrasings, train.variants, count=1000)
+        removed = {n: directions.removed(values) for n, values in side_by_side.items()}
+        about = {"phrasing_directions": len(directions.directions)}
+        values = {n: {"removed": v} for n, v in removed.items()}
+        probe = self._wide("z without phrasing directions", self.z_sites, values=values)
+        spaces = NearestSubspaces.fit(removed["train"], train.variants, rank=max(_RANKS))
+        dev = self.parts["dev"].is_conflict
+        rank = max(_RANKS, key=lambda rank: ranks(spaces.scores(removed["dev"], rank=rank), dev))
+        near = {n: spaces.scores(removed[n], rank=rank)[:, None] for n in self._scored}
+        nearest = self._narrow_of("nearest subspace", self._passes(self.z_sites), near, {**about, "rank": rank})
+        return [Detector(probe.name, probe.passes, probe.scores, {**probe.about, **about}), nearest]
+
+    def ensembles(self) -> list[Detector]:
+        """Means of standardised log odds; which head lens takes part is chosen on dev."""
+        dev = self.parts["dev"].is_conflict
+        lens = max(self.head_lens()[:3], key=lambda one: ranks(one.scores["dev"], dev))
+        probe, passes = self._wide("z, middle layers", self.z_sites), self.two_passes()[-1]
+        made = []
+        for name, members in {
+            "ensemble: z, head lens": (probe, lens),
+            "ensemble: z, head lens, two passes": (probe, lens, passes),
+        }.items():
+            on = [member.scores["dev"] for member in members]
+            means = {n: ensemble([m.scores[n] for m in members], on)[:, None] for n in self._scored}
+            about = {"members": [member.name for member in members]}
+            made.append(self._narrow_of(name, max(member.passes for member in members), means, about))
+        return made
+
+    def curve(self, counts: Sequence[int] = _CURVE) -> list[dict[str, Any]]:
+        """What the probe of several layers is worth in unseen phrasings by the number of families it was fitted on."""
+        train, test = self.parts["train"], self.parts["unseen_families"]
+        points = family_curve(
+            (train.at(self.z_sites), train.is_conflict, train.phrasings),
+            (test.at(self.z_sites), test.is_conflict),
+            [*counts, len(set(train.phrasings))],
+            strength=self._strength(self.z_sites),
+            seed=self.seed,
+        )
+        return [point._asdict() for point in points]
+
+    def ceiling(self) -> dict[str, Any]:
+        """What probes reach that are fitted on the unseen families themselves, on other subjects.
+
+        The best strength on these very prompts is taken: it is what there is to reach at most.
+        """
+        test, found = self.parts["unseen_families"], {}
+        for name, sites in {"z, middle layers": self.z_sites, "z, middle and upper layers": self.upper_sites}.items():
+            values = test.at(sites)
+            folds = partial(cross_validated, values, test.is_conflict, test.subjects, seed=self.seed)
+            scores = max(
+                (folds(strength=strength) for strength in self.strengths), key=lambda s: ranks(s, test.is_conflict)
+            )
+            found[name] = judged(scores, test.is_conflict, test.subjects, seed=self.seed).auroc.to_record()
+        return found
+
+    def _strength(self, sites: Sequence[str], values: Mapping[str, Mapping[str, Tensor]] | None = None) -> float:
+        """The strength that ranks best on dev's phrasings, each scored without its parts."""
+        if len(self.strengths) == 1:
+            return self.strengths[0]
+        if (key := tuple(sites)) not in self._chosen or values is not None:
+            train, dev = self.parts["train"], self.parts["dev"]
+            first, last = (values[n] if values else self.parts[n].at(sites) for n in ("train", "dev"))
+            learned, asked = (first, train.is_conflict, train.phrasings), (last, dev.phrasings)
+            worth = {s: ranks(left_out_scores(learned, asked, strength=s), dev.is_conflict) for s in self.strengths}
+            best = max(worth, key=worth.__getitem__)
+            if values is not None:
+                return best
+            self._chosen[key] = best
+        return self._chosen[key]
+
+    def _wide(
+        self,
+        name: str,
+        sites: Sequence[str],
+        *,
+        values: Mapping[str, Mapping[str, Tensor]] | None = None,
+        labels: Sequence[bool] | None = None,
+    ) -> Detector:
+        """A probe with many weights, fitted on train: of the values given, which come from these sites."""
+        train, strength = self.parts["train"], self._strength(sites, values)
+        features = {n: values[n] if values else part.at(sites) for n, part in self.parts.items()}
+        probe = JointProbe.fit(features["train"], train.is_conflict if labels is None else labels, strength=strength)
+        scores = {n: probe.log_odds(features[n]) for n in self._scored}
+        return Detector(name, self._passes(sites), scores, {"strength": strength})
+
+    def _narrow(self, name: str, passes: float, features: Callable[[Part], Tensor]) -> Detector:
+        return self._narrow_of(name, passes, {n: features(self.parts[n]) for n in self._scored})
+
+    def _narrow_of(
+        self, name: str, passes: float, features: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+    ) -> Detector:
+        """A probe on a few numbers, fitted on dev."""
+        labels = self.parts["dev"].is_conflict
+        probe = JointProbe.fit({"numbers": features["dev"]}, labels, strength=_NARROW_STRENGTH)
+        return Detector(name, passes, {n: probe.log_odds({"numbers": f}) for n, f in features.items()}, about or {})
+
+    def _passes(self, sites: Sequence[str]) -> float:
+        layers = [int(site.split(".")[1]) for site in sites]
+        return round((max(layers) + 1) / self.anatomy.n_layers, 3)
+
+    def _z_site(self, layer: int) -> str:
+        return self.anatomy.site("output_projection", layer)
+
+    def _z(self, part: Part, layer: int) -> Tensor:
+        values = part.states[self._z_site(layer)]
+        return values.reshape(len(values), self.anatomy.n_heads, -1)
+
+    @property
+    def _last_site(self) -> str:
+        return self.anatomy.site("block", self.anatomy.n_layers - 1)
+
+    def _here(self, values: Tensor) -> Tensor:
+        return values.to(self.anatomy.device, self.anatomy.dtype)
+
+    def _lens(self, part: Part, memory: Sequence[Head], context: Sequence[Head]) -> Tensor:
+        """``head_lens_features`` of two groups of heads, ``(n, 4)``."""
+        writes = [self._written(part, heads) for heads in (memory, context)]
+        rows = []
+        with torch.inference_mode():
+            for *both, residual in zip(*(w.split(_ROWS_AT_ONCE) for w in (*writes, self._final(part))), strict=True):
+                residual = self._here(residual)
+                first, second = (self.anatomy.written_logits(self._here(one), residual) for one in both)
+                rows.append(head_lens_features(first, second).cpu())
+        return torch.cat(rows)
+
+    def _written(self, part: Part, heads: Sequence[Head]) -> Tensor:
+        """The sum of what some heads add to the residual stream, ``(n, d_model)``."""
+        total = torch.zeros(())
+        with torch.inference_mode():
+            for layer in sorted({layer for layer, _ in heads}):
+                own = [head for at, head in heads if at == layer]
+                writes = [
+                    self.anatomy.head_writes(layer, self._here(some))[0][:, own].sum(1).float().cpu()
+                    for some in self._z(part, layer).split(_ROWS_AT_ONCE)
+                ]
+                total = total + torch.cat(writes)
+        return total
+
+    def _final(self, part: Part) -> Tensor:
+        return part.states[self._last_site]
+
+    def _two_passes(self, part: Part) -> Tensor:
+        assert part.bare is not None
+        rows = []
+        with torch.inference_mode():
+            for both in zip(self._final(part).split(_ROWS_AT_ONCE), part.bare.split(_ROWS_AT_ONCE), strict=True):
+                rows.append(two_pass_features(*(self.anatomy.logits(self._here(some)) for some in both)).cpu())
+        return torch.cat(rows)
+
+
+def _side_by_side(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([one.flatten(1) for one in values.values()], 1)
+
+
+def detecting_parts(
+    seen: Mapping[str, Sequence[Fact]],
+    unseen: Mapping[str, Sequence[Fact]],
+    tokenizer: Any,
+    *,
+    each: int = 3,
+    seed: int = 0,
+) -> dict[str, ConflictSet]:
+    """Make the prompts of train, dev and the four parts of test.
+
+    Args:
+        seen: Facts of the relations that are learned from.
+        unseen: Facts of relations that are only tested on.
+        tokenizer: Writes chats.
+        each: How many families are drawn for each fact and variant on train; elsewhere they are fewer.
+        seed: Decides splits, draws and what conflicts with what.
+
+    Raises:
+        UserError: If there are too few facts.
+    """
+    tested = {
+        name: random.Random(f"{seed}/{name}").sample(list(facts), min(len(facts), _TESTED_FACTS))
+        for name, facts in seen.items()
+    }
+    fewer = max(1, each - 1)
+    made = partial(worded_conflicts, tokenizer=tokenizer, seed=seed)
+    return {
+        "train": made(seen, each=each, splits=("train",)),
+        "dev": made(seen, each=fewer, splits=("dev",)),
+        "seen": made(tested, each=1, splits=("test",)),
+        "unseen_families": made(tested, each=fewer, splits=("test",), families=UNSEEN_FAMILIES),
+        "unseen_relations": made(unseen, each=each, splits=("test",)),
+        "unseen_both": made(unseen, each=each, splits=("test",), families=UNSEEN_FAMILIES),
+    }
+
+
+def compare_detectors(
+    model: nn.Module,
+    name: str,
+    relations: Sequence[str],
+    unseen_relations: Sequence[str],
+    out: Path,
+    *,
+    each: int = 3,
+    seed: int = 0,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Compare all detectors and write ``detectors.json``, ``scores.parquet`` and ``detectors.md``.
+
+    Args:
+        model: The model, or a bridge around it.
+        name: What it was loaded by.
+        relations: The relations that are learned from.
+        unseen_relations: Relations that are only tested on.
+        out: The folder; finished steps in its ``records`` are reused.
+        each: How many families are drawn for each fact and variant on train.
+        seed: Decides all that is drawn.
+        quick: Use little of everything: a check that all runs, not a measurement.
+
+    Returns:
+        What is written to ``detectors.json``.
+
+    Raises:
+        UserError: If a relation is both seen and unseen, or the model knows too little.
+    """
+    if both := [relation for relation in relations if relation in unseen_relations]:
+        raise UserError(f"The relation {both[0]} cannot be seen and unseen; leave it out of one of the two.")
+    records = Records(out / "records", model=fingerprint(model))
+    facts = {r: usable_facts(r)[: _QUICK_FACTS if quick else None] for r in (*relations, *unseen_relations)}
+    known = kept_known_facts(model, facts, records)
+    seen, unseen = ({r: known[r] for r in names} for names in (relations, unseen_relations))
+    asked = detecting_parts(seen, unseen, tokenizer_of(model), each=1 if quick else each, seed=seed)
+    memory, context = _found_heads(model, name, seen, records, seed, quick)
+    parts = {part: _recorded(model, name, prompts, part, records, seed) for part, prompts in asked.items()}
+    bench = Detecting(model, parts, memory, context, seed, STRENGTHS[2:3] if quick else STRENGTHS)
+    basis = [*(prompts.digest for prompts in asked.values()), memory, context, seed, list(bench.strengths)]
+    kept = partial(records.json, depends_on=basis, version=DETECTING_VERSION)
+    detectors = [
+        detector
+        for group, make in bench.makers.items()
+        for detector in map(_from_record, kept(f"detectors-{group}", compute=partial(_to_records, make)))
+    ]
+    counts = _CURVE[:3] if quick else _CURVE
+    about = {
+        "model": name,
+        "relations": list(relations),
+        "unseen_relations": list(unseen_relations),
+        "seed": seed,
+        "each": each,
+        "quick": quick,
+        "memory_heads": memory,
+        "context_heads": context,
+    }
+    return write_detectors(
+        out,
+        about,
+        parts,
+        detectors,
+        curve=kept("curve", compute=partial(bench.curve, counts)),
+        ceiling=kept("ceiling", compute=bench.ceiling),
+    )
+
+
+def _found_heads(
+    model: nn.Module, name: str, facts: Mapping[str, Sequence[Fact]], records: Records, seed: int, quick: bool
+) -> tuple[list[Head], list[Head]]:
+    """The heads that push most towards memory and towards the context, by path patching on train's subjects."""
+    conflicts = build_conflicts(facts, seed=seed, kinds=("conflict",))
+    by_split = {split: conflicts.select(split=split) for split in ("train", "dev", "test")}
+    prompts = Prompts(**by_split, name=conflicts.name, relations=tuple(facts))
+    scores = Lab(model, name, prompts, records, seed=seed, quick=quick).head_scores["logit_diff"]
+    memory, context = (top_heads(scores.ranked(towards), HEADS) for towards in ("memory", "context"))
+    return memory, [head for head in context if head not in memory] or context
+
+
+def _recorded(model: nn.Module, name: str, prompts: ConflictSet, part: str, records: Records, seed: int) -> Part:
+    """Record a part, or read what was recorded of it."""
+    anatomy = Anatomy(model)
+    n = anatomy.n_layers
+    last = anatomy.site("block", n - 1)
+    middle = range(n // 3, max(n - n // 3, n // 3 + 1))
+    sites = [*sites_of(model, ["z"], range(n)), *sites_of(model, ["residual"], middle)]
+    store = partial(ActivationStore.record, model=model, name=name, seed=seed, dtype=torch.float16, patience=-1)
+    states = store(
+        records.folder / f"recording-{prompts.digest[:12]}",
+        prompts=prompts,
+        sites=list(dict.fromkeys([*sites, last])),
+        progress=f"Recording: {part.replace('_', ' ')}",
+    )
+    if part == "train":
+        return Part(prompts, states)
+    bare = list(dict.fromkeys(example.bare_prompt for example in prompts))
+    asked = store(
+        records.folder / f"recording-{texts_digest(bare)[:12]}",
+        prompts=bare,
+        sites=[last],
+        progress=f"Recording: {part.replace('_', ' ')}, bare questions",
+    )
+    rows = {text: row for row, text in enumerate(bare)}
+    return Part(prompts, states, asked[last][[rows[example.bare_prompt] for example in prompts]])
+
+
+def _to_records(make: Callable[[], list[Detector]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": d.name,
+            "passes": d.passes,
+            "about": dict(d.about),
+            "scores": {part: scores.tolist() for part, scores in d.scores.items()},
+        }
+        for d in make()
+    ]
+
+
+def _from_record(record: Mapping[str, Any]) -> Detector:
+    scores = {part: torch.tensor(values) for part, values in record["scores"].items()}
+    return Detector(record["name"], record["passes"], scores, record["about"])
+
+
+def judged_part(detector: Detector, name: str, part: Part, *, seed: int = 0) -> dict[str, Any]:
+    """Judge a detector on a part: against all other prompts, and against each variant alone.
+
+    Args:
+        detector: The detector.
+        name: The part's name.
+        part: The part.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        By ``all`` and by variant the records of ``auroc``, ``auprc`` and ``false_alarms``, and the ``prevalence``;
+        ``all`` has the ``calibration_error`` too.
+    """
+    scores, found = detector.scores[name], {}
+    for variant in ("all", *VARIANTS[1:]):
+        rows = [i for i, own in enumerate(part.variants) if own in (VARIANTS[0], variant) or variant == "all"]
+        labels, subjects = ([own[i] for i in rows] for own in (part.is_conflict, part.subjects))
+        if len(set(labels)) == 2:
+            one = judged(scores[rows], labels, subjects, seed=seed)
+            found[variant] = {
+                **{m: getattr(one, m).to_record() for m in ("auroc", "auprc", "false_alarms")},
+                "prevalence": one.prevalence,
+            }
+    odds = scores.double()
+    probabilities = torch.stack([(-odds).sigmoid(), odds.sigmoid()], 1).numpy()
+    labels = torch.tensor(part.is_conflict).long().numpy()
+    quality = score_probabilities(probabilities, labels, part.subjects, ranking=odds.numpy(), seed=seed)
+    found["all"]["calibration_error"] = quality.calibration_error.to_record()
+    return found
+
+
+def write_detectors(
+    out: Path,
+    about: Mapping[str, Any],
+    parts: Mapping[str, Part],
+    detectors: Sequence[Detector],
+    *,
+    curve: Sequence[Mapping[str, Any]],
+    ceiling: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Judge all detectors on all parts but train, and write what is found.
+
+    Args:
+        out: The folder.
+        about: What the record says of the comparison.
+        parts: The parts.
+        detectors: The detectors.
+        curve: From ``Detecting.curve``.
+        ceiling: From ``Detecting.ceiling``.
+
+    Returns:
+        What is written to ``detectors.json``.
+    """
+    scored = {name: part for name, part in parts.items() if name != "train"}
+    seed = about["seed"]
+    record = {
+        **about,
+        "prompts": {name: len(part.prompts) for name, part in parts.items()},
+        "detectors": [
+            {
+                "name": detector.name,
+                "passes": detector.passes,
+                "about": dict(detector.about),
+                "parts": {name: judged_part(detector, name, part, seed=seed) for name, part in scored.items()},
+            }
+            for detector in detectors
+        ],
+        "curve": list(curve),
+        "ceiling": dict(ceiling),
+    }
+    frames = [
+        pl.DataFrame(
+            {
+                "part": [name] * len(part.prompts),
+                **{key: [getattr(e, key) for e in part.prompts] for key in ("id", "subject", "relation", "template")},
+                "variant": part.variants,
+                **{detector.name: detector.scores[name].tolist() for detector in detectors},
+            }
+        )
+        for name, part in scored.items()
+    ]
+    write_parquet(out / "scores.parquet", pl.concat(frames))
+    write_text(out / "detectors.md", detectors_table(record))
+    write_json(out / "detectors.json", record)
+    return record
+
+
+def detectors_table(record: Mapping[str, Any]) -> str:
+    """Write a record of detectors as tables in Markdown.
+
+    Args:
+        record: From ``compare_detectors``.
+    """
+    found = [(d["name"], d["passes"], d["parts"]) for d in record["detectors"]]
+
+    def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        lines = [head, ["---"] * len(head), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def measure(title: str, name: str) -> str:
+        rows = [
+            [d, f"{passes:g}", *(written(parts[part]["all"].get(name)) for part in TESTED)]
+            for d, passes, parts in found
+        ]
+        return f"## {title}\n\n" + table(["detector", "passes", *TESTED.values()], rows)
+
+    kinds = [variant.replace("_", " ") for variant in VARIANTS[1:]]
+
+    def by_kind(part: str) -> str:
+        rows = [[d, *(written(parts[part].get(v, {}).get("auroc")) for v in VARIANTS[1:])] for d, _, parts in found]
+        return f"## AUROC against each kind, {TESTED[part]}\n\n" + table(["detector", *kinds], rows)
+
+    curve = [
+        [str(p["families"]), f"{p['prompts']:.0f}", f"{p['auroc']:.3f} ({p['low']:.3f} to {p['high']:.3f})"]
+        + [f"{p['same_number']:.3f}"]
+        for p in record["curve"]
+    ]
+    head = ["families", "prompts", "AUROC (worst to best draw)", "as many prompts of all families"]
+    return "\n".join(
+        [
+            f"# Conflict detectors of {record['model']}\n",
+            measure("AUROC", "auroc"),
+            measure("AUPRC", "auprc"),
+            measure("False alarms at 95 % of conflicts kept", "false_alarms"),
+            measure("Expected calibration error", "calibration_error"),
+            *(by_kind(part) for part in TESTED),
+            "## Unseen phrasings by the number of families fitted on (z, middle layers)\n\n" + table(head, curve),
+            "## Fitted on the unseen phrasings themselves, other subjects: AUROC\n\n"
+            + table(list(record["ceiling"]), [[written(one) for one in record["ceiling"].values()]]),
+        ]
+    )
