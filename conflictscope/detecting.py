@@ -29,7 +29,7 @@ from interp.activation_store import ActivationStore, texts_digest
 from interp.activations import sites_of
 from interp.anatomy import Anatomy
 from interp.attribution.scores import top_heads
-from interp.conflicts import ConflictSet
+from interp.conflicts import SPLITS, ConflictSet
 from interp.errors import UserError
 from interp.facts import Fact, build_conflicts, usable_facts
 from interp.families import FAMILIES, UNSEEN_FAMILIES, VARIANTS, variant_of, worded_conflicts
@@ -533,8 +533,8 @@ def _found_heads(
 ) -> tuple[list[Head], list[Head]]:
     """The heads that push most towards memory and towards the context, by path patching on train's subjects."""
     conflicts = build_conflicts(facts, seed=seed, kinds=("conflict",))
-    by_split = {split: conflicts.select(split=split) for split in ("train", "dev", "test")}
-    prompts = Prompts(**by_split, name=conflicts.name, relations=tuple(facts))
+    train, dev, test = (conflicts.select(split=split) for split in SPLITS)
+    prompts = Prompts(train, dev, test, conflicts.name, tuple(facts))
     scores = Lab(model, name, prompts, records, seed=seed, quick=quick).head_scores["logit_diff"]
     memory, context = (top_heads(scores.ranked(towards), HEADS) for towards in ("memory", "context"))
     return memory, [head for head in context if head not in memory] or context
@@ -600,7 +600,7 @@ def judged_part(detector: Detector, name: str, part: Part, *, seed: int = 0) -> 
     scores, found = detector.scores[name], {}
     for variant in ("all", *VARIANTS[1:]):
         rows = [i for i, own in enumerate(part.variants) if own in (VARIANTS[0], variant) or variant == "all"]
-        labels, subjects = ([own[i] for i in rows] for own in (part.is_conflict, part.subjects))
+        labels, subjects = [part.is_conflict[i] for i in rows], [part.subjects[i] for i in rows]
         if len(set(labels)) == 2:
             one = judged(scores[rows], labels, subjects, seed=seed)
             found[variant] = {
@@ -684,10 +684,7 @@ def detectors_table(record: Mapping[str, Any]) -> str:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
     def measure(title: str, name: str) -> str:
-        rows = [
-            [d, f"{passes:g}", *(written(parts[part]["all"].get(name)) for part in TESTED)]
-            for d, passes, parts in found
-        ]
+        rows = [[d, f"{passes:g}", *(written(by[part]["all"][name]) for part in TESTED)] for d, passes, by in found]
         return f"## {title}\n\n" + table(["detector", "passes", *TESTED.values()], rows)
 
     kinds = [variant.replace("_", " ") for variant in VARIANTS[1:]]
@@ -697,9 +694,13 @@ def detectors_table(record: Mapping[str, Any]) -> str:
         return f"## AUROC against each kind, {TESTED[part]}\n\n" + table(["detector", *kinds], rows)
 
     curve = [
-        [str(p["families"]), f"{p['prompts']:.0f}", f"{p['auroc']:.3f} ({p['low']:.3f} to {p['high']:.3f})"]
-        + [f"{p['same_number']:.3f}"]
-        for p in record["curve"]
+        [
+            str(point["families"]),
+            f"{point['prompts']:.0f}",
+            f"{point['auroc']:.3f} ({point['low']:.3f} to {point['high']:.3f})",
+            f"{point['same_number']:.3f}",
+        ]
+        for point in record["curve"]
     ]
     head = ["families", "prompts", "AUROC (worst to best draw)", "as many prompts of all families"]
     return "\n".join(
