@@ -176,14 +176,12 @@ class Detecting:
     @property
     def z_sites(self) -> list[str]:
         """Every head's z in the middle third of the layers, below what edits change."""
-        n = self.anatomy.n_layers
-        return sites_of(self.model, ["z"], range(n // 3, max(n - n // 3, n // 3 + 1)))
+        return sites_of(self.model, ["z"], _middle(self.anatomy))
 
     @property
     def residual_sites(self) -> list[str]:
         """The residual stream after the same layers, as far as it was recorded."""
-        n = self.anatomy.n_layers
-        sites = sites_of(self.model, ["residual"], range(n // 3, max(n - n // 3, n // 3 + 1)))
+        sites = sites_of(self.model, ["residual"], _middle(self.anatomy))
         return [site for site in sites if site in self.parts["train"].states]
 
     @property
@@ -421,6 +419,12 @@ class Detecting:
         return torch.cat(rows)
 
 
+def _middle(anatomy: Anatomy) -> range:
+    """The middle third of the layers."""
+    third = anatomy.n_layers // 3
+    return range(third, max(anatomy.n_layers - third, third + 1))
+
+
 def _side_by_side(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([one.flatten(1) for one in values.values()], 1)
 
@@ -498,7 +502,7 @@ def compare_detectors(
     seen, unseen = ({r: known[r] for r in names} for names in (relations, unseen_relations))
     asked = detecting_parts(seen, unseen, tokenizer_of(model), each=1 if quick else each, seed=seed)
     memory, context = _found_heads(model, name, seen, records, seed, quick)
-    parts = {part: _recorded(model, name, prompts, part, records, seed) for part, prompts in asked.items()}
+    parts = {p: _recorded(model, name, p, prompts, (*memory, *context), records, seed) for p, prompts in asked.items()}
     bench = Detecting(model, parts, memory, context, seed, STRENGTHS[2:3] if quick else STRENGTHS)
     basis = [*(prompts.digest for prompts in asked.values()), memory, context, seed, list(bench.strengths)]
     kept = partial(records.json, depends_on=basis, version=DETECTING_VERSION)
@@ -540,13 +544,15 @@ def _found_heads(
     return memory, [head for head in context if head not in memory] or context
 
 
-def _recorded(model: nn.Module, name: str, prompts: ConflictSet, part: str, records: Records, seed: int) -> Part:
+def _recorded(
+    model: nn.Module, name: str, part: str, prompts: ConflictSet, heads: Sequence[Head], records: Records, seed: int
+) -> Part:
     """Record a part, or read what was recorded of it."""
     anatomy = Anatomy(model)
-    n = anatomy.n_layers
+    n, middle = anatomy.n_layers, _middle(anatomy)
     last = anatomy.site("block", n - 1)
-    middle = range(n // 3, max(n - n // 3, n // 3 + 1))
-    sites = [*sites_of(model, ["z"], range(n)), *sites_of(model, ["residual"], middle)]
+    layers = sorted({*range(middle.start, n), *(layer for layer, _ in heads)})
+    sites = [*sites_of(model, ["z"], layers), *sites_of(model, ["residual"], middle)]
     store = partial(ActivationStore.record, model=model, name=name, seed=seed, dtype=torch.float16, patience=-1)
     states = store(
         records.folder / f"recording-{prompts.digest[:12]}",
