@@ -72,6 +72,7 @@ _TESTED_FACTS, _QUICK_FACTS = 40, 12
 _RANKS = (0, 4, 16, 64)
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _NARROW_STRENGTH = 1e-3
+_SHUFFLES = 3
 _ROWS_AT_ONCE = 64
 
 Head = tuple[int, int]
@@ -201,12 +202,18 @@ class Detecting:
         return [self._narrow("floor: number of tokens", 0, lengths)]
 
     def shuffled(self) -> list[Detector]:
-        """The probe of several layers on labels shuffled within relation and layout."""
+        """The probe of several layers on labels shuffled within relation and layout, several times."""
         train = self.parts["train"]
         relations = [example.relation for example in train.prompts]
         strata = [(relation, layout) for relation, (layout, _) in zip(relations, train.phrasings, strict=True)]
-        labels = shuffled_within(train.is_conflict, strata, seed=self.seed)
-        return [self._wide("control: shuffled labels", self.z_sites, labels=labels)]
+        return [
+            self._wide(
+                f"control: shuffled labels {number}",
+                self.z_sites,
+                labels=shuffled_within(train.is_conflict, strata, seed=self.seed + number),
+            )
+            for number in range(1, _SHUFFLES + 1)
+        ]
 
     def one_site(self) -> list[Detector]:
         """A probe at one site, the best on dev of the middle third's."""

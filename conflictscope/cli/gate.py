@@ -88,7 +88,5 @@ def gate_detectors(
     ceiling = {name: Estimate.from_record(record) for name, record in found["ceiling"].items()}
     save_figure(families_curve(found["curve"], ceiling), out / "families.html")
     say((out / "detectors.md").read_text(encoding="utf-8"))
-    say(
-        f"The tables are in {out / 'detectors.md'}, all numbers in {out / 'detectors.json'}, every prompt's log odds in"
-    )
-    say(f"{out / 'scores.parquet'}, and what more families are worth in {out / 'families.html'}")
+    say(f"These tables are in {out / 'detectors.md'}, all numbers in {out / 'detectors.json'},")
+    say(f"log odds of every prompt in {out / 'scores.parquet'}, the curve of families in {out / 'families.html'}")
