@@ -68,7 +68,7 @@ UNSEEN_RELATIONS = ("headquarters", "currency")
 HEADS = 5
 """How many heads of each kind are read."""
 
-_TESTED_FACTS, _QUICK_FACTS = 40, 12
+_TESTED_FACTS, _QUICK_FACTS = 40, 24
 _RANKS = (0, 4, 16, 64)
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _NARROW_STRENGTH = 1e-3

@@ -103,6 +103,7 @@ def test_the_joint_probe_reads_the_middle_layers_and_costs_as_much(bench):
 
 
 def test_all_is_written_and_a_second_run_takes_what_the_first_kept(small, run, tiny_directories, tmp_path, monkeypatch):
+    monkeypatch.setattr("interp.statistics.RESAMPLES", 40)
     command = ("gate", "detectors", "--model", tiny_directories["llama"], *OPTIONS, "--quick")
     code, _, error = run(*command)
     assert code == 0, error

@@ -161,7 +161,7 @@ def test_nothing_of_a_subject_helps_with_the_same_subject():
 
 
 def test_a_planted_conflict_is_found_by_probes_that_did_not_see_it():
-    features, kinds, phrasings = planted()
+    features, kinds, _ = planted()
     labels = [kind == "conflict" for kind in kinds]
     scores = cross_validated({"s": features}, labels, [str(i) for i in range(len(labels))], strength=0.1)
     assert ranks(scores, labels) > 0.95
@@ -171,7 +171,7 @@ def test_a_curve_grows_where_one_family_misleads_and_all_together_do_not():
     n_families, each = 8, 40
 
     def drawn(seed: int) -> tuple[Tensor, list[bool], list[int]]:
-        # A conflict shows in the first coordinate alike, in the second with a sign that alternates from family to family.
+        # A conflict shows in the first coordinate alike, in the second with a sign that alternates by family.
         families = [number for number in range(n_families) for _ in range(each)]
         labels = [number % 4 == 0 for number in range(n_families * each)]
         signs = torch.tensor([1.0 - 2 * (family % 2) for family in families])
