@@ -73,6 +73,7 @@ _RANKS = (0, 4, 16, 64)
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _NARROW_STRENGTH = 1e-3
 _SHUFFLES = 3
+_JOINT, _LENS, _TWO_PASSES = "z, middle layers", "head lens: ", f"two passes: all {len(TWO_PASSES)}"
 _ROWS_AT_ONCE = 64
 
 Head = tuple[int, int]
@@ -171,7 +172,6 @@ class Detecting:
             "lens": self.head_lens,
             "two-passes": self.two_passes,
             "invariant": self.invariant,
-            "ensembles": self.ensembles,
         }
 
     @property
@@ -233,7 +233,7 @@ class Detecting:
     def joint(self) -> list[Detector]:
         """Probes on several sites at once."""
         return [
-            self._wide("z, middle layers", self.z_sites),
+            self._wide(_JOINT, self.z_sites),
             self._wide("z and residual, middle layers", [*self.z_sites, *self.residual_sites]),
             self._wide("z, middle and upper layers", self.upper_sites),
         ]
@@ -257,9 +257,9 @@ class Detecting:
         found = {n: self._lens(self.parts[n], self.memory_heads, self.context_heads) for n in self._scored}
         blind = {n: self._lens(self.parts[n], drawn[:count], drawn[count:] or drawn) for n in self._scored}
         return [
-            self._narrow_of("head lens: divergence", 1, {n: f[:, :1] for n, f in found.items()}),
-            self._narrow_of("head lens: top tokens differ", 1, {n: f[:, 1:2] for n, f in found.items()}),
-            self._narrow_of(f"head lens: all {len(HEAD_LENS)}", 1, found),
+            self._narrow_of(f"{_LENS}divergence", 1, {n: f[:, :1] for n, f in found.items()}),
+            self._narrow_of(f"{_LENS}top tokens differ", 1, {n: f[:, 1:2] for n, f in found.items()}),
+            self._narrow_of(f"{_LENS}all {len(HEAD_LENS)}", 1, found),
             self._narrow_of(alike, 1, blind),
         ]
 
@@ -269,7 +269,7 @@ class Detecting:
         return [
             self._narrow_of("two passes: divergence", 2, {n: f[:, :1] for n, f in features.items()}),
             self._narrow_of("two passes: confidence gain", 2, {n: f[:, 1:2] for n, f in features.items()}),
-            self._narrow_of(f"two passes: all {len(TWO_PASSES)}", 2, features),
+            self._narrow_of(_TWO_PASSES, 2, features),
         ]
 
     def invariant(self) -> list[Detector]:
@@ -288,21 +288,22 @@ class Detecting:
         nearest = self._narrow_of("nearest subspace", self._passes(self.z_sites), near, {**about, "rank": rank})
         return [Detector(probe.name, probe.passes, probe.scores, {**probe.about, **about}), nearest]
 
-    def ensembles(self) -> list[Detector]:
-        """Means of standardised log odds; which head lens takes part is chosen on dev."""
-        dev = self.parts["dev"].is_conflict
-        lens = max(self.head_lens()[:3], key=lambda one: ranks(one.scores["dev"], dev))
-        probe, passes = self._wide("z, middle layers", self.z_sites), self.two_passes()[-1]
-        made = []
-        for name, members in {
-            "ensemble: z, head lens": (probe, lens),
-            "ensemble: z, head lens, two passes": (probe, lens, passes),
+    def ensembles(self, made: Sequence[Detector]) -> list[Detector]:
+        """Means of standardised log odds of some detectors made; which head lens takes part is chosen on dev."""
+        dev, by_name = self.parts["dev"].is_conflict, {detector.name: detector for detector in made}
+        lenses = [detector for name, detector in by_name.items() if name.startswith(_LENS)]
+        lens = max(lenses, key=lambda one: ranks(one.scores["dev"], dev))
+        members = (by_name[_JOINT], lens, by_name[_TWO_PASSES])
+        ensembles = []
+        for name, some in {
+            "ensemble: z, head lens": members[:2],
+            "ensemble: z, head lens, two passes": members,
         }.items():
-            on = [member.scores["dev"] for member in members]
-            means = {n: ensemble([m.scores[n] for m in members], on)[:, None] for n in self._scored}
-            about = {"members": [member.name for member in members]}
-            made.append(self._narrow_of(name, max(member.passes for member in members), means, about))
-        return made
+            on = [member.scores["dev"] for member in some]
+            means = {n: ensemble([m.scores[n] for m in some], on)[:, None] for n in self._scored}
+            about = {"members": [member.name for member in some]}
+            ensembles.append(self._narrow_of(name, max(member.passes for member in some), means, about))
+        return ensembles
 
     def curve(self, counts: Sequence[int] = _CURVE) -> list[dict[str, Any]]:
         """What the probe of several layers is worth in unseen phrasings by the number of families it was fitted on."""
@@ -391,7 +392,7 @@ class Detecting:
         return values.to(self.anatomy.device, self.anatomy.dtype)
 
     def _lens(self, part: Part, memory: Sequence[Head], context: Sequence[Head]) -> Tensor:
-        """``head_lens_features`` of two groups of heads, ``(n, 4)``."""
+        """``head_lens_features`` of two groups of heads."""
         writes = [self._written(part, heads) for heads in (memory, context)]
         rows = []
         with torch.inference_mode():
@@ -518,6 +519,7 @@ def compare_detectors(
         for group, make in bench.makers.items()
         for detector in map(_from_record, kept(f"detectors-{group}", compute=partial(_to_records, make)))
     ]
+    detectors += bench.ensembles(detectors)
     counts = _CURVE[:3] if quick else _CURVE
     about = {
         "model": name,
@@ -637,7 +639,7 @@ def write_detectors(
     curve: Sequence[Mapping[str, Any]],
     ceiling: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Judge all detectors on all parts but train, and write what is found.
+    """Judge all detectors on the parts of test, and write what is found.
 
     Args:
         out: The folder.
@@ -651,7 +653,7 @@ def write_detectors(
         What is written to ``detectors.json``.
     """
     scored = {name: part for name, part in parts.items() if name != "train"}
-    seed = about["seed"]
+    tested, seed = {name: parts[name] for name in TESTED}, about["seed"]
     record = {
         **about,
         "prompts": {name: len(part.prompts) for name, part in parts.items()},
@@ -660,7 +662,7 @@ def write_detectors(
                 "name": detector.name,
                 "passes": detector.passes,
                 "about": dict(detector.about),
-                "parts": {name: judged_part(detector, name, part, seed=seed) for name, part in scored.items()},
+                "parts": {name: judged_part(detector, name, part, seed=seed) for name, part in tested.items()},
             }
             for detector in detectors
         ],

@@ -33,7 +33,7 @@ KEPT = 0.95
 
 TWO_PASSES = ("divergence", "confidence_gain", "entropy_gain", "bare_answer_loss", "other_answer")
 """The columns of ``two_pass_features``."""
-HEAD_LENS = ("divergence", "other_token", "memory_entropy", "context_entropy")
+HEAD_LENS = ("divergence", "other_token", "memory_entropy", "context_entropy", "memory_agrees", "context_agrees")
 """The columns of ``head_lens_features``."""
 
 
@@ -82,12 +82,20 @@ def head_lens_features(memory: Tensor, context: Tensor) -> Tensor:
         context: The same of the context heads.
 
     Returns:
-        ``(n, 4)``, the columns of ``HEAD_LENS``: the Jensen-Shannon divergence of the two distributions, whether their
-        top tokens differ, and the entropy of each.
+        ``(n, 6)``, the columns of ``HEAD_LENS``: the Jensen-Shannon divergence of the two distributions; whether their
+        top tokens differ; the entropy of each; and how high each group holds the other's top token, in standard
+        deviations of its own logits (heads that write little name nothing, but may still agree).
     """
-    first, second = (logits.float().log_softmax(-1) for logits in (memory, context))
-    differs = (first.argmax(-1) != second.argmax(-1)).float()
-    return torch.stack([jensen_shannon(first, second), differs, _entropy(first), _entropy(second)], 1)
+    logits = [memory.float(), context.float()]
+    first, second = (some.log_softmax(-1) for some in logits)
+    top = [some.argmax(-1, keepdim=True) for some in logits]
+
+    def held(some: Tensor, token: Tensor) -> Tensor:
+        return ((some.gather(-1, token)[:, 0] - some.mean(-1)) / some.std(-1).clamp(min=1e-9)).nan_to_num()
+
+    agree = held(logits[0], top[1]), held(logits[1], top[0])
+    differs = (top[0] != top[1]).float()[:, 0]
+    return torch.stack([jensen_shannon(first, second), differs, _entropy(first), _entropy(second), *agree], 1)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

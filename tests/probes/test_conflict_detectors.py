@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
-from scipy.stats import entropy
+from scipy.stats import entropy, zscore
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
@@ -77,6 +77,10 @@ def test_the_head_lens_compares_what_two_groups_name_as_scipy_does():
     np.testing.assert_array_equal(found["other_token"], p.argmax(1) != q.argmax(1))
     np.testing.assert_allclose(found["memory_entropy"], entropy(p, axis=1), rtol=1e-4)
     np.testing.assert_allclose(found["context_entropy"], entropy(q, axis=1), rtol=1e-4)
+    agreed = zscore(first.numpy(), axis=1, ddof=1)[np.arange(5), q.argmax(1)]
+    np.testing.assert_allclose(found["memory_agrees"], agreed, rtol=1e-4)
+    agreed = zscore(second.numpy(), axis=1, ddof=1)[np.arange(5), p.argmax(1)]
+    np.testing.assert_allclose(found["context_agrees"], agreed, rtol=1e-4)
 
 
 # Phrasing directions and subspaces
