@@ -1,5 +1,7 @@
 """Detectors of a tiny model that is taken to know all it is asked."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -71,7 +73,7 @@ def bench(tiny_llama, asked):
 def test_the_head_lens_reads_what_heads_write_through_the_models_own_weights(bench, tiny_llama):
     part = bench.parts["dev"]
     found = bench._lens(part, bench.memory_heads, bench.context_heads)
-    network = transformers_model(tiny_llama)
+    network: Any = transformers_model(tiny_llama)
     residual = part.states["blocks.2.hook_out"].double()
     scale = (residual.square().mean(1, keepdim=True) + network.config.rms_norm_eps).rsqrt()
     named = []

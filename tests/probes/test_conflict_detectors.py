@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_two_passes_are_compared_as_scipy_does():
     found = dict(zip(TWO_PASSES, two_pass_features(first, second).T.numpy(), strict=True))
     p, q = first.double().softmax(-1).numpy(), second.double().softmax(-1).numpy()
     rows = np.arange(6)
-    expected = {
+    expected: dict[Any, Any] = {
         "divergence": [jensenshannon(a, b) ** 2 for a, b in zip(p, q, strict=True)],
         "confidence_gain": np.log(p.max(1) / q[rows, p.argmax(1)]),
         "entropy_gain": entropy(p, axis=1) - entropy(q, axis=1),
@@ -70,17 +71,16 @@ def test_a_prompt_without_a_context_changes_nothing():
 def test_the_head_lens_compares_what_two_groups_name_as_scipy_does():
     first, second = 3 * normal(5, 30), 3 * normal(5, 30, seed=1)
     second[0] = first[0]
-    found = dict(zip(HEAD_LENS, head_lens_features(first, second).T.numpy(), strict=True))
+    found: dict[Any, Any] = dict(zip(HEAD_LENS, head_lens_features(first, second).T.numpy(), strict=True))
     p, q = first.double().softmax(-1).numpy(), second.double().softmax(-1).numpy()
     divergences = [jensenshannon(a, b) ** 2 for a, b in zip(p, q, strict=True)]
     np.testing.assert_allclose(found["divergence"], np.nan_to_num(divergences), atol=1e-6)
     np.testing.assert_array_equal(found["other_token"], p.argmax(1) != q.argmax(1))
     np.testing.assert_allclose(found["memory_entropy"], entropy(p, axis=1), rtol=1e-4)
     np.testing.assert_allclose(found["context_entropy"], entropy(q, axis=1), rtol=1e-4)
-    agreed = zscore(first.numpy(), axis=1, ddof=1)[np.arange(5), q.argmax(1)]
-    np.testing.assert_allclose(found["memory_agrees"], agreed, rtol=1e-4)
-    agreed = zscore(second.numpy(), axis=1, ddof=1)[np.arange(5), p.argmax(1)]
-    np.testing.assert_allclose(found["context_agrees"], agreed, rtol=1e-4)
+    for name, own, other in (("memory_agrees", first, q), ("context_agrees", second, p)):
+        standard = np.asarray(zscore(own.numpy(), axis=1, ddof=1))
+        np.testing.assert_allclose(found[name], standard[np.arange(5), other.argmax(1)], rtol=1e-4)
 
 
 # Phrasing directions and subspaces
