@@ -9,7 +9,8 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import roc_auc_score
 
-from conflictscope.detecting import TESTED, Detecting, Part, detecting_parts
+from conflictscope.detecting import TESTED, detecting_parts
+from conflictscope.detectors import Detecting, Part
 from interp.activations import record, sites_of
 from interp.anatomy import Anatomy, transformers_model
 from interp.conflicts import ConflictSet
