@@ -134,11 +134,11 @@ def compare_detectors(
     bench = Detecting(model, parts, memory, context, seed, STRENGTHS[2:3] if quick else STRENGTHS)
     basis = [*(prompts.digest for prompts in asked.values()), memory, context, seed, list(bench.strengths)]
     kept = partial(records.json, depends_on=basis, version=DETECTORS_VERSION)
-    detectors = [
-        detector
-        for group, make in bench.makers.items()
-        for detector in map(_from_record, kept(f"detectors-{group}", compute=partial(_to_records, make)))
-    ]
+
+    def made(group: str, make: Callable[[], list[Detector]]) -> list[Detector]:
+        return [_from_record(one) for one in kept(f"detectors-{group}", compute=partial(_to_records, make))]
+
+    detectors = [detector for group, make in bench.makers.items() for detector in made(group, make)]
     detectors += bench.ensembles(detectors)
     counts = _CURVE[:3] if quick else _CURVE
     about = {
@@ -157,7 +157,7 @@ def compare_detectors(
         parts,
         detectors,
         curve=kept("curve", compute=partial(bench.curve, counts)),
-        ceiling=kept("ceiling", compute=bench.ceiling),
+        ceiling=made("ceiling", bench.ceiling),
     )
 
 
@@ -250,6 +250,11 @@ def judged_part(detector: Detector, name: str, part: Part, *, seed: int = 0) -> 
     return found
 
 
+def _judged_on(detector: Detector, parts: Mapping[str, Part], seed: int) -> dict[str, Any]:
+    judged_parts = {name: judged_part(detector, name, part, seed=seed) for name, part in parts.items()}
+    return {"name": detector.name, "passes": detector.passes, "about": dict(detector.about), "parts": judged_parts}
+
+
 def write_detectors(
     out: Path,
     about: Mapping[str, Any],
@@ -257,7 +262,7 @@ def write_detectors(
     detectors: Sequence[Detector],
     *,
     curve: Sequence[Mapping[str, Any]],
-    ceiling: Mapping[str, Any],
+    ceiling: Sequence[Detector],
 ) -> dict[str, Any]:
     """Judge all detectors on the parts of test, and write what is found.
 
@@ -277,17 +282,9 @@ def write_detectors(
     record = {
         **about,
         "prompts": {name: len(part.prompts) for name, part in parts.items()},
-        "detectors": [
-            {
-                "name": detector.name,
-                "passes": detector.passes,
-                "about": dict(detector.about),
-                "parts": {name: judged_part(detector, name, part, seed=seed) for name, part in tested.items()},
-            }
-            for detector in detectors
-        ],
+        "detectors": [_judged_on(detector, tested, seed) for detector in detectors],
         "curve": list(curve),
-        "ceiling": dict(ceiling),
+        "ceiling": [_judged_on(one, {"unseen_families": tested["unseen_families"]}, seed) for one in ceiling],
     }
     frames = [
         pl.DataFrame(
@@ -312,7 +309,7 @@ def detectors_table(record: Mapping[str, Any]) -> str:
     Args:
         record: From ``compare_detectors``.
     """
-    found = [(d["name"], d["passes"], d["parts"]) for d in record["detectors"]]
+    found, ceiling = ([(d["name"], d["passes"], d["parts"]) for d in record[key]] for key in ("detectors", "ceiling"))
 
     def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines = [head, ["---"] * len(head), *rows]
@@ -324,9 +321,12 @@ def detectors_table(record: Mapping[str, Any]) -> str:
 
     kinds = [variant.replace("_", " ") for variant in VARIANTS[1:]]
 
-    def by_kind(part: str) -> str:
-        rows = [[d, *(written(parts[part].get(v, {}).get("auroc")) for v in VARIANTS[1:])] for d, _, parts in found]
-        return f"## AUROC against each kind, {TESTED[part]}\n\n" + table(["detector", *kinds], rows)
+    def by_kind(title: str, part: str, judged: Sequence[tuple[str, float, Any]]) -> str:
+        rows = [
+            [d, *(written(by[part].get(kind, {}).get("auroc")) for kind in ("all", *VARIANTS[1:]))]
+            for d, _, by in judged
+        ]
+        return f"## {title}\n\n" + table(["detector", "all", *kinds], rows)
 
     curve = [
         [
@@ -345,9 +345,8 @@ def detectors_table(record: Mapping[str, Any]) -> str:
             measure("AUPRC", "auprc"),
             measure("False alarms at 95 % of conflicts kept", "false_alarms"),
             measure("Expected calibration error", "calibration_error"),
-            *(by_kind(part) for part in TESTED),
+            *(by_kind(f"AUROC against each kind, {title}", part, found) for part, title in TESTED.items()),
             "## Unseen phrasings by the number of families fitted on (z, middle layers)\n\n" + table(head, curve),
-            "## Fitted on the unseen phrasings themselves, other subjects: AUROC\n\n"
-            + table(list(record["ceiling"]), [[written(one) for one in record["ceiling"].values()]]),
+            by_kind("AUROC if fitted on the unseen phrasings themselves, other subjects", "unseen_families", ceiling),
         ]
     )

@@ -1,8 +1,8 @@
 """Make conflict detectors from what was recorded of train, dev and test: each reads something else.
 
 What has many weights is fitted on train, with a strength that is chosen on dev in phrasings that a fold was not fitted
-on. What reads a few numbers (two passes, head lens, number of tokens) is fitted on dev, as are the ensembles. Nothing is
-chosen on test.
+on. What reads a few numbers (two passes, head lens, number of tokens) is fitted on dev, as are the ensembles. Nothing
+is chosen on test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from probes.conflict_detectors import (
     ensemble,
     family_curve,
     head_lens_features,
-    judged,
     shuffled_within,
     two_pass_features,
 )
@@ -43,7 +42,8 @@ DETECTORS_VERSION = 1
 _RANKS = (0, 4, 16, 64)
 _NARROW_STRENGTH = 1e-3
 _SHUFFLES = 3
-_JOINT, _LENS, _TWO_PASSES = "z, middle layers", "head lens: ", f"two passes: all {len(TWO_PASSES)}"
+_JOINT, _UPPER = "z, middle layers", "z, middle and upper layers"
+_LENS, _TWO_PASSES = "head lens: ", f"two passes: all {len(TWO_PASSES)}"
 _ROWS_AT_ONCE = 64
 
 Head = tuple[int, int]
@@ -203,7 +203,7 @@ class Detecting:
         return [
             self._wide(_JOINT, self.z_sites),
             self._wide("z and residual, middle layers", [*self.z_sites, *self.residual_sites]),
-            self._wide("z, middle and upper layers", self.upper_sites),
+            self._wide(_UPPER, self.upper_sites),
         ]
 
     def found_heads(self) -> list[Detector]:
@@ -289,19 +289,18 @@ class Detecting:
         )
         return [point._asdict() for point in points]
 
-    def ceiling(self) -> dict[str, Any]:
+    def ceiling(self) -> list[Detector]:
         """What probes reach that are fitted on the unseen families themselves, on other subjects.
 
         The best strength on these very prompts is taken: it is what there is to reach at most.
         """
-        test, found = self.parts["unseen_families"], {}
-        for name, sites in {"z, middle layers": self.z_sites, "z, middle and upper layers": self.upper_sites}.items():
-            values = test.at(sites)
-            folds = partial(cross_validated, values, test.is_conflict, test.subjects, seed=self.seed)
-            scores = max(
-                (folds(strength=strength) for strength in self.strengths), key=lambda s: ranks(s, test.is_conflict)
-            )
-            found[name] = judged(scores, test.is_conflict, test.subjects, seed=self.seed).auroc.to_record()
+        part, found = "unseen_families", []
+        test = self.parts[part]
+        for name, sites in {_JOINT: self.z_sites, _UPPER: self.upper_sites}.items():
+            folds = partial(cross_validated, test.at(sites), test.is_conflict, test.subjects, seed=self.seed)
+            tried = {strength: folds(strength=strength) for strength in self.strengths}
+            best = max(tried, key=lambda strength: ranks(tried[strength], test.is_conflict))
+            found.append(Detector(name, self._passes(sites), {part: tried[best]}, {"strength": best}))
         return found
 
     def _strength(self, sites: Sequence[str], values: Mapping[str, Mapping[str, Tensor]] | None = None) -> float:
