@@ -336,7 +336,8 @@ def family_curve(
     Args:
         train: Features by site, what each example is, and its family.
         test: Features by site, and what each example is.
-        counts: How many families; more than there are count as all.
+        counts: How many families; more than there are count as all. A number is left out where so few families never
+            have two prompts of each class.
         strength: The regularisation strength.
         draws: How often families are drawn, where not all are taken.
         seed: Seed of the draws.
@@ -355,9 +356,13 @@ def family_curve(
         for draw in range(draws if count < len(groups) else 1):
             rng = random.Random(f"{seed}/{count}/{draw}")
             rows = _two_classes(rng, groups, count, is_conflict)
+            if not rows:
+                continue
             as_many = rows if count == len(groups) else _stratified(rng, is_conflict, len(rows))
             own = worth(rows)
             found.append((len(rows), own, own if as_many is rows else worth(as_many)))
+        if not found:
+            continue
         sizes, own, same = (np.array(column) for column in zip(*found, strict=True))
         points.append(CurvePoint(count, sizes.mean(), own.mean(), own.min(), own.max(), same.mean()))
     return [CurvePoint(p.families, *map(float, p[1:])) for p in points]
@@ -366,14 +371,14 @@ def family_curve(
 def _two_classes(
     rng: random.Random, groups: Sequence[Sequence[int]], count: int, is_conflict: Sequence[bool]
 ) -> list[int]:
-    """The rows of some groups at random that together have both classes, at least two of each."""
+    """The rows of some groups at random that together have at least two of each class; none where no such are found."""
     order = rng.sample(range(len(groups)), len(groups))
     for first in range(len(order)):
         rows = [i for number in (order[first:] + order[:first])[:count] for i in groups[number]]
         positives = sum(is_conflict[i] for i in rows)
         if min(positives, len(rows) - positives) >= 2:
             return rows
-    return [i for group in groups for i in group]
+    return []
 
 
 def _stratified(rng: random.Random, is_conflict: Sequence[bool], count: int) -> list[int]:

@@ -192,6 +192,12 @@ def test_a_curve_grows_where_one_family_misleads_and_all_together_do_not():
     assert every.low == every.high == every.auroc == every.same_number
 
 
+def test_a_curve_leaves_out_numbers_of_families_that_never_have_both_classes():
+    features, labels, families = {"s": normal(40, 3)}, [number < 20 for number in range(40)], [0] * 20 + [1] * 20
+    points = family_curve((features, labels, families), (features, labels), [1, 2], strength=1.0)
+    assert [(point.families, point.prompts) for point in points] == [(2, 40)]
+
+
 # Judging
 
 
