@@ -133,6 +133,16 @@ def compare_detectors(
     parts = {p: _recorded(model, name, p, prompts, (*memory, *context), records, seed) for p, prompts in asked.items()}
     bench = Detecting(model, parts, memory, context, seed, STRENGTHS[2:3] if quick else STRENGTHS)
     basis = [*(prompts.digest for prompts in asked.values()), memory, context, seed, list(bench.strengths)]
+    detectors, ceiling, curve = _detected(bench, records, basis, _CURVE[:3] if quick else _CURVE)
+    about = {"model": name, "relations": list(relations), "unseen_relations": list(unseen_relations), "seed": seed}
+    about |= {"each": each, "quick": quick, "memory_heads": memory, "context_heads": context}
+    return write_detectors(out, about, parts, detectors, curve=curve, ceiling=ceiling)
+
+
+def _detected(
+    bench: Detecting, records: Records, basis: Sequence[Any], counts: Sequence[int]
+) -> tuple[list[Detector], list[Detector], list[dict[str, Any]]]:
+    """All detectors, those of the ceiling, and the curve; each group is kept when it is made."""
     kept = partial(records.json, depends_on=basis, version=DETECTORS_VERSION)
 
     def made(group: str, make: Callable[[], list[Detector]]) -> list[Detector]:
@@ -140,25 +150,7 @@ def compare_detectors(
 
     detectors = [detector for group, make in bench.makers.items() for detector in made(group, make)]
     detectors += bench.ensembles(detectors)
-    counts = _CURVE[:3] if quick else _CURVE
-    about = {
-        "model": name,
-        "relations": list(relations),
-        "unseen_relations": list(unseen_relations),
-        "seed": seed,
-        "each": each,
-        "quick": quick,
-        "memory_heads": memory,
-        "context_heads": context,
-    }
-    return write_detectors(
-        out,
-        about,
-        parts,
-        detectors,
-        curve=kept("curve", compute=partial(bench.curve, counts)),
-        ceiling=made("ceiling", bench.ceiling),
-    )
+    return detectors, made("ceiling", bench.ceiling), kept("curve", compute=partial(bench.curve, counts))
 
 
 def _found_heads(
