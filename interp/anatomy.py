@@ -1071,6 +1071,23 @@ class Anatomy:
             direction = direction - direction.mean(-1, keepdim=True)
         return self.logit_multiplier * direction
 
+    def written_logits(self, write: Tensor, residual: Tensor) -> Tensor:
+        """What a part of the final residual stream adds to the logits.
+
+        The final norm is held at the scale that ``residual`` gives it, which makes it linear; biases and soft-capping
+        are left out.
+
+        Args:
+            write: The part, ``(..., d_model)``.
+            residual: The final residual stream, ``(..., d_model)``.
+
+        Returns:
+            ``(..., d_vocab)`` float32.
+        """
+        normed = self._norm_gain(self.final_norm, residual).float() * self._centred(write)
+        rows = self._unembedding_matrix().split(_ROWS_AT_ONCE)
+        return self.logit_multiplier * torch.cat([normed.to(self.device) @ some.float().T for some in rows], dim=-1)
+
     def direction_logits(self, direction: Tensor) -> Tensor:
         """What a direction in the final residual stream adds to the logits, per unit and up to a positive factor.
 

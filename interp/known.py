@@ -106,6 +106,28 @@ def known_part(model: nn.Module, conflicts: ConflictSet, *, progress: str | None
     return ConflictSet(conflicts.name, tuple(e for e in conflicts if known.get(_fact_of(e), False)))
 
 
+def kept_known_facts(
+    model: nn.Module, facts: Mapping[str, Sequence[Fact]], records: Records
+) -> dict[str, tuple[Fact, ...]]:
+    """Those of some facts that the model knows, by relation.
+
+    Args:
+        model: The model, or a bridge around it.
+        facts: Facts of the fact tables by relation.
+        records: Where it is kept what the model knows, so that it is asked once.
+    """
+    known = {}
+    for relation, some in facts.items():
+
+        def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
+            return [f.subject for f in known_facts(model, relation, among=some, progress=f"Closed-book: {relation}")]
+
+        depends_on = [[fact.subject, fact.answers] for fact in some]
+        subjects = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
+        known[relation] = tuple(fact for fact in some if fact.subject in subjects)
+    return known
+
+
 def conflicts_about_known(
     model: nn.Module,
     facts: Mapping[str, Sequence[Fact]],
@@ -126,28 +148,8 @@ def conflicts_about_known(
     Raises:
         UserError: If it knows too few facts for conflicts.
     """
-    known = facts_known(model, facts, records)
+    known = kept_known_facts(model, facts, records)
     return build_conflicts(known, seed=seed, kinds=kinds, phrasings=tuple(PHRASINGS))
-
-
-def facts_known(model: nn.Module, facts: Mapping[str, Sequence[Fact]], records: Records) -> dict[str, list[Fact]]:
-    """Find those of some facts that the model knows.
-
-    Args:
-        model: The model, or a bridge around it.
-        facts: Facts of the fact tables by relation.
-        records: Where it is kept what the model knows, so that it is asked once.
-    """
-    known: dict[str, list[Fact]] = {}
-    for relation, some in facts.items():
-
-        def ask(relation: str = relation, some: Sequence[Fact] = some) -> list[str]:
-            return [f.subject for f in known_facts(model, relation, among=some, progress=f"Closed-book: {relation}")]
-
-        depends_on = [[fact.subject, fact.answers] for fact in some]
-        subjects = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
-        known[relation] = [fact for fact in some if fact.subject in subjects]
-    return known
 
 
 _Fact = tuple[str, str, tuple[str, ...]]

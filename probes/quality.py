@@ -197,6 +197,15 @@ def average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndar
     return _ratio((positives * np.nan_to_num(precision)).sum(1), positives.sum(1))
 
 
+def false_alarms(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, *, keep: float) -> np.ndarray:
+    """The share of negatives that pass where the threshold lets ``keep`` of the positives pass; see ``auroc``."""
+    positives, negatives = (counts[:, ::-1] for counts in _by_score(scores, positive, weights))
+    found, passed = positives.cumsum(1), negatives.cumsum(1)
+    enough = found >= keep * found[:, -1:] - 1e-9
+    last = enough.argmax(1)[:, None]
+    return _ratio(np.take_along_axis(passed, last, 1)[:, 0], passed[:, -1])
+
+
 def expected_calibration_error(confidence: np.ndarray, outcome: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean distance between confidence and frequency over bins, weighted by the bins' sizes.
 

@@ -79,7 +79,12 @@ for _panel, _name, _help, _members in (
         "Learn a dial between memory and context, and set it.",
         {"fit": dial.dial_fit, "apply": dial.dial_apply},
     ),
-    (_STUDY, "gate", "Put an intervention behind a conflict detector.", {"fit": gate.gate_fit, "dial": gate.gate_dial}),
+    (
+        _STUDY,
+        "gate",
+        "Put an intervention behind a conflict detector, and compare detectors.",
+        {"fit": gate.gate_fit, "dial": gate.gate_dial, "detectors": gate.gate_detectors},
+    ),
     (
         _STUDY,
         "spare",

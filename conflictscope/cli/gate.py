@@ -1,4 +1,4 @@
-"""The command that puts an intervention behind a conflict detector."""
+"""The commands that put an intervention behind a conflict detector, and that compare detectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from conflictscope.cli.options import OutOption, TrustOption, say
+from conflictscope.cli.options import Facts, OutOption, TrustOption, say
 from conflictscope.cli.studies import BudgetedStudy, StudyOptions, study
 
 _UNSEEN = "held_out_phrasing"
@@ -102,3 +102,37 @@ def gate_dial(
         measured={"unedited": record.unedited.test, **ends},
     ).save(out / "gated_dial.json")
     say(f"The gated dial is {out / 'gated_dial.json'}")
+
+
+def gate_detectors(
+    *,
+    unseen_relation: Annotated[
+        list[str] | None, typer.Option(help="A relation that is only tested on; repeatable. Headquarters and currency.")
+    ] = None,
+    each: Annotated[
+        int, typer.Option(min=1, help="Phrasing families drawn for each fact and kind of prompt that is learned from.")
+    ] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Little of everything: checks that all runs; measures nothing.")
+    ] = False,
+    out: OutOption = Path("out/detectors"),
+    source: Facts,
+) -> None:
+    """Compare ways to detect conflicts, in phrasings and relations that they were not fitted on."""
+    from conflictscope.detecting import UNSEEN_RELATIONS, compare_detectors
+    from figures.detectors import families_curve
+    from figures.theme import save_figure
+    from interp.facts import relation_named, relations
+    from interp.statistics import Estimate
+
+    unseen = [relation_named(name).name for name in unseen_relation or UNSEEN_RELATIONS]
+    seen = source.relations(tuple(name for name in relations() if name not in unseen))
+    model = source.load()
+    found = compare_detectors(model, source.model, seen, unseen, out, each=each, seed=source.seed, quick=quick)
+    ceiling = {
+        one["name"]: Estimate.from_record(one["parts"]["unseen_families"]["all"]["auroc"]) for one in found["ceiling"]
+    }
+    save_figure(families_curve(found["curve"], ceiling), out / "families.html")
+    say((out / "detectors.md").read_text(encoding="utf-8"))
+    say(f"These tables are in {out / 'detectors.md'}, all numbers in {out / 'detectors.json'},")
+    say(f"log odds of every prompt in {out / 'scores.parquet'}, the curve of families in {out / 'families.html'}")

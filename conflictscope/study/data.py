@@ -31,7 +31,7 @@ from interp.facts import (
 from interp.families import UNSEEN_FAMILIES, VARIANTS, worded_conflicts
 from interp.formats import load_dataset
 from interp.inputs import tokenizer_of
-from interp.known import KNOWN_VERSION, conflicts_about_known, facts_known, known_part
+from interp.known import KNOWN_VERSION, conflicts_about_known, kept_known_facts, known_part
 from interp.records import Records
 
 RELATIONS = ("capital", "language", "continent", "manufacturer")
@@ -172,7 +172,7 @@ def fact_prompts(
             facts[relation] += rng.sample(members, min(most, len(members)))
     n_asked = sum(map(len, facts.values()))
     if families:
-        known = facts if model is None else facts_known(model, facts, records)
+        known = facts if model is None else kept_known_facts(model, facts, records)
         return _in_families(None if model is None else tokenizer_of(model), known, families, seed, n_asked)
     if model is None:
         conflicts = build_conflicts(facts, seed=seed, phrasings=tuple(PHRASINGS))

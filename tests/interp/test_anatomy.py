@@ -55,6 +55,18 @@ def test_logits_of_the_final_residual_stream_are_the_models(tiny_bridge, inputs)
         torch.testing.assert_close(anatomy.logits(final, chosen), expected[..., chosen], rtol=1e-4, atol=1e-5)
 
 
+def test_what_parts_write_to_the_logits_sums_to_the_models_up_to_biases(tiny_bridge, inputs):
+    anatomy = Anatomy(tiny_bridge)
+    (final,) = recorded(tiny_bridge, inputs, [anatomy.site("block", anatomy.n_layers - 1)])
+    part = torch.randn(final.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, cap = anatomy.model(**inputs).logits, anatomy.logit_softcap
+        expected = expected if cap is None else cap * torch.atanh(expected / cap)
+        written = anatomy.written_logits(part, final) + anatomy.written_logits(final - part, final)
+    biases = expected - written
+    torch.testing.assert_close(biases, biases[:1, -1:].expand_as(biases), rtol=1e-3, atol=1e-3)
+
+
 def test_module_paths_and_sites_name_the_same_tensors(tiny_bridge, inputs):
     anatomy = Anatomy(tiny_bridge)
     plain = plain_model(tiny_bridge).eval()
