@@ -9,7 +9,8 @@ marks is written anew:
     <!-- results of compare, towards context, within budget, first 10 -->
     <!-- end of results -->
 
-Of a comparison of many studies its leaderboard is written, and where the hours went.
+Of a comparison of many studies its leaderboard is written, and where the hours went; of a comparison of detectors its
+tables.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
     "best": (None, "best"),
     "within budget": (None, "within_budget"),
 }
-HOURS, LEADERBOARD, _LONGEST = "hours.json", "leaderboard.md", 12
+HOURS, LEADERBOARD, DETECTORS, _LONGEST = "hours.json", "leaderboard.md", "detectors.md", 12
 _FIRST = re.compile("first ([1-9][0-9]*)")
 
 
@@ -119,6 +120,12 @@ def ranking(folder: Path) -> str:
     return f"{(folder / LEADERBOARD).read_text(encoding='utf-8').strip()}\n\n{spent}"
 
 
+def detected(folder: Path) -> str:
+    """Say a comparison of detectors: its tables, under smaller headings."""
+    _, _, text = (folder / DETECTORS).read_text(encoding="utf-8").strip().partition("\n")
+    return re.sub("^#", "##", text.strip(), flags=re.MULTILINE)
+
+
 def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, set[str]]:
     """Write the tables of the given studies anew in a page; which of them it has is the second that is returned.
 
@@ -175,10 +182,13 @@ def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tu
         UserError: If a folder holds neither a finished study nor a comparison, has the name of another, or no page has
             a mark for it.
     """
-    records = {
-        folder.resolve().name: ranking(folder) if (folder / HOURS).is_file() else StudyRecord.load(folder)
-        for folder in studies
-    }
+    of_file = {HOURS: ranking, DETECTORS: detected}
+
+    def said(folder: Path) -> StudyRecord | str:
+        say = next((say for name, say in of_file.items() if (folder / name).is_file()), None)
+        return StudyRecord.load(folder) if say is None else say(folder)
+
+    records = {folder.resolve().name: said(folder) for folder in studies}
     if len(records) < len(studies):
         raise UserError("Two of the folders have the same name, which is what a page knows them by; rename one.")
     if unfinished := [name for name, record in records.items() if isinstance(record, StudyRecord) and record.to_come]:

@@ -30,8 +30,8 @@ class ScaleTraining:
         conflicts: Conflict prompts a step.
         guards: Prompts without a context a step; half as many of every other guard.
         lowest: The lowest layer of which anything may move.
-        open_shares: By guard, the share of prompts on which the edit acts, below 1 behind a gate; ``None`` is all. Budgets
-            are of all prompts, also those that a closed gate protects.
+        open_shares: By guard, the share of prompts on which the edit acts, below 1 behind a gate; ``None`` is all.
+            Budgets are of all prompts, also those that a closed gate protects.
         shuffled: Whether wanted answers are those of other prompts, and right answers to guards count for nothing: a
             control, which should gain nothing.
         seed: Of noise and order.

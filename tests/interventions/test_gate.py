@@ -196,7 +196,7 @@ def test_a_probe_of_several_sites_is_the_sum_of_its_readings(tiny_llama):
     values = [read(tiny_llama, part, PROMPTS) for part in parts]
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(found.shape[1], generator=generator) for found in values]
-    scores = sum(found @ weight for found, weight in zip(values, weights, strict=True))
+    scores = torch.stack([found @ weight for found, weight in zip(values, weights, strict=True)]).sum(0)
     threshold = float(scores.sort().values[len(PROMPTS) // 2 - 1 : len(PROMPTS) // 2 + 1].mean())
     also = tuple(GateReading(part, 0, weight) for part, weight in zip(parts[:2], weights[:2], strict=True))
     gate = ConflictGate("block", 0, weights[2], 0.0, threshold, EDITS, also)
