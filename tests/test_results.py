@@ -161,3 +161,14 @@ def test_the_command_writes_pages_and_says_what_it_could_not_place(record, tmp_p
     app.command()(main)
     ran = CliRunner().invoke(app, [str(tmp_path / "nothing"), "--page", str(page)])
     assert ran.exit_code == 2
+
+
+def test_of_detectors_the_tables_are_written_under_smaller_headings(tmp_path: Path):
+    (folder := tmp_path / "detectors").mkdir()
+    (folder / "detectors.md").write_text("# Of a model\n\n## AUROC\n\n| a |\n| --- |\n", encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results of detectors -->\n<!-- end of results -->\n", encoding="utf-8")
+    assert dict(write_results([folder], [page])) == {page: {"detectors"}}
+    written = page.read_text(encoding="utf-8")
+    assert "### AUROC\n\n| a |\n| --- |" in written
+    assert "Of a model" not in written

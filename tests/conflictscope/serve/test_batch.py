@@ -28,7 +28,7 @@ from interventions.dial import DialScale, TrustDial
 from interventions.dola import DoLa
 from interventions.features import FeatureEdit
 from interventions.feedforward import FeedForwardScaling
-from interventions.gate import ConflictGate
+from interventions.gate import ConflictGate, GateReading
 from interventions.heads import HeadScaling
 from interventions.juice import AddedHead, JuICE
 from interventions.rows import shares_passes
@@ -72,6 +72,9 @@ def kinds_for(model: Any, features: FeatureEdit) -> dict[str, Edits]:
         "replacing": (Steering(1, 3 * VECTOR, 0.7, "generated", "replace"),),
         "features": (features,),
         "gate": (gated(HEADS, Steering(2, 3 * VECTOR, tokens="answer")),),
+        "soft gate of two sites": (
+            ConflictGate("block", 0, VECTOR, 0.0, threshold, (HEADS,), (GateReading("mlp", 0, VECTOR),), soft=True),
+        ),
         "cad": (CAD(1.0),),
         "cad and heads": (HEADS, CAD(0.5)),
         "adacad": (AdaCAD(0.3),),
