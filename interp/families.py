@@ -58,6 +58,8 @@ _KINDS: Mapping[Variant, ContextKind] = {
     "irrelevant_other": "irrelevant",
     "none": "none",
 }
+_SHARES = 8
+"""How often families are drawn for the facts of a relation."""
 _BESIDE: Mapping[Around, tuple[int, int]] = {"alone": (0, 0), "after": (2, 0), "between": (1, 1), "far": (0, 3)}
 """How many sentences about other things stand before the context's and after it."""
 
@@ -225,7 +227,7 @@ def worded_conflicts(
         writer.example(relation, fact, family, variant)
         for relation, fact in writer.known(splits)
         for variant in variants
-        for family in writer.drawn(askable, relation, fact, variant, each)
+        for family in writer.drawn(askable, relation, fact, each)
     ]
     if not examples:
         raise UserError(
@@ -282,13 +284,15 @@ class _Writer:
             if fact.subject in self._conflicting[relation.name] and split_of(fact.subject, self._seed) in splits
         ]
 
-    def drawn(
-        self, families: Sequence[Family], relation: Relation, fact: Fact, variant: Variant, each: int | None
-    ) -> Sequence[Family]:
-        """The families that a fact is asked in."""
+    def drawn(self, families: Sequence[Family], relation: Relation, fact: Fact, each: int | None) -> Sequence[Family]:
+        """The families that a fact is asked in: the same in every variant, so that none tells what its prompts are.
+
+        Some facts share theirs, as patching needs prompts that are alike.
+        """
         if each is None or each >= len(families):
             return families
-        return random.Random(f"{self._seed}/{relation.name}/{fact.subject}/{variant}").sample(families, each)
+        sharing = random.Random(f"{self._seed}/{relation.name}/{fact.subject}").randrange(_SHARES)
+        return random.Random(f"{self._seed}/{relation.name}/{sharing}").sample(families, each)
 
     def example(self, relation: Relation, fact: Fact, family: Family, variant: Variant) -> ConflictExample:
         """The prompt."""

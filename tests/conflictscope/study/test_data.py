@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
+from interp.attribution.examples import with_partners
 from interp.conflicts import ConflictSet
 from interp.documents import Documents
 from interp.facts import build_conflicts, usable_facts
@@ -50,3 +51,9 @@ def test_families_are_tested_in_others_on_other_subjects(tmp_path):
         assert set(counts.values()) == {each}
     bare = Counter((e.relation, e.subject) for e in prompts.test.select(kind="none"))
     assert set(bare.values()) == {1}
+
+
+def test_in_families_most_conflicts_have_another_that_heads_can_be_patched_from(tmp_path):
+    prompts = fact_prompts(None, ["capital", "currency"], Records(tmp_path), subjects=30, seed=0, families=2)
+    conflicts = prompts.train.select(kind="conflict").examples
+    assert len(with_partners(conflicts)) > 0.8 * len(conflicts)
