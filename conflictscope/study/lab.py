@@ -251,7 +251,8 @@ class Lab:
                 self.model,
                 self.prompts.part(split).examples,
                 self.texts(split),
-                **self.learned_from[split],
+                conflicts=self.learned_from[split]["conflicts"],
+                guards=self.learned_from[split]["guards"],
                 seed=self.seed,
                 progress=f"Guards: {split}",
             )
