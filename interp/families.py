@@ -208,7 +208,7 @@ def worded_conflicts(
         tokenizer: Writes chats; families of chats are left out where it has no template.
         families: The families.
         variants: The variants to build.
-        each: How many families are drawn for each fact and variant; ``None`` takes all.
+        each: How many families are drawn for each fact, the same in every variant; ``None`` takes all.
         splits: Of which splits.
         seed: Decides the splits, the draws, what conflicts with what, and what else is told.
 

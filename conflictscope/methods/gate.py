@@ -75,8 +75,7 @@ class Gate(Method):
     soft: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
-            raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {self.keep:g}.")
+        check_keep(self.keep)
         if self.edits is not None:
             _check(self.edits)
 
@@ -133,7 +132,7 @@ class Gate(Method):
                 "auroc": ranks(scores, kinds == "conflict"),
                 "left_out_auroc": fitted["left_out_auroc"],
                 "opened": _passing(scores, gate.threshold, kinds),
-                "unlike": float((_log_odds(lab, gate, dev) < -_ANY / 2).float().mean()),
+                "unlike": float((scores < -_ANY / 2).float().mean()),
             },
             "opened": _opened(lab, gate),
             "random_opened": _opened(lab, _gate_of(control)),
@@ -147,6 +146,16 @@ class Gate(Method):
         if self.towards not in (None, towards):
             raise UserError(f"The given edits strengthen {self.towards}, so that no gate of them is towards {towards}.")
         return self.edits
+
+
+def check_keep(keep: float) -> None:
+    """See that the share of conflicts that a gate is to let pass is one.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if not 0 < keep < 1:
+        raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {keep:g}.")
 
 
 def passing_threshold(scores: Tensor, keep: float) -> float:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from conflictscope.methods._heads import DRAWS, elsewhere, scaling
-from conflictscope.methods.gate import GATE_VERSION, fitted_gate, opens
+from conflictscope.methods.gate import GATE_VERSION, check_keep, fitted_gate, opens
 from conflictscope.methods.learned_scales import ENDS, TRAINING, dial_of, in_lab, learned_from
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
@@ -39,6 +39,9 @@ class GatedScales(Method):
         training: What decides the learning; budgets and seed are the lab's.
         keep: The share of conflicts that the gate is to let pass.
         strengths: How far the scales are moved, of what was learned.
+
+    Raises:
+        UserError: If ``keep`` is no share.
     """
 
     name = "gated_scales"
@@ -47,6 +50,9 @@ class GatedScales(Method):
     training: ScaleTraining = TRAINING
     keep: float = 0.95
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
         """What was learned behind the gate, at each strength.
@@ -148,11 +154,11 @@ class GatedScales(Method):
     def _data(self, lab: Lab, split: Literal["train", "dev"], shares: Mapping[str, float]) -> ScaleData:
         """The prompts that the gate opens for, of kinds that it opens for on dev: others need no guard."""
         opened = self._opened(lab, split)
-        ids, texts = set(opened["ids"]), lab.texts(split) if shares["neutral"] else []
+        ids, texts = set(opened["ids"]), lab.texts(split)
         return ScaleData(
             lab.model,
             [e for e in lab.prompts.part(split) if e.id in ids and shares[e.kind]],
-            [texts[number] for number in opened["texts"] if number < len(texts)],
+            [texts[number] for number in opened["texts"] if shares["neutral"]],
             **lab.learned_from[split],
             behind_gate=True,
             seed=lab.seed,

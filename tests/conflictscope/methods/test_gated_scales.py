@@ -7,6 +7,7 @@ from conflictscope.methods.gated_scales import GatedScales
 from interp.anatomy import transformers_model
 from interp.answers import DIRECTIONS
 from interp.conflicts import CONTEXT_KINDS
+from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.config import effect_digest
@@ -55,10 +56,16 @@ def test_it_is_learned_from_the_prompts_that_the_gate_lets_change(lab, candidate
     found, dev = METHOD._opened(lab, "dev"), lab.prompts.dev
     asked = {e.id for e in dev if differs(e)}
     assert set(found["ids"]) <= asked
+    assert 0 < len(asked) < len(dev)
     for kind in CONTEXT_KINDS:
         of_kind = dev.select(kind=kind)
         assert len(of_kind) <= 200
         assert found["shares"][kind] == pytest.approx(sum(e.id in asked for e in of_kind) / len(of_kind))
+
+
+def test_a_share_that_is_none_is_refused():
+    with pytest.raises(UserError, match="between 0 and 1, not at 2"):
+        GatedScales(keep=2)
 
 
 def test_a_guard_that_the_gate_protects_needs_no_budget():
