@@ -2,7 +2,7 @@
 
     a control vector (GGUF; llama.cpp, repeng)     directions that are added after blocks, at all tokens
     a LoRA adapter (PEFT), biases at MLPs' ends    the same
-    a LoRA adapter that scales heads exactly       scaled heads: they are told by the model's own weights
+    a LoRA adapter (PEFT or GGUF) of heads only    scaled heads: they are told by the model's own weights
     what ConflictScope exported                    the intervention file in the folder
 
 A change of an output projection is a scaling of heads if, for each head, it is a number times the head's own output
@@ -26,7 +26,7 @@ from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interventions.base import Intervention
 from interventions.config import DOCUMENT, InterventionFile
-from interventions.export.gguf import architecture_name, read_gguf
+from interventions.export.gguf import Gguf, architecture_name, read_gguf, read_gguf_adapter
 from interventions.export.lora import CONFIG, TENSORS
 from interventions.export.vectors import ARCHITECTURE, DIRECTION, MODEL_HINT, check_no_post_norm
 from interventions.export.verify import read_adapter
@@ -105,13 +105,13 @@ def _found(path: Path, anatomy: Anatomy) -> Found:
         if (path / CONFIG).is_file():
             return _in_adapter(path, anatomy)
         if len(vectors) == 1:
-            return _in_control_vector(vectors[0], anatomy)
+            return _in_gguf(vectors[0], anatomy)
         raise UserError(
             f"The folder {path} holds no {DOCUMENT}, no {CONFIG} and not one GGUF file; give the path of the edit."
         )
     if path.name in (CONFIG, TENSORS):
         return _in_adapter(path.parent, anatomy)
-    return _in_control_vector(path, anatomy)
+    return _in_gguf(path, anatomy)
 
 
 def _interventions(found: Found, strength: float, layers: Collection[int] | None) -> list[Intervention]:
@@ -132,10 +132,24 @@ def _interventions(found: Found, strength: float, layers: Collection[int] | None
     return parts
 
 
-def _in_control_vector(path: Path, anatomy: Anatomy) -> Found:
-    file = read_gguf(path, ARCHITECTURE)
+def _in_gguf(path: Path, anatomy: Anatomy) -> Found:
     config: Any = anatomy.model.config
     known = {architecture_name(anatomy.model), config.model_type}
+    file = read_gguf(path, ARCHITECTURE, *sorted(known))
+    if file.metadata["general.architecture"] == ARCHITECTURE:
+        return _in_control_vector(path, file, known, anatomy)
+    projections = {anatomy.path("output_projection", layer): layer for layer in range(anatomy.n_layers)}
+    scales: dict[tuple[int, int], float] = {}
+    for module, (down, up) in read_gguf_adapter(anatomy.model, path, file).items():
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"The factors of {module} in {path} have numbers that are not finite; export it again.")
+        if module not in projections:
+            raise UserError(f"What the adapter {path} adds to {module} is no edit of heads; {_MERGE}")
+        scales |= _head_scales(path, module, projections[module], (down.double(), up.double()), anatomy)
+    return Found("GGUF LoRA adapter", path, scales, {})
+
+
+def _in_control_vector(path: Path, file: Gguf, known: Collection[str], anatomy: Anatomy) -> Found:
     if (hint := file.metadata.get(MODEL_HINT)) is not None and hint not in known:
         raise UserError(
             f"{path} was made for a model of type {str(hint)[:100]!r}, but this is of type {min(known)!r}; give the "
@@ -219,21 +233,21 @@ def _scaled_parts(
 
 
 def _head_scales(
-    folder: Path, module: str, layer: int, factors: tuple[Tensor, Tensor], anatomy: Anatomy
+    source: Path, module: str, layer: int, factors: tuple[Tensor, Tensor], anatomy: Anatomy
 ) -> dict[tuple[int, int], float]:
     """The scales, other than 1, of a layer's heads, to which a change of their output projection comes down."""
     heads = anatomy.output_matrix(layer).detach().double()
     down, up = factors
     if (len(up), down.shape[1]) != (anatomy.d_model, anatomy.n_heads * anatomy.d_head):
         raise UserError(
-            f"The adapter {folder} changes {module} by a matrix of shape {(len(up), down.shape[1])}, but this model's "
+            f"The adapter {source} changes {module} by a matrix of shape {(len(up), down.shape[1])}, but this model's "
             f"has {(anatomy.d_model, anatomy.n_heads * anatomy.d_head)}; give the model that it was made for."
         )
     change = (up @ down).T.reshape(heads.shape)
     moved = torch.nan_to_num((change * heads).sum((1, 2)) / heads.square().sum((1, 2)))
     left = (change - moved[:, None, None] * heads).norm(dim=(1, 2))
     if (left > _ROUNDED * change.norm(dim=(1, 2))).any():
-        raise UserError(f"What the adapter {folder} adds to {module} is no scaling of this model's heads; {_MERGE}")
+        raise UserError(f"What the adapter {source} adds to {module} is no scaling of this model's heads; {_MERGE}")
     # Sums of products leave some noise.
     scales = [round(1 + change, 12) for change in moved.tolist()]
     return {(layer, head): scale for head, scale in enumerate(scales) if scale != 1}

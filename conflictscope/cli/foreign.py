@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from conflictscope.cli.inputs import layers_of
-from conflictscope.cli.options import DEFAULT_MODEL, MODEL_HELP, say
+from conflictscope.cli.options import DEFAULT_MODEL, MODEL_HELP, BlueprintOption, register_blueprint, say
 
 
 def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A control vector (GGUF), the folder of a PEFT adapter, or one that `conflictscope export` wrote."
+            help="A control vector or adapter (GGUF), the folder of a PEFT adapter, or one that `export` wrote."
         ),
     ],
     model: Annotated[str, typer.Option(help=f"The model that it is for. {MODEL_HELP}")] = DEFAULT_MODEL,
@@ -24,11 +24,13 @@ def import_(
     layers: Annotated[
         str | None, typer.Option(help="Layers whose changes are taken, for example 10-20; all by default.")
     ] = None,
+    blueprint: BlueprintOption = None,
 ) -> None:
     """Import directions or scaled heads that another program wrote, to measure them here."""
     from interp.models import load_checkpoint
     from interventions.foreign import imported
 
+    register_blueprint(blueprint)
     network, tokenizer = load_checkpoint(model)
     edit = imported(file, network, tokenizer, model=model, strength=strength, layers=layers_of(layers))
     edit.save(out)

@@ -63,6 +63,23 @@ def say(message: str) -> None:
     console.print(message, markup=False, soft_wrap=True, highlight=False)
 
 
+BlueprintOption = Annotated[
+    Path | None, _model_option(help="A JSON file that says what an architecture looks like that is not known here.")
+]
+
+
+def register_blueprint(path: Path | None) -> None:
+    """Make an architecture known from here on, if a file of one is given.
+
+    Raises:
+        UserError: If the file describes none.
+    """
+    if path is not None:
+        from interp.blueprints import register
+
+        register(path)
+
+
 @dataclass(frozen=True)
 class Model:
     """Which model a command loads, where, and in which dtype."""
@@ -84,16 +101,11 @@ class Model:
     batch_tokens: Annotated[
         int, _model_option(min=1, help="Tokens run together at most, padding included: the bound of memory.")
     ] = 8192
-    blueprint: Annotated[
-        Path | None, _model_option(help="A JSON file that says what an architecture looks like that is not known here.")
-    ] = None
+    blueprint: BlueprintOption = None
 
     def __post_init__(self) -> None:
         # Before anything is read: files of interventions are checked against the architecture.
-        if self.blueprint is not None:
-            from interp.blueprints import register
-
-            register(self.blueprint)
+        register_blueprint(self.blueprint)
 
     def load(self) -> Any:
         """Load the model with its tokenizer."""

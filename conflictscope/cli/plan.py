@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conflictscope.cli.doctor import memory as own_memory
-from conflictscope.cli.options import ModelArgument, say
+from conflictscope.cli.options import BlueprintOption, ModelArgument, register_blueprint, say
 from interp.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,22 +118,18 @@ def plan(
     model: ModelArgument,
     machine: Machine,
     prompts: Prompts,
-    blueprint: Annotated[
-        Path | None, typer.Option(help="A JSON file that says what an architecture looks like that is not known here.")
-    ] = None,
+    blueprint: BlueprintOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say from a model's configuration alone what commands take, and what fits.
 
     Nothing else of a model on the hub is downloaded. Memory is an estimate, in which prompts fill their batches.
     """
-    from interp.blueprints import register
     from interp.models import REGISTERED, is_cached, load_config
     from interp.plan import Shapes, weight_bytes
 
     size, memory = machine.itemsize, machine.bytes
-    if blueprint is not None:
-        register(blueprint)
+    register_blueprint(blueprint)
     if model in REGISTERED and not is_cached(model):
         say(f"{model} comes with its weights, which are fetched first.")
     config = load_config(model)

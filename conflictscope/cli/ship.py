@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.options import Form, ModelArgument, NamedModel, TrustOption, say
+from conflictscope.cli.options import (
+    BlueprintOption,
+    Form,
+    ModelArgument,
+    NamedModel,
+    TrustOption,
+    register_blueprint,
+    say,
+)
 from conflictscope.cli.verify import recorded
 from interp.errors import UserError
 
@@ -142,6 +150,7 @@ def export(
         ),
     ] = None,
     strength: StrengthOption = 1.0,
+    blueprint: BlueprintOption = None,
     form: Shipped,
 ) -> None:
     """Write an edit at one setting: as an intervention file, folded into the weights, or as an adapter."""
@@ -153,6 +162,7 @@ def export(
 
     settings = trust or []
     form.check(len(settings))
+    register_blueprint(blueprint)
     file = InterventionFile.load(config)
     one = settings[0] if settings else None
     if form.lora:

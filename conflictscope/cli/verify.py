@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,13 @@ def verify(
     api_key: Annotated[
         str | None, typer.Option(envvar="CONFLICTSCOPE_API_KEY", help="What the server wants as a bearer token.")
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="Ask llama.cpp too, with this base in GGUF; not in float32, its rounding shows as well."),
+    ] = None,
+    llama_python: Annotated[
+        Path, typer.Option(help="With --gguf: the interpreter that has llama-cpp-python; else this one.")
+    ] = Path(sys.executable),
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, one a line, instead of those that were recorded with the export.")
     ] = None,
@@ -47,6 +55,7 @@ def verify(
     Ends with exit code 1 if anything differs.
     """
     from interp.errors import UserError
+    from interventions.export.llama_cpp import LlamaCpp
     from interventions.export.server import Server
     from interventions.export.verify import edits_in, left_out, prompts_in, traps, verified
 
@@ -55,6 +64,7 @@ def verify(
     if not asked:
         raise UserError(f"{out} holds no prompts to ask; give some with --prompts.")
     server = None if url is None else Server(url, api_key)
+    llama = None if gguf is None else LlamaCpp(llama_python, gguf)
     name = base.model or edits[0].file.model.name
     model = replace(base, model=name).load()
     notes = {edit.name: list(traps(edit.folder)) for edit in edits if edit.is_adapter}
@@ -64,7 +74,7 @@ def verify(
     if server is None:
         for sentence in left_out(edits):
             say(sentence)
-    findings = list(verified(model, edits, asked, max_new_tokens=max_new_tokens, server=server))
+    findings = list(verified(model, edits, asked, max_new_tokens=max_new_tokens, server=server, llama=llama))
     if as_json:
         print(json.dumps({"notes": notes, "findings": [asdict(finding) for finding in findings]}, indent=2))  # noqa: T201
     else:

@@ -70,12 +70,18 @@ def _routes(engine: Engine) -> APIRouter:
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(engine.metrics.registry).decode())
 
-    since = int(time.time())
+    about = {"object": "model", "created": int(time.time()), "owned_by": "conflictscope"}
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        about = {"object": "model", "created": since, "owned_by": "conflictscope"}
         return {"object": "list", "data": [{"id": name, **about} for name in engine.models()]}
+
+    # Names may be paths.
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in engine.models():
+            raise HTTPException(404, f"There is no model {name[:200]!r}; GET /v1/models lists what there is.")
+        return {"id": name, **about}
 
     @routes.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Any:
@@ -168,7 +174,7 @@ def _chat_tokens(engine: Engine, messages: Sequence[Message], options: Mapping[s
     write = engine.tokenizer.apply_chat_template
     if taken := sorted(options.keys() & inspect.signature(write).parameters.keys()):
         raise UserError(f"chat_template_kwargs sets what templates use, not {taken[0]}; leave it out.")
-    turns = [message.model_dump() for message in messages]
+    turns = [message.model_dump(exclude_none=True) for message in messages]
     try:
         text = write(turns, tokenize=False, add_generation_prompt=True, **options)
     except (TemplateError, TypeError) as error:

@@ -183,6 +183,8 @@ class Message(_Object):
 
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
     content: Annotated[str, BeforeValidator(_joined)]
+    # Whoever speaks, where several speak in one role; most templates do not write it.
+    name: Annotated[str, Field(max_length=200)] | None = None
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]

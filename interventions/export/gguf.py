@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +78,9 @@ def write_gguf_adapter(
     import gguf
 
     name = architecture_name(model)
-    kind = next((kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
-    if kind is None:
+    names = _tensor_names(model)
+    if names is None:
         raise UserError(f"llama.cpp has no architecture {name!r}; export without --gguf, for engines that know it.")
-    names = gguf.get_tensor_name_map(kind, Anatomy(model).n_layers)
     writer = gguf.GGUFWriter(path, name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -97,6 +96,52 @@ def write_gguf_adapter(
     finish(writer)
 
 
+def read_gguf_adapter(model: nn.Module, path: Path, file: Gguf) -> dict[str, tuple[Tensor, Tensor]]:
+    """What llama.cpp multiplies and adds for a LoRA adapter at scale 1.
+
+    Args:
+        model: The base: a transformers model or a ``TransformerBridge``.
+        path: The file, to name it.
+        file: What it says.
+
+    Returns:
+        By module path, A ``(r, d_in)`` and B ``(d_out, r)`` times alpha over the rank.
+
+    Raises:
+        UserError: If it is no adapter in float32, or has a tensor for which this model has no module.
+    """
+    about = file.metadata
+    if (about.get("general.type"), about.get("adapter.type")) != ("adapter", "lora"):
+        raise UserError(f"{path} is no LoRA adapter; give one, or a control vector.")
+    alpha = about.get("adapter.lora.alpha")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{path} says no alpha; write or fetch it again.")
+    names = _tensor_names(model)
+    modules = (
+        {} if names is None else {names.get_name(name): name for name, _ in transformers_model(model).named_modules()}
+    )
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in sorted({name.rpartition(".lora_")[0] for name in file.tensors}):
+        down, up = (file.tensors.get(f"{name}.lora_{factor}") for factor in "ab")
+        module = modules.get(name.removesuffix(".weight"))
+        if module is None:
+            raise UserError(f"{path} changes {name[:100]!r}, which this model does not have; give its base.")
+        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1] or not len(down):
+            raise UserError(f"{path} has no two float32 factors of {name[:100]!r}; write or fetch it again.")
+        # Without an alpha llama.cpp adds the whole product.
+        found[module] = (down, up * (alpha / len(down) if alpha else 1.0))
+    return found
+
+
+def _tensor_names(model: nn.Module) -> Any:
+    """What llama.cpp calls a model's modules, by transformers' names; ``None`` if it does not have the architecture."""
+    import gguf
+
+    name = architecture_name(model)
+    kind = next((kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
+    return None if kind is None else gguf.get_tensor_name_map(kind, Anatomy(model).n_layers)
+
+
 def finish(writer: Any) -> None:
     """Write what a writer of the gguf package was given."""
     writer.write_header_to_file()
@@ -105,12 +150,12 @@ def finish(writer: Any) -> None:
     writer.close()
 
 
-def read_gguf(path: str | Path, architecture: str) -> Gguf:
+def read_gguf(path: str | Path, *architectures: str) -> Gguf:
     """Read a GGUF file.
 
     Args:
         path: The file.
-        architecture: What its ``general.architecture`` must be; of other files no tensors are read.
+        architectures: What its ``general.architecture`` may be; of other files no tensors are read.
 
     Raises:
         UserError: If it cannot be read, is damaged, or is of another architecture.
@@ -119,7 +164,7 @@ def read_gguf(path: str | Path, architecture: str) -> Gguf:
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file; give the path of a GGUF file.")
         with Path(path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _read(path, _Reader(content), architecture)
+            return _read(path, _Reader(content), architectures)
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror or error}; check the path.") from error
     except UserError:
@@ -130,7 +175,7 @@ def read_gguf(path: str | Path, architecture: str) -> Gguf:
         ) from error
 
 
-def _read(path: str | Path, reader: _Reader, architecture: str) -> Gguf:
+def _read(path: str | Path, reader: _Reader, architectures: Sequence[str]) -> Gguf:
     if bytes(reader.take(4)) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version = reader.number("I")
@@ -142,8 +187,9 @@ def _read(path: str | Path, reader: _Reader, architecture: str) -> Gguf:
         key = reader.text()
         if (value := reader.value(reader.number("I"))) is not None:
             metadata[key] = value
-    if (found := metadata.get("general.architecture")) != architecture:
-        raise UserError(f"{path} is a GGUF file of {str(found)[:100]!r}, not of {architecture!r}; give another file.")
+    if (found := metadata.get("general.architecture")) not in architectures:
+        wanted = " or ".join(map(repr, dict.fromkeys(architectures)))
+        raise UserError(f"{path} is a GGUF file of {str(found)[:100]!r}, not of {wanted}; give another file.")
     described = [reader.described() for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from interp.anatomy import Anatomy, transformers_model
 from interp.errors import UserError
 from interp.files import read_json
 from interp.generation import gathered_logits, generated, next_logits
@@ -30,7 +32,8 @@ from interp.models import load_model
 from interventions.base import applied
 from interventions.config import DOCUMENT, UNEDITED, InterventionFile
 from interventions.export.card import PROMPTS
-from interventions.export.gguf import read_gguf
+from interventions.export.gguf import architecture_name, read_gguf, read_gguf_adapter
+from interventions.export.llama_cpp import LlamaCpp, Run
 from interventions.export.lora import CONFIG, GGUF, TENSORS, VLLM_RANKS, vllm_rank
 from interventions.export.server import Server
 from interventions.export.vectors import ARCHITECTURE, CONTROL_VECTOR, DIRECTION
@@ -177,8 +180,6 @@ def left_out(edits: Sequence[Edit]) -> Iterator[str]:
             )
     if any(edit.is_adapter for edit in edits) and not _has_peft():
         yield "PEFT is not installed, so that only weights are compared: pip install 'conflictscope[adapters]'"
-    if any((edit.folder / GGUF).is_file() for edit in edits):
-        yield f"{GGUF} is read by llama.cpp alone, and is not compared here."
 
 
 def _has_peft() -> bool:
@@ -232,39 +233,77 @@ def compared(engine: str, edit: str, prompts: Sequence[str], truth: Answers, fou
     return Finding(engine, edit, largest, len(rows) - len(differing), differing)
 
 
-@contextmanager
-def added(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Add what an adapter's files say to the weights of a model, and its biases, for the length of a ``with`` block.
+class Change(NamedTuple):
+    """What an adapter adds to a linear map.
+
+    Attributes:
+        weight: To the weight, in the shape that the module keeps it in.
+        bias: To what the map gives, ``(d_out,)``; ``None`` adds nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def adapter_changes(folder: Path) -> dict[str, Change]:
+    """What the files of an adapter say that is added, by module path.
 
     Raises:
-        UserError: If the adapter changes a module that the model does not have, or has another shape.
+        UserError: If they cannot be read, or are no pairs of factors.
     """
     config, tensors = read_adapter(folder)
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"{folder / CONFIG} has no numbers for lora_alpha and r; export the adapter again.")
     scale = alpha / rank
+    found: dict[str, Change] = {}
+    for path in sorted(set(_modules(tensors))):
+        down, up = (tensors.get(f"base_model.model.{path}.lora_{factor}.weight") for factor in "AB")
+        if down is None or up is None:
+            raise UserError(f"The adapter has one of two factors of {path}; export it again.")
+        down, up = down.float(), up.float()
+        if not up.ndim == down.ndim == 2 or up.shape[1] != len(down):
+            raise UserError(f"The two factors of {path} do not fit each other; export the adapter again.")
+        weight = scale * (up @ down)
+        bias = tensors.get(f"base_model.model.{path}{_BIAS}")
+        moved = None if bias is None else scale * bias
+        found[path] = Change(weight.T if config.get("fan_in_fan_out") else weight, moved)
+    return found
+
+
+def gguf_changes(model: nn.Module, path: Path) -> dict[str, Change]:
+    """What an adapter in a GGUF file says that is added, as llama.cpp counts it, by module path.
+
+    Raises:
+        UserError: If it cannot be read, or is for another model.
+    """
+    network = transformers_model(model)
+    factors = read_gguf_adapter(network, path, read_gguf(path, architecture_name(network)))
+    changes = {name: up @ down for name, (down, up) in factors.items()}
+    return {name: Change(change.T if Anatomy(network).transposed else change) for name, change in changes.items()}
+
+
+@contextmanager
+def added(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Add to the weights of a model, and to what its linear maps give, for the length of a ``with`` block.
+
+    Raises:
+        UserError: If a module is not there, or has another shape.
+    """
     before: dict[str, Tensor] = {}
     hooks = []
     modules = dict(model.named_modules())
     with torch.no_grad():
         try:
-            for path in sorted(set(_modules(tensors))):
+            for path, change in changes.items():
                 weight: Any = getattr(modules.get(path), "weight", None)
-                down, up = (tensors.get(f"base_model.model.{path}.lora_{factor}.weight") for factor in "AB")
-                if down is None or up is None:
-                    raise UserError(f"The adapter has one of two factors of {path}; export it again.")
-                down, up = down.float(), up.float()
-                fits = up.ndim == down.ndim == 2 and up.shape[1] == len(down)
-                change = scale * (up @ down) if fits else up
-                change = change.T if config.get("fan_in_fan_out") else change
-                if not fits or weight is None or weight.shape != change.shape:
+                if weight is None or weight.shape != change.weight.shape:
                     raise UserError(f"The adapter changes {path}, which this model does not have so; give its base.")
                 before[path] = weight.detach().clone()
-                weight.copy_(weight.float() + change.to(weight.device))
-                if (bias := tensors.get(f"base_model.model.{path}{_BIAS}")) is not None:
+                weight.copy_(weight.float() + change.weight.to(weight.device))
+                if change.bias is not None:
                     # The map may have no bias that could be added to.
-                    hooks.append(modules[path].register_forward_hook(_adding(scale * bias.to(weight))))
+                    hooks.append(modules[path].register_forward_hook(_adding(change.bias.to(weight))))
             yield
         finally:
             for hook in hooks:
@@ -321,6 +360,34 @@ def by_server(
         yield f"server, {min(_AT_ONCE, len(rows))} at once", name, Answers([found[name, prompt] for prompt in prompts])
 
 
+def by_llama_cpp(
+    model: Any, llama: LlamaCpp, edits: Sequence[Edit], prompts: Sequence[str], max_new_tokens: int
+) -> Iterator[tuple[str, str, Answers]]:
+    """Answer with llama.cpp: without an edit, and with each that has a GGUF file.
+
+    Yields:
+        As ``by_peft``.
+    """
+    runs = {UNEDITED: Run(), **{edit.name: run for edit in edits if (run := _run(edit)) is not None}}
+    tokenizer = tokenizer_of(model)
+    tokens = token_ids(tokenizer, prompts)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    logits, sequences = llama.asked(list(runs.values()), tokens, max_new_tokens, n_layers=Anatomy(model).n_layers)
+    for name, first, answered in zip(runs, logits, sequences, strict=True):
+        whole = [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in answered]
+        yield "llama.cpp", name, Answers(tokenizer.batch_decode(whole, skip_special_tokens=True), first)
+
+
+def _run(edit: Edit) -> Run | None:
+    """How llama.cpp is given an edit; ``None`` if it has no file for llama.cpp."""
+    if (edit.folder / GGUF).is_file():
+        return Run(adapter=edit.folder / GGUF)
+    if (edit.folder / CONTROL_VECTOR).is_file():
+        return Run(directions={part.layer: part.vector for part in _directions(edit.folder / CONTROL_VECTOR)})
+    return None
+
+
 def verified(
     model: Any,
     edits: Sequence[Edit],
@@ -328,6 +395,7 @@ def verified(
     *,
     max_new_tokens: int,
     server: Server | None = None,
+    llama: LlamaCpp | None = None,
 ) -> Iterator[Finding]:
     """Compare exported edits with hooks, engine after engine.
 
@@ -337,9 +405,10 @@ def verified(
         prompts: What to ask.
         max_new_tokens: Longest answer, in tokens.
         server: A running server that serves the edits, to be asked instead of what can be loaded here.
+        llama: A llama.cpp and its base, to be asked too.
 
     Raises:
-        UserError: If an edit is for another model, cannot be read, or the server does not answer.
+        UserError: If an edit is for another model, cannot be read, or the server or llama.cpp does not answer.
     """
     truth = {edit.name: expected(model, edit, prompts, max_new_tokens) for edit in edits}
     truth[UNEDITED] = answers(model, prompts, max_new_tokens)
@@ -347,7 +416,8 @@ def verified(
         found: Iterator[tuple[str, str, Answers]] = by_server(server, edits, prompts, max_new_tokens)
     else:
         found = _loaded(model, edits, prompts, max_new_tokens)
-    for engine, name, answered in found:
+    asked = iter(()) if llama is None else by_llama_cpp(model, llama, edits, prompts, max_new_tokens)
+    for engine, name, answered in chain(found, asked):
         yield compared(engine, name, prompts, truth[name], answered)
 
 
@@ -358,8 +428,11 @@ def _loaded(
     adapters = [edit for edit in edits if edit.is_adapter]
     for edit in edits:
         if edit.is_adapter:
-            with added(model, edit.folder):
+            with added(model, adapter_changes(edit.folder)):
                 yield "weights of the adapter", edit.name, answers(model, prompts, max_new_tokens)
+            if (edit.folder / GGUF).is_file():
+                with added(model, gguf_changes(model, edit.folder / GGUF)):
+                    yield f"weights of {GGUF}", edit.name, answers(model, prompts, max_new_tokens)
         elif (edit.folder / CONTROL_VECTOR).is_file():
             with applied(model, *_directions(edit.folder / CONTROL_VECTOR)):
                 yield "numbers of the control vector", edit.name, answers(model, prompts, max_new_tokens)

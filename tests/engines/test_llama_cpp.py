@@ -5,14 +5,11 @@ environment with llama-cpp-python. The model is written here as a GGUF file in f
 is asked for token ids.
 """
 
-import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -23,8 +20,10 @@ from interp.models import load_model
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial
+from interventions.export.llama_cpp import LlamaCpp, Run
 from interventions.export.lora import GGUF, write_adapters
 from interventions.export.vectors import CONTROL_VECTOR, write_vectors
+from interventions.export.verify import edits_in, verified
 from interventions.heads import HeadScaling, ScaledHead
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -85,22 +84,10 @@ def write_model(model, path):
 
 
 @pytest.fixture(scope="module")
-def ask(model, prompts, tmp_path_factory):
-    """Asks llama.cpp: the next logits ``(runs, prompts, d_vocab)``, and greedy tokens ``(runs, prompts, tokens)``."""
+def llama(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     write_model(model, folder / "model.gguf")
-
-    def asked(runs, tokens, some=None):
-        job = {"model": str(folder / "model.gguf"), "prompts": prompts[:some], "tokens": tokens, "runs": runs}
-        (folder / "job.json").write_text(json.dumps(job))
-        script = Path(__file__).with_name("ask_llama_cpp.py")
-        command = [PYTHON, script, folder / "job.json", folder / "found.npz"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = np.load(folder / "found.npz")
-        return torch.tensor(found["logits"]), found["tokens"].tolist()
-
-    return asked
+    return LlamaCpp(Path(PYTHON), folder / "model.gguf")
 
 
 def hooked(model, prompts, *edits):
@@ -131,20 +118,20 @@ def adapters(model, tmp_path_factory):
         MODEL, saved(model, DIAL), folder / "dial", name="dial", trusts=[1.0, 0.5, -1.0, 0.0], gguf=True
     )
     (pruned,) = write_adapters(MODEL, saved(model, PRUNED), folder / "pruned", name="pruned", gguf=True)
-    return {path.name: str(path / GGUF) for path in (*dials, pruned)}
+    return {path.name: path / GGUF for path in (*dials, pruned)}
 
 
-def test_adapters_do_what_hooks_do(model, prompts, adapters, ask):
+def test_adapters_do_what_hooks_do(model, prompts, adapters, llama):
     """Each alone; half a dial by its file and by the scale that a request asks for; and a dial at rest."""
     runs = {
-        "none": ({}, ()),
-        "pruned": ({"lora": adapters["pruned"], "scale": 1.0}, (PRUNED,)),
-        "dial@-1": ({"lora": adapters["dial@-1"], "scale": 1.0}, (DIAL.at(-1.0),)),
-        "dial@0.5": ({"lora": adapters["dial@0.5"], "scale": 1.0}, (DIAL.at(0.5),)),
-        "dial@1, scale 0.5": ({"lora": adapters["dial@1"], "scale": 0.5}, (DIAL.at(0.5),)),
-        "dial@0": ({"lora": adapters["dial@0"], "scale": 1.0}, ()),
+        "none": (Run(), ()),
+        "pruned": (Run(adapters["pruned"]), (PRUNED,)),
+        "dial@-1": (Run(adapters["dial@-1"]), (DIAL.at(-1.0),)),
+        "dial@0.5": (Run(adapters["dial@0.5"]), (DIAL.at(0.5),)),
+        "dial@1, scale 0.5": (Run(adapters["dial@1"], 0.5), (DIAL.at(0.5),)),
+        "dial@0": (Run(adapters["dial@0"]), ()),
     }
-    logits, tokens = ask([run for run, _ in runs.values()], TOKENS)
+    logits, tokens = llama.asked([run for run, _ in runs.values()], prompts, TOKENS, n_layers=LAYERS)
     plain, _ = hooked(model, prompts)
     for number, (name, (_, edits)) in enumerate(runs.items()):
         expected, greedy = hooked(model, prompts, *edits)
@@ -155,7 +142,7 @@ def test_adapters_do_what_hooks_do(model, prompts, adapters, ask):
         assert not edits or (plain - expected).abs().max() > 1
 
 
-def test_a_direction_acts_after_the_block_that_its_tensor_names(model, prompts, ask, tmp_path):
+def test_a_direction_acts_after_the_block_that_its_tensor_names(model, prompts, llama, tmp_path):
     """Also after the last block; next to it, it does something else."""
     vector = 2 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     runs, edits = [], []
@@ -163,16 +150,25 @@ def test_a_direction_acts_after_the_block_that_its_tensor_names(model, prompts, 
         edits.append([Steering(layer, vector.roll(layer), 1.0, "all") for layer in layers])
         out = tmp_path / str(layers)
         write_vectors(MODEL, saved(model, *edits[-1]), out, form="gguf")
-        # As llama.cpp's common_control_vector_load puts them: no row for layer 0.
-        values = np.zeros((LAYERS - 1, WIDTH), np.float32)
-        for tensor in gguf.GGUFReader(out / CONTROL_VECTOR).tensors:
-            values[int(tensor.name.removeprefix("direction.")) - 1] = tensor.data
-        np.save(out / "rows.npy", values)
-        runs.append({"vector": str(out / "rows.npy"), "layers": [1, LAYERS]})
-    logits, _ = ask(runs, 1, 4)
+        tensors = gguf.GGUFReader(out / CONTROL_VECTOR).tensors
+        runs.append(
+            Run(directions={int(one.name.removeprefix("direction.")): torch.tensor(one.data) for one in tensors})
+        )
+    logits, _ = llama.asked(runs, prompts[:4], 1, n_layers=LAYERS)
     for found, edit in zip(logits, edits, strict=True):
         expected, _ = hooked(model, prompts[:4], *edit)
         before, _ = hooked(model, prompts[:4], *(Steering(e.layer - 1, e.vector, 1.0, "all") for e in edit))
         print(f"{(found - expected).abs().max():.1e}, a layer earlier {(before - expected).abs().max():.1f}")  # noqa: T201
         assert (found - expected).abs().max() < 1e-3
         assert (before - expected).abs().max() > 0.1
+
+
+def test_verify_asks_llama_cpp(model, llama, adapters, tmp_path):
+    """By the command's own way: adapters and a control vector, alone and without an edit."""
+    direction = Steering(12, torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)), 1.0, "all")
+    write_vectors(MODEL, saved(model, direction), tmp_path / "vector", form="gguf", prompts=recorded(None)[:4])
+    edits = [*edits_in(adapters["dial@1"].parents[1]), *edits_in(tmp_path / "vector")]
+    findings = verified(model, edits, recorded(None)[:4], max_new_tokens=TOKENS, llama=llama)
+    found = {finding.edit: finding for finding in findings if finding.engine == "llama.cpp"}
+    assert found.keys() == {"none", "vector", "dial@1", "dial@0.5", "dial@-1", "dial@0"}
+    assert all(finding.holds and finding.logits is not None and finding.equal == 4 for finding in found.values())

@@ -16,11 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interp.anatomy import Anatomy
 from interp.errors import UserError
 from interp.inputs import encode
 from interventions.base import applied
 from interventions.config import InterventionFile
 from interventions.dial import DialScale, TrustDial
+from interventions.export.gguf import finish
 from interventions.export.lora import write_adapters
 from interventions.export.vectors import write_vectors
 from interventions.foreign import imported
@@ -111,16 +113,69 @@ def test_exported_directions_are_the_same_when_they_are_imported(tiny_directorie
     assert found.model.name == "llama"
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter.gguf"])
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
-def test_exported_heads_are_found_by_the_weights(tiny_directories, tmp_path, take, architecture):
+def test_exported_heads_are_found_by_the_weights(tiny_directories, tmp_path, take, architecture, file):
     folder = tiny_directories[architecture]
     edits = (HeadScaling.of([(0, 0), (1, 2)], 0.0), DIAL.at(0.4))
-    write_adapters(str(folder), file_of(folder, *edits), tmp_path / "out", name="edit")
-    (found,) = take(tmp_path / "out" / "adapter_config.json", architecture).build()
+    write_adapters(str(folder), file_of(folder, *edits), tmp_path / "out", name="edit", gguf=True)
+    (found,) = take(tmp_path / "out" / file, architecture).build()
     assert found.head_scales == pytest.approx(
         {(0, 0): 0.0, (0, 1): 1.4, (1, 2): 0.0, (2, 0): 0.72, (2, 3): 0.2}, abs=1e-6
     )
     assert found.head_scales[1, 2] == 0
+
+
+@pytest.mark.parametrize("alpha", [2.0, 0.5, 0.0])
+def test_the_alpha_of_an_adapter_for_llama_cpp_counts_as_there(tiny_plain, tmp_path, take, alpha):
+    """Over the rank; where it is 0, the whole product is added. Written as llama.cpp's converter does."""
+    heads = Anatomy(tiny_plain("llama")).output_matrix(1).detach().numpy()
+    writer = gguf_adapter(tmp_path / "adapter.gguf", alpha)
+    # Rank 8: what head 2 reads, and its output matrix.
+    writer.add_tensor("blk.1.attn_output.weight.lora_a", np.eye(32, dtype=np.float32)[16:24])
+    writer.add_tensor("blk.1.attn_output.weight.lora_b", np.ascontiguousarray(heads[2].T))
+    finish(writer)
+    (found,) = take(tmp_path / "adapter.gguf").build()
+    assert found.head_scales == pytest.approx({(1, 2): 1 + (alpha / 8 if alpha else 1)}, abs=1e-6)
+
+
+def gguf_adapter(path, alpha=8.0, *, kind="adapter"):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.type", kind)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "tensors", "sentence"),
+    [
+        ("model", 8.0, {}, "no LoRA adapter"),
+        ("adapter", math.nan, {}, "says no alpha"),
+        ("adapter", 8.0, {"blk.9.attn_output.weight.lora_a": (8, 32)}, "which this model does not have"),
+        ("adapter", 8.0, {"blk.1.attn_output.weight.lora_a": (8, 32)}, "no two float32 factors"),
+        (
+            "adapter",
+            8.0,
+            {"blk.1.ffn_down.weight.lora_a": (8, 64), "blk.1.ffn_down.weight.lora_b": (32, 8)},
+            "no edit of heads",
+        ),
+        (
+            "adapter",
+            8.0,
+            {"blk.1.attn_output.weight.lora_a": (8, 32), "blk.1.attn_output.weight.lora_b": (32, 8)},
+            "no scaling of this model's heads",
+        ),
+        ("adapter", 8.0, {}, "changes nothing"),
+    ],
+)
+def test_an_adapter_for_llama_cpp_that_is_none_of_heads_is_refused(tmp_path, take, kind, alpha, tensors, sentence):
+    writer = gguf_adapter(tmp_path / "adapter.gguf", alpha, kind=kind)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    finish(writer)
+    with pytest.raises(UserError, match=sentence):
+        take(tmp_path / "adapter.gguf")
 
 
 def test_an_adapter_in_half_precision_is_found_by_the_weights(tiny_directories, tmp_path, take):
@@ -233,7 +288,8 @@ def test_the_names_that_repeng_and_llama_cpp_give_an_architecture_are_known(tmp_
         (rows("direction.1", "direction.01"), {}, "two directions for layer 1"),
         (rows("blk.0.ffn_up.weight"), {}, "not direction.N"),
         (rows(1), {"hint": "qwen2"}, "made for a model of type 'qwen2', but this is of type 'llama'"),
-        (rows(1), {"architecture": "llama"}, "GGUF file of 'llama', not of 'controlvector'"),
+        (rows(1), {"architecture": "llama"}, "no LoRA adapter; give one, or a control vector"),
+        (rows(1), {"architecture": "qwen2"}, "GGUF file of 'qwen2', not of 'controlvector' or 'llama'"),
     ],
 )
 def test_a_control_vector_that_does_not_fit_is_refused(tmp_path, take, directions, options, message):

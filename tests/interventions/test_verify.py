@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -15,6 +17,7 @@ from interp.errors import UserError
 from interp.models import load_model
 from interventions.bake import write_folded
 from interventions.config import InterventionFile
+from interventions.export.llama_cpp import LlamaCpp
 from interventions.export.lora import write_adapters
 from interventions.export.server import Server
 from interventions.export.vectors import write_vectors
@@ -113,6 +116,37 @@ def test_a_wrong_number_is_found_and_the_others_hold(model, exported):
     assert findings["PEFT", "dial@1"].logits == pytest.approx(wrong.logits, rel=1e-3)
     assert findings["checkpoint", "baked"].holds
     assert findings["PEFT", "dial@-0.5"].holds
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_what_llama_cpp_reads_is_compared_by_its_numbers(tiny_directories, tmp_path, architecture):
+    folder = str(tiny_directories[architecture])
+    model: Any = load_model(folder, device="cpu", attention=None)
+    file = InterventionFile.of([DIAL], name="dial", model=ModelIdentity.of(model, folder, model.tokenizer))
+    write_adapters(folder, file, tmp_path / "out", name="dial", trusts=[1.0, -0.5], prompts=PROMPTS, gguf=True)
+    findings = found(model, tmp_path / "out")
+    assert findings["weights of adapter.gguf", "dial@1"].holds
+    assert findings["weights of adapter.gguf", "dial@-0.5"].holds
+    shutil.copy(tmp_path / "out" / "dial@1" / "adapter.gguf", tmp_path / "out" / "dial@-0.5" / "adapter.gguf")
+    findings = found(model, tmp_path / "out")
+    assert not findings["weights of adapter.gguf", "dial@-0.5"].holds
+    assert findings["weights of the adapter", "dial@-0.5"].holds
+
+
+@pytest.mark.parametrize(
+    ("python", "base", "sentence"),
+    [
+        ("no python", True, "Could not run no python"),
+        (sys.executable, True, "has no llama_cpp; pip install llama-cpp-python"),
+        (sys.executable, False, "is not a file; give the base model in GGUF"),
+    ],
+)
+def test_a_llama_cpp_that_is_not_there_is_one_sentence(model, exported, tmp_path, python, base, sentence):
+    path = tmp_path / "base.gguf"
+    if base:
+        path.write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=sentence):
+        list(verified(model, edits_in(exported), PROMPTS, max_new_tokens=1, llama=LlamaCpp(Path(python), path)))
 
 
 def test_an_adapter_of_another_base_is_refused(exported, tiny_directories):

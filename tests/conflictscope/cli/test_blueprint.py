@@ -11,7 +11,10 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, NemotronConfig, Nemotr
 from interp.anatomy import BLUEPRINTS
 from interp.attribution.scores import HeadScores
 from interp.errors import Caution
-from interp.models import save_checkpoint
+from interp.models import load_model, save_checkpoint
+from interventions.config import InterventionFile
+from interventions.heads import HeadScaling
+from interventions.identity import ModelIdentity
 from tests.conflictscope.cli import test_cli
 from tests.conflictscope.cli.test_cli import assert_one_sentence
 from tests.tiny import tiny_conflicts, tiny_tokenizer
@@ -48,6 +51,29 @@ def test_a_model_of_an_unknown_architecture_is_attributed_with_its_blueprint(run
     scores = HeadScores.load(tmp_path / "heads.parquet").values
     assert scores.shape[1:] == (3, 4)
     torch.testing.assert_close(HeadScores.load(tmp_path / "proposed.parquet").values, scores)
+
+
+def test_an_edit_of_an_unknown_architecture_is_exported_and_imported_with_its_blueprint(run, tmp_path):
+    saved_neo(tmp_path / "neo")
+    run("doctor", tmp_path / "neo", "--out", tmp_path / "neo.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Caution)
+        model = load_model(str(tmp_path / "neo"), device="cpu")
+        identity = ModelIdentity.of(model, str(tmp_path / "neo"), model.tokenizer)
+    edit = HeadScaling.of([(1, 2)], 0.0)
+    InterventionFile.of([edit], name="edit", model=identity).save(tmp_path / "edit.json")
+    del BLUEPRINTS["GPTNeoForCausalLM"]
+    given = ("--blueprint", tmp_path / "neo.json")
+    code, _, error = run("export", tmp_path / "neo", tmp_path / "edit.json", tmp_path / "lora", "--lora", *given)
+    assert code == 0, error
+    assert "proposed" not in error
+    (tmp_path / "lora" / "intervention.json").unlink()
+    del BLUEPRINTS["GPTNeoForCausalLM"]
+    found = ("--out", tmp_path / "found.json", *given)
+    code, _, error = run("import", tmp_path / "lora", "--model", tmp_path / "neo", *found)
+    assert code == 0, error
+    assert "proposed" not in error
+    assert list(InterventionFile.load(tmp_path / "found.json").build()) == [edit]
 
 
 def test_doctor_writes_the_blueprint_of_an_unknown_architecture_and_says_how_well_it_fits(run, tmp_path):

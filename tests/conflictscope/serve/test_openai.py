@@ -146,6 +146,20 @@ def test_models_are_listed(client):
     assert [model.id for model in found][:3] == ["tiny", "tiny:none", "tiny:heads"]
     assert {(model.object, model.owned_by) for model in found} == {("model", "conflictscope")}
     assert all(model.created > 1.7e9 for model in found)
+    assert client.models.retrieve("tiny:heads") == found[2]
+    with pytest.raises(openai.NotFoundError, match="no model 'large/one'; GET /v1/models lists"):
+        client.models.retrieve("large/one")
+
+
+def test_a_speaker_is_told_to_templates_that_write_one(client, engine, answer, monkeypatch):
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 4}
+    named = [{"role": "user", "content": "Rome?", "name": "Ada"}, {"role": "user", "content": "Lima?"}]
+    found = client.chat.completions.create(**asked, messages=named)
+    assert found.choices[0].message.content == answer("user: Rome?\nuser: Lima?\nassistant:", "heads", tokens=4)
+    template = "{% for m in messages %}{{ m.name if 'name' in m else m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    found = client.chat.completions.create(**asked, messages=named)
+    assert found.choices[0].message.content == answer("Ada: Rome?\nuser: Lima?\nassistant:", "heads", tokens=4)
 
 
 def test_what_is_refused_is_an_error_of_the_package(client):
