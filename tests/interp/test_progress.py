@@ -37,11 +37,39 @@ def test_a_bar_without_a_label_or_turned_off_is_not_shown(terminal, monkeypatch,
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_is_written_where_there_is_no_terminal(monkeypatch, capsys):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No terminal, and the time in seconds: what stands in the list."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
+    now = [0.0]
+    monkeypatch.setattr("interp.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("interp.progress._Lines.last", 0.0)
+    return now
+
+
+def test_short_work_says_nothing_where_there_is_no_terminal(clock, capsys):
     list(tracked("abc", "Letters"))
     assert capsys.readouterr().err == ""
+
+
+def test_long_work_says_in_lines_how_far_it_is_where_there_is_no_terminal(clock, capsys):
+    for clock[0], letter in zip((0, 20, 31, 40, 61.5), tracked("abcde", "Letters [a/b]"), strict=True):
+        assert letter in "abcde"
+    with counted("Waiting"):
+        clock[0] = 200
+    with counted("Waiting still"):
+        clock[0] = 300
+    with counted("More", 7, done=2) as advance:
+        advance(1)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "Letters [a/b]: 3 of 5",
+        "Letters [a/b]: 5 of 5",
+        "Waiting still",
+        "More: 2 of 7",
+    ]
+    assert not shown.out
 
 
 def test_what_a_bar_would_say_is_logged(monkeypatch, caplog):
