@@ -8,7 +8,6 @@ asked as it is and through the model's chat template. What was asked is kept, so
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ from interp.attribution.examples import with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
 from interp.attribution.scores import HeadScores
 from interp.attribution.ways import agreement
-from interp.conflicts import CONTEXT_KINDS, ConflictSet, evenly
+from interp.conflicts import CONTEXT_KINDS, ConflictSet, about_some, evenly
 from interp.evaluation import ANSWERS_VERSION, UsageReport, measure_usage
 from interp.facts import STUDY_PHRASINGS, usable_facts
 from interp.files import write_text
@@ -53,17 +52,10 @@ _SCORED, _HEADS = 96, 4
 
 def sets(folder: Path, known: ConflictSet, seed: int) -> Iterator[tuple[str, ConflictSet | None]]:
     """The title and the prompts of each set; ``None`` where its file is missing."""
-    yield "facts, four relations", drawn(known.select(split="test", templates=STUDY_PHRASINGS), 60, seed)
+    yield "facts, four relations", about_some(known.select(split="test", templates=STUDY_PHRASINGS), 60, seed)
     for title, format, name, count in SETS:
         path = folder / name
-        yield title, drawn(load_dataset(path, format, seed=seed).conflicts, count, seed) if path.exists() else None
-
-
-def drawn(conflicts: ConflictSet, count: int, seed: int) -> ConflictSet:
-    """All prompts about so many subjects, drawn at random."""
-    subjects = conflicts.subjects
-    chosen = set(random.Random(seed).sample(subjects, min(count, len(subjects))))
-    return ConflictSet(conflicts.name, tuple(example for example in conflicts if example.subject in chosen))
+        yield title, about_some(load_dataset(path, format, seed=seed).conflicts, count, seed) if path.exists() else None
 
 
 def measured(model: nn.Module, asked: ConflictSet, form: str, title: str, records: Records) -> UsageReport:

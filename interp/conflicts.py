@@ -246,6 +246,13 @@ def evenly(examples: Iterable[ConflictExample], count: int, seed: int) -> list[C
     return chosen
 
 
+def about_some(conflicts: ConflictSet, count: int, seed: int) -> ConflictSet:
+    """All examples about ``count`` subjects at most, drawn at random."""
+    subjects = conflicts.subjects
+    chosen = set(random.Random(seed).sample(subjects, min(count, len(subjects))))
+    return ConflictSet(conflicts.name, tuple(example for example in conflicts if example.subject in chosen))
+
+
 def json_line(example: ConflictExample) -> bytes:
     """The line of a file of conflict data that holds this example, as UTF-8.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -31,9 +32,13 @@ from interp.facts import (
     build_conflicts,
     closed_book_prompt,
     known_facts,
+    relation_named,
     relations,
+    usable_facts,
 )
+from interp.fingerprints import fingerprint
 from interp.generation import continue_greedily
+from interp.models import cache_directory
 from interp.records import Records
 
 KNOWN_VERSION = 1
@@ -126,6 +131,29 @@ def kept_known_facts(
         subjects = records.json(f"known-{relation}", depends_on, ask, version=(KNOWN_VERSION, ANSWERS_VERSION))
         known[relation] = tuple(fact for fact in some if fact.subject in subjects)
     return known
+
+
+def remembered_facts(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[Fact, ...]]:
+    """Those facts of some relations that the model knows; what it said is kept in the user's cache directory.
+
+    Args:
+        model: The model, or a bridge around it.
+        names: The relations.
+
+    Raises:
+        UserError: If a relation is not known.
+    """
+    known, prints = {}, fingerprint(model)
+    for name in names:
+        # The tables' questions may be put in other words some day.
+        asked = [closed_book_prompt(relation_named(name), "", family) for family in SEEN_PHRASINGS]
+        records = Records(_cache(), model=prints, asked=asked)
+        known |= kept_known_facts(model, {name: usable_facts(name)}, records)
+    return known
+
+
+def _cache() -> Path:
+    return cache_directory() / "known"
 
 
 def conflicts_about_known(

@@ -48,6 +48,14 @@ def this_cpu_multiplies_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def what_models_know_is_kept_for_one_test(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leave the cache of whoever runs the tests alone."""
+    monkeypatch.setattr("interp.known._cache", cache(lambda: tmp_path_factory.mktemp("known")))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def shared_models_are_left_as_they_were() -> Iterator[None]:
     yield

@@ -7,13 +7,6 @@ from docs import data_sets
 from interp.evaluation import UsageReport
 
 
-def test_all_prompts_of_so_many_subjects_are_drawn(capital_conflicts):
-    some = data_sets.drawn(capital_conflicts, 3, seed=0)
-    assert len(some.subjects) == 3
-    assert [e.id for e in some] == [e.id for e in capital_conflicts if e.subject in some.subjects]
-    assert data_sets.drawn(capital_conflicts, 10_000, seed=0).examples == capital_conflicts.examples
-
-
 def report(*usages: tuple[str, str, str]) -> UsageReport:
     rows = [
         {"id": str(n), "subject": str(n), "relation": "r", "template": template, "kind": kind, "usage": usage}

@@ -26,6 +26,9 @@ def evaluate(
         list[Path] | None, typer.Option("--config", help="Intervention file to apply; repeatable, applied in order.")
     ] = None,
     split: SplitOption = "test",
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="Subjects asked about at most, drawn at random; all by default.")
+    ] = None,
     by: Annotated[str, typer.Option(help="Columns to break the table down by, separated by commas.")] = "kind",
     out: Annotated[Path, typer.Option(help="Parquet file for the answers, one row per prompt.")] = Path(
         "out/usage.parquet"
@@ -46,6 +49,7 @@ def evaluate(
     source: Asked,
 ) -> None:
     """Answer every prompt of a split and say how often memory and context were used."""
+    from interp.conflicts import about_some
     from interp.evaluation import measure_usage
     from interventions.base import applied
     from interventions.config import InterventionFile
@@ -57,6 +61,8 @@ def evaluate(
     edits = [InterventionFile.load(path) for path in config or []]
     model, conflicts = source.conflicts()
     asked = _part(conflicts, split)
+    if subjects is not None:
+        asked = about_some(asked, subjects, source.seed)
     for edit in edits:
         edit.check(model)
     changes, rule = told_apart(part for edit in edits for part in edit.build())

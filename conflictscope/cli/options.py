@@ -157,11 +157,11 @@ class Facts(Model):
         Raises:
             UserError: If there is no such model or relation.
         """
-        from interp.facts import build_conflicts, known_facts
+        from interp.facts import build_conflicts
+        from interp.known import remembered_facts
 
         names, model = self.relations(), self.load()
-        facts = {name: known_facts(model, name, progress=f"Closed-book: {name}") for name in names}
-        return model, build_conflicts(facts, seed=self.seed)
+        return model, build_conflicts(remembered_facts(model, names), seed=self.seed)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from interp import conflicts
-from interp.conflicts import ConflictExample, ConflictSet, json_line, shows_answer, split_of, subject_key
+from interp.conflicts import ConflictExample, ConflictSet, about_some, json_line, shows_answer, split_of, subject_key
 from interp.errors import Caution, UserError
 from interp.facts import load_facts, relations
 from tests.tiny import tiny_conflicts
@@ -65,6 +65,14 @@ def test_composed_and_decomposed_letters_have_one_key():
 )
 def test_an_answer_shows_as_whole_words(subject, answers, prompt, shown):
     assert shows_answer(subject, answers, prompt) == shown
+
+
+def test_all_prompts_of_so_many_subjects_are_drawn(capital_conflicts):
+    some = about_some(capital_conflicts, 3, seed=0)
+    assert len(some.subjects) == 3
+    assert [e.id for e in some] == [e.id for e in capital_conflicts if e.subject in some.subjects]
+    assert about_some(capital_conflicts, 3, seed=1).subjects != some.subjects
+    assert about_some(capital_conflicts, 10_000, seed=0).examples == capital_conflicts.examples
 
 
 def test_a_line_is_what_json_makes_of_the_fields():

@@ -10,6 +10,7 @@ from interp.errors import Caution, UserError
 from interp.facts import (
     HELD_OUT_PHRASING,
     SEEN_PHRASINGS,
+    Fact,
     build_conflicts,
     closed_book_prompt,
     known_facts,
@@ -18,7 +19,7 @@ from interp.facts import (
     usable_facts,
 )
 from interp.generation import Continuations, continue_greedily
-from interp.known import ClosedBook, are_known, known_part
+from interp.known import ClosedBook, are_known, known_part, remembered_facts
 from tests.tiny import tiny_conflicts
 
 MODEL: Any = None
@@ -137,3 +138,19 @@ def test_what_a_real_model_knows_is_what_it_answers_right_prompt_by_prompt(smoll
     theirs = ConflictSet("theirs", tuple(dataclasses.replace(e, source="theirs") for e in ours))
     counts = {fact.subject: sum(right[fact.subject, name] for name in phrasings[:4]) for fact in facts}
     assert known_part(smollm2, theirs).examples == tuple(e for e in theirs if counts[e.subject] > 2)
+
+
+def test_what_a_model_knows_is_asked_once_for_all_commands(tiny_llama, tiny_plain, monkeypatch):
+    asked = []
+
+    def known(model: Any, relation: str, **_: Any) -> tuple[Fact, ...]:
+        asked.append((model, relation))
+        return usable_facts(relation)[:3]
+
+    monkeypatch.setattr("interp.known.known_facts", known)
+    first = remembered_facts(tiny_llama, ["capital", "language"])
+    assert first == {name: usable_facts(name)[:3] for name in ("capital", "language")}
+    assert remembered_facts(tiny_llama, ["language"]) == {"language": first["language"]}
+    other = tiny_plain("qwen2")
+    remembered_facts(other, ["language"])
+    assert asked == [(tiny_llama, "capital"), (tiny_llama, "language"), (other, "language")]

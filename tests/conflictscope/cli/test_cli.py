@@ -228,6 +228,16 @@ def test_evaluate_asks_every_split_where_that_is_wanted(run, tmp_path, tiny, dat
     assert set(pl.read_parquet(tmp_path / "usage.parquet")["split"]) == {"dev"}
 
 
+def test_evaluate_asks_about_some_subjects_where_that_is_wanted(run, tmp_path, tiny, data):
+    arguments = ("--model", tiny, "--data", data, "--out", "usage.parquet", "--split", "all", "--subjects", "2")
+    assert run("evaluate", *arguments)[0] == 0
+    rows = pl.read_parquet(tmp_path / "usage.parquet")
+    assert rows["subject"].n_unique() == 2
+    assert rows["id"].to_list() == [e.id for e in tiny_conflicts() if e.subject in set(rows["subject"])]
+    run("evaluate", *arguments, "--seed", "2")
+    assert set(pl.read_parquet(tmp_path / "usage.parquet")["subject"]) != set(rows["subject"])
+
+
 def test_evaluate_says_by_type_whether_conflicts_were_dealt_with_as_expected(run, tmp_path, tiny, data):
     fixture = Path(__file__).parents[2] / "interp" / "fixtures" / "formats" / "conflicts.jsonl"
     assert run("data", "convert", fixture, "--format", "conflicts", "--out", "typed.jsonl")[0] == 0
