@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import nn
 
-from conflictscope.detectors import DETECTORS_VERSION, Detecting, Detector, Head, Part, middle_layers
+from conflictscope.detectors import DETECTORS_VERSION, JOINT, Detecting, Detector, Head, Part, middle_layers
 from conflictscope.study.data import Prompts
 from conflictscope.study.lab import Lab
 from conflictscope.tables import written
@@ -38,6 +39,7 @@ from interp.fingerprints import fingerprint
 from interp.inputs import tokenizer_of
 from interp.known import kept_known_facts
 from interp.records import Records
+from interp.statistics import rate
 from probes.conflict_detectors import judged
 from probes.joint import STRENGTHS
 from probes.quality import score_probabilities
@@ -52,6 +54,8 @@ TESTED: Mapping[str, str] = {
 UNSEEN_RELATIONS = ("headquarters", "currency")
 HEADS = 5
 """How many heads of each kind are read."""
+KEPT_SHARES = (0.95, 0.9, 0.8)
+"""The shares of conflicts that thresholds are set to keep."""
 
 _TESTED_FACTS, _QUICK_FACTS = 40, 24
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
@@ -134,9 +138,10 @@ def compare_detectors(
     bench = Detecting(model, parts, memory, context, seed, STRENGTHS[2:3] if quick else STRENGTHS)
     basis = [*(prompts.digest for prompts in asked.values()), memory, context, seed, list(bench.strengths)]
     detectors, ceiling, curve = _detected(bench, records, basis, _CURVE[:3] if quick else _CURVE)
+    thresholds = records.json("thresholds", basis, lambda: bench.thresholds(KEPT_SHARES), version=DETECTORS_VERSION)
     about = {"model": name, "relations": list(relations), "unseen_relations": list(unseen_relations), "seed": seed}
     about |= {"each": each, "quick": quick, "memory_heads": memory, "context_heads": context}
-    return write_detectors(out, about, parts, detectors, curve=curve, ceiling=ceiling)
+    return write_detectors(out, about, parts, detectors, curve=curve, ceiling=ceiling, thresholds=thresholds)
 
 
 def _detected(
@@ -247,6 +252,26 @@ def _judged_on(detector: Detector, parts: Mapping[str, Part], seed: int) -> dict
     return {"name": detector.name, "passes": detector.passes, "about": dict(detector.about), "parts": judged_parts}
 
 
+def _passing(
+    detectors: Sequence[Detector], parts: Mapping[str, Part], thresholds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Which share of each variant passes the thresholds of the probe of several layers, in each part."""
+    (joint,) = (detector for detector in detectors if detector.name == JOINT)
+    found = []
+    for keep, threshold in thresholds.items():
+        opened: dict[str, Any] = {}
+        for name, part in parts.items():
+            passes, variants = (joint.scores[name] > threshold).double().numpy(), np.array(part.variants)
+            subjects = np.array(part.subjects)
+            opened[name] = {
+                variant: rate(passes[variants == variant], subjects[variants == variant].tolist()).to_record()
+                for variant in VARIANTS
+                if (variants == variant).any()
+            }
+        found.append({"keep": float(keep), "threshold": threshold, "parts": opened})
+    return found
+
+
 def write_detectors(
     out: Path,
     about: Mapping[str, Any],
@@ -255,6 +280,7 @@ def write_detectors(
     *,
     curve: Sequence[Mapping[str, Any]],
     ceiling: Sequence[Detector],
+    thresholds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Judge all detectors on the parts of test, and write what is found.
 
@@ -265,6 +291,7 @@ def write_detectors(
         detectors: The detectors.
         curve: From ``Detecting.curve``.
         ceiling: From ``Detecting.ceiling``.
+        thresholds: From ``Detecting.thresholds``.
 
     Returns:
         What is written to ``detectors.json``.
@@ -276,6 +303,7 @@ def write_detectors(
         "prompts": {name: len(part.prompts) for name, part in parts.items()},
         "detectors": [_judged_on(detector, tested, seed) for detector in detectors],
         "curve": list(curve),
+        "thresholds": _passing(detectors, tested, thresholds),
         "ceiling": [_judged_on(one, {"unseen_families": tested["unseen_families"]}, seed) for one in ceiling],
     }
     frames = [
@@ -330,6 +358,11 @@ def detectors_table(record: Mapping[str, Any]) -> str:
         for point in record["curve"]
     ]
     head = ["families", "prompts", "AUROC (worst to best draw)", "as many prompts of all families"]
+    passing = [
+        [f"{found['keep']:g}", title, *(written(found["parts"][part].get(variant)) for variant in VARIANTS)]
+        for found in record["thresholds"]
+        for part, title in TESTED.items()
+    ]
     return "\n".join(
         [
             f"# Conflict detectors of {record['model']}\n",
@@ -338,7 +371,9 @@ def detectors_table(record: Mapping[str, Any]) -> str:
             measure("False alarms at 95 % of conflicts kept", "false_alarms"),
             measure("Expected calibration error", "calibration_error"),
             *(by_kind(f"AUROC against each kind, {title}", part, found) for part, title in TESTED.items()),
-            "## Unseen phrasings by the number of families fitted on (z, middle layers)\n\n" + table(head, curve),
+            f"## What passes thresholds that are conformal over families ({JOINT})\n\n"
+            + (table(["to keep", "part", VARIANTS[0], *kinds], passing) if passing else "Dev has too few families.\n"),
+            f"## Unseen phrasings by the number of families fitted on ({JOINT})\n\n" + table(head, curve),
             by_kind("AUROC if fitted on the unseen phrasings themselves, other subjects", "unseen_families", ceiling),
         ]
     )

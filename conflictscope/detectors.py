@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from interp.activations import sites_of
 from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet
+from interp.errors import UserError
 from interp.families import FAMILIES, variant_of
 from interp.inputs import token_ids, tokenizer_of
 from probes.conflict_detectors import (
@@ -33,7 +35,7 @@ from probes.conflict_detectors import (
     shuffled_within,
     two_pass_features,
 )
-from probes.joint import STRENGTHS, JointProbe, left_out_scores, ranks
+from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_scores, ranks
 from probes.linear import ProbeSet
 
 DETECTORS_VERSION = 1
@@ -42,7 +44,7 @@ DETECTORS_VERSION = 1
 _RANKS = (0, 4, 16, 64)
 _NARROW_STRENGTH = 1e-3
 _SHUFFLES = 3
-_JOINT, _UPPER = "z, middle layers", "z, middle and upper layers"
+JOINT, _UPPER = "z, middle layers", "z, middle and upper layers"
 _LENS, _TWO_PASSES = "head lens: ", f"two passes: all {len(TWO_PASSES)}"
 _ROWS_AT_ONCE = 64
 
@@ -201,7 +203,7 @@ class Detecting:
     def joint(self) -> list[Detector]:
         """Probes on several sites at once."""
         return [
-            self._wide(_JOINT, self.z_sites),
+            self._wide(JOINT, self.z_sites),
             self._wide("z and residual, middle layers", [*self.z_sites, *self.residual_sites]),
             self._wide(_UPPER, self.upper_sites),
         ]
@@ -261,7 +263,7 @@ class Detecting:
         dev, by_name = self.parts["dev"].is_conflict, {detector.name: detector for detector in made}
         lenses = [detector for name, detector in by_name.items() if name.startswith(_LENS)]
         lens = max(lenses, key=lambda one: ranks(one.scores["dev"], dev))
-        members = (by_name[_JOINT], lens, by_name[_TWO_PASSES])
+        members = (by_name[JOINT], lens, by_name[_TWO_PASSES])
         ensembles = []
         for name, some in {
             "ensemble: z, head lens": members[:2],
@@ -289,6 +291,23 @@ class Detecting:
         )
         return [point._asdict() for point in points]
 
+    def thresholds(self, keeps: Sequence[float]) -> dict[str, float]:
+        """The log odds of the probe of several layers that a gate would open at, by the share of conflicts to keep.
+
+        As for a gate they are conformal over families of dev, each scored by a probe that saw no part of it; a share
+        that there are too few families for is left out.
+        """
+        train, dev = self.parts["train"], self.parts["dev"]
+        learned = (train.at(self.z_sites), train.is_conflict, train.phrasings)
+        asked, strength = (dev.at(self.z_sites), dev.phrasings), self._strength(self.z_sites)
+        scores = left_out_scores(learned, asked, strength=strength)[torch.tensor(dev.is_conflict)]
+        families = [example.template for example in dev.prompts if example.kind == "conflict"]
+        found = {}
+        for keep in keeps:
+            with suppress(UserError):
+                found[f"{keep:g}"] = family_threshold(scores, families, keep)
+        return found
+
     def ceiling(self) -> list[Detector]:
         """What probes reach that are fitted on the unseen families themselves, on other subjects.
 
@@ -296,7 +315,7 @@ class Detecting:
         """
         part, found = "unseen_families", []
         test = self.parts[part]
-        for name, sites in {_JOINT: self.z_sites, _UPPER: self.upper_sites}.items():
+        for name, sites in {JOINT: self.z_sites, _UPPER: self.upper_sites}.items():
             folds = partial(cross_validated, test.at(sites), test.is_conflict, test.subjects, seed=self.seed)
             tried = {strength: folds(strength=strength) for strength in self.strengths}
             best = max(tried, key=lambda strength: ranks(tried[strength], test.is_conflict))

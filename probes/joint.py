@@ -148,7 +148,7 @@ def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) 
     hierarchical data", arXiv 2306.06342). The 1 stands for the new family, all of whose scores might lie below.
 
     Args:
-        scores: Of conflicts, ``(n,)``.
+        scores: Of conflicts, ``(n,)``; those that are no numbers, as ``left_out_scores`` gives, are left out.
         families: The family of each.
         keep: The share that should pass, between 0 and 1.
 
@@ -158,6 +158,8 @@ def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) 
     Raises:
         UserError: If there are too few families for it.
     """
+    there = ~scores.isnan()
+    scores, families = scores[there], [one for one, is_there in zip(families, there.tolist(), strict=True) if is_there]
     number = {family: n for n, family in enumerate(dict.fromkeys(families))}
     members = np.array([number[family] for family in families], dtype=int)
     ascending, places = np.unique(scores.numpy(), return_inverse=True)

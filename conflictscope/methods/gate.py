@@ -1,11 +1,12 @@
 """Put edits behind a gate that opens for conflicts, so that they act nowhere else; a method of this project.
 
-1. Record z, what heads write through, at the ends of prompts of every kind, in the upper half of the layers below the
-   lowest edited one, and fit one probe of all of it that tells conflicts from all other kinds on train.
+1. Record z, what heads write through, at the ends of prompts of every kind, in the middle third of the layers as far as
+   these lie below the lowest edited one, and fit one probe of all of it that tells conflicts from all other kinds on
+   train. Lower and higher layers carry over worse to phrasings and relations that a probe did not see.
 2. Score dev's prompts by probes that were fitted without the phrasings that these are in; the strength that ranks them
    best is taken.
-3. Set the threshold on these scores so that the wanted share of the conflicts of a new phrasing family passes, or where
-   there are too few families for that, of new prompts.
+3. Set the threshold so that the wanted share of the conflicts of a new phrasing family passes, by these scores, or
+   where there are too few families for that, of new prompts, by the scores of the probe itself.
 4. What is stranger, where the gate decides, than 99 % of dev's prompts stays closed.
 """
 
@@ -40,7 +41,7 @@ from interventions.config import effect_digest
 from interventions.gate import ConflictGate, Familiar, GateReading
 from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_scores, ranks
 
-GATE_VERSION = 2
+GATE_VERSION = 3
 """Version of how gates are fitted: raise it when the same prompts would get another one."""
 
 _EXAMPLES = {"train": 400, "dev": 200}
@@ -267,6 +268,15 @@ def fitted_gate(
     return ConflictGate(*probe, edits, tuple(also), soft, familiar)
 
 
+def read_layers(n_layers: int, lowest: int) -> range:
+    """The layers that a gate reads below the lowest edited one: the middle third of the model, as far as it lies there.
+
+    Where most of it does not, it is the upper half of the layers below the edit.
+    """
+    end = min(lowest, 2 * n_layers // 3)
+    return range(min(n_layers // 3, end // 2), end)
+
+
 def opens(lab: Lab, gate: ConflictGate, prompts: ConflictSet | Sequence[str]) -> Tensor:
     """For which prompts a gate opens, boolean ``(n,)``."""
     return _log_odds(lab, gate, prompts) > gate.threshold
@@ -285,7 +295,7 @@ def _kept_fit(lab: Lab, lowest: int, keep: float) -> dict[str, Any]:
 
 def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: float) -> dict[str, Any]:
     """The probe of the sites below a layer, its threshold, and what is familiar to it."""
-    sites = [lab.anatomy.site("output_projection", layer) for layer in range(lowest // 2, lowest)]
+    sites = [lab.anatomy.site("output_projection", layer) for layer in read_layers(lab.anatomy.n_layers, lowest)]
     recorded = [
         {site: values.flatten(1).float() for site, values in found.items()}
         for found in (
@@ -320,12 +330,9 @@ def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: f
 def _threshold(left_out: Tensor, fitted: Tensor, dev: ConflictSet, keep: float) -> tuple[float, str]:
     """The threshold, and whether it holds for new families or, where there are too few of them, for new prompts."""
     is_conflict = torch.tensor([e.kind == "conflict" for e in dev])
-    passing = is_conflict & ~left_out.isnan()
-    families = [e.template for e, is_in in zip(dev, passing.tolist(), strict=True) if is_in]
+    families = [e.template for e in dev if e.kind == "conflict"]
     with suppress(UserError):
-        return family_threshold(left_out[passing], families, keep), "families"
-    with suppress(UserError):
-        return passing_threshold(left_out[passing], keep), "prompts in left-out phrasings"
+        return family_threshold(left_out[is_conflict], families, keep), "families"
     return passing_threshold(fitted[is_conflict], keep), "prompts"
 
 

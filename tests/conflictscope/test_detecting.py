@@ -107,6 +107,8 @@ def test_the_joint_probe_reads_the_middle_layers_and_costs_as_much(bench):
 
 def test_all_is_written_and_a_second_run_takes_what_the_first_kept(small, run, tiny_directories, tmp_path, monkeypatch):
     monkeypatch.setattr("interp.statistics.RESAMPLES", 40)
+    # The second is more than so few families can promise.
+    monkeypatch.setattr("conflictscope.detecting.KEPT_SHARES", (0.4, 0.99))
     command = ("gate", "detectors", "--model", tiny_directories["llama"], *OPTIONS, "--quick")
     code, _, error = run(*command)
     assert code == 0, error
@@ -118,6 +120,12 @@ def test_all_is_written_and_a_second_run_takes_what_the_first_kept(small, run, t
         labels = (part["variant"] == "conflict").to_numpy()
         written = detector["parts"]["unseen_families"]["all"]["auroc"]["value"]
         assert written == pytest.approx(roc_auc_score(labels, part[detector["name"]]), abs=1e-6)
+    assert [one["keep"] for one in found["thresholds"]] == [0.4]
+    for one in found["thresholds"]:
+        passing = scores.filter(part="unseen_families", variant="none")["z, middle layers"] > one["threshold"]
+        assert one["parts"]["unseen_families"]["none"]["value"] == pytest.approx(passing.mean())
+    dev = scores.filter(part="dev", variant="conflict")
+    assert max(found["thresholds"], key=lambda one: one["keep"])["threshold"] <= dev["z, middle layers"].max()
     assert "## False alarms at 95 % of conflicts kept" in (tmp_path / "out/detectors.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/families.html").is_file()
 

@@ -176,6 +176,13 @@ def test_it_is_the_threshold_over_prompts_where_every_family_has_one(n, keep):
     assert family_threshold(scores, range(n), keep) == passing_threshold(scores, keep)
 
 
+def test_scores_that_no_probe_gave_are_left_out():
+    scores = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    unknown = torch.cat([scores, torch.full((5,), math.nan)])
+    families = [*range(60), 0, 1, 2, "new", "other"]
+    assert family_threshold(unknown, families, 0.9) == family_threshold(scores, range(60), 0.9)
+
+
 def test_the_threshold_is_the_largest_score_below_which_families_may_lie():
     """By exact fractions, for families that mix and have scores in common."""
     rng = np.random.default_rng(3)

@@ -88,7 +88,7 @@ def test_neither_test_subjects_nor_the_held_out_phrasing_choose_gate_or_control(
 
 
 def test_the_strength_is_the_one_that_ranks_left_out_phrasings_best(lab, monkeypatch):
-    """Against fits that may take one strength only; z is read in the upper half of the layers below the edit."""
+    """Against fits that may take one strength only; z is read in the middle layers below the edit."""
     train, dev = job._learned_from(lab, "train"), job._learned_from(lab, "dev")
     best = job._fitted(lab, train, dev, 2, 0.8)
     assert list(best["weights"]) == ["blocks.1.attn.o.hook_in"]
@@ -237,3 +237,10 @@ def test_the_other_source_too_few_conflicts_or_no_share_are_refused(lab):
 def test_edits_of_no_stated_source_are_gated_towards_both(lab, chosen):
     both = Gate((EDIT,), keep=0.8)
     assert [both.candidates(lab, source)[0].digest for source in DIRECTIONS] == [chosen.digest] * 2
+
+
+def test_a_gate_reads_the_middle_layers_that_lie_below_the_edit():
+    assert [*job.read_layers(30, 23)] == [*range(10, 20)]
+    assert [*job.read_layers(30, 12)] == [*range(6, 12)]
+    assert [*job.read_layers(30, 1)] == [0]
+    assert [*job.read_layers(3, 2)] == [1]
