@@ -35,7 +35,7 @@ def gate_fit(
     file = InterventionFile.load(config).at(trust=trust)
     # What strengthens neither source is shown as if it were for the context.
     towards = file.towards or DIRECTIONS[-1]
-    gate, given = Gate(tuple(file.build()), file.towards, keep, soft), Given(file)
+    gate, given = Gate(tuple(file.build()), file.towards, (keep,), soft), Given(file)
     lab = asked.lab(out, default=RELATIONS)
     file.check(lab.model)
     # Where there is no gate there is nothing to measure.
@@ -83,7 +83,7 @@ def gate_dial(
     from interp.answers import DIRECTIONS, Direction
     from interventions.config import InterventionFile
 
-    method = GatedScales(keep=keep, strengths=(1.0,))
+    method = GatedScales(keeps=(keep,), strengths=(1.0,))
     lab = asked.lab(out, default=RELATIONS)
     gate = method.dial(lab)
 

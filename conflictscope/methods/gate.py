@@ -44,6 +44,9 @@ from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_score
 GATE_VERSION = 3
 """Version of how gates are fitted: raise it when the same prompts would get another one."""
 
+KEEPS = (0.95, 0.9, 0.8)
+"""The shares of conflicts that a gate is set to let pass where no other ones are wanted."""
+
 _EXAMPLES = {"train": 400, "dev": 200}
 """How many prompts of each kind are recorded at most."""
 _FOLDS = 3
@@ -59,11 +62,11 @@ class Gate(Method):
     Attributes:
         edits: What is put behind the gate; ``None`` takes the heads that pruning chose.
         towards: The source that the given edits strengthen; ``None`` gates them towards either.
-        keep: The share of conflicts that the gate is to let pass.
+        keeps: The shares of conflicts that the gate is to let pass, which compete on dev.
         soft: Whether edits act in part where the probe is unsure; see ``ConflictGate``.
 
     Raises:
-        UserError: If ``keep`` is no share, or the edits cannot be gated.
+        UserError: If one of ``keeps`` is no share, or the edits cannot be gated.
     """
 
     name: ClassVar[str] = "gate"
@@ -72,23 +75,23 @@ class Gate(Method):
     follows = ("pruning",)
     edits: tuple[Intervention, ...] | None = None
     towards: Direction | None = None
-    keep: float = 0.95
+    keeps: tuple[float, ...] = KEEPS
     soft: bool = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keeps(self.keeps)
         if self.edits is not None:
             _check(self.edits)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """The edits behind the gate that is fitted for the layers below them.
+        """The edits behind the gate that is fitted for the layers below them, at each threshold.
 
         Raises:
             UserError: If the edits strengthen the other source or start at layer 0, or there are too few prompts.
         """
         edits = self._edits(lab, towards)
-        gate = fitted_gate(lab, _lowest(edits), self.keep, edits, soft=self.soft)
-        return [Condition(self.name, towards, {"keep": self.keep, "soft": self.soft}, (gate,))]
+        gates = fitted_gates(lab, _lowest(edits), self.keeps, edits, soft=self.soft)
+        return [Condition(self.name, towards, {"keep": keep, "soft": self.soft}, (gate,)) for keep, gate in gates]
 
     def controls(self, lab: Lab, chosen: Condition) -> Sequence[Condition]:
         """A gate that reads a random direction at the same sites, set to let as many conflicts pass."""
@@ -112,7 +115,7 @@ class Gate(Method):
         gate, (control,) = _gate_of(chosen), self.controls(lab, chosen)
         dev, unseen = _learned_from(lab, "dev"), lab.prompts.held_out
         scores, kinds = _log_odds(lab, gate, dev), np.array([e.kind for e in dev])
-        fitted = _kept_fit(lab, _lowest(gate.edits), self.keep)
+        fitted = _kept_fit(lab, _lowest(gate.edits))
         ungated = Condition("ungated", chosen.towards, edits=gate.edits)
         unedited, ungated, gated, blind = (
             measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen, control)
@@ -128,7 +131,8 @@ class Gate(Method):
         return {
             "sites": [lab.anatomy.site(reading.part, reading.layer) for reading in gate.readings],
             "threshold": gate.threshold,
-            "threshold_over": fitted["threshold_over"],
+            "keep": chosen.settings["keep"],
+            "threshold_over": _threshold(fitted, dev, chosen.settings["keep"])[1],
             "dev": {
                 "auroc": ranks(scores, kinds == "conflict"),
                 "left_out_auroc": fitted["left_out_auroc"],
@@ -149,14 +153,15 @@ class Gate(Method):
         return self.edits
 
 
-def check_keep(keep: float) -> None:
-    """See that the share of conflicts that a gate is to let pass is one.
+def check_keeps(keeps: Sequence[float]) -> None:
+    """See that the shares of conflicts that a gate is to let pass are some.
 
     Raises:
-        UserError: If it is not.
+        UserError: If there is none, or one is no share.
     """
-    if not 0 < keep < 1:
-        raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {keep:g}.")
+    if not keeps or not all(0 < keep < 1 for keep in keeps):
+        given = ", ".join(f"{keep:g}" for keep in keeps) or "nowhere"
+        raise UserError(f"The share of conflicts that pass the gate lies between 0 and 1, not at {given}.")
 
 
 def passing_threshold(scores: Tensor, keep: float) -> float:
@@ -244,28 +249,41 @@ def _learned_from(lab: Lab, split: Literal["train", "dev"]) -> ConflictSet:
     )
 
 
-def fitted_gate(
-    lab: Lab, lowest: int, keep: float, edits: tuple[Intervention, ...], *, soft: bool = False
-) -> ConflictGate:
-    """The gate that is fitted for edits of a layer and those above it, around some; fitted once.
+def fitted_gates(
+    lab: Lab, lowest: int, keeps: Sequence[float], edits: tuple[Intervention, ...], *, soft: bool = False
+) -> list[tuple[float, ConflictGate]]:
+    """Fit a gate for edits of a layer and those above it, once, and set its threshold to several shares.
 
     Args:
         lab: The lab, from whose train and dev it is learned.
         lowest: The lowest layer that may be edited.
-        keep: The share of conflicts that it is to let pass.
+        keeps: The shares of conflicts that it is to let pass.
         edits: What it lets through.
         soft: Whether it is soft.
 
+    Returns:
+        Each share with its gate; a share that there are too few prompts for is left out if another one is not.
+
     Raises:
-        UserError: If there are too few prompts.
+        UserError: If there are too few prompts for any.
     """
-    found = _kept_fit(lab, lowest, keep)
+    found, dev = _kept_fit(lab, lowest), _learned_from(lab, "dev")
     *also, main = (GateReading(*located(site), torch.tensor(weight)) for site, weight in found["weights"].items())
     familiar = found["familiar"]
     if familiar is not None:
         familiar = Familiar(torch.tensor(familiar["center"]), torch.tensor(familiar["scale"]), familiar["limit"])
-    probe = (main.part, main.layer, main.weight, found["bias"], found["threshold"])
-    return ConflictGate(*probe, edits, tuple(also), soft, familiar)
+    gates, refused = [], None
+    for keep in keeps:
+        try:
+            threshold, _ = _threshold(found, dev, keep)
+        except UserError as error:
+            refused = error
+            continue
+        probe = (main.part, main.layer, main.weight, found["bias"], threshold)
+        gates.append((keep, ConflictGate(*probe, edits, tuple(also), soft, familiar)))
+    if refused is not None and not gates:
+        raise refused
+    return gates
 
 
 def read_layers(n_layers: int, lowest: int) -> range:
@@ -282,19 +300,19 @@ def opens(lab: Lab, gate: ConflictGate, prompts: ConflictSet | Sequence[str]) ->
     return _log_odds(lab, gate, prompts) > gate.threshold
 
 
-def _kept_fit(lab: Lab, lowest: int, keep: float) -> dict[str, Any]:
+def _kept_fit(lab: Lab, lowest: int) -> dict[str, Any]:
     """What was fitted; kept, since what is measured is kept under its digits, which may differ from run to run."""
     learned = {split: _learned_from(lab, split) for split in ("train", "dev")}
     return lab.records.json(
         "gate",
-        [*(part.digest for part in learned.values()), lowest, keep],
-        lambda: _fitted(lab, learned["train"], learned["dev"], lowest, keep),
+        [*(part.digest for part in learned.values()), lowest],
+        lambda: _fitted(lab, learned["train"], learned["dev"], lowest),
         version=GATE_VERSION,
     )
 
 
-def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: float) -> dict[str, Any]:
-    """The probe of the sites below a layer, its threshold, and what is familiar to it."""
+def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int) -> dict[str, Any]:
+    """The probe of the sites below a layer, what dev's conflicts score, and what is familiar to it."""
     sites = [lab.anatomy.site("output_projection", layer) for layer in read_layers(lab.anatomy.n_layers, lowest)]
     recorded = [
         {site: values.flatten(1).float() for site, values in found.items()}
@@ -315,25 +333,26 @@ def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int, keep: f
     quality = {strength: ranks(found, is_conflict[1]) for strength, found in scores.items()}
     strength = max(quality, key=lambda one: quality[one])
     probe = JointProbe.fit(recorded[0], is_conflict[0], strength=strength)
-    threshold, over = _threshold(scores[strength], probe.log_odds(recorded[1]), dev, keep)
+    conflicts = torch.tensor(is_conflict[1])
+    left_out, fitted = scores[strength][conflicts], probe.log_odds(recorded[1])[conflicts]
     return {
         "weights": {site: weight.tolist() for site, weight in probe.weights.items()},
         "bias": probe.bias,
         "strength": strength,
-        "threshold": threshold,
-        "threshold_over": over,
+        # Of those whose parts are of several folds there is none.
+        "left_out": [None if math.isnan(score) else score for score in left_out.tolist()],
+        "scores": fitted.tolist(),
         "left_out_auroc": quality[strength] if has_folds else None,
         "familiar": _familiar(recorded[0][sites[-1]], recorded[1][sites[-1]]),
     }
 
 
-def _threshold(left_out: Tensor, fitted: Tensor, dev: ConflictSet, keep: float) -> tuple[float, str]:
+def _threshold(found: Mapping[str, Any], dev: ConflictSet, keep: float) -> tuple[float, str]:
     """The threshold, and whether it holds for new families or, where there are too few of them, for new prompts."""
-    is_conflict = torch.tensor([e.kind == "conflict" for e in dev])
-    families = [e.template for e in dev if e.kind == "conflict"]
+    left_out = torch.tensor([math.nan if score is None else score for score in found["left_out"]])
     with suppress(UserError):
-        return family_threshold(left_out[is_conflict], families, keep), "families"
-    return passing_threshold(fitted[is_conflict], keep), "prompts"
+        return family_threshold(left_out, [e.template for e in dev if e.kind == "conflict"], keep), "families"
+    return passing_threshold(torch.tensor(found["scores"]), keep), "prompts"
 
 
 def _familiar(train: Tensor, dev: Tensor) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@
 2. Scales of the heads above it are learned as ``learned_scales`` learns those of all heads, from the conflict prompts
    that the gate opens for. Guards are the prompts that it opens for by mistake, and each guard's budget is that of all
    its prompts, of which a closed gate leaves most as they are.
-3. Moved on their line from 1, less far or further, the scales compete behind the gate at several strengths.
+3. Moved on their line from 1, less far or further, the scales compete behind the gate at several strengths, and at
+   thresholds that let fewer conflicts pass, and fewer others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from conflictscope.methods._heads import DRAWS, elsewhere, scaling
-from conflictscope.methods.gate import GATE_VERSION, check_keep, fitted_gate, opens
+from conflictscope.methods.gate import GATE_VERSION, KEEPS, check_keeps, fitted_gates, opens
 from conflictscope.methods.learned_scales import ENDS, TRAINING, dial_of, in_lab, learned_from
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
@@ -37,39 +38,40 @@ class GatedScales(Method):
 
     Attributes:
         training: What decides the learning; budgets and seed are the lab's.
-        keep: The share of conflicts that the gate is to let pass.
+        keeps: The shares of conflicts that the gate is to let pass: the first one while scales are learned, all of them
+            where they compete.
         strengths: How far the scales are moved, of what was learned.
 
     Raises:
-        UserError: If ``keep`` is no share.
+        UserError: If one of ``keeps`` is no share.
     """
 
     name = "gated_scales"
     needs = "learning"
     starts_from = ("texts",)
     training: ScaleTraining = TRAINING
-    keep: float = 0.95
+    keeps: tuple[float, ...] = KEEPS
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keeps(self.keeps)
 
     def candidates(self, lab: Lab, towards: Direction) -> Sequence[Condition]:
-        """What was learned behind the gate, at each strength.
+        """What was learned behind the gate, at each strength and threshold.
 
         Raises:
             UserError: If the data lacks a kind of prompts, the gate opens for no conflict, or nothing could be moved.
         """
         scales, _ = self._learned(lab, towards)
         end = dial_of({towards: scales}).at(ENDS[towards]).settled()
-        gate = self._gate(lab, (scaling({(self._lowest(lab), 0): 0.0}),))
         return [
             Condition(
                 self.name,
                 towards,
-                {"strength": strength},
+                {"strength": strength, "keep": keep},
                 (replace(gate, edits=tuple(edit.scaled(strength) for edit in end)),),
             )
+            for keep, gate in fitted_gates(lab, self._lowest(lab), self.keeps, tuple(end))
             for strength in self.strengths
         ]
 
@@ -114,7 +116,8 @@ class GatedScales(Method):
         return max(1, lab.anatomy.n_layers * 2 // 3)
 
     def _gate(self, lab: Lab, edits: tuple[HeadScaling | TrustDial, ...]) -> ConflictGate:
-        return fitted_gate(lab, self._lowest(lab), self.keep, edits)
+        ((_, gate),) = fitted_gates(lab, self._lowest(lab), self.keeps[:1], edits)
+        return gate
 
     def _opened(self, lab: Lab, split: Literal["train", "dev"]) -> dict[str, Any]:
         """For which prompts of a split the gate opens, by id, which texts, by number, and which share of each kind."""
@@ -149,7 +152,7 @@ class GatedScales(Method):
         def data() -> dict[Literal["train", "dev"], ScaleData]:
             return {"train": self._data(lab, "train", shares), "dev": self._data(lab, "dev", shares)}
 
-        return learned_from(lab, towards, settings, ["gate", self.keep, GATE_VERSION], data)
+        return learned_from(lab, towards, settings, ["gate", self.keeps[0], GATE_VERSION], data)
 
     def _data(self, lab: Lab, split: Literal["train", "dev"], shares: Mapping[str, float]) -> ScaleData:
         """The prompts that the gate opens for, of kinds that it opens for on dev: others need no guard."""

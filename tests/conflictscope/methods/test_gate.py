@@ -25,7 +25,7 @@ from probes.joint import STRENGTHS
 from tests.conflictscope.methods.labs import tiny_lab
 
 EDIT = HeadScaling.of([(2, 1), (2, 3)], -3.0)
-GATE = Gate((EDIT,), "context", keep=0.8)
+GATE = Gate((EDIT,), "context", keeps=(0.8,))
 OTHERS = ("aligned", "irrelevant", "none")
 
 
@@ -90,15 +90,15 @@ def test_neither_test_subjects_nor_the_held_out_phrasing_choose_gate_or_control(
 def test_the_strength_is_the_one_that_ranks_left_out_phrasings_best(lab, monkeypatch):
     """Against fits that may take one strength only; z is read in the middle layers below the edit."""
     train, dev = job._learned_from(lab, "train"), job._learned_from(lab, "dev")
-    best = job._fitted(lab, train, dev, 2, 0.8)
+    best = job._fitted(lab, train, dev, 2)
     assert list(best["weights"]) == ["blocks.1.attn.o.hook_in"]
     for strength in STRENGTHS:
         monkeypatch.setattr(job, "STRENGTHS", (strength,))
-        assert job._fitted(lab, train, dev, 2, 0.8)["left_out_auroc"] <= best["left_out_auroc"]
+        assert job._fitted(lab, train, dev, 2)["left_out_auroc"] <= best["left_out_auroc"]
 
 
 def test_a_gate_reads_no_layer_that_is_edited(lab):
-    gate = job.fitted_gate(lab, 2, 0.8, (EDIT,), soft=True)
+    ((_, gate),) = job.fitted_gates(lab, 2, (0.8,), (EDIT,), soft=True)
     assert {reading.layer for reading in gate.readings} == {1}
     assert gate.soft
 
@@ -151,7 +151,7 @@ def test_without_edits_what_pruning_chose_is_gated(lab, monkeypatch):
     pruned = Condition("pruning", "memory", edits=(EDIT,))
     found = SimpleNamespace(best=SimpleNamespace(condition=pruned))
     monkeypatch.setattr(lab, "chosen", lambda method, towards: {("pruning", "memory"): found}[method.name, towards])
-    (condition,) = Gate(keep=0.8).candidates(lab, "memory")
+    (condition,) = Gate(keeps=(0.8,)).candidates(lab, "memory")
     assert job._gate_of(condition).edits == (EDIT,)
 
 
@@ -229,13 +229,13 @@ def test_the_other_source_too_few_conflicts_or_no_share_are_refused(lab):
     with pytest.raises(UserError, match="strengthen context, so that no gate of them is towards memory"):
         GATE.candidates(lab, "memory")
     with pytest.raises(UserError, match=r"too few to let 0\.999 of them pass"):
-        Gate((EDIT,), keep=0.999).candidates(lab, "context")
+        Gate((EDIT,), keeps=(0.999,)).candidates(lab, "context")
     with pytest.raises(UserError, match="between 0 and 1"):
-        Gate(keep=1.0)
+        Gate(keeps=(0.9, 1.0))
 
 
 def test_edits_of_no_stated_source_are_gated_towards_both(lab, chosen):
-    both = Gate((EDIT,), keep=0.8)
+    both = Gate((EDIT,), keeps=(0.8,))
     assert [both.candidates(lab, source)[0].digest for source in DIRECTIONS] == [chosen.digest] * 2
 
 
@@ -244,3 +244,15 @@ def test_a_gate_reads_the_middle_layers_that_lie_below_the_edit():
     assert [*job.read_layers(30, 12)] == [*range(6, 12)]
     assert [*job.read_layers(30, 1)] == [0]
     assert [*job.read_layers(3, 2)] == [1]
+
+
+def test_thresholds_for_several_shares_are_of_one_probe_and_compete(lab, chosen):
+    """A share that there are too few prompts for is left out."""
+    found = Gate((EDIT,), "context", keeps=(0.999, 0.8, 0.5)).candidates(lab, "context")
+    assert [one.settings["keep"] for one in found] == [0.8, 0.5]
+    gates = [job._gate_of(one) for one in found]
+    assert found[0].digest == chosen.digest
+    assert gates[0].threshold < gates[1].threshold
+    assert torch.equal(gates[0].weight, gates[1].weight)
+    with pytest.raises(UserError, match="lies between 0 and 1, not at nowhere"):
+        Gate(keeps=())

@@ -17,7 +17,7 @@ from interventions.gate import ConflictGate
 from tests.conflictscope.methods.labs import tiny_lab
 
 TRAINING = ScaleTraining(steps=3, conflicts=8, guards=4, max_scales=3)
-METHOD = GatedScales(TRAINING, keep=0.8, strengths=(1.0, 2.0))
+METHOD = GatedScales(TRAINING, keeps=(0.8,), strengths=(1.0, 2.0))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_it_is_learned_from_the_prompts_that_the_gate_lets_change(lab, candidate
 
 def test_a_share_that_is_none_is_refused():
     with pytest.raises(UserError, match="between 0 and 1, not at 2"):
-        GatedScales(keep=2)
+        GatedScales(keeps=(2,))
 
 
 def test_a_guard_that_the_gate_protects_needs_no_budget():
