@@ -28,7 +28,6 @@ from conflictscope.study.lab import Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method, method_named
 from conflictscope.study.record import UNEDITED
-from interp.activations import record
 from interp.anatomy import located
 from interp.answers import Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet
@@ -314,12 +313,7 @@ def _kept_fit(lab: Lab, lowest: int) -> dict[str, Any]:
 def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int) -> dict[str, Any]:
     """The probe of the sites below a layer, what dev's conflicts score, and what is familiar to it."""
     sites = [lab.anatomy.site("output_projection", layer) for layer in read_layers(lab.anatomy.n_layers, lowest)]
-    recorded = [
-        {site: values.flatten(1).float() for site, values in found.items()}
-        for found in (
-            record(lab.model, part, sites, progress=f"Recording: {part.examples[0].split}") for part in (train, dev)
-        )
-    ]
+    recorded = [lab.read_at(sites, part) for part in (train, dev)]
     is_conflict = [[e.kind == "conflict" for e in part] for part in (train, dev)]
     parts = [[_parts(e) for e in part] for part in (train, dev)]
     scores: dict[float, Tensor] = {}
@@ -374,8 +368,7 @@ def _parts(example: ConflictExample) -> tuple[str, ...]:
 def _log_odds(lab: Lab, gate: ConflictGate, prompts: ConflictSet | Sequence[str]) -> Tensor:
     """What the gate reads at the end of each prompt, ``(n,)``; very low where that is unlike what it was fitted on."""
     sites = [lab.anatomy.site(reading.part, reading.layer) for reading in gate.readings]
-    found = record(lab.model, prompts, sites, progress="Recording: what a gate reads")
-    values = {site: found[site].flatten(1).float() for site in sites}
+    values = lab.read_at(sites, prompts)
     read = sum((values[s] @ r.weight for s, r in zip(sites, gate.readings, strict=True)), torch.zeros(())) + gate.bias
     if gate.familiar is None:
         return read

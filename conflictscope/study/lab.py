@@ -18,6 +18,7 @@ from conflictscope.study.data import Prompts
 from conflictscope.study.measure import Reading
 from conflictscope.study.method import Method, Shared
 from interp.activation_store import ActivationStore
+from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.answers import Direction
 from interp.attribution.examples import with_partners
@@ -79,6 +80,20 @@ class Lab:
         self.anatomy = Anatomy(self.model)
         self.reading = Reading(self.model, self.prompts.test, few=self.quick, new_tokens=self.new_tokens)
         self._chosen: dict[tuple[Method, Direction, bool], Chosen] = {}
+        self._read: dict[Any, dict[str, Tensor]] = {}
+
+    def read_at(self, sites: Sequence[str], prompts: ConflictSet | Sequence[str]) -> dict[str, Tensor]:
+        """What sites hold at the ends of prompts, ``(n, d)`` float32 by site; read once in this process.
+
+        Args:
+            sites: The sites.
+            prompts: Conflict data or texts.
+        """
+        key = tuple(sites), prompts.digest if isinstance(prompts, ConflictSet) else tuple(prompts)
+        if key not in self._read:
+            found = record(self.model, prompts, sites, progress="Recording")
+            self._read[key] = {site: found[site].flatten(1).float() for site in sites}
+        return self._read[key]
 
     def on(self, prompts: Prompts) -> Lab:
         """A lab for the same model on other prompts, which keeps its results in the same place."""

@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 
 from conflictscope.methods import gate as job
 from conflictscope.methods.gate import Gate, kept_shares, passing_threshold
+from conflictscope.study import lab as study_lab
 from conflictscope.study.condition import Condition
 from conflictscope.study.measure import measure
 from interp.anatomy import transformers_model
@@ -78,11 +79,14 @@ def test_what_is_said_to_open_is_what_the_gate_edits(lab, chosen, details):
 
 
 def test_neither_test_subjects_nor_the_held_out_phrasing_choose_gate_or_control(tiny_llama, tmp_path, monkeypatch):
-    seen, real = [], job.record
-    monkeypatch.setattr(job, "record", lambda model, part, *a, **k: seen.append(part) or real(model, part, *a, **k))
+    seen, real = [], study_lab.record
+    monkeypatch.setattr(
+        study_lab, "record", lambda model, part, *a, **k: seen.append(part) or real(model, part, *a, **k)
+    )
     fresh = tiny_lab(tiny_llama, tmp_path)
     assert GATE.controls(fresh, *GATE.candidates(fresh, "context"))
-    assert [{e.split for e in part} for part in seen] == [{"train"}, {"dev"}, {"dev"}, {"dev"}]
+    # Each is read once, by gate and control alike.
+    assert [{e.split for e in part} for part in seen] == [{"train"}, {"dev"}]
     assert all(e.template != HELD_OUT_PHRASING for part in seen for e in part)
     assert {e.kind for e in seen[0]} == {"conflict", *OTHERS}
 
@@ -156,7 +160,7 @@ def test_without_edits_what_pruning_chose_is_gated(lab, monkeypatch):
 
 
 def test_a_gate_is_fitted_once(lab, chosen, monkeypatch):
-    monkeypatch.setattr(job, "record", lambda *_, **__: pytest.fail("recorded again"))
+    monkeypatch.setattr(job, "_fitted", lambda *_, **__: pytest.fail("fitted again"))
     assert GATE.candidates(lab, "context")[0].digest == chosen.digest
 
 
