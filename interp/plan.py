@@ -4,7 +4,8 @@
    and values.
 2. FLOPs are twice the multiply-adds of matrix products, over all pairs of tokens in attention: what
    ``torch.utils.flop_counter`` counts. An expert counts for the tokens that are sent to it; in memory all experts do.
-3. Memory is weights, keys and values, and the largest tensors that live at once in a pass.
+3. Memory is weights, keys and values, and the largest tensors that live at once in a pass. Linear maps of blocks that
+   the configuration says are quantised take the bits that it names.
 
 Memory is an estimate: what allocators and kernels need comes on top.
 """
@@ -12,11 +13,15 @@ Memory is an estimate: what allocators and kernels need comes on top.
 from __future__ import annotations
 
 import copy
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from interp.anatomy import Anatomy
 from interp.errors import UserError
@@ -45,6 +50,8 @@ class Shapes:
         windows: Tokens that the cache of each layer keeps; ``None`` keeps all.
         fused: Whether transformers computes attention without writing its weights out, where nothing else is asked for.
         positions: Tokens that the model reads at most; ``None`` where its configuration names no limit.
+        quantised: Numbers in the blocks' linear maps that the configuration says are quantised.
+        quantised_bits: What each of these takes, with its share of scales.
     """
 
     architecture: str
@@ -63,6 +70,8 @@ class Shapes:
     windows: tuple[int | None, ...]
     fused: bool
     positions: int | None
+    quantised: int = 0
+    quantised_bits: float = 0.0
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
@@ -108,6 +117,7 @@ class Shapes:
             windows=tuple(getattr(layer, "sliding_window", None) for layer in read.past_key_values.layers),
             fused=is_fused,
             positions=getattr(model.config, "max_position_embeddings", None),
+            **_quantised(config, model, blocks),
         )
 
     @property
@@ -207,9 +217,63 @@ def weight_bytes(shapes: Shapes, itemsize: int, devices: int = 1) -> int:
         itemsize: Bytes of a number.
         devices: How many; from two on, embedding and unembedding lie on different ones.
     """
-    block = (shapes.parameters - shapes.outside) / shapes.n_layers
+    plain = itemsize * (shapes.parameters - shapes.outside - shapes.quantised)
+    block = (plain + shapes.quantised_bits / 8 * shapes.quantised) / shapes.n_layers
     blocks = -(-shapes.n_layers // devices)
-    return round(itemsize * (blocks * block + shapes.outside / min(devices, 2)))
+    return round(blocks * block + itemsize * shapes.outside / min(devices, 2))
+
+
+def quantised_bits(config: Any) -> float | None:
+    """Bits that a number of a quantised linear map takes, with its share of scales and zero points.
+
+    Args:
+        config: A transformers configuration, with what quantised it as ``quantization_config``.
+
+    Returns:
+        ``None`` where nothing is quantised, or in a way that is not known here.
+    """
+    given = getattr(config, "quantization_config", None)
+    about: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict() if given is not None else {}
+    method = str(getattr(about.get("quant_method"), "value", about.get("quant_method", "")))
+    if method == "bitsandbytes":
+        # Of each 64 numbers there is the largest in float32, or that in 8 bits, of 256 of which there is a scale.
+        four = 4 + (8 / 64 + 32 / (64 * 256) if about.get("bnb_4bit_use_double_quant") else 32 / 64)
+        return 8.0 if about.get("load_in_8bit") else four
+    if method in ("gptq", "awq"):
+        bits, group = about.get("bits", about.get("w_bit")), about.get("group_size", about.get("q_group_size", -1))
+        # A scale in float16 and a zero point for each group.
+        return None if bits is None else bits + (16 + bits) / group if group and group > 0 else float(bits)
+    if method == "compressed-tensors":
+        return _widest(
+            weights["num_bits"] + 16 / (weights.get("group_size") or math.inf)
+            for group in about.get("config_groups", {}).values()
+            if (weights := group.get("weights")) and weights.get("num_bits")
+        )
+    if method in ("fp8", "fbgemm_fp8"):
+        return 8.0
+    if method in ("quanto", "torchao"):
+        # As in qint4, Int8WeightOnlyConfig, float8.
+        said = str(about.get("weights", about.get("quant_type", "")))
+        return _widest(map(float, re.findall(r"(?:int|float)(\d)", said, re.IGNORECASE)))
+    return None
+
+
+def _widest(bits: Iterable[float]) -> float | None:
+    return max(bits, default=None)
+
+
+def _quantised(config: Any, model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
+    """How many numbers of blocks are quantised, and what each takes."""
+    if (bits := quantised_bits(config)) is None:
+        return {}
+    given = config.quantization_config
+    about = given if isinstance(given, Mapping) else given.to_dict()
+    left = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")
+    kept = [name for key in left for name in about.get(key) or ()]
+    names = {module: name for name, module in model.named_modules()}
+    linear = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
+    some = [m for m in linear if not any(name in names[m] for name in kept)]
+    return {"quantised": sum(m.weight.numel() for m in some), "quantised_bits": bits}
 
 
 def _projections(anatomy: Anatomy, layer: int) -> int:

@@ -133,9 +133,10 @@ def plan(
     if model in REGISTERED and not is_cached(model):
         say(f"{model} comes with its weights, which are fetched first.")
     config = load_config(model)
-    if getattr(config, "quantization_config", None) is not None and not as_json:
-        say(f"{model} is quantised; what follows counts its weights in {machine.dtype}.")
     shapes = Shapes.of(config)
+    if getattr(config, "quantization_config", None) is not None and not as_json:
+        bits = f"{shapes.quantised_bits:.3g} bits" if shapes.quantised else machine.dtype
+        say(f"{model} is quantised; what follows counts the linear maps of its blocks in {bits}.")
     settings = prompts.settings(shapes, size)
     rows = [_rows(shapes, setting, machine) for setting in settings]
     attention = "eager" if settings[0].writes_attention(shapes) else "fused"

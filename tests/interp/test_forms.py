@@ -36,6 +36,7 @@ from interp.fit import checked
 from interp.inputs import encode
 from interp.linear_maps import offloaded_weights
 from interp.models import load_checkpoint, load_model
+from interp.plan import Shapes, weight_bytes
 from interventions.bake import fold
 from interventions.base import applied
 from interventions.export.lora import adapter_of
@@ -286,6 +287,8 @@ def test_a_model_that_bitsandbytes_quantised_works_through_its_own_modules(tiny_
     check(model, 0.1 if "load_in_8bit" in options else 1e-4)
     assert relative_error(logits_of(model, model.tokenizer), logits_of(quantised, model.tokenizer)) < 1e-6
     assert fingerprint(model) == fingerprint(quantised) != fingerprint(network_of(folder))
+    planned = weight_bytes(Shapes.of(quantised.config), 4)
+    assert planned == pytest.approx(quantised.get_memory_footprint(), rel=0.02)
     with pytest.raises(UserError, match=r"quantised, offloaded .*; load the model unquantised"):
         fold(model, [EDIT])
     if "load_in_4bit" in options:

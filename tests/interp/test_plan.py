@@ -191,6 +191,48 @@ def test_weights_are_spread_by_whole_blocks():
     assert weight_bytes(shapes, 2, 5) == 2 * (7 * block + shapes.outside // 2)
 
 
+@pytest.mark.parametrize(
+    ("about", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),
+        # As the paper counts it: 0.127 bits a number (Dettmers et al. 2023, 2305.14314, section 3).
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 4.127),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, 4 + 20 / 64),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, 8),
+        ({"quant_method": "quanto", "weights": "int4"}, 4),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}},
+                "ignore": ["lm_head"],
+            },
+            4.125,
+        ),
+    ],
+)
+def test_quantised_weights_take_the_bits_that_the_configuration_says(about, bits):
+    config = copy.deepcopy(LARGE["Llama-3.1-8B"])
+    plain = Shapes.of(config)
+    config.quantization_config = about
+    shapes = Shapes.of(config)
+    # Four projections of attention, of which two have a quarter of the heads, and three of the MLP.
+    numbers = 32 * (4096 * 4096 * 5 // 2 + 3 * 4096 * 14336)
+    assert shapes.quantised == numbers
+    assert weight_bytes(shapes, 2) == pytest.approx(2 * (plain.parameters - numbers) + bits / 8 * numbers, rel=1e-4)
+
+
+def test_what_is_left_unquantised_or_is_not_known_counts_in_the_dtype():
+    config = copy.deepcopy(LARGE["Llama-3.1-8B"])
+    config.quantization_config = {"quant_method": "gptq", "bits": 4, "modules_to_not_convert": ["mlp"]}
+    assert Shapes.of(config).quantised == 32 * 4096 * 4096 * 5 // 2
+    config.quantization_config = {"quant_method": "of tomorrow", "bits": 4}
+    assert Shapes.of(config).quantised == 0
+
+
 def test_the_configuration_is_left_as_it_was():
     config = copy.deepcopy(WIDE["mixtral"])
     before = copy.deepcopy(config.__dict__)
