@@ -28,7 +28,6 @@ def gate_fit(
     from conflictscope.methods.gate import Gate
     from conflictscope.methods.given import Given
     from conflictscope.study.data import RELATIONS
-    from conflictscope.tables import written
     from interp.answers import DIRECTIONS
     from interventions.config import InterventionFile
 
@@ -49,18 +48,20 @@ def gate_fit(
         out / "gated.json"
     )
 
-    def listed(shares: dict[str, Any]) -> str:
-        return ", ".join(f"{kind} {written(share)}" for kind, share in shares.items() if kind != _UNSEEN)
-
     found = record.details[gate.name][f"towards_{towards}"]
-    say(
-        f"The gate reads {len(found['sites'])} sites up to {found['sites'][-1]}; it opens for {listed(found['opened'])}"
-    )
-    say(f"It keeps of the gain, and of each loss of accuracy: {listed(found['kept'])}")
+    sites = found["sites"]
+    say(f"The gate reads {len(sites)} sites up to {sites[-1]}; it opens for {_listed(found['opened'])}")
+    say(f"It keeps of the gain, and of each loss of accuracy: {_listed(found['kept'])}")
     if _UNSEEN in found["opened"]:
-        say(f"In the unseen phrasing it opens for {listed(found['opened'][_UNSEEN])}")
-        say(f"and keeps {listed(found['kept'][_UNSEEN])}")
+        say(f"In the unseen phrasing it opens for {_listed(found['opened'][_UNSEEN])}")
+        say(f"and keeps {_listed(found['kept'][_UNSEEN])}")
     say(f"The gated intervention is {out / 'gated.json'}")
+
+
+def _listed(shares: dict[str, Any]) -> str:
+    from conflictscope.tables import written
+
+    return ", ".join(f"{kind} {written(share)}" for kind, share in shares.items() if kind != _UNSEEN)
 
 
 def gate_dial(
@@ -101,6 +102,9 @@ def gate_dial(
         provenance={"method": method.name, "chosen_on": "dev", "data": lab.prompts.digest, **made_with(lab)},
         measured={"unedited": record.unedited.test, **ends},
     ).save(out / "gated_dial.json")
+    for towards in DIRECTIONS:
+        kept = record.details[method.name][f"towards_{towards}"]["kept"]
+        say(f"Towards {towards} the gate keeps, of what the scales do without it: {_listed(kept)}")
     say(f"The gated dial is {out / 'gated_dial.json'}")
 
 

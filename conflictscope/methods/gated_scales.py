@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from conflictscope.methods._heads import DRAWS, elsewhere, scaling
-from conflictscope.methods.gate import GATE_VERSION, KEEPS, check_keeps, fitted_gates, opens
+from conflictscope.methods.gate import GATE_VERSION, KEEPS, check_keeps, fitted_gates, kept_shares, opens
 from conflictscope.methods.learned_scales import ENDS, TRAINING, dial_of, in_lab, learned_from
 from conflictscope.study.condition import Condition
 from conflictscope.study.lab import Lab
+from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
+from conflictscope.study.record import UNEDITED
 from interp.answers import Direction
 from interp.conflicts import CONTEXT_KINDS, ConflictSet, evenly
 from interventions.dial import TrustDial
@@ -91,13 +93,18 @@ class GatedScales(Method):
         return controls
 
     def details(self, lab: Lab, chosen: Condition) -> Mapping[str, Any]:
-        """What decided the learning, what the learner saw on dev, and how often the gate opens there."""
+        """What decided the learning, what dev saw of it, and what the gate keeps of what the scales do without one."""
         assert chosen.towards is not None
         settings, shares = self._settings(lab)
+        (gate,) = chosen.edits
+        assert isinstance(gate, ConflictGate)
+        ungated = Condition("ungated", chosen.towards, edits=gate.edits)
+        reports = (measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen))
         return {
             "training": asdict(settings),
             "opened": shares,
             "dev": self._learned(lab, chosen.towards)[1],
+            "kept": kept_shares(*reports, chosen.towards),
         }
 
     def dial(self, lab: Lab) -> ConflictGate:

@@ -45,6 +45,7 @@ def test_a_dial_is_learned_behind_a_gate_in_families_and_tested_in_others(small,
     options = (*OPTIONS[:-2], "--families", 1, "--budget", 1, "--context-budget", 1, "--out", "dial")
     code, _, error = run("gate", "dial", "--model", tiny_directories["llama"], *options)
     assert code == 0, error
+    assert "Towards memory the gate keeps, of what the scales do without it: gain" in error
     file, record = InterventionFile.load(tmp_path / "dial/gated_dial.json"), StudyRecord.load(tmp_path / "dial")
     (gate,) = file.build()
     assert isinstance(gate, ConflictGate)

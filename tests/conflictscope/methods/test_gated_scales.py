@@ -1,8 +1,10 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conflictscope.methods import gated_scales as job
 from conflictscope.methods.gated_scales import GatedScales
 from interp.anatomy import transformers_model
 from interp.answers import DIRECTIONS
@@ -97,3 +99,11 @@ def test_the_details_say_how_often_the_gate_opens(lab, candidates):
     details = METHOD.details(lab, candidates["context"][0])
     assert set(details["opened"]) == {"conflict", *GUARDS}
     assert details["training"]["open_shares"] == {kind: details["opened"][kind] for kind in GUARDS}
+
+
+def test_what_the_gate_keeps_is_told_against_the_same_scales_without_it(lab, candidates, monkeypatch):
+    chosen = candidates["context"][1]
+    (gate,) = chosen.edits
+    monkeypatch.setattr(job, "measure", lambda _, condition: SimpleNamespace(report=condition.edits))
+    monkeypatch.setattr(job, "kept_shares", lambda *told: told)
+    assert METHOD.details(lab, chosen)["kept"] == ((), gate.edits, chosen.edits, "context")
