@@ -99,12 +99,14 @@ class GatedScales(Method):
         (gate,) = chosen.edits
         assert isinstance(gate, ConflictGate)
         ungated = Condition("ungated", chosen.towards, edits=gate.edits)
-        reports = (measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen))
+        unedited, alone, gated = (
+            measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen)
+        )
         return {
             "training": asdict(settings),
             "opened": shares,
             "dev": self._learned(lab, chosen.towards)[1],
-            "kept": kept_shares(*reports, chosen.towards),
+            "kept": kept_shares(unedited, alone, gated, chosen.towards),
         }
 
     def dial(self, lab: Lab) -> ConflictGate:
