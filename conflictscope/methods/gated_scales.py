@@ -106,7 +106,7 @@ class GatedScales(Method):
             "training": asdict(settings),
             "opened": shares,
             "dev": self._learned(lab, chosen.towards)[1],
-            "kept": kept_shares(unedited, alone, gated, chosen.towards),
+            "kept": kept_shares(unedited, ungated, gated, chosen.towards),
         }
 
     def dial(self, lab: Lab) -> ConflictGate:
