@@ -98,10 +98,8 @@ class GatedScales(Method):
         settings, shares = self._settings(lab)
         (gate,) = chosen.edits
         assert isinstance(gate, ConflictGate)
-        ungated = Condition("ungated", chosen.towards, edits=gate.edits)
-        unedited, alone, gated = (
-            measure(lab, condition).report for condition in (Condition(UNEDITED), ungated, chosen)
-        )
+        asked = (Condition(UNEDITED), Condition("ungated", chosen.towards, edits=gate.edits), chosen)
+        unedited, ungated, gated = (measure(lab, condition).report for condition in asked)
         return {
             "training": asdict(settings),
             "opened": shares,
