@@ -67,6 +67,7 @@ class ReadPrompts:
         batch_size: Prompts per batch at most; fewer of long ones.
         most_kept: Bytes that are kept at most: half for residual streams, of which fewer layers are kept where all do
             not fit, half for keys and values. Prompts beyond are read anew each time.
+        progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
         UserError: If a prompt has no tokens, or it and what follows has more than the model has positions.
@@ -80,6 +81,7 @@ class ReadPrompts:
         new_tokens: int = 0,
         batch_size: int = _BATCH_SIZE,
         most_kept: int = _MOST_KEPT,
+        progress: str | None = None,
     ) -> None:
         self._model = model
         self._anatomy = Anatomy(model)
@@ -91,7 +93,7 @@ class ReadPrompts:
         every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept // 2, 1)))
         layers = range(every, self._anatomy.n_layers, every)
         self._left = most_kept // 2
-        self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in batches]
+        self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in tracked(batches, progress)]
 
     def next_logits(self, changed: Changed = "end") -> Iterator[tuple[list[int], Tensor]]:
         """Run what is left to the prompts' ends: for each batch the numbers of its prompts and ``(n, d_vocab)`` logits.

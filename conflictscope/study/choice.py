@@ -214,7 +214,8 @@ class Dev:
     @cached_property
     def _read(self) -> ReadPrompts:
         with rough(self.model):
-            return ReadPrompts(self.model, [*(e.prompt for e in self.examples), *self.texts])
+            prompts = [*(example.prompt for example in self.examples), *self.texts]
+            return ReadPrompts(self.model, prompts, progress="Reading dev's prompts")
 
     def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""

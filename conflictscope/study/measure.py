@@ -91,7 +91,8 @@ class Reading:
     @cached_property
     def prompts(self) -> ReadPrompts:
         """Test's prompts."""
-        return ReadPrompts(self.model, [example.prompt for example in self.asked], new_tokens=self.new_tokens)
+        prompts = [example.prompt for example in self.asked]
+        return ReadPrompts(self.model, prompts, new_tokens=self.new_tokens, progress="Reading test's prompts")
 
     @cached_property
     def texts(self) -> ReadPrompts:
