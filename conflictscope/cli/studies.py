@@ -50,6 +50,10 @@ class StudyOptions(Asked):
             help="Learn each fact in so many phrasings made from parts, and test in unseen ones; 0 takes the tables'.",
         ),
     ] = 0
+    abilities: Annotated[
+        bool,
+        _study_option("--abilities", help="Ask agreement, order, copying and sums too: edits should leave them alone."),
+    ] = False
     quick: Annotated[
         bool, _study_option("--quick", help="Little of everything: checks that all runs; measures nothing.")
     ] = False
@@ -123,9 +127,10 @@ class StudyOptions(Asked):
         )
         blueprint = None if self.blueprint is None else str(self.blueprint)
         model = ModelSetting(name=self.model, blueprint=blueprint, **{name: getattr(self, name) for name in _MODEL})
-        return StudySetting(model=model, data=data, seed=self.seed, quick=self.quick, sae=sae, **self.budgets())
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "quick", "abilities")}
+        return StudySetting(model=model, data=data, sae=sae, **(how | self.budgets()))
 
-    def budgets(self) -> dict[str, float]:
+    def budgets(self) -> dict[str, Any]:
         """The damage that is allowed on dev, as far as it is said."""
         return {}
 
@@ -142,7 +147,7 @@ class BudgetedStudy(StudyOptions):
         float, _study_option(help="The same for prompts with a context that agrees or is about something else.")
     ] = 0.2
 
-    def budgets(self) -> dict[str, float]:
+    def budgets(self) -> dict[str, Any]:
         """The damage that is allowed on dev."""
         return {"budget": self.budget, "context_budget": self.context_budget}
 

@@ -98,9 +98,9 @@ class Run:
         return [c for edit in edits for c in (edit, *self.record.controls_of(edit))]
 
     def change(self, condition: Measured, measure: str) -> Change:
-        """A measure before and after an edit."""
+        """A measure before and after an edit; nothing where it was not asked."""
         paired = condition.test.get("change", {}).get(measure)
-        return Change(self.unedited.test[measure], condition.test[measure], paired)
+        return Change(self.unedited.test.get(measure), condition.test.get(measure), paired)
 
 
 def read_run(folder: Path) -> Run:

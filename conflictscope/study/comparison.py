@@ -58,7 +58,7 @@ class Comparison(Strict):
         without: Methods that are left out.
         seeds: Each decides splits, subjects and conflicts anew.
         controls: Which random controls are measured, see ``conflictscope.study.run.Study``.
-        quick, budget, context_budget, sae: See ``conflictscope.study.setting.StudySetting``.
+        quick, budget, context_budget, sae, abilities: See ``conflictscope.study.setting.StudySetting``.
     """
 
     models: tuple[ModelSetting, ...] = Field(strict=False, min_length=1)
@@ -71,6 +71,7 @@ class Comparison(Strict):
     budget: float = Field(BUDGETS["none"], gt=0)
     context_budget: float = Field(BUDGETS["aligned"], gt=0)
     sae: str | None = None
+    abilities: bool = False
 
     @field_validator("models", mode="before")
     @classmethod
@@ -145,7 +146,7 @@ class Comparison(Strict):
     @property
     def studies(self) -> list[StudySetting]:
         """One study for each model, data set and seed."""
-        shared = {name: getattr(self, name) for name in ("quick", "budget", "context_budget", "sae")}
+        shared = {name: getattr(self, name) for name in ("quick", "budget", "context_budget", "sae", "abilities")}
         return [
             StudySetting(model=model, data=data, seed=seed, **shared)
             for model in self.models

@@ -63,6 +63,7 @@ class Lab:
         budgets: The damage that is allowed on dev, by guard.
         saes: Loads autoencoders of the model, for methods that edit features.
         new_tokens: Longest answer on test, in tokens.
+        abilities: Whether what edits should leave alone (``interp.abilities``) is asked too.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Lab:
     budgets: Mapping[str, float] = field(default_factory=BUDGETS.copy)
     saes: Callable[[], Sequence[SparseAutoencoder]] | None = None
     new_tokens: int = MAX_NEW_TOKENS
+    abilities: bool = False
 
     def __post_init__(self) -> None:
         self.anatomy = Anatomy(self.model)

@@ -84,9 +84,17 @@ def _row(condition: Measured, towards: Direction, method: str, *, chosen: str) -
         "moved": str(condition.moved),
         "rate": written(test[f"{towards}_rate"]),
         **{f"{label} loss": written(lost(change.get(m))) if change else "" for label, m in LOSSES.items()},
+        **_abilities(test),
         "text KL": written(test["neutral_kl"], 3),
         "speed": "1" if not change else speed(cost),
     }
+
+
+def _abilities(test: Mapping[str, Any]) -> dict[str, str]:
+    """What is lost of other abilities, in studies that asked."""
+    if "abilities_accuracy" not in test:
+        return {}
+    return {"abilities loss": written(lost(test["change"].get("abilities_accuracy"))) if "change" in test else ""}
 
 
 def lost(change: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -12,20 +12,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 import polars as pl
 from torch import Tensor, nn
 
 from conflictscope.study.condition import Condition
+from interp.abilities import ABILITIES_VERSION, Ability, ability_items, first_tokens
 from interp.anatomy import transformers_model
 from interp.answers import USAGES
 from interp.conflicts import ConflictSet
 from interp.evaluation import ANSWERS_VERSION, GUARDS, UsageReport, divergence, measure_usage, neutral_texts
 from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
 from interp.reading import READING_VERSION, ReadPrompts
-from interp.statistics import bootstrap_mean
+from interp.statistics import bootstrap_mean, paired_difference, rate
 from interventions.base import EDITS_VERSION, applied, changed_by
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 COST_VERSION = 5
 """Version of how the cost is measured."""
 
+ABILITIES = ability_items()
+"""What edits should leave alone, as it is asked in studies."""
+# Some are asked with several wrong words.
+_ASKED = [item.prompt for item in ABILITIES]
 _TIMED, _ROUNDS, _TOKENS = 4, 3, 4
 _FEW_TEXTS = 8
 
@@ -47,12 +52,15 @@ class Result:
         divergences: Of each neutral text, nats; ``None`` where the condition does not say what happens to text.
         cost: ``speed``, relative to the unedited model, and the lowest and highest of the rounds; ``None`` unmeasured.
         closed_book: Whether the condition does anything to prompts without a context.
+        able: Whether the right word is the more probable one, for each item of ``interp.abilities``; ``None`` where
+            these are not asked, or the condition does not say what happens to text.
     """
 
     report: UsageReport
     divergences: np.ndarray | None
     cost: Mapping[str, float] | None
     closed_book: bool
+    able: np.ndarray | None = None
 
 
 class Bench(Protocol):
@@ -66,6 +74,11 @@ class Bench(Protocol):
     @property
     def asked(self) -> ConflictSet:
         """Test's prompts."""
+        ...
+
+    @property
+    def abilities(self) -> bool:
+        """Whether what edits should leave alone is asked too."""
         ...
 
 
@@ -104,6 +117,12 @@ class Reading:
         """Logits at the ends of ordinary text, ``(n_texts, d_vocab)``."""
         return gathered_logits(self.texts.next_logits(), len(self.ordinary))
 
+    @cached_property
+    def abilities(self) -> tuple[ReadPrompts, Tensor]:
+        """The items of ``interp.abilities``, and the first tokens of what may follow: right and wrong, ``(n, 2)``."""
+        read = ReadPrompts(self.model, [item.prompt for item in ABILITIES], progress="Reading abilities")
+        return read, first_tokens(self.model, ABILITIES)
+
 
 def measure(lab: Bench, condition: Condition) -> Result:
     """Measure a condition on test; what does the same is measured once and kept in ``lab.records``."""
@@ -129,19 +148,29 @@ def measure(lab: Bench, condition: Condition) -> Result:
             edited = gathered_logits(lab.reading.texts.next_logits(changed), len(unedited))
         return divergence(unedited, edited).tolist()
 
+    def able() -> list[bool]:
+        read, tokens = lab.reading.abilities
+        with applied(model, *condition.edits):
+            logits = gathered_logits(read.next_logits(changed), len(tokens)).cpu().gather(1, tokens)
+        return (logits[:, 0] > logits[:, 1]).tolist()
+
     version = (ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
     longer = [lab.reading.new_tokens] if lab.reading.new_tokens != MAX_NEW_TOKENS else []
     report = lab.records.usage("test", [digest, asked.digest, *longer], answers, version=version)
     kl = None
     if condition.changes_text:
         kl = np.array(lab.records.json("neutral_kl", [digest, lab.reading.ordinary], divergences, version=version[1:]))
+    can = None
+    if lab.abilities and condition.changes_text:
+        hits = lab.records.json("abilities", [digest], able, version=(ABILITIES_VERSION, *version[1:]))
+        can = np.array(hits, dtype=float)
     cost = None
     # A random control costs what it controls.
     if digest is not None and condition.control_of is None and not lab.reading.few:
         device = str(next(transformers_model(model).parameters()).device)
         where = [digest, asked.digest, device, lab.seed]
         cost = lab.records.json("cost", where, lambda: _cost(lab, condition), version=COST_VERSION)
-    return Result(report, kl, cost, closed_book=condition.decoding is None)
+    return Result(report, kl, cost, closed_book=condition.decoding is None, able=can)
 
 
 def pooled(results: Sequence[Result]) -> Result:
@@ -149,17 +178,20 @@ def pooled(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return results[0]
     kls = [result.divergences for result in results if result.divergences is not None]
+    able = [result.able for result in results if result.able is not None]
     report = UsageReport(pl.concat([result.report.frame for result in results]))
-    return Result(report, np.mean(kls, axis=0) if kls else None, results[0].cost, results[0].closed_book)
+    kl, can = (np.mean(some, axis=0) if some else None for some in (kls, able))
+    return Result(report, kl, results[0].cost, results[0].closed_book, can)
 
 
-def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str, Any]:
+def measures_of(result: Result, unedited: UsageReport | None = None, able: np.ndarray | None = None) -> dict[str, Any]:
     """What a record says of a result: estimates by measure, ``None`` where a measure does not apply.
 
     Args:
         result: What was measured.
         unedited: The unedited model's answers: ``change`` then holds for each rate and accuracy how it changed,
             prompt by prompt. ``None`` for the unedited model itself.
+        able: ``Result.able`` of the unedited model, if it was asked.
     """
     conflict = result.report.select(kind="conflict")
 
@@ -177,10 +209,27 @@ def measures_of(result: Result, unedited: UsageReport | None = None) -> dict[str
         template: rates(conflict.select(template=template))
         for template in conflict.frame["template"].unique(maintain_order=True)
     }
+    if result.able is not None:
+        record |= _ability_measures(result.able)
+    elif able is not None:
+        record["abilities_accuracy"] = None
     if unedited is not None:
-        changes = result.report.changes(unedited).items()
-        record["change"] = {name: change.to_record() for name, change in changes if record[name] is not None}
+        changes = result.report.changes(unedited)
+        if result.able is not None and able is not None:
+            changes["abilities_accuracy"] = paired_difference(able, result.able, _ASKED)
+        record["change"] = {name: one.to_record() for name, one in changes.items() if record[name] is not None}
     return record
+
+
+def _ability_measures(able: np.ndarray) -> dict[str, Any]:
+    """The share of items whose right word is the more probable one, of all and of each ability."""
+    # Several draws of a control are a mean of zeros and ones.
+    estimate = rate if np.isin(able, (0, 1)).all() else bootstrap_mean
+    of_each = {name: [item.ability == name for item in ABILITIES] for name in get_args(Ability)}
+    return {
+        "abilities_accuracy": estimate(able, _ASKED).to_record(),
+        "by_ability": {name: float(able[rows].mean()) for name, rows in of_each.items()},
+    }
 
 
 def _cost(lab: Bench, condition: Condition) -> dict[str, float]:

@@ -220,8 +220,9 @@ class Study:
             if row.name in work.results:
                 continue
             result = work.results[row.name] = pooled([measure(lab, condition) for condition in row.conditions])
-            unedited = None if row.name == UNEDITED else work.results[UNEDITED].report
-            test = work.tests[row.name] = measures_of(result, unedited)
+            before = None if row.name == UNEDITED else work.results[UNEDITED]
+            test = measures_of(result) if before is None else measures_of(result, before.report, before.able)
+            work.tests[row.name] = test
             self.told(measured_on_test(row.name, test, row.conditions[0].towards))
 
     def _controls(self, lab: Lab, edits: Sequence[tuple[Method, _Row]]) -> tuple[dict[str, list[_Row]], dict[str, str]]:

@@ -191,6 +191,7 @@ class StudySetting(Strict):
         budget: Damage allowed on dev without a context and on text: mean nats of KL divergence.
         context_budget: The same for prompts with a context that agrees or is about something else.
         sae: Where autoencoders of the model are, as ``interp.sae.load_saes`` takes it.
+        abilities: Whether agreement, order, copying and sums (``interp.abilities``) are asked too, as damage.
     """
 
     model: ModelSetting
@@ -200,6 +201,7 @@ class StudySetting(Strict):
     budget: float = Field(BUDGETS["none"], gt=0)
     context_budget: float = Field(BUDGETS["aligned"], gt=0)
     sae: str | None = None
+    abilities: bool = False
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -237,6 +239,7 @@ class StudySetting(Strict):
             budgets=self.budgets,
             saes=self._saes,
             new_tokens=CHAT_TOKENS if is_chat else COMPLETION_TOKENS,
+            abilities=self.abilities,
         )
 
     def prompts(self, model: nn.Module | None, records: Records) -> Prompts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +14,23 @@ import torch
 
 from conflictscope.methods.instruction import Instruction
 from conflictscope.methods.value_scaling import ValueScaling
+from conflictscope.report import read_runs, write_report
 from conflictscope.study import measure as measure_module
 from conflictscope.study.condition import Condition, Prompting
 from conflictscope.study.data import fact_prompts
 from conflictscope.study.lab import Lab
+from conflictscope.study.leaderboard import leaderboard
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method
 from conflictscope.study.record import RECORD, UNEDITED, StudyRecord, read_examples
 from conflictscope.study.run import Study
+from interp.abilities import first_tokens
 from interp.answers import Direction
 from interp.conflicts import ConflictExample
 from interp.errors import UserError
 from interp.evaluation import measure_usage
 from interp.fingerprints import fingerprint
+from interp.generation import gathered_logits, next_logits
 from interp.records import Records
 from interventions.base import applied
 from interventions.decoding import DecodingRule
@@ -374,3 +378,40 @@ def test_value_scaling_scales_the_strongest_heads_of_the_scores(lab: Lab) -> Non
             ((*supporter, 2.0),),
             ((*supporter, 4.0),),
         ]
+
+
+def test_abilities_are_asked_where_that_is_wanted_with_what_is_lost_of_them(lab: Lab, tmp_path: Path) -> None:
+    """Against plain passes over each text."""
+    # A lab of its own, with places of its own for what is kept.
+    able = replace(lab, abilities=True, records=Records(tmp_path, model="other"))
+    edit = Condition("pruned", "context", edits=(HeadScaling.of([(1, 0), (2, 1)], -9.0),))
+    before, after, unsaid = (
+        measure(able, one) for one in (Condition(UNEDITED), edit, Condition("doubled", decoding=Doubled()))
+    )
+    assert before.able is not None
+    assert after.able is not None
+    tokens = first_tokens(lab.model, measure_module.ABILITIES)
+    prompts = [item.prompt for item in measure_module.ABILITIES]
+    for able_now, edits in ((before.able, ()), (after.able, edit.edits)):
+        with applied(lab.model, *edits):
+            logits = gathered_logits(next_logits(lab.model, prompts), len(prompts)).gather(1, tokens)
+        assert able_now.tolist() == (logits[:, 0] > logits[:, 1]).float().tolist()
+    found = measure_module.measures_of(after, before.report, before.able)
+    assert found["abilities_accuracy"]["value"] == pytest.approx(after.able.mean())
+    assert found["change"]["abilities_accuracy"]["value"] == pytest.approx((after.able - before.able).mean())
+    assert np.mean([*found["by_ability"].values()]) == pytest.approx(after.able.mean())
+    assert (after.able != before.able).any()
+    assert unsaid.able is None
+    assert measure_module.measures_of(unsaid, before.report, before.able)["abilities_accuracy"] is None
+    assert measure(lab, Condition(UNEDITED)).able is None
+    drawn = measure_module.pooled([before, after])
+    assert drawn.able == pytest.approx((before.able + after.able) / 2)
+    assert "abilities_accuracy" not in measure_module.measures_of(measure(lab, Condition(UNEDITED)))
+
+
+def test_a_study_with_abilities_shows_them(lab: Lab, tmp_path: Path) -> None:
+    able = replace(lab, abilities=True, records=Records(tmp_path / "records", model="other"))
+    record = Study("compare", "conflictscope compare", tmp_path).run(able, [TwoHeads()])
+    assert all("abilities loss" in table.columns for table in leaderboard(record))
+    write_report(tmp_path / "report.html", read_runs([tmp_path]))
+    assert "Other abilities" in (tmp_path / "report.html").read_text(encoding="utf-8")
