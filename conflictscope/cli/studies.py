@@ -127,8 +127,8 @@ class StudyOptions(Asked):
         )
         blueprint = None if self.blueprint is None else str(self.blueprint)
         model = ModelSetting(name=self.model, blueprint=blueprint, **{name: getattr(self, name) for name in _MODEL})
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "quick", "abilities")}
-        return StudySetting(model=model, data=data, sae=sae, **(how | self.budgets()))
+        same: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "quick", "abilities")}
+        return StudySetting(model=model, data=data, sae=sae, **(same | self.budgets()))
 
     def budgets(self) -> dict[str, Any]:
         """The damage that is allowed on dev, as far as it is said."""
