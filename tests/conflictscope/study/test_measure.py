@@ -29,7 +29,8 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
     monkeypatch.setattr(study, "measure_usage", measure)
     monkeypatch.setattr(study, "_cost", lambda *_: {})
     reading = study.Reading(tiny_llama, asked)
-    bench: Any = SimpleNamespace(model=tiny_llama, asked=asked, records=Records(tmp_path), seed=0, reading=reading)
+    where = {"records": Records(tmp_path), "seed": 0, "reading": reading, "abilities": False}
+    bench: Any = SimpleNamespace(model=tiny_llama, asked=asked, **where)
     steered = Steering(1, torch.ones(32), 2.0)
     names = {
         "pruning": [HeadScaling.of([(1, 0)], 0.0)],
