@@ -96,7 +96,7 @@ def directions_of(folding: Folding, name: str) -> Mapping[int, Tensor]:
         what, instead = ("heads", "--lora, or a checkpoint with --bake") if folding.heads else ("layers", "--bake")
         raise UserError(f"{name} scales {what}, which is no direction that is added; write it with {instead} instead.")
     if not folding.directions:
-        raise UserError(f"{name} adds no direction as it stands; give a strength other than 0.")
+        raise UserError(f"{name} adds no direction as it stands; give a strength, or a dial's trust, other than 0.")
     return dict(sorted(folding.directions.items()))
 
 
