@@ -41,7 +41,7 @@ from conflictscope.cli import app, main
 from conflictscope.cli.inputs import read_prompts
 from conflictscope.serve.requests import ChatRequest, CompletionRequest
 from conflictscope.study.comparison import Comparison
-from interp import facts, formats
+from interp import facts, formats, known
 from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.conflicts import ConflictSet
@@ -167,7 +167,8 @@ def reader(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(prepared, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONFLICTSCOPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(facts, "known_facts", _thirty_facts)
+    for module in (facts, known):
+        monkeypatch.setattr(module, "known_facts", _thirty_facts)
     return tmp_path
 
 
