@@ -20,8 +20,8 @@ VLLM := .venv-vllm
 LLAMA := .venv-llama
 EVAL := .venv-eval
 engines: $(STAMP) $(VLLM)/.installed $(LLAMA)/.installed $(EVAL)/.installed
-	CONFLICTSCOPE_VLLM_PYTHON=$(VLLM)/bin/python CONFLICTSCOPE_LLAMA_PYTHON=$(LLAMA)/bin/python \
-		CONFLICTSCOPE_EVAL_PYTHON=$(EVAL)/bin/python $(BIN)/python -m pytest tests/engines
+	CONFLICTSCOPE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python CONFLICTSCOPE_LLAMA_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
+		CONFLICTSCOPE_EVAL_PYTHON=$(CURDIR)/$(EVAL)/bin/python $(BIN)/python -m pytest tests/engines
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults
