@@ -41,7 +41,7 @@ SETS = (
     ("NQ-Swap", "nq-swap", "nq-swap/dev.parquet", 212),
     ("RAMDocs", "ramdocs", "ramdocs/RAMDocs_test.jsonl", 60),
 )
-"""Title, format, file, and of how many subjects all rows are drawn: of NQ-Swap 600 rows."""
+"""Title, format, file, and of how many subjects all rows are drawn: of NQ-Swap some 600 of each kind."""
 FORMS = ("completion", "chat")
 _TOKENS = {"completion": 8, "chat": 32}
 # Passages of public sets are long.
