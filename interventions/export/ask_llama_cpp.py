@@ -19,7 +19,7 @@ import numpy as np
 try:
     api: Any = importlib.import_module("llama_cpp")
 except ImportError:
-    sys.exit("it has no llama_cpp; pip install llama-cpp-python, or give --llama-python.")
+    api = None
 
 
 def check(done: Any, otherwise: str) -> None:
@@ -76,6 +76,7 @@ def apply(context: Any, model: Any, run: dict[str, Any]) -> None:
 
 def main(job_path: str, out: str) -> None:
     """Answer all prompts of a job in each of its runs."""
+    check(api, "it has no llama_cpp; pip install llama-cpp-python, or give --llama-python.")
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     api.llama_backend_init()
     model = api.llama_model_load_from_file(job["model"].encode(), api.llama_model_default_params())

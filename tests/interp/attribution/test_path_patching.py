@@ -63,7 +63,7 @@ def test_one_sweep_equals_full_forwards_in_every_architecture(tiny_bridge, confl
 
 
 def test_one_sweep_equals_full_forwards_on_the_real_model(smollm2, capital_conflicts):
-    conflicts = ConflictSet("six", capital_conflicts.select(kind="conflict").examples[:6])
+    conflicts = ConflictSet("three", capital_conflicts.select(kind="conflict").examples[:3])
     examples, token_ids = scorable(smollm2, conflicts)
     states = last_token_states(smollm2, [e.prompt for e in examples])
     replacement = torch.zeros_like(states.z)
