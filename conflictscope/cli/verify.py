@@ -41,8 +41,8 @@ def verify(
         typer.Option(help="Ask llama.cpp too, with this base in GGUF; not in float32, its rounding shows as well."),
     ] = None,
     llama_python: Annotated[
-        Path, typer.Option(help="With --gguf: the interpreter that has llama-cpp-python; else this one.")
-    ] = Path(sys.executable),
+        Path | None, typer.Option(help="With --gguf: the interpreter that has llama-cpp-python; else this one.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, one a line, instead of those that were recorded with the export.")
     ] = None,
@@ -59,12 +59,14 @@ def verify(
     from interventions.export.server import Server
     from interventions.export.verify import edits_in, left_out, prompts_in, traps, verified
 
+    if llama_python is not None and gguf is None:
+        raise UserError("--llama-python runs llama.cpp, which needs a base; give --gguf too.")
     edits = edits_in(out)
     asked = list(recorded(prompts)) if prompts is not None else prompts_in(edits)
     if not asked:
         raise UserError(f"{out} holds no prompts to ask; give some with --prompts.")
     server = None if url is None else Server(url, api_key)
-    llama = None if gguf is None else LlamaCpp(llama_python, gguf)
+    llama = None if gguf is None else LlamaCpp(llama_python or Path(sys.executable), gguf)
     name = base.model or edits[0].file.model.name
     model = replace(base, model=name).load()
     notes = {edit.name: list(traps(edit.folder)) for edit in edits if edit.is_adapter}

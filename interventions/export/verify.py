@@ -369,6 +369,8 @@ def by_llama_cpp(
         As ``by_peft``.
     """
     runs = {UNEDITED: Run(), **{edit.name: run for edit in edits if (run := _run(edit)) is not None}}
+    if len(runs) == 1:
+        raise UserError("No edit here has a file for llama.cpp; export it with --lora --gguf, or --vector gguf.")
     tokenizer = tokenizer_of(model)
     tokens = token_ids(tokenizer, prompts)
     ends = model.generation_config.eos_token_id

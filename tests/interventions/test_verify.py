@@ -21,7 +21,7 @@ from interventions.export.llama_cpp import LlamaCpp
 from interventions.export.lora import write_adapters
 from interventions.export.server import Server
 from interventions.export.vectors import write_vectors
-from interventions.export.verify import edits_in, left_out, prompts_in, traps, verified
+from interventions.export.verify import by_llama_cpp, edits_in, left_out, prompts_in, traps, verified
 from interventions.heads import HeadScaling
 from interventions.identity import ModelIdentity
 from interventions.steering import Steering
@@ -142,11 +142,17 @@ def test_what_llama_cpp_reads_is_compared_by_its_numbers(tiny_directories, tmp_p
     ],
 )
 def test_a_llama_cpp_that_is_not_there_is_one_sentence(model, exported, tmp_path, python, base, sentence):
+    (exported / "dial@1" / "adapter.gguf").touch()
     path = tmp_path / "base.gguf"
     if base:
         path.write_bytes(b"GGUF")
     with pytest.raises(UserError, match=sentence):
-        list(verified(model, edits_in(exported), PROMPTS, max_new_tokens=1, llama=LlamaCpp(Path(python), path)))
+        list(by_llama_cpp(model, LlamaCpp(Path(python), path), edits_in(exported), PROMPTS, 1))
+
+
+def test_edits_without_a_file_for_llama_cpp_are_told(model, exported, tmp_path):
+    with pytest.raises(UserError, match="No edit here has a file for llama"):
+        list(by_llama_cpp(model, LlamaCpp(Path(sys.executable), tmp_path), edits_in(exported), PROMPTS, 1))
 
 
 def test_an_adapter_of_another_base_is_refused(exported, tiny_directories):
