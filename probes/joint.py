@@ -1,8 +1,8 @@
 """Fit one probe on several sites at once, and see what it is worth where it was not fitted.
 
 1. The activations of all sites stand side by side, and one logistic regression reads them (``JointProbe``).
-2. A probe that is to hold in words it never saw is judged in such words: prompts of some parts (layouts, wordings) are
-   scored by a probe that was fitted without any of these parts (``left_out_scores``), and the strength is the one whose
+2. A probe that is to hold in words it never saw is judged in such words: every prompt is scored by a probe that was
+   fitted without any of its parts, such as layout and wording (``left_out_scores``), and the strength is the one whose
    scores rank best there.
 3. Its threshold is conformal over families of prompts, not over prompts: a new family counts as one more family
    (``family_threshold``).
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,8 +92,8 @@ def left_out_scores(
 ) -> Tensor:
     """Score prompts by probes that were fitted without any of their parts.
 
-    Each kind of part is dealt out to the folds. A prompt all of whose parts are of one fold is scored by a probe that
-    was fitted on the prompts that have no part of this fold.
+    Each kind of part is dealt out to the folds. A prompt is scored by a probe that was fitted on the prompts that share
+    no kind's fold with it: with two kinds and three folds there are nine probes, each of four ninths of the prompts.
 
     Args:
         train: Features by site, what each example is, and its parts (for example layout and wording), to fit on.
@@ -103,7 +102,7 @@ def left_out_scores(
         folds: How many.
 
     Returns:
-        Log odds, ``(n_dev,)``; NaN for prompts whose parts are of several folds.
+        Log odds, ``(n_dev,)``.
 
     Raises:
         UserError: If a class is missing among the prompts to fit on.
@@ -119,12 +118,10 @@ def left_out_scores(
         return np.array([[fold[part] for fold, part in zip(dealt, one, strict=True)] for one in some])
 
     of_train, of_dev = of_fold(parts), of_fold(dev[1])
-    scores = torch.full((len(dev[1]),), math.nan)
-    for fold in range(folds):
-        rows = torch.from_numpy((of_train != fold).all(1))
-        wanted = torch.from_numpy((of_dev == fold).all(1))
-        if not wanted.any():
-            continue
+    scores = torch.empty(len(dev[1]))
+    for left_out in np.unique(of_dev, axis=0):
+        rows = torch.from_numpy((of_train != left_out).all(1))
+        wanted = torch.from_numpy((of_dev == left_out).all(1))
         chosen = {site: values[rows] for site, values in features.items()}
         labels = [one for one, is_in in zip(is_conflict, rows.tolist(), strict=True) if is_in]
         probe = JointProbe.fit(chosen, labels, strength=strength)
@@ -133,10 +130,9 @@ def left_out_scores(
 
 
 def ranks(scores: Tensor, is_conflict: Sequence[bool]) -> float:
-    """Return the AUROC of scores, ``(n,)``, of those that are numbers."""
-    there = ~scores.isnan().numpy()
-    positive = np.array(is_conflict, dtype=bool)[there]
-    return float(auroc(scores.double().numpy()[there], positive, np.ones((1, there.sum())))[0])
+    """Return the AUROC of scores, ``(n,)``."""
+    positive = np.array(is_conflict, dtype=bool)
+    return float(auroc(scores.double().numpy(), positive, np.ones((1, len(scores))))[0])
 
 
 def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) -> float:
@@ -148,7 +144,7 @@ def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) 
     hierarchical data", arXiv 2306.06342). The 1 stands for the new family, all of whose scores might lie below.
 
     Args:
-        scores: Of conflicts, ``(n,)``; those that are no numbers, as ``left_out_scores`` gives, are left out.
+        scores: Of conflicts, ``(n,)``.
         families: The family of each.
         keep: The share that should pass, between 0 and 1.
 
@@ -158,8 +154,6 @@ def family_threshold(scores: Tensor, families: Sequence[Hashable], keep: float) 
     Raises:
         UserError: If there are too few families for it.
     """
-    there = ~scores.isnan()
-    scores, families = scores[there], [one for one, is_there in zip(families, there.tolist(), strict=True) if is_there]
     number = {family: n for n, family in enumerate(dict.fromkeys(families))}
     members = np.array([number[family] for family in families], dtype=int)
     ascending, places = np.unique(scores.numpy(), return_inverse=True)

@@ -3,8 +3,8 @@
 1. Record z, what heads write through, at the ends of prompts of every kind, in the middle third of the layers as far as
    these lie below the lowest edited one, and fit one probe of all of it that tells conflicts from all other kinds on
    train. Lower and higher layers carry over worse to phrasings and relations that a probe did not see.
-2. Score dev's prompts by probes that were fitted without the phrasings that these are in; the strength that ranks them
-   best is taken.
+2. Score each of dev's prompts by a probe that was fitted without the phrasing, or parts of it, that it is in; the
+   strength that ranks them best is taken.
 3. Set the threshold so that the wanted share of the conflicts of a new phrasing family passes, by these scores, or
    where there are too few families for that, of new prompts, by the scores of the probe itself.
 4. What is stranger, where the gate decides, than 99 % of dev's prompts stays closed.
@@ -40,7 +40,7 @@ from interventions.config import effect_digest
 from interventions.gate import ConflictGate, Familiar, GateReading
 from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_scores, ranks
 
-GATE_VERSION = 3
+GATE_VERSION = 4
 """Version of how gates are fitted: raise it when the same prompts would get another one."""
 
 KEEPS = (0.95, 0.9, 0.8)
@@ -333,8 +333,7 @@ def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int) -> dict
         "weights": {site: weight.tolist() for site, weight in probe.weights.items()},
         "bias": probe.bias,
         "strength": strength,
-        # Of those whose parts are of several folds there is none.
-        "left_out": [None if math.isnan(score) else score for score in left_out.tolist()],
+        "left_out": left_out.tolist(),
         "scores": fitted.tolist(),
         "left_out_auroc": quality[strength] if has_folds else None,
         "familiar": _familiar(recorded[0][sites[-1]], recorded[1][sites[-1]]),
@@ -343,9 +342,10 @@ def _fitted(lab: Lab, train: ConflictSet, dev: ConflictSet, lowest: int) -> dict
 
 def _threshold(found: Mapping[str, Any], dev: ConflictSet, keep: float) -> tuple[float, str]:
     """The threshold, and whether it holds for new families or, where there are too few of them, for new prompts."""
-    left_out = torch.tensor([math.nan if score is None else score for score in found["left_out"]])
     with suppress(UserError):
-        return family_threshold(left_out, [e.template for e in dev if e.kind == "conflict"], keep), "families"
+        return family_threshold(
+            torch.tensor(found["left_out"]), [e.template for e in dev if e.kind == "conflict"], keep
+        ), "families"
     return passing_threshold(torch.tensor(found["scores"]), keep), "prompts"
 
 
