@@ -25,20 +25,23 @@ from interp.families import FAMILIES, variant_of
 from interp.inputs import token_ids, tokenizer_of
 from probes.conflict_detectors import (
     HEAD_LENS,
+    NAMED_TOKENS,
     TWO_PASSES,
     NearestSubspaces,
     PhrasingDirections,
+    agreement,
     cross_validated,
     ensemble,
     family_curve,
     head_lens_features,
+    named_token_features,
     shuffled_within,
     two_pass_features,
 )
 from probes.joint import STRENGTHS, JointProbe, family_threshold, left_out_scores, ranks
 from probes.linear import ProbeSet
 
-DETECTORS_VERSION = 1
+DETECTORS_VERSION = 2
 """Version of the detectors: raise it when the same prompts would get other scores."""
 
 _RANKS = (0, 4, 16, 64)
@@ -46,6 +49,7 @@ _NARROW_STRENGTH = 1e-3
 _SHUFFLES = 3
 JOINT, _UPPER = "z, middle layers", "z, middle and upper layers"
 _LENS, _TWO_PASSES = "head lens: ", f"two passes: all {len(TWO_PASSES)}"
+_NAMED = f"two passes: named tokens, all {len(NAMED_TOKENS)}"
 _ROWS_AT_ONCE = 64
 
 Head = tuple[int, int]
@@ -143,6 +147,7 @@ class Detecting:
             "heads": self.found_heads,
             "lens": self.head_lens,
             "two-passes": self.two_passes,
+            "named-tokens": self.named_tokens,
             "invariant": self.invariant,
         }
 
@@ -242,6 +247,11 @@ class Detecting:
             self._narrow_of(_TWO_PASSES, 2, features),
         ]
 
+    def named_tokens(self) -> list[Detector]:
+        """What the context changes for the tokens that it names."""
+        features = {name: self._named_tokens(self.parts[name]) for name in self._scored}
+        return [self._narrow_of(_NAMED, 2, features)]
+
     def invariant(self) -> list[Detector]:
         """Probe and nearest subspace without the directions in which phrasings differ."""
         train = self.parts["train"]
@@ -259,20 +269,21 @@ class Detecting:
         return [Detector(probe.name, probe.passes, probe.scores, {**probe.about, **about}), nearest]
 
     def ensembles(self, made: Sequence[Detector]) -> list[Detector]:
-        """Means of standardised log odds of some detectors made; which head lens takes part is chosen on dev."""
+        """Means of some detectors' standardised log odds, or the lowest; dev chooses which head lens takes part."""
         dev, by_name = self.parts["dev"].is_conflict, {detector.name: detector for detector in made}
         lenses = [detector for name, detector in by_name.items() if name.startswith(_LENS)]
         lens = max(lenses, key=lambda one: ranks(one.scores["dev"], dev))
-        members = (by_name[JOINT], lens, by_name[_TWO_PASSES])
+        joint, two_passes = by_name[JOINT], by_name[_TWO_PASSES]
         ensembles = []
-        for name, some in {
-            "ensemble: z, head lens": members[:2],
-            "ensemble: z, head lens, two passes": members,
-        }.items():
+        for name, combine, some in (
+            ("ensemble: z, head lens", ensemble, (joint, lens)),
+            ("ensemble: z, head lens, two passes", ensemble, (joint, lens, two_passes)),
+            ("both: z, named tokens", agreement, (joint, by_name[_NAMED])),
+        ):
             on = [member.scores["dev"] for member in some]
-            means = {n: ensemble([m.scores[n] for m in some], on)[:, None] for n in self._scored}
+            together = {n: combine([m.scores[n] for m in some], on)[:, None] for n in self._scored}
             about = {"members": [member.name for member in some]}
-            ensembles.append(self._narrow_of(name, max(member.passes for member in some), means, about))
+            ensembles.append(self._narrow_of(name, max(member.passes for member in some), together, about))
         return ensembles
 
     def curve(self, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -409,12 +420,57 @@ class Detecting:
         return part.states[self._last_site]
 
     def _two_passes(self, part: Part) -> Tensor:
+        return self._compared(part, lambda with_context, without, _: two_pass_features(with_context, without))
+
+    def _named_tokens(self, part: Part) -> Tensor:
+        named = self._named(part)
+
+        def features(with_context: Tensor, without: Tensor, rows: slice) -> Tensor:
+            mask = torch.zeros(with_context.shape, dtype=torch.bool)
+            for row, ids in zip(mask, named[rows], strict=True):
+                row[ids] = True
+            return named_token_features(with_context, without, mask.to(with_context.device))
+
+        return self._compared(part, features)
+
+    def _compared(self, part: Part, features: Callable[[Tensor, Tensor, slice], Tensor]) -> Tensor:
+        """Features of the next-token logits of prompts and of their bare questions, and of which rows these are."""
         assert part.bare is not None
-        rows = []
+        found = []
         with torch.inference_mode():
-            for both in zip(self._final(part).split(_ROWS_AT_ONCE), part.bare.split(_ROWS_AT_ONCE), strict=True):
-                rows.append(two_pass_features(*(self.anatomy.logits(self._here(some)) for some in both)).cpu())
-        return torch.cat(rows)
+            for start in range(0, len(part.prompts), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                both = (self.anatomy.logits(self._here(some[rows])) for some in (self._final(part), part.bare))
+                found.append(features(*both, rows).cpu())
+        return torch.cat(found)
+
+    def _named(self, part: Part) -> list[list[int]]:
+        """All tokens that spell a word, or a piece of one, which stands in a prompt but not in its bare question."""
+        tokenizer = tokenizer_of(self.model)
+        prompts, bare = (
+            token_ids(tokenizer, [getattr(example, name) for example in part.prompts])
+            for name in ("prompt", "bare_prompt")
+        )
+        words, spelled = self._words, self._spelled
+        told = (
+            {words[i] for i in whole} - {words[i] for i in alone} for whole, alone in zip(prompts, bare, strict=True)
+        )
+        return [[i for word in some for i in spelled.get(word, ())] for some in told]
+
+    @cached_property
+    def _words(self) -> list[str]:
+        """What each token spells, without spaces and capitals."""
+        tokenizer = tokenizer_of(self.model)
+        return [text.strip().lower() for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+
+    @cached_property
+    def _spelled(self) -> dict[str, list[int]]:
+        """The tokens by what they spell, but for those that spell no letter and no digit."""
+        found: dict[str, list[int]] = {}
+        for token, word in enumerate(self._words):
+            if any(map(str.isalnum, word)):
+                found.setdefault(word, []).append(token)
+        return found
 
 
 def middle_layers(anatomy: Anatomy) -> range:

@@ -2,10 +2,13 @@
 
 =====================  =================================================================================================
 two passes             what the context changes in the next-token distribution (``two_pass_features``)
+named tokens           the same of the tokens that the context names, and whether it names what memory says
+                       (``named_token_features``)
 head lens              whether what memory heads and context heads write names two answers (``head_lens_features``)
 invariance to wording  the same features without the directions in which phrasings differ (``PhrasingDirections``)
 nearest subspace       the distance to the subspace of each kind of prompt (``NearestSubspaces``)
-ensemble               the mean of several detectors' standardised log odds (``ensemble``)
+ensemble               the mean of several detectors' standardised log odds (``ensemble``), or the lowest of them
+                       (``agreement``)
 =====================  =================================================================================================
 
 ``shuffled_within`` makes the labels of a control, ``family_curve`` says what more phrasings are worth, and
@@ -33,6 +36,18 @@ KEPT = 0.95
 
 TWO_PASSES = ("divergence", "confidence_gain", "entropy_gain", "bare_answer_loss", "other_answer")
 """The columns of ``two_pass_features``."""
+NAMED_TOKENS = (
+    "bare_answer_named",
+    "answer_named",
+    "bare_mass",
+    "mass",
+    "top_gain",
+    "mass_gain",
+    "top",
+    "bare_answer",
+    "bare_top",
+)
+"""The columns of ``named_token_features``."""
 HEAD_LENS = ("divergence", "other_token", "memory_entropy", "context_entropy", "memory_agrees", "context_agrees")
 """The columns of ``head_lens_features``."""
 
@@ -74,6 +89,41 @@ def two_pass_features(with_context: Tensor, without: Tensor) -> Tensor:
     return torch.stack([divergence, gained(own), raised, -gained(bare), (own != bare).float()[:, 0]], 1)
 
 
+def named_token_features(with_context: Tensor, without: Tensor, named: Tensor) -> Tensor:
+    """Compare the two distributions on the tokens that the context names: memory's answer is one where both agree.
+
+    Args:
+        with_context: Logits, ``(n, d_vocab)``.
+        without: Logits of the bare questions, ``(n, d_vocab)``.
+        named: Which tokens the context names, boolean, ``(n, d_vocab)``.
+
+    Returns:
+        ``(n, 9)``, the columns of ``NAMED_TOKENS``: whether the bare question's top token is named, and whether the
+        prompt's own is; the log probability of all named tokens together, without and with the context; how much more
+        probable the context makes the likeliest named token (log ratio), and the named tokens together (summed over
+        them, each weighted by its probability); the probability of the likeliest one; the log probability that the
+        context leaves the bare question's top token, and that of the likeliest named token without the context. Log
+        probabilities end at that of 1 in 10,000, which is also what no named token has.
+    """
+    with_context, without = (logits.float().log_softmax(-1) for logits in (with_context, without))
+    own, bare = (log_p.argmax(-1, keepdim=True) for log_p in (with_context, without))
+    inside, bare_inside = (log_p.masked_fill(~named, -torch.inf) for log_p in (with_context, without))
+    top = inside.argmax(-1, keepdim=True)
+    gain = with_context - without
+    columns = [
+        named.gather(-1, bare),
+        named.gather(-1, own),
+        bare_inside.logsumexp(-1, keepdim=True).clamp(min=_LEAST),
+        inside.logsumexp(-1, keepdim=True).clamp(min=_LEAST),
+        gain.gather(-1, top) * named.gather(-1, top),
+        (with_context.exp() * gain * named).sum(-1, keepdim=True),
+        inside.gather(-1, top).exp(),
+        with_context.gather(-1, bare).clamp(min=_LEAST),
+        bare_inside.gather(-1, top).clamp(min=_LEAST),
+    ]
+    return torch.cat([column.float() for column in columns], 1)
+
+
 def head_lens_features(memory: Tensor, context: Tensor) -> Tensor:
     """Compare the next tokens that two groups of heads name.
 
@@ -96,6 +146,9 @@ def head_lens_features(memory: Tensor, context: Tensor) -> Tensor:
     agree = held(logits[0], top[1]), held(logits[1], top[0])
     differs = (top[0] != top[1]).float()[:, 0]
     return torch.stack([jensen_shannon(first, second), differs, _entropy(first), _entropy(second), *agree], 1)
+
+
+_LEAST = float(np.log(1e-4))
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -209,7 +262,24 @@ def ensemble(scores: Sequence[Tensor], on: Sequence[Tensor]) -> Tensor:
     Returns:
         ``(n,)``.
     """
-    return torch.stack([(s - o.mean()) / o.std() for s, o in zip(scores, on, strict=True)]).mean(0)
+    return _standardised(scores, on).mean(0)
+
+
+def agreement(scores: Sequence[Tensor], on: Sequence[Tensor]) -> Tensor:
+    """The lowest of several detectors' scores, standardised as in ``ensemble``: high where all of them are.
+
+    Args:
+        scores: As for ``ensemble``.
+        on: The same.
+
+    Returns:
+        ``(n,)``.
+    """
+    return _standardised(scores, on).amin(0)
+
+
+def _standardised(scores: Sequence[Tensor], on: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(s - o.mean()) / o.std() for s, o in zip(scores, on, strict=True)])
 
 
 def shuffled_within(labels: Sequence[bool], strata: Sequence[Hashable], *, seed: int = 0) -> list[bool]:
