@@ -1,5 +1,6 @@
 """Detectors of a tiny model that is taken to know all it is asked."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,24 @@ def test_two_passes_see_nothing_where_there_is_no_context(bench):
     is_bare = torch.tensor([variant == "none" for variant in part.variants])
     features = bench._two_passes(part)
     assert features[is_bare].abs().max() < 1e-4 < features[~is_bare, 0].min()
+
+
+def test_named_tokens_spell_what_stands_in_the_prompt_alone(bench, tiny_llama):
+    """By the characters of the texts; a token that begins with a space names the same as one that does not."""
+    part, tokenizer = bench.parts["dev"], tokenizer_of(tiny_llama)
+    for example, ids in zip(part.prompts, bench._named(part), strict=True):
+        spelled = {tokenizer.decode([token]).strip().lower() for token in ids}
+        assert all(text in example.prompt.lower() for text in spelled)
+        whole, bare = (tokenizer.tokenize(text) for text in (example.prompt, example.bare_prompt))
+        alone = {tokenizer.convert_tokens_to_string([token]).strip().lower() for token in bare}
+        assert not spelled & alone
+        told = {tokenizer.convert_tokens_to_string([token]).strip().lower() for token in whole} - alone
+        assert spelled == {text for text in told if any(letter.isalnum() for letter in text)}
+        assert (example.kind == "none") <= (not ids)
+    features = bench._named_tokens(part)
+    is_bare = torch.tensor([variant == "none" for variant in part.variants])
+    assert not features[is_bare][:, [0, 1, 4, 5, 6]].any()
+    assert features[~is_bare][:, 3].min() > math.log(1e-4)
 
 
 def test_the_joint_probe_reads_the_middle_layers_and_costs_as_much(bench):

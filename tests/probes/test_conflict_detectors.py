@@ -11,15 +11,18 @@ from torch import Tensor
 
 from probes.conflict_detectors import (
     HEAD_LENS,
+    NAMED_TOKENS,
     TWO_PASSES,
     NearestSubspaces,
     PhrasingDirections,
+    agreement,
     cross_validated,
     ensemble,
     family_curve,
     head_lens_features,
     jensen_shannon,
     judged,
+    named_token_features,
     shuffled_within,
     two_pass_features,
 )
@@ -66,6 +69,32 @@ def test_two_passes_are_compared_as_scipy_does():
 def test_a_prompt_without_a_context_changes_nothing():
     logits = normal(3, 20)
     np.testing.assert_allclose(two_pass_features(logits, logits), 0, atol=1e-6)
+
+
+def test_named_tokens_are_compared_token_by_token():
+    """From the definition, one prompt and one token after the other; the last prompt's context names nothing."""
+    first, second = 3 * normal(6, 12), 3 * normal(6, 12, seed=1)
+    named = normal(6, 12, seed=2) > 0
+    named[5] = False
+    found = named_token_features(first, second, named).numpy()
+    assert found.shape == (6, len(NAMED_TOKENS))
+    p, q, least = first.double().softmax(-1).tolist(), second.double().softmax(-1).tolist(), 1e-4
+    for row in range(6):
+        tokens = [token for token in range(12) if named[row, token]]
+        own, bare = (max(range(12), key=some[row].__getitem__) for some in (p, q))
+        top = max(tokens, key=p[row].__getitem__, default=None)
+        expected = {
+            "bare_answer_named": bare in tokens,
+            "answer_named": own in tokens,
+            "bare_mass": math.log(max(least, sum(q[row][t] for t in tokens))),
+            "mass": math.log(max(least, sum(p[row][t] for t in tokens))),
+            "top_gain": 0 if top is None else math.log(p[row][top] / q[row][top]),
+            "mass_gain": sum(p[row][t] * math.log(p[row][t] / q[row][t]) for t in tokens),
+            "top": 0 if top is None else p[row][top],
+            "bare_answer": math.log(max(least, p[row][bare])),
+            "bare_top": math.log(least if top is None else max(least, q[row][top])),
+        }
+        np.testing.assert_allclose(found[row], [expected[name] for name in NAMED_TOKENS], rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_lens_compares_what_two_groups_name_as_scipy_does():
@@ -140,6 +169,12 @@ def test_an_ensemble_is_the_mean_of_standard_scores():
     on = [torch.tensor([0.0, 2.0]), torch.tensor([10.0, 30.0])]
     found = ensemble([torch.tensor([1.0, 3.0]), torch.tensor([20.0, 40.0])], on)
     torch.testing.assert_close(found, torch.tensor([0.0, 2**0.5]))
+
+
+def test_an_agreement_is_the_lowest_standard_score():
+    first, second = normal(30), 5 * normal(30, seed=1) + 2
+    expected = np.minimum(*(zscore(some.double().numpy(), ddof=1) for some in (first, second)))
+    np.testing.assert_allclose(agreement([first, second], [first, second]), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_are_shuffled_within_strata_and_teach_nothing():
