@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -41,41 +42,84 @@ _WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
     "within budget": (None, "within_budget"),
 }
 HOURS, LEADERBOARD, DETECTORS, _LONGEST = "hours.json", "leaderboard.md", "detectors.md", 12
-_FIRST = re.compile("first ([1-9][0-9]*)")
+_FIRST, _BY_PHRASING = re.compile("first ([1-9][0-9]*)"), "by phrasing"
 
 
-def tables(
-    record: StudyRecord, directions: Sequence[Direction], choices: Sequence[Choice], first: int | None = None
-) -> str:
+class Wanted(NamedTuple):
+    """What a mark asks for of a study.
+
+    Attributes:
+        directions: Towards which sources.
+        choices: By which of dev's choices.
+        first: How many methods, those with the highest rates on test, and the one that dev prefers; ``None`` is all.
+        by_phrasing: Whether a table of each phrasing's rates follows each.
+    """
+
+    directions: Sequence[Direction]
+    choices: Sequence[Choice]
+    first: int | None = None
+    by_phrasing: bool = False
+
+
+def tables(record: StudyRecord, wanted: Wanted) -> str:
     """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
 
-    A study of ways to find heads begins with how far they agree. With ``first``, so many methods are shown, those with
-    the highest rates on test, and the one that dev prefers; no sentence about those that could not be measured.
+    A study of ways to find heads begins with how far they agree. Where a mark asks for the first methods only, no
+    sentence says which could not be measured.
 
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
-    random controls; then what the edit costs. ``n`` is the number of conflict prompts.
+    random controls; then what the edit costs, of the unedited model's accuracy, which stands in the first row. ``n`` is
+    the number of conflict prompts.
     """
-    shown = [_table(record, d, c, first) for d in directions for c in choices if record.chosen(d, c)]
-    if not first and (agreement := record.details.get("agreement")):
+    shown = []
+    for towards, choice in product(wanted.directions, wanted.choices):
+        if not record.chosen(towards, choice):
+            continue
+        rows = _shown(record, towards, choice, wanted.first)
+        shown.append(_table(record, towards, choice, rows))
+        if wanted.by_phrasing:
+            shown.append(_phrasings(record, towards, choice, rows))
+    if not wanted.first and (agreement := record.details.get("agreement")):
         shown.insert(0, _agreement(agreement))
     refused = (
-        [] if first else [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
+        []
+        if wanted.first
+        else [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
     )
     version = record.settings["versions"]["conflictscope"]
     made = f"Made by `{record.command}`, conflictscope {version}."
     return "\n\n".join([*shown, *refused, made])
 
 
-def _table(record: StudyRecord, towards: Direction, choice: Choice, first: int | None) -> str:
-    title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
+def _shown(record: StudyRecord, towards: Direction, choice: Choice, first: int | None) -> list[Measured]:
+    """The conditions of a table, the one with the highest rate on test first."""
+    chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
+    winner = record.winner(towards)
+    return [c for number, c in enumerate(chosen) if first is None or number < first or c is winner]
+
+
+def _table(record: StudyRecord, towards: Direction, choice: Choice, shown: Sequence[Measured]) -> str:
+    title, n_chosen = (
+        f"{record.model['name']} towards {towards}, {_CHOICES[choice]}",
+        len(record.chosen(towards, choice)),
+    )
     losses = [f"{label} loss" for label in LOSSES]
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
-    winner = record.winner(towards)
-    chosen = sorted(record.chosen(towards, choice), key=lambda c: -c.test[f"{towards}_rate"]["value"])
-    shown = [c for number, c in enumerate(chosen) if first is None or number < first or c is winner]
-    if len(shown) < len(chosen):
-        head[0] += f", {len(shown)} of {len(chosen)} methods"
+    if len(shown) < n_chosen:
+        head[0] += f", {len(shown)} of {n_chosen} methods"
     rows = [[*_row(record, c, towards)] for c in (record.unedited, *shown)]
+    return _markdown([head, ["---"] * len(head), *rows])
+
+
+def _phrasings(record: StudyRecord, towards: Direction, choice: Choice, shown: Sequence[Measured]) -> str:
+    """The rate in each of test's phrasings."""
+    found = [(c, c.test["by_template"]) for c in (record.unedited, *shown)]
+    phrasings = list(found[0][1])
+    head = [f"{towards} rate by phrasing, {_CHOICES[choice]}", *phrasings]
+    rows = [
+        [_name(record, c, towards), *(written(rates[one][f"{towards}_rate"]) for one in phrasings)]
+        for c, rates in found
+    ]
     return _markdown([head, ["---"] * len(head), *rows])
 
 
@@ -95,11 +139,10 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterator[str]:
     test, rate = condition.test, f"{towards}_rate"
-    name = ": ".join(filter(None, (words(condition.method), edit(condition))))
-    yield f"**{name}**" if condition is record.winner(towards) else name
+    yield _name(record, condition, towards)
     yield written(test[rate])
     if (change := test.get("change")) is None:
-        yield from ("", "", *("" for _ in LOSSES))
+        yield from ("", "", *(f"of {written(test[m])}" if m in test else "" for m in LOSSES.values()))
     else:
         yield written(change[rate])
         controls = (written(control.test["change"][rate]) for control in record.controls_of(condition))
@@ -108,6 +151,11 @@ def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterat
     yield written(test["neutral_kl"], 3)
     yield "1" if change is None else speed(condition.cost)
     yield str(test[rate]["n"])
+
+
+def _name(record: StudyRecord, condition: Measured, towards: Direction) -> str:
+    name = ": ".join(filter(None, (words(condition.method), edit(condition))))
+    return f"**{name}**" if condition is record.winner(towards) else name
 
 
 def ranking(folder: Path) -> str:
@@ -144,21 +192,26 @@ def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, se
             return mark[0]
         found.add(name)
         record = records[name]
-        text = record if isinstance(record, str) else tables(record, *_wanted(wanted))
+        text = record if isinstance(record, str) else tables(record, _wanted(wanted))
         # Empty lines, or what follows a mark would be read as part of it.
         return f"{start}\n{text}\n\n{end}"
 
     return _MARK.sub(fill, page), found
 
 
-def _wanted(said: str) -> tuple[Sequence[Direction], Sequence[Choice], int | None]:
+def _wanted(said: str) -> Wanted:
     asked = said.split(", ")[1:]
     first = next((int(found[1]) for one in asked if (found := _FIRST.fullmatch(one))), None)
-    asked = [one for one in asked if not _FIRST.fullmatch(one)]
+    by_phrasing = _BY_PHRASING in asked
+    asked = [one for one in asked if one != _BY_PHRASING and not _FIRST.fullmatch(one)]
     if unknown := [one for one in asked if one not in _WANTED]:
-        raise UserError(f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}, first 10.")
+        raise UserError(
+            f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}, first 10, {_BY_PHRASING}."
+        )
     directions, choices = zip(*(_WANTED[one] for one in asked), strict=True) if asked else ((), ())
-    return [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES], first
+    return Wanted(
+        [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES], first, by_phrasing
+    )
 
 
 def main(

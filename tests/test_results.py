@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from conflictscope.study.leaderboard import speed
 from conflictscope.study.record import UNEDITED, Measured, StudyRecord
-from docs.results import filled, main, tables, write_results
+from docs.results import Wanted, filled, main, tables, write_results
 from interp.errors import UserError
 from interp.files import write_json
 
@@ -26,6 +26,11 @@ def measured(name: str, rate: float, gain: float | None, **about: Any) -> Measur
     test: dict[str, Any] = {
         "context_rate": estimate(rate, rate - 0.1, rate + 0.1),
         "neutral_kl": estimate(0.0125, 0.01, 0.015, 40),
+        "closed_book_accuracy": estimate(0.9, 0.8, 1.0, 34),
+        "by_template": {
+            "plain": {"context_rate": estimate(rate + 0.05, rate, 1.0, 34)},
+            "letter": {"context_rate": estimate(rate - 0.05, 0.0, rate, 34)},
+        },
     }
     if gain is not None:
         test["change"] = {
@@ -69,11 +74,11 @@ def test_a_speed_is_told_where_the_rounds_agree_to_a_tenth():
 
 
 def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):
-    assert tables(record, ["context", "memory"], ["best"]).splitlines() == [
+    assert tables(record, Wanted(["context", "memory"], ["best"])).splitlines() == [
         "| tiny towards context, at its best | context rate | gain | gain at random | closed-book loss | aligned loss "
         "| irrelevant loss | KL on text | speed | n |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| unedited | 0.40 [0.30, 0.50] |  |  |  |  |  | 0.013 [0.010, 0.015] | 1 | 68 |",
+        "| unedited | 0.40 [0.30, 0.50] |  |  | of 0.90 [0.80, 1.00] |  |  | 0.013 [0.010, 0.015] | 1 | 68 |",
         r"| caa: layer 3 \| x 2 | 0.85 [0.75, 0.95] | 0.45 [0.25, 0.65] | not drawn | 0.50 [0.25, 0.75] "
         "| 0.00 [-0.10, 0.10] | n/a | 0.013 [0.010, 0.015] | n/a | 68 |",
         "| **greedy pruning: 2 heads pruned** | 0.75 [0.65, 0.85] | 0.35 [0.15, 0.55] | 0.05 [-0.15, 0.25] "
@@ -88,14 +93,14 @@ def test_a_row_a_method_with_gain_damage_cost_control_and_n(record):
 def test_ways_to_find_heads_begin_with_how_far_they_agree(record):
     agreement = {"exact": {"exact": 0.9, "estimate": -0.004}, "estimate": {"exact": -0.004}}
     located = replace(record, details={"agreement": agreement})
-    first, *_ = tables(located, ["context"], ["best"]).split("\n\n")
+    first, *_ = tables(located, Wanted(["context"], ["best"])).split("\n\n")
     assert first.splitlines() == [
         "| rank correlation | exact | estimate |",
         "| --- | --- | --- |",
         "| exact | 0.90 | 0.00 |",
         "| estimate | 0.00 |  |",
     ]
-    assert "rank correlation" not in tables(located, ["context"], ["best"], first=3)
+    assert "rank correlation" not in tables(located, Wanted(["context"], ["best"], first=3))
 
 
 def test_only_what_stands_between_marks_is_written_and_twice_is_as_once(record):
@@ -122,6 +127,16 @@ def test_a_mark_may_ask_for_the_methods_with_the_highest_rates_alone(record):
     assert "spare was not measured" not in shown
     # What dev prefers stays, wherever it stands.
     assert "**greedy pruning" in filled(page, {"mine": record})[0]
+
+
+def test_a_mark_may_ask_for_each_phrasings_rates(record):
+    page = "<!-- results of mine, towards context, within budget, by phrasing -->\n<!-- end of results -->"
+    lines = filled(page, {"mine": record})[0].splitlines()
+    start = lines.index("| context rate by phrasing, within the budget | plain | letter |")
+    assert lines[start + 2 : start + 4] == [
+        "| unedited | 0.45 [0.40, 1.00] | 0.35 [0.00, 0.40] |",
+        "| **greedy pruning: 2 heads pruned** | 0.80 [0.75, 1.00] | 0.70 [0.00, 0.75] |",
+    ]
 
 
 def test_a_mark_without_an_end_takes_nothing_of_the_next(record):
