@@ -440,8 +440,8 @@ class Detecting:
         with torch.inference_mode():
             for start in range(0, len(part.prompts), _ROWS_AT_ONCE):
                 rows = slice(start, start + _ROWS_AT_ONCE)
-                both = (self.anatomy.logits(self._here(some[rows])) for some in (self._final(part), part.bare))
-                found.append(features(*both, rows).cpu())
+                told, bare = (self.anatomy.logits(self._here(some[rows])) for some in (self._final(part), part.bare))
+                found.append(features(told, bare, rows).cpu())
         return torch.cat(found)
 
     def _named(self, part: Part) -> list[list[int]]:
