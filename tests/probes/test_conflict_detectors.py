@@ -173,7 +173,7 @@ def test_an_ensemble_is_the_mean_of_standard_scores():
 
 def test_an_agreement_is_the_lowest_standard_score():
     first, second = normal(30), 5 * normal(30, seed=1) + 2
-    expected = np.min([zscore(some.double().numpy(), ddof=1) for some in (first, second)], axis=0)
+    expected = np.minimum(*(np.asarray(zscore(some.double().numpy(), ddof=1)) for some in (first, second)))
     np.testing.assert_allclose(agreement([first, second], [first, second]), expected, rtol=1e-4, atol=1e-6)
 
 
