@@ -119,6 +119,16 @@ def resolve_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device in all, of the CPU the machine's; ``None`` where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def fetch(name: str) -> Path:
     """The checkpoint directory of a registered model, fetched and dequantised first if it is not cached.
 

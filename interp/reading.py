@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from interp.anatomy import Anatomy
 from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
 from interp.inputs import padded, prompt_batches
+from interp.models import device_memory
 from interp.progress import tracked
 
 READING_VERSION = 1
@@ -34,7 +35,7 @@ Changed = int | Literal["end", "whole"]
 
 # One token a prompt is left to run at a time, which pays only for many prompts.
 _BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
-_MOST_KEPT = 2**32
+_MOST_KEPT = 2**32, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class ReadPrompts:
         new_tokens: How many tokens are to follow each at most.
         batch_size: Prompts per batch at most; fewer of long ones.
         most_kept: Bytes that are kept at most: half for residual streams, of which fewer layers are kept where all do
-            not fit, half for keys and values. Prompts beyond are read anew each time.
+            not fit, half for keys and values. Prompts beyond are read anew each time. ``None`` takes 4 GiB, or an
+            eighth of the device's memory where that is less.
         progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
@@ -80,11 +82,13 @@ class ReadPrompts:
         *,
         new_tokens: int = 0,
         batch_size: int = _BATCH_SIZE,
-        most_kept: int = _MOST_KEPT,
+        most_kept: int | None = None,
         progress: str | None = None,
     ) -> None:
         self._model = model
         self._anatomy = Anatomy(model)
+        if most_kept is None:
+            most_kept = _most_kept(self._anatomy.device)
         self._network: Any = self._anatomy.model
         self._count = len(prompts)
         batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens, most_tokens=_TOKENS_AT_ONCE)
@@ -171,6 +175,12 @@ class ReadPrompts:
             cache = self._anatomy.body(**_prefix(batch.inputs), use_cache=True).past_key_values
         cache.layers[:start] = copy.deepcopy(batch.cache.layers[:start])
         return cache
+
+
+def _most_kept(device: torch.device) -> int:
+    most, share = _MOST_KEPT
+    memory = device_memory(device)
+    return most if memory is None else min(most, int(memory * share))
 
 
 def _prefix(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ With a model it says what the model's architecture looks like, and whether that 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -157,23 +156,15 @@ def _devices() -> Iterator[str]:
     """Where models run, and how much memory there is."""
     import torch
 
-    from interp.models import resolve_device
+    from interp.models import device_memory, resolve_device
 
     device = resolve_device()
     yield f"Models run on {device}, unless --device says otherwise; the CPU has {torch.get_num_threads()} threads."
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         yield f"{torch.cuda.get_device_name(device)} has {_gib(free)} of {_gib(total)} free."
-    if (found := memory()) is not None:
+    if (found := device_memory(torch.device("cpu"))) is not None:
         yield f"This machine has {_gib(found)} of memory; the default model takes 0.5 GiB in float32."
-
-
-def memory() -> int | None:
-    """Bytes of memory, where the system says."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _cache() -> Iterator[str]:

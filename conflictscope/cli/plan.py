@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conflictscope.cli.doctor import memory as own_memory
 from conflictscope.cli.options import BlueprintOption, ModelArgument, register_blueprint, say
 from interp.errors import UserError
 
@@ -159,12 +158,9 @@ def plan(
 
 def _own() -> int | None:
     """Bytes of this machine's accelerator, or of the machine where it has none with memory of its own."""
-    import torch
+    from interp.models import device_memory, resolve_device
 
-    from interp.models import resolve_device
-
-    device = resolve_device()
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else own_memory()
+    return device_memory(resolve_device())
 
 
 def _rows(shapes: Shapes, setting: Setting, machine: Machine) -> list[dict[str, Any]]:

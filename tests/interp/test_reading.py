@@ -70,6 +70,14 @@ def test_layers_below_an_edit_are_not_run_again(tiny_llama):
     assert max(width for layer, width in widths if layer == 1) > 1
 
 
+def test_no_more_than_an_eighth_of_a_small_memory_is_kept(tiny_llama, monkeypatch):
+    def left(memory):
+        monkeypatch.setattr("interp.reading.device_memory", lambda _: memory)
+        return ReadPrompts(tiny_llama, [])._left
+
+    assert [left(memory) for memory in (8 * 2**30, 64 * 2**30, None)] == [2**29, 2**31, 2**31]
+
+
 def test_a_prompt_of_one_token_is_read_whole(tiny_llama):
     prompts = ["Rome Rome Rome", tiny_llama.tokenizer.decode([5])]
     read = ReadPrompts(tiny_llama, prompts)
