@@ -21,7 +21,7 @@ from interp.activation_store import ActivationStore
 from interp.activations import record
 from interp.anatomy import Anatomy
 from interp.answers import Direction
-from interp.attribution.examples import with_partners
+from interp.attribution.examples import phrasing, with_partners
 from interp.attribution.path_patching import PATH_PATCHING_VERSION, path_patching
 from interp.attribution.scores import HeadScores
 from interp.attribution.states import STATES_VERSION, last_token_states
@@ -171,8 +171,14 @@ class Lab:
     def scored(self) -> ConflictSet:
         """Some conflict prompts of train, those on which heads are scored; each has a partner to be corrupted with."""
         count = _QUICK_SCORED_ON if self.quick else _SCORED_ON
-        train = evenly(self.prompts.train.select(kind="conflict"), count, self.seed)
-        return ConflictSet(self.prompts.train.name, tuple(with_partners(train)))
+        train = self.prompts.train.select(kind="conflict").examples
+        if len({phrasing(example) for example in train}) > count // 2:
+            # One of each would have no partner: take fewer phrasings, of which there are two at least.
+            train = with_partners(train)
+            phrasings = list(dict.fromkeys(phrasing(example) for example in train))
+            some = self.rng("scored").sample(phrasings, min(len(phrasings), count // 2))
+            train = [example for example in train if phrasing(example) in some]
+        return ConflictSet(self.prompts.train.name, tuple(with_partners(evenly(train, count, self.seed))))
 
     @cached_property
     def head_scores(self) -> dict[str, HeadScores]:

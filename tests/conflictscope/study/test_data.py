@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
+from conflictscope.study.lab import Lab
 from interp.attribution.examples import with_partners
 from interp.conflicts import ConflictSet
 from interp.documents import Documents
@@ -57,3 +58,14 @@ def test_in_families_most_conflicts_have_another_that_heads_can_be_patched_from(
     prompts = fact_prompts(None, ["capital", "currency"], Records(tmp_path), subjects=30, seed=0, families=2)
     conflicts = prompts.train.select(kind="conflict").examples
     assert len(with_partners(conflicts)) > 0.8 * len(conflicts)
+
+
+def test_heads_are_scored_on_prompts_with_partners_where_phrasings_are_many(tiny_llama, tmp_path):
+    """More phrasings than there are prompts to score on: one of each would leave none a partner."""
+    records = Records(tmp_path)
+    prompts = fact_prompts(None, ["capital", "currency"], records, subjects=30, seed=0, families=30)
+    lab = Lab(tiny_llama, "tiny", prompts, records, seed=0)
+    some = lab.scored.examples
+    assert len({e.template for e in prompts.train.select(kind="conflict")}) > 48
+    assert 48 < len(some) <= 96
+    assert len(with_partners(some)) == len(some)
