@@ -19,16 +19,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
+import polars as pl
 import typer
 from rich.console import Console
 
 from conflictscope.report.words import edit, words
 from conflictscope.study.leaderboard import LOSSES, lost, speed, written
-from conflictscope.study.record import Choice, Measured, StudyRecord
+from conflictscope.study.record import EXAMPLES, Choice, Measured, StudyRecord
 from interp.answers import DIRECTIONS, Direction
 from interp.errors import UserError
+from interp.evaluation import UsageReport
 from interp.files import read_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,7 @@ _WANTED: dict[str, tuple[Direction | None, Choice | None]] = {
 }
 HOURS, LEADERBOARD, DETECTORS, _LONGEST = "hours.json", "leaderboard.md", "detectors.md", 12
 _FIRST, _BY_PHRASING = re.compile("first ([1-9][0-9]*)"), "by phrasing"
+_PAIRED = re.compile("(.+) against others")
 
 
 class Wanted(NamedTuple):
@@ -53,15 +57,17 @@ class Wanted(NamedTuple):
         choices: By which of dev's choices.
         first: How many methods, those with the highest rates on test, and the one that dev prefers; ``None`` is all.
         by_phrasing: Whether a table of each phrasing's rates follows each.
+        paired: The method that is compared with each other one, prompt by prompt.
     """
 
     directions: Sequence[Direction]
     choices: Sequence[Choice]
     first: int | None = None
     by_phrasing: bool = False
+    paired: str | None = None
 
 
-def tables(record: StudyRecord, wanted: Wanted) -> str:
+def tables(record: StudyRecord, wanted: Wanted, folder: Path | None = None) -> str:
     """Say a study as tables in Markdown: one for each source and choice, a row a method, what dev prefers in bold.
 
     A study of ways to find heads begins with how far they agree. Where a mark asks for the first methods only, no
@@ -70,6 +76,14 @@ def tables(record: StudyRecord, wanted: Wanted) -> str:
     Beside the rate of the wanted source, a share of conflict prompts, stands by how much it rose, and by how much with
     random controls; then what the edit costs, of the unedited model's accuracy, which stands in the first row. ``n`` is
     the number of conflict prompts.
+
+    Args:
+        record: The study.
+        wanted: What is wanted of it.
+        folder: Where it lies, for comparisons prompt by prompt.
+
+    Raises:
+        UserError: If a method that is to be compared with the others is not there.
     """
     shown = []
     for towards, choice in product(wanted.directions, wanted.choices):
@@ -79,6 +93,8 @@ def tables(record: StudyRecord, wanted: Wanted) -> str:
         shown.append(_table(record, towards, choice, rows))
         if wanted.by_phrasing:
             shown.append(_phrasings(record, towards, choice, rows))
+        if wanted.paired and folder:
+            shown.append(_paired(folder, towards, choice, rows, wanted.paired))
     if not wanted.first and (agreement := record.details.get("agreement")):
         shown.insert(0, _agreement(agreement))
     refused = (
@@ -103,7 +119,7 @@ def _table(record: StudyRecord, towards: Direction, choice: Choice, shown: Seque
         f"{record.model['name']} towards {towards}, {_CHOICES[choice]}",
         len(record.chosen(towards, choice)),
     )
-    losses = [f"{label} loss" for label in LOSSES]
+    losses = [f"{label} loss" for label in _losses(record)]
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
     if len(shown) < n_chosen:
         head[0] += f", {len(shown)} of {n_chosen} methods"
@@ -120,6 +136,23 @@ def _phrasings(record: StudyRecord, towards: Direction, choice: Choice, shown: S
         [_name(record, c, towards), *(written(rates[one][f"{towards}_rate"]) for one in phrasings)]
         for c, rates in found
     ]
+    return _markdown([head, ["---"] * len(head), *rows])
+
+
+def _paired(folder: Path, towards: Direction, choice: Choice, shown: Sequence[Measured], method: str) -> str:
+    """How a method's rate and accuracies differ from each other method's on the same prompts, paired by subject."""
+    found = {words(condition.method): condition for condition in shown}
+    if method not in found:
+        raise UserError(f"A mark asks for {method} against others, which the study does not have {_CHOICES[choice]}.")
+    examples = pl.read_parquet(folder / EXAMPLES)
+    reports = {name: UsageReport(examples.filter(condition=one.name)) for name, one in found.items()}
+    measures = {f"{towards} rate": f"{towards}_rate", **{f"{label} accuracy": m for label, m in LOSSES.items()}}
+    head = [f"{method} less another, towards {towards}, {_CHOICES[choice]}", *measures]
+    rows = []
+    for name, report in reports.items():
+        if name != method:
+            changes = {m: change.to_record() for m, change in reports[method].changes(report).items()}
+            rows.append([f"less {name}", *(written(changes.get(m)) for m in measures.values())])
     return _markdown([head, ["---"] * len(head), *rows])
 
 
@@ -142,15 +175,21 @@ def _row(record: StudyRecord, condition: Measured, towards: Direction) -> Iterat
     yield _name(record, condition, towards)
     yield written(test[rate])
     if (change := test.get("change")) is None:
-        yield from ("", "", *(f"of {written(test[m])}" if m in test else "" for m in LOSSES.values()))
+        yield from ("", "", *(f"of {written(test[m])}" if m in test else "" for m in _losses(record).values()))
     else:
         yield written(change[rate])
         controls = (written(control.test["change"][rate]) for control in record.controls_of(condition))
         yield ", ".join(controls) or "not drawn"
-        yield from (written(lost(change.get(measure))) for measure in LOSSES.values())
+        yield from (written(lost(change.get(measure))) for measure in _losses(record).values())
     yield written(test["neutral_kl"], 3)
     yield "1" if change is None else speed(condition.cost)
     yield str(test[rate]["n"])
+
+
+def _losses(record: StudyRecord) -> Mapping[str, str]:
+    """What an edit may cost, by what it is called; other abilities in studies that asked for them."""
+    asked = "abilities_accuracy" in record.unedited.test
+    return {**LOSSES, "abilities": "abilities_accuracy"} if asked else LOSSES
 
 
 def _name(record: StudyRecord, condition: Measured, towards: Direction) -> str:
@@ -174,12 +213,15 @@ def detected(folder: Path) -> str:
     return re.sub("^#", "##", text.strip(), flags=re.MULTILINE)
 
 
-def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, set[str]]:
+def filled(
+    page: str, records: Mapping[str, StudyRecord | str], folders: Mapping[str, Path] = MappingProxyType({})
+) -> tuple[str, set[str]]:
     """Write the tables of the given studies anew in a page; which of them it has is the second that is returned.
 
     Args:
         page: The page.
         records: By name a study, or the text that stands for it.
+        folders: By name where a study lies, for comparisons prompt by prompt.
 
     Raises:
         UserError: If a mark asks for something that there is not.
@@ -192,7 +234,7 @@ def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, se
             return mark[0]
         found.add(name)
         record = records[name]
-        text = record if isinstance(record, str) else tables(record, _wanted(wanted))
+        text = record if isinstance(record, str) else tables(record, _wanted(wanted), folders.get(name))
         # Empty lines, or what follows a mark would be read as part of it.
         return f"{start}\n{text}\n\n{end}"
 
@@ -200,18 +242,26 @@ def filled(page: str, records: Mapping[str, StudyRecord | str]) -> tuple[str, se
 
 
 def _wanted(said: str) -> Wanted:
-    asked = said.split(", ")[1:]
-    first = next((int(found[1]) for one in asked if (found := _FIRST.fullmatch(one))), None)
-    by_phrasing = _BY_PHRASING in asked
-    asked = [one for one in asked if one != _BY_PHRASING and not _FIRST.fullmatch(one)]
-    if unknown := [one for one in asked if one not in _WANTED]:
-        raise UserError(
-            f"A mark asks for results {unknown[0]!r}; give some of: {', '.join(_WANTED)}, first 10, {_BY_PHRASING}."
-        )
-    directions, choices = zip(*(_WANTED[one] for one in asked), strict=True) if asked else ((), ())
-    return Wanted(
-        [d for d in directions if d] or DIRECTIONS, [c for c in choices if c] or [*_CHOICES], first, by_phrasing
-    )
+    directions: list[Direction] = []
+    choices: list[Choice] = []
+    options: dict[str, Any] = {}
+    for one in said.split(", ")[1:]:
+        if one in _WANTED:
+            direction, choice = _WANTED[one]
+            if direction:
+                directions.append(direction)
+            if choice:
+                choices.append(choice)
+        elif one == _BY_PHRASING:
+            options["by_phrasing"] = True
+        elif first := _FIRST.fullmatch(one):
+            options["first"] = int(first[1])
+        elif paired := _PAIRED.fullmatch(one):
+            options["paired"] = paired[1]
+        else:
+            known = ", ".join([*_WANTED, "first 10", _BY_PHRASING, "pruning against others"])
+            raise UserError(f"A mark asks for results {one!r}; give some of: {known}.")
+    return Wanted(directions or DIRECTIONS, choices or [*_CHOICES], **options)
 
 
 def main(
@@ -241,14 +291,15 @@ def write_results(studies: Sequence[Path], pages: Sequence[Path]) -> Iterator[tu
         say = next((say for name, say in of_file.items() if (folder / name).is_file()), None)
         return StudyRecord.load(folder) if say is None else say(folder)
 
-    records = {folder.resolve().name: said(folder) for folder in studies}
+    folders = {folder.resolve().name: folder for folder in studies}
+    records = {name: said(folder) for name, folder in folders.items()}
     if len(records) < len(studies):
         raise UserError("Two of the folders have the same name, which is what a page knows them by; rename one.")
     if unfinished := [name for name, record in records.items() if isinstance(record, StudyRecord) and record.to_come]:
         raise UserError(f"{unfinished[0]} is not finished; run its command again, which goes on where it stopped.")
     shown: set[str] = set()
     for path in pages:
-        after, found = filled(path.read_text(encoding="utf-8"), records)
+        after, found = filled(path.read_text(encoding="utf-8"), records, folders)
         if found:
             write_text(path, after)
             yield path, found

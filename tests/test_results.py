@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -137,6 +139,32 @@ def test_a_mark_may_ask_for_each_phrasings_rates(record):
         "| unedited | 0.45 [0.40, 1.00] | 0.35 [0.00, 0.40] |",
         "| **greedy pruning: 2 heads pruned** | 0.80 [0.75, 1.00] | 0.70 [0.00, 0.75] |",
     ]
+
+
+def test_a_mark_may_compare_a_method_with_the_others_prompt_by_prompt(record, tmp_path: Path):
+    """Of eight conflicts, one a subject, caa has six from the context and pruning four; caa loses a fact of two."""
+
+    def rows(condition, usages, right):
+        return [
+            {"condition": condition, "id": f"{kind}/{n}", "subject": f"{n}", "kind": kind, "usage": usage, "hit": hit}
+            for kind, told in (
+                ("conflict", [(usage, 0.0) for usage in usages]),
+                ("none", [("memory", r) for r in right]),
+            )
+            for n, (usage, hit) in enumerate(told)
+        ]
+
+    answers = [
+        *rows("caa, towards context", ["context"] * 6 + ["memory"] * 2, [1.0, 0.0]),
+        *rows("greedy pruning, towards context", ["context"] * 4 + ["memory"] * 4, [1.0, 1.0]),
+    ]
+    pl.DataFrame(answers).rename({"hit": "memory_span_match"}).write_parquet(tmp_path / "examples.parquet")
+    page = "<!-- results of mine, towards context, best, {} against others -->\n<!-- end of results -->"
+    with pytest.raises(UserError, match="asks for caa against others"):
+        filled(page.format("caa").replace("best", "within budget"), {"mine": record}, {"mine": tmp_path})
+    lines = filled(page.format("caa"), {"mine": record}, {"mine": tmp_path})[0].splitlines()
+    (line,) = (line for line in lines if line.startswith("| less "))
+    assert re.sub(r" \[[^]]*\]", "", line) == "| less greedy pruning | 0.25 | -0.50 | n/a | n/a |"
 
 
 def test_a_mark_without_an_end_takes_nothing_of_the_next(record):
