@@ -80,7 +80,7 @@ def tables(record: StudyRecord, wanted: Wanted, folder: Path | None = None) -> s
     Args:
         record: The study.
         wanted: What is wanted of it.
-        folder: Where it lies, for comparisons prompt by prompt.
+        folder: Where it lies, for comparisons prompt by prompt; by default where we are.
 
     Raises:
         UserError: If a method that is to be compared with the others is not there.
@@ -93,18 +93,14 @@ def tables(record: StudyRecord, wanted: Wanted, folder: Path | None = None) -> s
         shown.append(_table(record, towards, choice, rows))
         if wanted.by_phrasing:
             shown.append(_phrasings(record, towards, choice, rows))
-        if wanted.paired and folder:
-            shown.append(_paired(folder, towards, choice, rows, wanted.paired))
+        if wanted.paired:
+            shown.append(_paired(folder or Path(), towards, choice, rows, wanted.paired))
     if not wanted.first and (agreement := record.details.get("agreement")):
         shown.insert(0, _agreement(agreement))
-    refused = (
-        []
-        if wanted.first
-        else [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
-    )
+    refused = [f"{words(method)} was not measured: {reason}" for method, reason in record.not_run.items()]
     version = record.settings["versions"]["conflictscope"]
     made = f"Made by `{record.command}`, conflictscope {version}."
-    return "\n\n".join([*shown, *refused, made])
+    return "\n\n".join([*shown, *(refused if not wanted.first else ()), made])
 
 
 def _shown(record: StudyRecord, towards: Direction, choice: Choice, first: int | None) -> list[Measured]:
@@ -115,13 +111,10 @@ def _shown(record: StudyRecord, towards: Direction, choice: Choice, first: int |
 
 
 def _table(record: StudyRecord, towards: Direction, choice: Choice, shown: Sequence[Measured]) -> str:
-    title, n_chosen = (
-        f"{record.model['name']} towards {towards}, {_CHOICES[choice]}",
-        len(record.chosen(towards, choice)),
-    )
+    title = f"{record.model['name']} towards {towards}, {_CHOICES[choice]}"
     losses = [f"{label} loss" for label in _losses(record)]
     head = [title, f"{towards} rate", "gain", "gain at random", *losses, "KL on text", "speed", "n"]
-    if len(shown) < n_chosen:
+    if len(shown) < (n_chosen := len(record.chosen(towards, choice))):
         head[0] += f", {len(shown)} of {n_chosen} methods"
     rows = [[*_row(record, c, towards)] for c in (record.unedited, *shown)]
     return _markdown([head, ["---"] * len(head), *rows])

@@ -35,7 +35,7 @@ Changed = int | Literal["end", "whole"]
 
 # One token a prompt is left to run at a time, which pays only for many prompts.
 _BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
-_MOST_KEPT = 2**32, 1 / 8
+_MOST_KEPT, _MOST_OF_MEMORY = 2**32, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,8 @@ class ReadPrompts:
 
 
 def _most_kept(device: torch.device) -> int:
-    most, share = _MOST_KEPT
     memory = device_memory(device)
-    return most if memory is None else min(most, int(memory * share))
+    return _MOST_KEPT if memory is None else min(_MOST_KEPT, int(memory * _MOST_OF_MEMORY))
 
 
 def _prefix(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
