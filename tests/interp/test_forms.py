@@ -284,18 +284,23 @@ def test_a_model_that_bitsandbytes_quantised_works_through_its_own_modules(tiny_
     model: Any = load_model(str(tmp_path), device="cpu")
     assert not Anatomy(model).has_plain_output(0)
     # Eight bits are those of activations too, where rounding takes one of two neighbours.
-    check(model, 0.1 if "load_in_8bit" in options else 1e-4)
+    rounding = 0.1 if "load_in_8bit" in options else 1e-4
+    check(model, rounding)
     assert relative_error(logits_of(model, model.tokenizer), logits_of(quantised, model.tokenizer)) < 1e-6
     assert fingerprint(model) == fingerprint(quantised) != fingerprint(network_of(folder))
     planned = weight_bytes(Shapes.of(quantised.config), 4)
     assert planned == pytest.approx(quantised.get_memory_footprint(), rel=0.02)
     with pytest.raises(UserError, match=r"quantised, offloaded .*; load the model unquantised"):
         fold(model, [EDIT])
-    if "load_in_4bit" in options:
+    if any(getattr(module, "support_avx512bf16_for_cpu", False) for module in quantised.modules()):
+        # Where the processor has AVX-512 for bfloat16, four bits are packed for a kernel without a gradient.
         with pytest.raises(UserError, match="No gradient passes the quantised maps"):
             edge_attribution(model, CONFLICTS, name="tiny")
     else:
-        assert edge_attribution(model, CONFLICTS, name="tiny", steps=1).heads.values.isfinite().all()
+        scores = edge_attribution(model, CONFLICTS, name="tiny", steps=1).heads.values
+        plain: Any = load_model(quantised.dequantize(dtype=torch.float32), tokenizer=model.tokenizer)
+        expected = edge_attribution(plain, CONFLICTS, name="tiny", steps=1).heads.values
+        assert relative_error(scores, expected) < rounding
     assert checked(model, BLUEPRINTS["LlamaForCausalLM"]).n_heads
     # A file that was made of the plain model goes with the quantised one.
     ModelIdentity.of(network_of(folder), "tiny").check(model)
