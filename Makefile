@@ -61,12 +61,14 @@ STUDIES ?= $(patsubst %/study.json,%,$(wildcard out/*/study.json))
 results: $(STAMP)
 	$(BIN)/python -m docs.results $(STUDIES)
 
-# What the README's commands need; torch alone first: with it in place nothing else can pull another, larger build of it. Most modules
-# are never imported, so they are compiled when they are: a third of the time.
+# What the README's commands need. torch comes first: with it in place nothing else can pull another, larger build of it. The
+# largest of the others come at the same time, as no two of them write one file; the last line brings what they need. Most
+# modules are never imported, so they are compiled when they are: a third of the time.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+LARGE := bitsandbytes dash pandas plotly polars polars-runtime-32 pyarrow scipy transformer-lens transformers wandb
 $(STUDY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
+	$(INSTALL) --no-deps $(LARGE) & large=$$!; $(INSTALL) torch || { kill $$large; exit 1; }; wait $$large
 	$(INSTALL) --editable '.[study,explore,serve]'
 	touch $@
 
