@@ -138,7 +138,7 @@ def dial(model: Any, texts: int, count: int) -> tuple[GaussNewton, Callable[[], 
         model, capitals(count, "conflict", "none", "aligned", "irrelevant").examples, neutral_texts()[:texts]
     )
     wanted, learner = data.wanted("context"), GaussNewton(model, settings)
-    return learner, lambda: learner.descend(model, wanted, data.guards)
+    return learner, lambda: learner.descend(wanted, data)
 
 
 def every_path(model: Any) -> dict[str, Callable[[], Tensor]]:

@@ -34,6 +34,7 @@ from interventions.fitting.scale_data import (
     Guard,
     Guarded,
     HeadOrLayer,
+    ScaleData,
     answer_losses,
     divergences,
     finite,
@@ -215,13 +216,13 @@ class GaussNewton:
         """The scales as they are, ``(n_scales,)``; exactly 1 where closed."""
         return self._scales.clone()
 
-    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
+    def descend(self, wanted: Sequence[Continued], data: ScaleData) -> None:
         """Make one step.
 
         Raises:
             UserError: If the numbers leave the range of the model's dtype.
         """
-        self._look(model, wanted, guards)
+        self._look(wanted, data)
         models = {name: average.model() for name, average in self._averages.items()}
         models |= zip(GUARDS, pooled([models[kind] for kind in GUARDS]), strict=True)
         _, gradient, curvature = models["wanted"]
@@ -241,34 +242,45 @@ class GaussNewton:
         self._scales = found.scales
         self.step += 1
 
-    def _look(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
+    def _look(self, wanted: Sequence[Continued], data: ScaleData) -> None:
         """Add this step's prompts to the running averages."""
         settings = self.settings
-        generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
         asked = _turn(wanted, settings.conflicts, self.step, settings.seed)
 
         def answers(log_p: Tensor, batch: list[int]) -> list[Tensor]:
             return [answer_losses(log_p, [asked[i] for i in batch])]
 
-        values, gradients = gradients_by_row(model, self.places, self._scales, asked, answers)
+        values, gradients = gradients_by_row(data.model, self.places, self._scales, asked, answers)
         self._averages["wanted"].add(*gauss_newton(values[0], gradients[0]))
-        for index, kind in enumerate(GUARDS):
-            guarded = _turn(guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
-            if not guarded:
-                continue
-            losses = partial(_guard_losses, model, guarded, kind, generator)
-            items = [item for item, _ in guarded]
-            values, gradients = gradients_by_row(model, self.places, self._scales, items, losses)
+        for kind, (values, gradients) in self._of_guards(data).items():
             divergence = values[0].mean()
             if self.step:
-                budget = float(self._budgets[index])
-                self._budgets[index] = followed(budget, settings.budgets[kind], float(divergence))
+                index, full = GUARDS.index(kind), settings.budgets[kind]
+                self._budgets[index] = followed(float(self._budgets[index]), full, float(divergence))
             scores = gradients[1:]
             if kind != "neutral":
                 self._averages["right"].add(*gauss_newton(values[1], gradients[1]))
                 scores = gradients[2:]
             outer = torch.einsum("dig,dih->gh", scores, scores)
-            self._averages[kind].add(divergence, gradients[0].mean(0), outer / len(guarded))
+            self._averages[kind].add(divergence, gradients[0].mean(0), outer / values.shape[1])
+
+    def _of_guards(self, data: ScaleData) -> dict[Guard, tuple[Tensor, Tensor]]:
+        """``gradients_by_row`` of the guards whose turn it is; those of the first step are kept with the data."""
+        settings = self.settings
+        depends_on = (settings.guards, settings.seed, tuple(self.places))
+        if self.step == 0 and depends_on in data.unedited_gradients:
+            return data.unedited_gradients[depends_on]
+        generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
+        found: dict[Guard, tuple[Tensor, Tensor]] = {}
+        for kind in GUARDS:
+            guarded = _turn(data.guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
+            if guarded:
+                losses = partial(_guard_losses, data.model, guarded, kind, generator)
+                items = [item for item, _ in guarded]
+                found[kind] = gradients_by_row(data.model, self.places, self._scales, items, losses)
+        if self.step == 0:
+            data.unedited_gradients[depends_on] = found
+        return found
 
     def _surplus(self, costs: Tensor) -> Tensor:
         """Which scales to close next, ``(n_scales,)``: the cheapest of those that are too many, in all or in a layer.

@@ -29,6 +29,7 @@ from interventions.fitting.scale_data import (
     GUARDS,
     Guard,
     Guarded,
+    ScaleData,
     answer_losses,
     divergences,
     finite,
@@ -136,13 +137,13 @@ class HardConcrete:
         """The scales without noise, ``(n_scales,)``."""
         return self._masked.scales()
 
-    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
+    def descend(self, wanted: Sequence[Continued], data: ScaleData) -> None:
         """Make one step.
 
         Raises:
             UserError: If the numbers leave the range of the model's dtype.
         """
-        settings = self.settings
+        model, settings = data.model, self.settings
         if self.step == settings.steps * 2 // 3:
             self._masked.keep(settings.max_scales, settings.max_heads_per_layer)
         rng = random.Random(f"{settings.seed}/{self.step}")
@@ -153,7 +154,7 @@ class HardConcrete:
         drawn = _drawn(rng, wanted, settings.conflicts)
         counts = {kind: guard_count(kind, settings.guards) for kind in GUARDS}
         guarded: list[tuple[Guard, Guarded]] = [
-            (kind, guard) for kind in GUARDS for guard in _drawn(rng, guards[kind], counts[kind])
+            (kind, guard) for kind in GUARDS for guard in _drawn(rng, data.guards[kind], counts[kind])
         ]
         sizes = Counter(kind for kind, _ in guarded)
         multipliers = dict(zip(GUARDS, self._multipliers.tolist(), strict=False))

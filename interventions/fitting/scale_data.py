@@ -66,6 +66,8 @@ class ScaleData:
     Attributes:
         conflicts: The conflict prompts that were kept.
         guards: For each guard, its prompts or texts.
+        unedited_gradients: Guards' gradients before the first step, by what they depend on; the learner of the second
+            direction finds those of the first here.
 
     Raises:
         UserError: If a kind of prompts is missing.
@@ -99,6 +101,7 @@ class ScaleData:
             raise UserError("Scales are guarded by ordinary text too, but there is none of two tokens or more.")
         every = [item for items in items_of.values() for item in items]
         references = iter(item_residuals(model, every, roughly=True, progress=progress))
+        self.unedited_gradients: dict[Any, dict[Guard, tuple[Tensor, Tensor]]] = {}
         self.guards: dict[Guard, list[Guarded]] = {
             kind: [Guarded(item, next(references)) for item in items] for kind, items in items_of.items()
         }

@@ -29,7 +29,7 @@ from interp.progress import tracked
 from interp.teacher_forcing import Continued
 from interventions.fitting.gauss_newton import GaussNewton
 from interventions.fitting.hard_concrete import HardConcrete
-from interventions.fitting.scale_data import Checked, Guard, Guarded, HeadOrLayer, ScaleData, to_budget
+from interventions.fitting.scale_data import Checked, HeadOrLayer, ScaleData, to_budget
 from interventions.fitting.scale_training import LearnerName, ScaleTraining
 
 SCALES_VERSION = 3
@@ -42,8 +42,8 @@ class Learner(Protocol):
     places: list[HeadOrLayer]
     step: int
 
-    def descend(self, model: nn.Module, wanted: Sequence[Continued], guards: Mapping[Guard, Sequence[Guarded]]) -> None:
-        """Make one step."""
+    def descend(self, wanted: Sequence[Continued], data: ScaleData) -> None:
+        """Make one step from prompts with the wanted answers, and the guards of the same data."""
 
     def scales(self) -> Tensor:
         """The scales as they are, ``(n_scales,)``."""
@@ -109,7 +109,7 @@ def learn_scales(
     if checkpoint is not None:
         _resume(checkpoint, learner, settings)
     for _ in tracked(range(learner.step, settings.steps), progress):
-        learner.descend(model, wanted, train.guards)
+        learner.descend(wanted, train)
         if checkpoint is not None:
             _save(checkpoint, learner, settings)
     scales, checked = to_budget(model, dev, tried, learner.places, learner.scales(), settings.budgets)

@@ -1,10 +1,12 @@
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import NonlinearConstraint, minimize
+from torch import Tensor
 
 from interp import teacher_forcing
 from interp.teacher_forcing import continued
@@ -203,11 +205,39 @@ def test_scales_close_down_to_the_wanted_number(tiny_llama):
     learner = GaussNewton(tiny_llama, settings)
     moved = []
     for _ in range(settings.steps):
-        learner.descend(tiny_llama, data.wanted("context"), data.guards)
+        learner.descend(data.wanted("context"), data)
         moved.append(int((learner.scales() != 1).sum()))
     assert len(learner.places) > moved[0] > 3
     assert moved == sorted(moved, reverse=True)
     assert moved[3:] == [3, 3, 3]
+
+
+def test_the_second_direction_starts_from_what_the_first_read_of_the_unedited_model(tiny_llama, monkeypatch):
+    settings = ScaleTraining(max_scales=3, steps=3, conflicts=6, guards=6, budget=0.5)
+
+    def towards_memory(data: ScaleData) -> Tensor:
+        learner = GaussNewton(tiny_llama, settings)
+        for _ in range(2):
+            learner.descend(data.wanted("memory"), data)
+        return learner.scales()
+
+    alone = towards_memory(ScaleData(tiny_llama, examples(), TEXTS))
+    data = ScaleData(tiny_llama, examples(), TEXTS)
+    learner = GaussNewton(tiny_llama, settings)
+    for _ in range(2):
+        learner.descend(data.wanted("context"), data)
+    sizes = []
+
+    def counted(*given: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(len(given[3]))
+        return gradients_by_row(*given)
+
+    monkeypatch.setattr("interventions.fitting.gauss_newton.gradients_by_row", counted)
+    assert torch.equal(towards_memory(data), alone)
+    assert sizes == [6, 6, 6, 3, 3, 3]  # of the first step the conflicts alone; then all guards too
+    # Other guards are read themselves.
+    GaussNewton(tiny_llama, replace(settings, guards=4)).descend(data.wanted("context"), data)
+    assert sizes[6:] == [6, 4, 2, 2, 2]
 
 
 @pytest.mark.parametrize("learner", [GaussNewton, HardConcrete])
@@ -218,7 +248,7 @@ def test_no_layer_has_more_heads_than_may_move(tiny_llama, learner):
     )
     learning = learner(tiny_llama, settings)
     for _ in range(settings.steps):
-        learning.descend(tiny_llama, data.wanted("context"), data.guards)
+        learning.descend(data.wanted("context"), data)
     moved = [place for place, scale in zip(learning.places, learning.scales().tolist(), strict=True) if scale != 1]
     heads = Counter(layer for layer, head in moved if head is not None)
     assert len(moved) == 8

@@ -100,7 +100,7 @@ def test_senseless_settings_are_refused():
 def test_a_checkpoint_that_lacks_something_is_not_half_used(tiny_llama, tmp_path, settings):
     data = ScaleData(tiny_llama, examples(), TEXTS)
     learner = scale_learning._LEARNERS[settings.learner](tiny_llama, settings)
-    learner.descend(tiny_llama, data.wanted("memory"), data.guards)
+    learner.descend(data.wanted("memory"), data)
     for lacking in learner.tensors():
         tensors = {name: tensor for name, tensor in learner.tensors().items() if name != lacking}
         fresh = scale_learning._LEARNERS[settings.learner](tiny_llama, settings)
