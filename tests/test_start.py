@@ -83,6 +83,44 @@ def test_no_command_s_help_waits_for_a_library():
     assert int(found.stdout) > 25
 
 
+MISSING = """
+import sys
+for name in {slow}:
+    sys.modules[name] = None
+from typer.testing import CliRunner
+from conflictscope.cli import app
+
+for command in {commands}:
+    found = CliRunner().invoke(app, command.split())
+    said = str(found.exception)
+    assert said.startswith("There is no none.") and said.endswith("; check the path."), (command, said, found.output)
+"""
+
+
+def test_a_file_that_is_not_there_is_said_before_a_library_is_waited_for(tmp_path):
+    slow = {*SLOW, "torch", "transformers", "polars", "numpy", "fastapi", "dash"}
+    commands = (
+        "compare none.yaml",
+        "compare --test-data none.jsonl",
+        "data build --from none.csv",
+        "data convert none.csv --format nq_swap",
+        "data inspect none.jsonl",
+        "dial apply none.json",
+        "evaluate --config none.json",
+        "evaluate --data none.jsonl",
+        "export smollm2-135m none.json out.json",
+        "gate fit none.json",
+        "generate smollm2-135m Hello --config none.json",
+        "import none.gguf",
+        "inspect none.json",
+        "serve none.json",
+        "tune smollm2-135m none.csv --towards context",
+    )
+    start = [sys.executable, "-c", MISSING.format(slow=slow, commands=commands)]
+    found = subprocess.run(start, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
 COMMAND = """
 import sys
 

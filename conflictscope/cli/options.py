@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
+from interp.errors import UserError
 
 if TYPE_CHECKING:
     from interp.asking import Asking
@@ -54,6 +55,9 @@ TokensOption = Annotated[
 TrustOption = Annotated[
     float | None, typer.Option(help="Setting of the file's dial, from -1 (memory) to 1 (context); else its own.")
 ]
+
+# Parameters that are files to read, whichever command has them.
+_READ = {"config", "data", "file", "files", "path", "plan", "test_data"}
 
 console = Console(stderr=True)
 
@@ -199,8 +203,6 @@ class Asked(Form, Facts):
         Raises:
             UserError: If one is not known, or a file is given too.
         """
-        from interp.errors import UserError
-
         if self.data is not None and self.relation:
             raise UserError("Give --data or --relation, not both.")
         return super().relations(default)
@@ -240,6 +242,9 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def flat(**given: Any) -> None:
+        # Before any library that takes seconds to import.
+        for name in _READ & given.keys():
+            _check_there(given[name])
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
@@ -252,6 +257,12 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     flat.__signature__ = inspect.Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
     flat.__annotations__ = {}
     return flat
+
+
+def _check_there(given: Path | list[Path] | None) -> None:
+    for path in [given] if isinstance(given, Path) else given or ():
+        if str(path) != "-" and not path.exists():
+            raise UserError(f"There is no {path}; check the path.")
 
 
 def _options(group: Any) -> list[inspect.Parameter]:

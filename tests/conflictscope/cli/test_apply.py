@@ -113,4 +113,4 @@ def test_apply_answers_prompts_without_and_with_the_edit(group, run, tiny_direct
 
 
 def test_a_file_that_is_not_there_is_one_sentence(run):
-    assert_one_sentence(run("spare", "apply", "nowhere.json"), "Could not read the intervention file nowhere.json")
+    assert_one_sentence(run("spare", "apply", "nowhere.json"), "There is no nowhere.json")

@@ -198,7 +198,7 @@ def test_export_writes_an_edit_at_a_strength(run, tiny_directories, tmp_path):
 def test_mistakes_get_one_sentence(run, tiny_directories, tiny_llama, tmp_path):
     name = str(tiny_directories["llama"])
     path = saved(tmp_path, tiny_llama, HeadScaling.of([(1, 1)], 0.0))
-    assert_one_sentence(run("inspect", tmp_path / "none.json"), "Could not read")
+    assert_one_sentence(run("inspect", tmp_path / "none.json"), "There is no", "none.json")
     assert_one_sentence(run("generate", name, "a", "--config", path, "--trust", 1), "holds no trust dials")
     assert_one_sentence(run("generate", name, "a", "--config", path, "--dtype", "float8"), "'float8' is not known")
     assert_one_sentence(run("generate", str(tiny_directories["gpt2"]), "a", "--config", path), "is for tiny")
