@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +104,8 @@ def test_a_step_of_dial_fit(words):
         return [item] * guard_count(kind, settings.guards)
 
     learner = GaussNewton(words, settings)
-    found = counted(lambda: learner._look(words, wanted, {kind: guard(kind) for kind in GUARDS}))
+    data: Any = SimpleNamespace(model=words, guards={kind: guard(kind) for kind in GUARDS}, unedited_gradients={})
+    found = counted(lambda: learner._look(wanted, data))
     said = need(Shapes.of(words.config), "dial fit, step", 40)
     assert said.flops == pytest.approx(found, rel=0.02)
     curvatures = [tensor for tensor in learner.tensors().values() if tensor.ndim == 2]

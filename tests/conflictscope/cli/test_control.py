@@ -17,7 +17,7 @@ run, small = test_cli.run, small_studies.small
         (["spare", "fit", "--sae", "nowhere"], "There are no SAEs in nowhere"),
         (["spare", "fit", "--layers", "3"], "smollm2-135m has no SAE of layer 3; it has 12"),
         (["spare", "fit", "--relation", "capitol"], "'capitol' is not known"),
-        (["spare", "fit", "--relation", "capital", "--data", "x.jsonl"], "Give --data or --relation, not both"),
+        (["spare", "fit", "--relation", "capital", "--data", __file__], "Give --data or --relation, not both"),
         (["spare", "fit", "--share", "1.5"], "--share is a share of the information, between 0 and 1, not 1.5"),
         (["spare", "fit", "--alpha", "nan"], "--alpha is a finite number, not nan"),
     ],
