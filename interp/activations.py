@@ -29,6 +29,7 @@ from interp.inputs import (
     joined,
     most_positions,
     padded,
+    pass_tokens,
     together,
     token_ids,
     token_spans,
@@ -408,7 +409,7 @@ def collected_activations(
     wanted = dict(zip(numbers, source.wanted(numbers), strict=True))
     collected = Collected(list(where), dtype)
     lengths = {i: len(wanted[i].token_ids) for i in numbers}
-    for batch in together(lengths, batch_size, batch_tokens_of(model)):
+    for batch in together(lengths, batch_size, batch_tokens_of(model), pass_tokens(model)):
         inputs = padded(model, [wanted[i].token_ids for i in batch])
         width = inputs["input_ids"].shape[1]
         places = [(row, i, p) for row, i in enumerate(batch) for p in wanted[i].positions]

@@ -77,7 +77,7 @@ def answer_attention(
         UserError: If the model keeps no attention weights.
     """
     anatomy = Anatomy(model)
-    for batch in tracked(token_batches(items), progress):
+    for batch in tracked(token_batches(model, items), progress):
         # The last token predicts nothing that is looked at.
         inputs = padded(model, [items[i].tokens[:-1] for i in batch])
         with _kept(anatomy, range(anatomy.n_layers), max(items[i].predicted for i in batch)) as by_layer:

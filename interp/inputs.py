@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +31,10 @@ BATCH_TOKENS = 8192
 INPUTS_VERSION = 1
 """Version of how texts become tokens: raise it when the same texts and answers would get others."""
 
-# From how many tokens on padding takes longer than another pass.
-_LONG = 512
+# What a pass takes besides its tokens, in tokens: reading the weights, starting kernels. As SmolLM2-135M took it on two
+# cores; other devices work on many tokens in the time in which they are told to.
+_A_PASS = {"cpu": 100}
+_A_PASS_ELSEWHERE = 1000
 # What opens something where nothing but a space or an opening bracket stands before it; elsewhere it closes something.
 _OPENS = re.compile(
     r"(?:^|[\s(\[{<\u2014]|[=:](?![*_]))(?:[\"'`#@]|\*\*|__|[\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a])+$"
@@ -137,7 +140,8 @@ def prompt_batches(
     bound = batch_tokens_of(model)
     bound = bound if most_tokens is None else min(bound, most_tokens)
     lengths = {i: len(ids) + new_tokens for i, ids in enumerate(tokens)}
-    return [Batch(rows, [tokens[i] for i in rows]) for rows in together(lengths, batch_size, bound)]
+    batches = together(lengths, batch_size, bound, pass_tokens(model))
+    return [Batch(rows, [tokens[i] for i in rows]) for rows in batches]
 
 
 def batch_tokens_of(model: Any) -> int:
@@ -145,23 +149,36 @@ def batch_tokens_of(model: Any) -> int:
     return getattr(transformers_model(model), "batch_tokens", BATCH_TOKENS)
 
 
-def together(lengths: Mapping[int, int], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Numbers of rows of similar length, longest first, that run together.
+def pass_tokens(model: nn.Module) -> int:
+    """How many tokens take as long as a forward pass takes besides its tokens."""
+    return _A_PASS.get(device_of(transformers_model(model).get_input_embeddings()).type, _A_PASS_ELSEWHERE)
 
-    Beside a long row a short one would be mostly padding, and runs apart.
+
+def together(lengths: Mapping[int, int], most_rows: int, most_tokens: int, a_pass: int) -> list[list[int]]:
+    """Numbers of rows of similar length, longest first, that run together, such that all take the least time.
+
+    Padding takes as long as other tokens do, and so does each pass as ``a_pass`` of them.
 
     Args:
         lengths: For each number how many tokens it has.
         most_rows: Rows that run together at most.
         most_tokens: Tokens that run together at most, padding included; a longer row runs alone.
+        a_pass: How many tokens take as long as a pass takes besides.
     """
-    batches: list[list[int]] = []
-    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        longest = max(lengths[batches[-1][0]], 1) if batches else 0
-        is_mostly_padding = longest > _LONG and 4 * lengths[i] < longest
-        if not batches or is_mostly_padding or len(batches[-1]) >= min(most_rows, max(most_tokens // longest, 1)):
-            batches.append([])
-        batches[-1].append(i)
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
+    # Of the rows from each on: how long they take, and how many of them run together first.
+    least, first = np.zeros(len(order) + 1), [0] * len(order)
+    for start in reversed(range(len(order))):
+        longest = max(lengths[order[start]], 1)
+        most = min(most_rows, max(most_tokens // longest, 1), len(order) - start)
+        takes = least[start + 1 : start + most + 1] + longest * np.arange(1, most + 1) + a_pass
+        # Of several that take the same, the most rows.
+        first[start] = most - int(takes[::-1].argmin())
+        least[start] = takes[first[start] - 1]
+    batches, start = [], 0
+    while start < len(order):
+        batches.append(order[start : start + first[start]])
+        start += first[start]
     return batches
 
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy
 from interp.doubled import check_single
-from interp.inputs import check_lengths, continuation_ids, most_positions, padded, token_ids, tokenizer_of
+from interp.inputs import (
+    check_lengths,
+    continuation_ids,
+    most_positions,
+    padded,
+    pass_tokens,
+    together,
+    token_ids,
+    tokenizer_of,
+)
 from interp.precision import can_be_rough, rough
 from interp.progress import tracked
 
@@ -57,15 +66,10 @@ def text_tokens(model: nn.Module, text: str, longest: int) -> Continued:
     return Continued(tuple(kept), len(kept) - 1)
 
 
-def token_batches(items: Sequence[Continued]) -> list[list[int]]:
+def token_batches(model: nn.Module, items: Sequence[Continued]) -> list[list[int]]:
     """Numbers of items of similar length, with no more tokens in a batch than are worth running at once."""
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].tokens), i))
-    batches: list[list[int]] = []
-    for index in order:
-        if not batches or (len(batches[-1]) + 1) * len(items[index].tokens) > TOKENS_AT_ONCE:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+    lengths = {i: len(item.tokens) for i, item in enumerate(items)}
+    return together(lengths, max(1, len(items)), TOKENS_AT_ONCE, pass_tokens(model))
 
 
 def predicting_residuals(model: nn.Module, items: Sequence[Continued], *, roughly: bool = False) -> Tensor:
@@ -101,7 +105,7 @@ def item_residuals(
 ) -> list[Tensor]:
     """``predicting_residuals`` of any number of items, for each ``(predicted, d_model)``, without gradients."""
     states: list[Tensor] = [torch.empty(0)] * len(items)
-    for batch in tracked(token_batches(items), progress):
+    for batch in tracked(token_batches(model, items), progress):
         chosen = [items[i] for i in batch]
         with torch.no_grad():
             parts = predicting_residuals(model, chosen, roughly=roughly).split([item.predicted for item in chosen])
@@ -115,7 +119,7 @@ def greedily_continued(
 ) -> list[bool]:
     """Whether the model's greedy continuation of each prompt starts with the tokens that follow there."""
     found = [False] * len(items)
-    for batch in tracked(token_batches(items), progress):
+    for batch in tracked(token_batches(model, items), progress):
         chosen = [items[i] for i in batch]
         with torch.no_grad():
             greedy = Anatomy(model).logits(predicting_residuals(model, chosen, roughly=roughly)).argmax(-1).cpu()

@@ -103,7 +103,7 @@ class EditedLM(HFLM):
         """Log probabilities of answers that are read as while generating, and whether each is the greedy one."""
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         items = [Continued((*prompt, *answer), len(answer)) for _, prompt, answer in requests]
-        for batch in token_batches(items):
+        for batch in token_batches(self.model, items):
             answers = [requests[number][2] for number in batch]
             logits = answer_logits(self.model, [requests[number][1] for number in batch], answers)
             for number, answer, row in zip(batch, answers, logits, strict=True):

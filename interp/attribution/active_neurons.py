@@ -43,7 +43,7 @@ def active_shares(model: nn.Module, items: Sequence[Continued], *, progress: str
     check_single(model)
     anatomy = Anatomy(model)
     shares = torch.zeros(len(items), anatomy.n_layers)
-    for batch in tracked(token_batches(items), progress):
+    for batch in tracked(token_batches(model, items), progress):
         inputs = padded(model, [items[i].tokens for i in batch])
         shape = inputs["input_ids"].shape
         width = shape[1]

@@ -58,8 +58,6 @@ _LARGEST_STEP = 1.0
 _FLATTEST, _STEEPEST = 0.3, 20.0
 # How fast budgets of the models follow what fresh prompts diverge, and how far.
 _REACTION, _TIGHTEST = 0.5, 8.0
-# Fisher information of a text is drawn in two halves, every other token each: less noise for one more pass.
-_TEXT_DRAWS = 2
 _DUAL_STEPS, _DUAL_RATE, _MULTIPLIERS = 150, 0.6, (1e-4, 3e3)
 
 _T = TypeVar("_T")
@@ -271,13 +269,20 @@ class GaussNewton:
         if self.step == 0 and depends_on in data.unedited_gradients:
             return data.unedited_gradients[depends_on]
         generator = torch.Generator().manual_seed(random.Random(f"{settings.seed}/{self.step}").getrandbits(60))
-        found: dict[Guard, tuple[Tensor, Tensor]] = {}
-        for kind in GUARDS:
-            guarded = _turn(data.guards[kind], guard_count(kind, settings.guards), self.step, settings.seed)
-            if guarded:
-                losses = partial(_guard_losses, data.model, guarded, kind, generator)
-                items = [item for item, _ in guarded]
-                found[kind] = gradients_by_row(data.model, self.places, self._scales, items, losses)
+        turns = [
+            _turn(data.guards[kind], guard_count(kind, settings.guards), self.step, settings.seed) for kind in GUARDS
+        ]
+        # All kinds together need less padding.
+        guarded = [guard for turn in turns for guard in turn]
+        if not guarded:
+            return {}
+        is_text = torch.tensor([kind == "neutral" for kind, turn in zip(GUARDS, turns, strict=True) for _ in turn])
+        losses = partial(_guard_losses, data.model, guarded, is_text, generator)
+        items = [item for item, _ in guarded]
+        values, gradients = gradients_by_row(data.model, self.places, self._scales, items, losses)
+        sizes = [len(turn) for turn in turns]
+        parts = zip(GUARDS, values.split(sizes, 1), gradients.split(sizes, 1), strict=True)
+        found = {kind: (value, gradient) for kind, value, gradient in parts if value.shape[1]}
         if self.step == 0:
             data.unedited_gradients[depends_on] = found
         return found
@@ -371,7 +376,7 @@ def gradients_by_row(
     values: list[Tensor] = []
     gradients: list[Tensor] = []
     order: list[int] = []
-    for batch in token_batches(items):
+    for batch in token_batches(model, items):
         rows = scales.repeat(len(batch), 1).requires_grad_()
         with scaled(model, places, rows):
             log_p = log_probabilities(model, [items[i] for i in batch], roughly=True)
@@ -386,18 +391,36 @@ def gradients_by_row(
 def _guard_losses(
     model: nn.Module,
     guarded: Sequence[Guarded],
-    kind: Guard,
+    is_text: Tensor,
     generator: torch.Generator,
     log_p: Tensor,
     batch: list[int],
 ) -> list[Tensor]:
-    """Of a batch of one guard: divergences, -log p of right answers (ordinary text has none), and scores."""
+    """Of a batch of guards: divergences, -log p of right answers, and scores; of ordinary text two kinds of scores.
+
+    A score is log p of tokens drawn from the model itself: the squares of its gradients average to the Fisher
+    information. Of ordinary text each takes every other token: less noise. An item counts as the mean over its tokens.
+    """
     chosen = [guarded[i] for i in batch]
     items = [item for item, _ in chosen]
-    damage = divergences(model, log_p, chosen)
-    if kind == "neutral":
-        return [damage, *_scores(log_p, items, _TEXT_DRAWS, generator)]
-    return [damage, answer_losses(log_p, items), *_scores(log_p, items, 1, generator)]
+    drawn = log_p.gather(1, _drawn(log_p.detach(), generator)).squeeze(1)
+    is_odd = torch.cat([torch.arange(item.predicted) % 2 for item in items]).bool().to(log_p.device)
+    size = torch.tensor([item.predicted for item in items], device=log_p.device).sqrt()
+    even, odd = (summed(drawn * mask, items) / size for mask in (~is_odd, is_odd))
+    of_text = is_text[batch].to(log_p.device)
+    answers = answer_losses(log_p, items)
+    return [
+        divergences(model, log_p, chosen),
+        torch.where(of_text, even, answers),
+        torch.where(of_text, odd, even + odd),
+    ]
+
+
+def _drawn(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """A token of each distribution, ``(n, 1)``; the generator's device has nothing to do with that of ``log_p``."""
+    below = log_p.exp().cumsum(-1)
+    drawn = torch.rand(len(log_p), 1, generator=generator).to(log_p.device) * below[:, -1:]
+    return torch.searchsorted(below, drawn, right=True).clamp(max=log_p.shape[1] - 1)
 
 
 def gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -405,18 +428,6 @@ def gauss_newton(losses: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Ten
     p = (-losses).exp()
     odds = (p / (1 - p)).clamp(_FLATTEST, _STEEPEST)
     return losses.mean(), gradients.mean(0), (gradients.T * odds) @ gradients / len(losses)
-
-
-def _scores(log_p: Tensor, items: Sequence[Continued], draws: int, generator: torch.Generator) -> list[Tensor]:
-    """Log p of tokens drawn from the model itself: the squares of the gradients average to the Fisher information.
-
-    Each draw takes every ``draws``-th token of an item, and an item counts as the mean over its tokens.
-    """
-    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-    chosen = log_p.gather(1, drawn).squeeze(1)
-    position = torch.cat([torch.arange(item.predicted) for item in items]).to(log_p.device)
-    size = torch.tensor([item.predicted for item in items], device=log_p.device).sqrt()
-    return [summed(chosen * (position % draws == draw), items) / size for draw in range(draws)]
 
 
 def _turn(items: Sequence[_T], count: int, step: int, seed: int) -> list[_T]:

@@ -111,7 +111,7 @@ def _first_order(
     scales = torch.tensor([float(place not in gone) for place in places], requires_grad=True)
     gradient = torch.zeros(len(places))
     with scaled(model, places, scales):
-        for batch in token_batches(wanted):
+        for batch in token_batches(model, wanted):
             items = [wanted[i] for i in batch]
             loss = answer_losses(log_probabilities(model, items, roughly=True), items).sum()
             gradient += torch.autograd.grad(loss, scales)[0]
@@ -121,7 +121,7 @@ def _first_order(
 def _mean_log_p(model: nn.Module, wanted: Sequence[Continued]) -> float:
     """The mean log p of the wanted answers."""
     total = 0.0
-    for batch in token_batches(wanted):
+    for batch in token_batches(model, wanted):
         items = [wanted[i] for i in batch]
         with torch.no_grad():
             total -= answer_losses(log_probabilities(model, items), items).sum().item()
@@ -137,7 +137,7 @@ def _exact(
     """For each candidate the mean log p of the wanted answers without it and without the heads that are gone."""
     anatomy = Anatomy(model)
     totals = [0.0] * len(candidates)
-    for batch in token_batches(wanted):
+    for batch in token_batches(model, wanted):
         items = [wanted[i] for i in batch]
         outputs: dict[int, Any] = {}
         for number, (layer, head) in enumerate(candidates):

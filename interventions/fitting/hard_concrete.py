@@ -170,8 +170,8 @@ class HardConcrete:
             return divergences(model, log_p, chosen)
 
         with scaled(model, self.places, scales):
-            _backward(drawn, [1 / len(drawn)] * len(drawn), answers)
-            values = _backward([guard.item for _, guard in guarded], weights, damage)
+            _backward(model, drawn, [1 / len(drawn)] * len(drawn), answers)
+            values = _backward(model, [guard.item for _, guard in guarded], weights, damage)
         assert scales.grad is not None
         objective = (sampled * finite(scales.grad).to(sampled)).sum()
         if self._masked.kept is None:
@@ -223,10 +223,12 @@ class HardConcrete:
         self._masked.kept, self._multipliers, self.step = tensors.get("kept"), multipliers, step
 
 
-def _backward(items: Sequence[Continued], weights: Sequence[float], loss: Callable[[list[int]], Tensor]) -> list[float]:
+def _backward(
+    model: nn.Module, items: Sequence[Continued], weights: Sequence[float], loss: Callable[[list[int]], Tensor]
+) -> list[float]:
     """Add the gradient of the weighted sum of the items' losses, batch by batch; returns the losses."""
     values = [0.0] * len(items)
-    for batch in token_batches(items):
+    for batch in token_batches(model, items):
         found = loss(batch)
         (found * torch.tensor([weights[i] for i in batch], device=found.device)).sum().backward()
         for i, value in zip(batch, found.tolist(), strict=True):

@@ -281,7 +281,7 @@ def check_scales(
                 divergence[kind] = 0.0
                 continue
             total, hits = 0.0, 0
-            for batch in token_batches(items):
+            for batch in token_batches(model, items):
                 chosen = [items[i] for i in batch]
                 log_p = log_probabilities(model, chosen, roughly=True)
                 total += float(divergences(model, log_p, [guarded[i] for i in batch]).sum())

@@ -32,7 +32,7 @@ from interventions.fitting.hard_concrete import HardConcrete
 from interventions.fitting.scale_data import Checked, HeadOrLayer, ScaleData, to_budget
 from interventions.fitting.scale_training import LearnerName, ScaleTraining
 
-SCALES_VERSION = 3
+SCALES_VERSION = 4
 """Version of the learners: raise it when the same data and settings would give other scales."""
 
 

@@ -136,7 +136,7 @@ def test_batches_are_as_large_as_those_that_run(words, tokens, settings):
     for command in ("evaluate", "two streams", "attribute"):
         assert need(shapes, command, tokens, **settings).batch == len(first.numbers)
     items = [Continued((1,) * tokens, 1)] * ScaleTraining().conflicts
-    assert need(shapes, "dial fit, step", tokens, **settings).batch == len(token_batches(items)[0])
+    assert need(shapes, "dial fit, step", tokens, **settings).batch == len(token_batches(words, items)[0])
 
 
 def test_what_fits_by_hand():

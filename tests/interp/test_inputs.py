@@ -1,3 +1,5 @@
+import itertools
+import random
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -428,10 +430,28 @@ def test_answers_of_every_attribution_start_where_the_text_goes_on(smollm2):
 
 def test_rows_run_together_as_far_as_bounds_and_padding_allow():
     lengths = {0: 10, 1: 4000, 2: 30, 3: 4100, 4: 20, 5: 9000, 6: 3000}
-    assert together(lengths, 32, 8192) == [[5], [3], [1, 6], [2, 4, 0]]
-    assert together(lengths, 2, 20_000) == [[5, 3], [1, 6], [2, 4], [0]]
-    assert together({0: 0, 1: 3}, 32, 1) == [[1], [0]]
-    assert together({}, 32, 8192) == []
+    assert together(lengths, 32, 8192, 1500) == [[5], [3], [1, 6], [2, 4, 0]]
+    assert together(lengths, 2, 8192, 100) == [[5], [3], [1], [6], [2, 4], [0]]
+    assert together(lengths, 32, 8192, 0) == [[5], [3], [1], [6], [2], [4], [0]]
+    assert together({0: 0, 1: 3}, 32, 1, 100) == [[1], [0]]
+    assert together({}, 32, 8192, 100) == []
+
+
+@pytest.mark.parametrize(("most_rows", "most_tokens"), [(8, 10_000), (3, 10_000), (8, 60)])
+def test_no_other_batches_of_neighbours_take_less_time(most_rows, most_tokens):
+    rng = random.Random(f"{most_rows}/{most_tokens}")
+    for a_pass in (0, 5, 40, 500):
+        lengths = {i: rng.randint(1, 40) for i in range(8)}
+        order = sorted(lengths.values(), reverse=True)
+        times = []
+        for cuts in itertools.product((False, True), repeat=7):
+            ends = [i + 1 for i, cut in enumerate(cuts) if cut]
+            batches = [order[start:end] for start, end in itertools.pairwise((0, *ends, 8))]
+            if all(len(b) == 1 or (len(b) <= most_rows and len(b) * b[0] <= most_tokens) for b in batches):
+                times.append(sum(a_pass + len(b) * b[0] for b in batches))
+        found = together(lengths, most_rows, most_tokens, a_pass)
+        assert sorted(i for batch in found for i in batch) == list(range(8))
+        assert sum(a_pass + len(batch) * max(lengths[i] for i in batch) for batch in found) == min(times)
 
 
 def test_a_model_bounds_its_batches(tiny_plain):

@@ -84,9 +84,9 @@ def test_of_a_text_all_but_the_first_token_is_looked_at(tiny_llama):
 
 
 @pytest.mark.parametrize("longest", [3, 200, 600])
-def test_every_item_is_in_one_batch_of_bounded_size(longest):
+def test_every_item_is_in_one_batch_of_bounded_size(tiny_llama, longest):
     items = [Continued(tuple(range(1 + i % longest)), 1) for i in range(300)]
-    batches = token_batches(items)
+    batches = token_batches(tiny_llama, items)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(items[i].tokens) for i in batch) <= 512

@@ -15,7 +15,7 @@ from tests.tiny import tiny_conflicts
 
 
 def run(anatomy, inputs, hook):
-    """One whole pass of one prompt, with ``hook(layer, z)`` at every output projection; the last token's logits."""
+    """One whole pass, with ``hook(layer, z)`` at every output projection; the last token's logits of each row."""
     with ExitStack() as hooks, torch.no_grad():
         for layer in range(anatomy.n_layers):
             module = anatomy.module("output_projection", layer)
@@ -23,12 +23,13 @@ def run(anatomy, inputs, hook):
                 lambda _, inputs, layer=layer: (hook(layer, inputs[0].unflatten(-1, (anatomy.n_heads, -1))),)
             )
             hooks.callback(handle.remove)
-        return anatomy.model(**inputs).logits[0, -1]
+        return anatomy.model(**inputs).logits[:, -1]
 
 
-def brute_force(model, prompt, ids, sender, receiver, z, tokens):
-    """Both passes of one prompt, with whole forwards and nothing kept between them."""
+def brute_force(model, prompt, ids, senders, receiver, replacement, tokens):
+    """Both passes of one prompt, with whole forwards and nothing kept between them; a row for every sender."""
     anatomy, inputs = Anatomy(model), encode(model, [prompt])
+    copies = {name: tensor.expand(len(senders), -1) for name, tensor in inputs.items()}
     clean, heard = {}, {}
 
     def keep(layer, z):
@@ -37,32 +38,28 @@ def brute_force(model, prompt, ids, sender, receiver, z, tokens):
 
     def with_sender(layer, z):
         heard[layer] = z.clone()
-        frozen = clean[layer].clone()
-        if layer == sender[0]:
-            frozen[:, tokens, sender[1]] = replacement
+        frozen = clean[layer].repeat(len(senders), 1, 1, 1)
+        for row, (of_layer, head) in enumerate(senders):
+            if layer == of_layer:
+                frozen[row, tokens, head] = replacement[of_layer, head]
         return frozen.flatten(-2)
 
     def with_receiver(layer, _):
-        frozen = clean[layer].clone()
+        frozen = clean[layer].repeat(len(senders), 1, 1, 1)
         if layer == receiver[0]:
             frozen[:, -1, receiver[1]] = heard[layer][:, -1, receiver[1]]
         return frozen.flatten(-2)
 
-    replacement = z
     before = run(anatomy, inputs, keep)
-    run(anatomy, inputs, with_sender)
-    after = run(anatomy, inputs, with_receiver)
+    run(anatomy, copies, with_sender)
+    after = run(anatomy, copies, with_receiver)
     (context, memory) = ids.tolist()
-    return ((before[context] - before[memory]) - (after[context] - after[memory])).item()
+    return (before[:, context] - before[:, memory]) - (after[:, context] - after[:, memory])
 
 
 def expected(model, examples, token_ids, senders, receiver, replacement, tokens):
-    return torch.tensor(
-        [
-            [brute_force(model, e.prompt, ids, sender, receiver, z[sender[0], sender[1]], tokens) for sender in senders]
-            for e, ids, z in zip(examples, token_ids, replacement, strict=True)
-        ]
-    )
+    prompts = zip(examples, token_ids, replacement, strict=True)
+    return torch.stack([brute_force(model, e.prompt, ids, senders, receiver, z, tokens) for e, ids, z in prompts])
 
 
 @pytest.mark.parametrize("receiver", [(1, 0), (2, 1)])
@@ -91,7 +88,7 @@ def test_scores_equal_whole_forward_passes_in_every_architecture(tiny_bridge, re
 def test_scores_equal_whole_forward_passes_on_the_real_model(smollm2, capital_conflicts):
     conflicts = ConflictSet("two", capital_conflicts.select(kind="conflict").examples[:2])
     examples, token_ids = scorable(smollm2, conflicts)
-    receiver, senders = (18, 6), [(0, 0), (15, 8), (17, 4)]
+    receiver, senders = (9, 6), [(0, 0), (6, 8), (8, 4)]
     z = torch.zeros_like(last_token_states(smollm2, [e.prompt for e in examples]).z)
 
     scores = head_to_head(smollm2, conflicts, [receiver], name="smollm2", baseline="zero")[receiver]

@@ -30,7 +30,7 @@ PROMPTS.append((CONFLICTS[0].prompt, f"{CONFLICTS[0].context_answers[0]} of the 
 def wanted(tiny_bridge, monkeypatch):
     monkeypatch.setattr(teacher_forcing, "TOKENS_AT_ONCE", 50)
     items = [continued(tiny_bridge, *prompt) for prompt in PROMPTS]
-    assert len(teacher_forcing.token_batches(items)) > 1
+    assert len(teacher_forcing.token_batches(tiny_bridge, items)) > 1
     assert len({item.predicted for item in items}) > 1
     return items
 
@@ -135,7 +135,7 @@ def test_heads_that_do_nothing_are_not_removed(tiny_directories):
 
 def test_of_each_batch_every_block_runs_only_for_heads_at_or_below_it_and_once_more(tiny_llama, monkeypatch):
     items = [continued(tiny_llama, *prompt) for prompt in PROMPTS]
-    assert len(teacher_forcing.token_batches(items)) == 1
+    assert len(teacher_forcing.token_batches(tiny_llama, items)) == 1
     runs, handles = [0, 0, 0], []
     for layer in range(3):
         attention = Anatomy(tiny_llama).module("attention", layer)
