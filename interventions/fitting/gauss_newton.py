@@ -282,7 +282,9 @@ class GaussNewton:
         values, gradients = gradients_by_row(data.model, self.places, self._scales, items, losses)
         sizes = [len(turn) for turn in turns]
         parts = zip(GUARDS, values.split(sizes, 1), gradients.split(sizes, 1), strict=True)
-        found = {kind: (value, gradient) for kind, value, gradient in parts if value.shape[1]}
+        found: dict[Guard, tuple[Tensor, Tensor]] = {
+            kind: (value, gradient) for kind, value, gradient in parts if value.shape[1]
+        }
         if self.step == 0:
             data.unedited_gradients[depends_on] = found
         return found

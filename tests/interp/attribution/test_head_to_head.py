@@ -86,9 +86,9 @@ def test_scores_equal_whole_forward_passes_in_every_architecture(tiny_bridge, re
 
 
 def test_scores_equal_whole_forward_passes_on_the_real_model(smollm2, capital_conflicts):
-    conflicts = ConflictSet("two", capital_conflicts.select(kind="conflict").examples[:2])
+    conflicts = ConflictSet("one", capital_conflicts.select(kind="conflict").examples[:1])
     examples, token_ids = scorable(smollm2, conflicts)
-    receiver, senders = (9, 6), [(0, 0), (6, 8), (8, 4)]
+    receiver, senders = (18, 6), [(0, 0), (15, 8), (17, 4)]
     z = torch.zeros_like(last_token_states(smollm2, [e.prompt for e in examples]).z)
 
     scores = head_to_head(smollm2, conflicts, [receiver], name="smollm2", baseline="zero")[receiver]
