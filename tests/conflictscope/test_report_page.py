@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
+from plotly.offline import get_plotlyjs
 
 from conflictscope.report import read_runs, write_report
 from conflictscope.study.record import UNEDITED, StudyRecord, read_examples, write_examples
@@ -44,9 +45,26 @@ def frame(folder: Path) -> pl.DataFrame:
     return examples.filter(condition=UNEDITED).join(after, on="id")
 
 
+@pytest.fixture(scope="module")
+def undrawn(folder: Path) -> Path:
+    """The page without what draws its figures, which takes longer than all else."""
+    whole = (folder / "report.html").read_text(encoding="utf-8")
+    path = folder / "undrawn.html"
+    path.write_text(whole.replace(get_plotlyjs(), "const Plotly = {react() {}};"), encoding="utf-8")
+    assert path.stat().st_size < len(whole) / 2
+    return path
+
+
 @pytest.fixture
-def opened(browser_page: Page, folder: Path) -> Page:
-    return show(browser_page, folder / "report.html")
+def opened(browser_page: Page, undrawn: Path) -> Page:
+    return show(browser_page, undrawn)
+
+
+@pytest.fixture
+def drawn(browser_page: Page, folder: Path) -> Page:
+    show(browser_page, folder / "report.html")
+    all_drawn(browser_page)
+    return browser_page
 
 
 def show(page: Page, path: Path) -> Page:
@@ -201,11 +219,10 @@ def test_filters_are_set_by_keyboard(opened: Page, frame: pl.DataFrame) -> None:
     assert found(opened) == frame.filter(kind="conflict", relation="capital").height
 
 
-def test_every_field_has_a_name_and_everything_scrollable_can_be_focused(opened: Page) -> None:
-    all_drawn(opened)
-    assert opened.locator("form :is(select, input)").evaluate_all("(fields) => fields.every((f) => f.labels.length)")
-    opened.set_viewport_size({"width": 390, "height": 900})
-    assert opened.evaluate(
+def test_every_field_has_a_name_and_everything_scrollable_can_be_focused(drawn: Page) -> None:
+    assert drawn.locator("form :is(select, input)").evaluate_all("(fields) => fields.every((f) => f.labels.length)")
+    drawn.set_viewport_size({"width": 390, "height": 900})
+    assert drawn.evaluate(
         "[...document.querySelectorAll('.scroll, pre')].filter((e) => e.scrollWidth > e.clientWidth)"
         ".every((e) => e.tabIndex === 0)"
     )
@@ -277,12 +294,11 @@ def test_with_several_runs_the_browser_shows_the_chosen_one(browser_page: Page, 
     assert browser_page.url.endswith("#run2-headline")
 
 
-def test_paper_has_all_tables_and_no_controls(opened: Page) -> None:
-    all_drawn(opened)
-    opened.emulate_media(media="print")
-    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert opened.locator("details").evaluate_all("(all) => all.every((details) => details.open)")
-    assert not opened.locator(".filters, .pager button").first.is_visible()
-    assert opened.locator(".plot .main-svg").first.evaluate("(svg) => svg.clientWidth") == 660
-    opened.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert opened.locator("details[open]").count() == 0
+def test_paper_has_all_tables_and_no_controls(drawn: Page) -> None:
+    drawn.emulate_media(media="print")
+    drawn.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert drawn.locator("details").evaluate_all("(all) => all.every((details) => details.open)")
+    assert not drawn.locator(".filters, .pager button").first.is_visible()
+    assert drawn.locator(".plot .main-svg").first.evaluate("(svg) => svg.clientWidth") == 660
+    drawn.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert drawn.locator("details[open]").count() == 0

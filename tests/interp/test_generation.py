@@ -21,7 +21,7 @@ def test_batched_answers_equal_those_of_plain_transformers_one_by_one(smollm2, c
     expected = []
     for prompt in prompts:
         tokens = smollm2.tokenizer(prompt, return_tensors="pt")
-        output = plain.generate(**tokens, max_new_tokens=8, do_sample=False, use_cache=False)
+        output = plain.generate(**tokens, max_new_tokens=8, do_sample=False)
         text = smollm2.tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         expected.append(first_sentence(text))
     assert continue_greedily(smollm2, prompts, batch_size=4).answers == expected

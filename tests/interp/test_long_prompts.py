@@ -25,10 +25,10 @@ def model(tiny_directories) -> Any:
 
 
 def long_prompts(count: int) -> ConflictSet:
-    """Conflict prompts that begin with 600 tokens of something else."""
-    examples = tiny_conflicts().examples
-    longer = (replace(e, id=str(i), prompt="Rome " * LONG + e.prompt) for i, e in enumerate(examples * 4))
-    return ConflictSet("long", tuple(longer)[:count])
+    """Conflict prompts of one length that begin with 600 tokens of something else."""
+    example = next(iter(tiny_conflicts().select(kind="conflict")))
+    prompt = "Rome " * LONG + example.prompt
+    return ConflictSet("long", tuple(replace(example, id=str(i), prompt=prompt) for i in range(count)))
 
 
 def recorded(model: Any, conflicts: ConflictSet) -> Any:

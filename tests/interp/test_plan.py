@@ -128,7 +128,7 @@ def _trained(model: Any, tokens: int, count: int) -> None:
         *((name, dtype, "sdpa") for name in ("llama", "gpt2") for dtype in (torch.float32, torch.bfloat16)),
     ],
 )
-@pytest.mark.parametrize(("tokens", "rows"), [(64, 16), (480, 3)])
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 4), (480, 1)])
 def test_a_pass_allocates_about_what_is_said(name, dtype, attention, tokens, rows):
     body = Anatomy(wide(name, dtype, attention)).body
     ids = torch.randint(1, 5000, (rows, tokens), generator=torch.Generator().manual_seed(0))

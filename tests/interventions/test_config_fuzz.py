@@ -41,6 +41,8 @@ from interventions.steering import Steering
 from tests.interventions.test_config import feature_edit, sparsify_edit
 
 N_LAYERS, N_HEADS, WIDTH = 3, 4, 32
+# More cases than `make test` takes: FUZZ=10 python -m pytest tests/interventions/test_config_fuzz.py
+MORE = int(os.environ.get("FUZZ", "1"))
 SLOWEST = 5.0
 TENSORS = "edit.tensors.safetensors"
 
@@ -606,7 +608,7 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], cases: 
     """Check many cases, the same in every run."""
 
     @settings(
-        max_examples=cases,
+        max_examples=cases * MORE,
         deadline=None,
         derandomize=True,
         database=None,
@@ -641,9 +643,9 @@ def test_mutated_records_are_refused_or_valid(fuzzed):
         fuzzed.judge(path)
 
     fuzzed.seen.clear()
-    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.folders)), st.lists(MUTATION, min_size=1, max_size=3)), check, 2000)
-    assert fuzzed.seen["refused"] > 500
-    assert fuzzed.seen["attached"] > 100
+    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.folders)), st.lists(MUTATION, min_size=1, max_size=3)), check, 700)
+    assert fuzzed.seen["refused"] > 175
+    assert fuzzed.seen["attached"] > 35
 
 
 def test_tensors_anywhere_but_in_the_folder_are_refused(fuzzed):
@@ -670,9 +672,9 @@ def test_records_of_mutated_bytes_are_refused_or_valid(fuzzed):
         fuzzed.judge(path)
 
     fuzzed.seen.clear()
-    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.folders)), EDITS), check, 1500)
-    assert fuzzed.seen["refused"] > 500
-    assert fuzzed.seen["attached"] > 50
+    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.folders)), EDITS), check, 500)
+    assert fuzzed.seen["refused"] > 165
+    assert fuzzed.seen["attached"] > 15
 
 
 def with_mutated_header(content: bytes, mutations: list[Any]) -> bytes:
@@ -753,9 +755,9 @@ def test_mutated_tensors_of_which_the_hash_is_right_are_refused_or_valid(fuzzed)
         st.tuples(st.just(with_edited_bytes), EDITS),
     )
     fuzzed.seen.clear()
-    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.tensors)), changes), check, 1500)
-    assert fuzzed.seen["refused"] > 500
-    assert fuzzed.seen["attached"] > 50
+    fuzz(st.tuples(st.sampled_from(sorted(fuzzed.tensors)), changes), check, 500)
+    assert fuzzed.seen["refused"] > 165
+    assert fuzzed.seen["attached"] > 15
 
 
 def test_mutated_tensors_of_which_the_hash_is_wrong_are_refused(fuzzed):

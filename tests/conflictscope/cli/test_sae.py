@@ -93,7 +93,7 @@ def test_the_card_says_what_measuring_the_written_file_says(trained, tiny_llama)
     assert again.keys() == sae.card["quality"].keys()
     # A bridge's attention is eager; that of the model that was trained on is fused.
     for part, (found, *_) in again.items():
-        assert flat(found.to_record()) == pytest.approx(flat(sae.card["quality"][part]), rel=1e-5, abs=1e-7)
+        assert flat(found.to_record()) == pytest.approx(flat(sae.card["quality"][part]), rel=1e-4, abs=1e-7)
 
 
 def flat(record: dict[str, Any]) -> dict[str, float]:
