@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -61,6 +62,15 @@ def no_complaints(page: Page) -> Iterator[None]:
     assert not complaints, complaints
 
 
+def without_figures(path: Path) -> Path:
+    """A copy, beside it, of a page without what draws its figures: that takes longer than all else."""
+    whole = path.read_text(encoding="utf-8")
+    copy = path.with_stem(f"{path.stem}-without-figures")
+    copy.write_text(whole.replace(get_plotlyjs(), "const Plotly = {react() {}};"), encoding="utf-8")
+    assert copy.stat().st_size < len(whole) / 2
+    return copy
+
+
 def requests_of(page: Page) -> list[str]:
     """A list that fills with the address of everything that the page asks the network for."""
     asked: list[str] = []
@@ -82,17 +92,16 @@ def screenshots(page: Page, name: str, ready: Callable[[Page], None]) -> None:
     """See that the page fits at every width, light and dark, and keep it as ``$SCREENSHOTS/NAME-WIDTH-SCHEME.png``.
 
     Args:
-        page: The page; it is loaded again each time.
+        page: The page; it is loaded again for each scheme.
         name: What the files are called.
         ready: Waits until all is drawn.
     """
     schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
-    for width in WIDTHS:
-        for scheme in schemes:
-            page.set_viewport_size({"width": width, "height": 900})
-            page.emulate_media(color_scheme=scheme)
-            page.reload()
-            ready(page)
+    for scheme in schemes:
+        page.emulate_media(color_scheme=scheme)
+        page.reload()
+        ready(page)
+        for width in WIDTHS:
             check_fits(page, width)
             if SCREENSHOTS:
                 page.screenshot(path=Path(SCREENSHOTS, f"{name}-{width}-{scheme}.png"), full_page=True)

@@ -17,7 +17,7 @@ from conflictscope.report.board_files import studies_below, write_board
 from conflictscope.report.board_page import write_page
 from conflictscope.study.record import UNEDITED, read_examples, write_examples
 from tests import browser
-from tests.browser import WIDTHS, check_fits, requests_of, screenshots
+from tests.browser import WIDTHS, check_fits, requests_of, screenshots, without_figures
 from tests.conflictscope.board_samples import METHODS, write_plan, write_study
 
 if TYPE_CHECKING:
@@ -43,9 +43,14 @@ def folder(board: Board, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def undrawn(folder: Path) -> Path:
+    return without_figures(folder / "leaderboard.html")
+
+
 @pytest.fixture
-def opened(browser_page: Page, folder: Path) -> Page:
-    browser_page.goto((folder / "leaderboard.html").as_uri())
+def opened(browser_page: Page, undrawn: Path) -> Page:
+    browser_page.goto(undrawn.as_uri())
     return browser_page
 
 
@@ -241,16 +246,17 @@ def test_the_page_says_what_is_missing_and_not_finished(browser_page: Page, tmp_
     assert "still to come for new on capital with seed 0." in notes
 
 
-def test_the_page_fits_its_width_light_and_dark_and_asks_the_network_for_nothing(opened: Page) -> None:
-    asked = requests_of(opened)
-    all_drawn(opened)
+def test_the_page_fits_its_width_light_and_dark_and_loads_nothing(browser_page: Page, folder: Path) -> None:
+    asked = requests_of(browser_page)
+    browser_page.goto((folder / "leaderboard.html").as_uri())
+    all_drawn(browser_page)
     for width in WIDTHS:
-        check_fits(opened, width)
-    screenshots(opened, "leaderboard", all_drawn)
-    opened.set_viewport_size({"width": WIDTHS[1], "height": 900})
-    opened.locator("#heat td button").first.click()
-    opened.get_by_role("dialog").locator(".prompt").first.wait_for()
-    box = opened.get_by_role("dialog").bounding_box()
+        check_fits(browser_page, width)
+    screenshots(browser_page, "leaderboard", all_drawn)
+    browser_page.set_viewport_size({"width": WIDTHS[1], "height": 900})
+    browser_page.locator("#heat td button").first.click()
+    browser_page.get_by_role("dialog").locator(".prompt").first.wait_for()
+    box = browser_page.get_by_role("dialog").bounding_box()
     assert box is not None
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= WIDTHS[1]

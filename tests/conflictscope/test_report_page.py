@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 import pytest
-from plotly.offline import get_plotlyjs
 
 from conflictscope.report import read_runs, write_report
 from conflictscope.study.record import UNEDITED, StudyRecord, read_examples, write_examples
 from figures.theme import percent
 from interp.facts import HELD_OUT_PHRASING
 from tests import browser
-from tests.browser import WIDTHS, check_fits, requests_of, screenshots
+from tests.browser import SCREENSHOTS, WIDTHS, check_fits, requests_of, screenshots, without_figures
 from tests.conflictscope.report_samples import WRITERS, write_demo, write_gate
 
 if TYPE_CHECKING:
@@ -47,12 +46,7 @@ def frame(folder: Path) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def undrawn(folder: Path) -> Path:
-    """The page without what draws its figures, which takes longer than all else."""
-    whole = (folder / "report.html").read_text(encoding="utf-8")
-    path = folder / "undrawn.html"
-    path.write_text(whole.replace(get_plotlyjs(), "const Plotly = {react() {}};"), encoding="utf-8")
-    assert path.stat().st_size < len(whole) / 2
-    return path
+    return without_figures(folder / "report.html")
 
 
 @pytest.fixture
@@ -276,7 +270,7 @@ def test_a_page_draws_everything_fits_its_width_and_asks_the_network_for_nothing
     all_drawn(browser_page)
     for width in WIDTHS:
         check_fits(browser_page, width)
-    if "demo" in kinds:
+    if kinds == ("demo",) or SCREENSHOTS:
         screenshots(browser_page, f"report-{'-'.join(kinds)}", all_drawn)
     assert not asked
 
