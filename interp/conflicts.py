@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -103,6 +103,7 @@ def split_of(subject: str, seed: int) -> Split:
     return split_of_key(subject_key(subject), seed)
 
 
+@lru_cache(maxsize=2**14)
 def split_of_key(key: str, seed: int) -> Split:
     """The split of all subjects with this key."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()

@@ -19,7 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from interp.answers import contains_answer
@@ -204,6 +204,7 @@ def closed_book_prompt(relation: Relation, subject: str, phrasing: str) -> str:
     return sentence_case(PHRASINGS[phrasing].bare(relation).format(subject=subject, answer=""))
 
 
+@cache
 def usable_facts(relation: str) -> tuple[Fact, ...]:
     """The facts of ``relation`` whose answer does not show in the subject (as in Singapore or Mexico City).
 
@@ -345,6 +346,8 @@ def conflicting_answers(relation: Relation, known: Sequence[Fact], seed: int) ->
     return result
 
 
+# Every pair of a split is asked about, and again whenever prompts are made of the same facts.
+@lru_cache(maxsize=2**16)
 def _compatible(fact: Fact, other: Fact) -> bool:
     """Whether ``other``'s answers contradict ``fact`` and can be told apart from its answers and its subject."""
     return not (
@@ -377,6 +380,7 @@ def _derangement(facts: Sequence[Fact], rng: random.Random) -> list[int] | None:
     return [order[i] for i in range(n)]
 
 
+@lru_cache(maxsize=2**12)
 def _wordings(relation: Relation, fact: Fact) -> str:
     return " ".join(_context(phrasing, relation, fact.subject, fact.answers[0]) for phrasing in PHRASINGS.values())
 

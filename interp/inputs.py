@@ -151,7 +151,8 @@ def batch_tokens_of(model: Any) -> int:
 
 def pass_tokens(model: nn.Module) -> int:
     """How many tokens take as long as a forward pass takes besides its tokens."""
-    return _A_PASS.get(device_of(transformers_model(model).get_input_embeddings()).type, _A_PASS_ELSEWHERE)
+    network: Any = transformers_model(model)
+    return _A_PASS.get(device_of(network.get_input_embeddings()).type, _A_PASS_ELSEWHERE)
 
 
 def together(lengths: Mapping[int, int], most_rows: int, most_tokens: int, a_pass: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def write_report(path: str | Path, runs: Sequence[Run], *, growing: bool = False
     write_text(path, page)
 
 
+@cache
 def environment() -> Environment:
     """The templates of ``assets/report``, with the filters that they use."""
     found = Environment(
