@@ -12,7 +12,7 @@ from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.tiny import tiny_conflicts
 
-PROMPTS = [example.prompt for example in tiny_conflicts()]
+PROMPTS = [example.prompt for example in tiny_conflicts()][::2]
 
 
 def direction(model, seed=0):

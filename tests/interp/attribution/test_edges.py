@@ -59,7 +59,7 @@ def values_at(module, run, *, output):
 def test_what_the_embedding_does_adds_up_to_the_difference_between_the_prompts(tiny_bridge, conflicts):
     """Integrated gradients are complete (Sundararajan et al. 2017)."""
     two, clean, corrupted, answers = pair(tiny_bridge, conflicts)
-    few, many = (edge_attribution(tiny_bridge, two, name="tiny", steps=steps).values[0].sum() for steps in (60, 120))
+    few, many = (edge_attribution(tiny_bridge, two, name="tiny", steps=steps).values[0].sum() for steps in (30, 60))
     reverse = scorable(tiny_bridge, two)[1][1]
     with torch.no_grad():
         expected = [
