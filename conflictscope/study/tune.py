@@ -1,6 +1,6 @@
 """Get from a person's data to one edit: measure, search on dev, verify once on test, and say what came of it.
 
-1. The unedited model is measured on test. Where it reaches the goal, that is all.
+1. The unedited model is measured on test. Where it reaches the goal, or nothing is left to gain, that is all.
 2. ``conflictscope.study.search`` finds one edit within the budget of damage, of a kind that can be served.
 3. It is measured once on test, next to the unedited model and its random controls, as every study does.
 4. Where the wanted rate rises by more than chance, the edit is recommended: its file is written, with what it can be
@@ -129,6 +129,8 @@ class Tuning:
         self.told(f"On unseen subjects, {follow}.")
         if self.goal is not None and before["value"] >= self.goal.rate:
             return Tuned((f"No edit is needed: {follow}, so that {self.goal.met_by(before)}.",))
+        if before["value"] == 1:
+            return Tuned((f"No edit is needed: {follow}, so that there is nothing to gain.",))
         if (count := len(lab.dev.conflicts)) < _FEW:
             few = f"Dev has {count} conflict prompts to choose by, which is little more than chance"
             warnings.warn(Caution(f"{few}; give more rows, or --unknown-too."), stacklevel=2)

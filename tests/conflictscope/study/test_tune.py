@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from interp.anatomy import Anatomy
 from interp.answers import Direction
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
+from interp.evaluation import measure_usage
 from interp.generation import gathered_logits, next_logits
 from interventions.base import Intervention
 from interventions.config import InterventionFile
@@ -156,6 +158,18 @@ def test_where_the_goal_holds_already_nothing_is_written(lab: Lab) -> None:
     (sentence,) = tuning(lab, towards="memory", goal=Goal("memory", 0.1)).run(lab, [Untouched()]).sentences
     assert sentence.startswith("No edit is needed: unedited,")
     assert not (lab.records.folder.parent / RECORD).exists()
+
+
+def test_where_all_answers_follow_the_source_already_nothing_is_tried(tiny_llama: Any, lab: Lab) -> None:
+    test = lab.prompts.test
+    frame = measure_usage(tiny_llama, test).frame
+    others = set(frame.filter((pl.col("kind") == "conflict") & (pl.col("usage") != "memory"))["id"])
+    kept = ConflictSet(test.name, tuple(e for e in test if e.id not in others))
+    assert kept.select(kind="conflict").examples
+    lab = lab.on(replace(lab.prompts, test=kept))
+    (sentence,) = tuning(lab, towards="memory").run(lab, [Untouched()]).sentences
+    assert sentence.startswith("No edit is needed: unedited, 1.00 [")
+    assert sentence.endswith("of the answers follow memory, so that there is nothing to gain.")
 
 
 def test_what_was_killed_goes_on_and_measures_nothing_twice(
