@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,6 +113,10 @@ class ReadPrompts:
         """The numbers of the prompts that are run together."""
         return [batch.numbers for batch in self._batches]
 
+    def padded_tokens(self, batch: int) -> int:
+        """How many tokens one of ``batches`` has, padding included."""
+        return self._batches[batch].inputs["input_ids"].numel()
+
     @torch.inference_mode()
     def batch_logits(self, batch: int, changed: Changed = "end") -> Tensor:
         """Run what is left of the prompts of one of ``batches``, for their ``(n, d_vocab)`` logits at the end.
@@ -123,6 +127,43 @@ class ReadPrompts:
         cache = self._cache(read, changed)
         inputs = read.inputs if cache is None else _last(read.inputs)
         output = self._network(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    def ends(self, batch: int) -> tuple[Tensor, dict[int, Any]]:
+        """Run the last tokens of one of ``batches`` unedited.
+
+        Returns:
+            ``(n, d_vocab)`` logits, and what each block gives there, by layer, as ``repeated_logits`` takes it.
+        """
+        given: dict[int, Any] = {}
+        with noted(self._anatomy, range(self._anatomy.n_layers), given):
+            return self.batch_logits(batch), given
+
+    @torch.inference_mode()
+    def repeated_logits(self, batch: int, given: Mapping[int, Any], layer: int, times: int) -> Tensor:
+        """Run the last token of each prompt of one of ``batches`` several times, side by side, from a layer on.
+
+        Args:
+            batch: The batch.
+            given: What ``ends`` gave of it.
+            layer: The lowest that is edited now, at the last token alone; every row may be edited differently.
+            times: How many rows each prompt has.
+
+        Returns:
+            ``(n * times, d_vocab)`` logits at the end, prompt by prompt.
+        """
+        read = self._batches[batch]
+        inputs = {name: values.repeat_interleave(times, 0) for name, values in read.inputs.items()}
+        if read.cache is None:
+            return self._network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        cache = copy.copy(read.cache)
+        # Blocks below write nothing into theirs.
+        cache.layers = [*read.cache.layers[:layer], *(copy.copy(kept) for kept in read.cache.layers[layer:])]
+        for kept in cache.layers[layer:]:
+            kept.batch_repeat_interleave(times)
+        below = dict.fromkeys(range(layer), _repeated(given[layer - 1], times) if layer else None)
+        with recalled(self._anatomy, layer, below):
+            output = self._network(**_last(inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def continue_greedily(
@@ -145,21 +186,10 @@ class ReadPrompts:
         if min(map(len, tokens)) < 2 or self._left <= 0:
             return _Read(numbers, tokens, inputs, None, {})
         kept: dict[int, Any] = {}
-        handles = [
-            self._anatomy.module("block", layer - 1).register_forward_hook(
-                lambda _, __, output, layer=layer: kept.update({layer: output})
-            )
-            for layer in layers
-        ]
-        try:
-            with torch.inference_mode():
-                output = self._anatomy.body(**_prefix(inputs), use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        cache = output.past_key_values
+        with torch.inference_mode(), noted(self._anatomy, [layer - 1 for layer in layers], kept):
+            cache = self._anatomy.body(**_prefix(inputs), use_cache=True).past_key_values
         self._left -= sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
-        return _Read(numbers, tokens, inputs, cache, kept)
+        return _Read(numbers, tokens, inputs, cache, {below + 1: output for below, output in kept.items()})
 
     def _cache(self, batch: _Read, changed: Changed) -> Any:
         """Keys and values of all tokens but the last under what is applied now, to write into; ``None`` of no token."""
@@ -188,6 +218,25 @@ def _prefix(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values if name == "attention_mask" else values[:, -1:] for name, values in inputs.items()}
+
+
+def _repeated(output: Any, times: int) -> Any:
+    """What a block gives, with every row several times."""
+    if isinstance(output, tuple):
+        return tuple(_repeated(part, times) for part in output)
+    return output.repeat_interleave(times, 0) if isinstance(output, Tensor) else output
+
+
+@contextmanager
+def noted(anatomy: Anatomy, layers: Iterable[int], outputs: dict[int, Any]) -> Iterator[None]:
+    """Add to ``outputs`` what the blocks of some layers give, by layer."""
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = anatomy.module("block", layer).register_forward_hook(
+                lambda _, __, output, layer=layer: outputs.update({layer: output})
+            )
+            stack.callback(handle.remove)
+        yield
 
 
 @contextmanager
