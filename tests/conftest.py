@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer.main
+import typer.testing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp import precision
@@ -54,6 +56,16 @@ def what_models_know_is_kept_for_one_test(
 ) -> None:
     """Leave the cache of whoever runs the tests alone."""
     monkeypatch.setattr("interp.known._cache", cache(lambda: tmp_path_factory.mktemp("known")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_made_once() -> Iterator[None]:
+    """Makes click's commands of a Typer application once, not for every call in this process: a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = cache(typer.main.get_command)
+        patch.setattr("typer.main.get_command", made)
+        patch.setattr("typer.testing._get_command", made)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -44,13 +44,33 @@ asked = Asked("The capital of Peru is", "The capital of Peru is Oslo.", "Lima", 
 look = explorer.look(asked, Edit("dial", dose=1.0))
 assert look.heads is not None and look.unedited.lens is not None and look.edited is not None
 explorer.attention(asked, [(1, 2)])
+
+from conflictscope.cli import main
+
+for command in {commands}:
+    sys.argv = ["conflictscope", *command]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert not stopped.code, (command, stopped.code)
+    print("done:", *command)
 """
 
 
-def test_questions_attributions_and_edits_need_none_of_the_slow_libraries(tiny_directories, tmp_path):
-    command = [sys.executable, "-c", LOOKS.format(slow=SLOW), str(tiny_directories["llama"]), str(tmp_path)]
-    found = subprocess.run(command, check=False, capture_output=True, text=True)
+def test_questions_attributions_edits_and_looks_at_files_need_none_of_the_slow_libraries(tiny_directories, tmp_path):
+    model, data = str(tiny_directories["llama"]), str(tmp_path / "capitals.jsonl")
+    question = ["What is the capital of Peru?", "--context", "The capital of Peru is Oslo.", "--context-answer", "Oslo"]
+    commands = [
+        ["data", "build", "--relation", "capital", "--all-facts", "--out", data],
+        ["data", "inspect", data],
+        ["ask", *question, "--model", model, "--device", "cpu"],
+        ["models"],
+    ]
+    # All in one process: to import what is needed takes longer than to use it.
+    start = [sys.executable, "-c", LOOKS.format(slow=SLOW, commands=commands), model, str(tmp_path)]
+    found = subprocess.run(start, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
+    assert found.stdout.count("done: ") == len(commands)
 
 
 HELP = """
@@ -119,29 +139,3 @@ def test_a_file_that_is_not_there_is_said_before_a_library_is_waited_for(tmp_pat
     start = [sys.executable, "-c", MISSING.format(slow=slow, commands=commands)]
     found = subprocess.run(start, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-
-
-COMMAND = """
-import sys
-
-for name in {banned}:
-    sys.modules[name] = None
-from conflictscope.cli import main
-
-sys.argv = ["conflictscope", *sys.argv[1:]]
-main()
-"""
-
-
-def test_asking_answering_and_looking_at_files_import_none_of_the_slow_libraries(tiny_directories, tmp_path):
-    model, data = str(tiny_directories["llama"]), str(tmp_path / "capitals.jsonl")
-    question = ["What is the capital of Peru?", "--context", "The capital of Peru is Oslo.", "--context-answer", "Oslo"]
-    for command in (
-        ["data", "build", "--relation", "capital", "--all-facts", "--out", data],
-        ["data", "inspect", data],
-        ["ask", *question, "--model", model, "--device", "cpu"],
-        ["models"],
-    ):
-        start = [sys.executable, "-c", COMMAND.format(banned=SLOW), *command]
-        found = subprocess.run(start, check=False, capture_output=True, text=True, cwd=tmp_path)
-        assert found.returncode == 0, (command, found.stderr)
