@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer.main
-import typer.testing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp import precision
