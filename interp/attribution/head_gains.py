@@ -72,7 +72,13 @@ def _scales(n_heads: int, factors: Sequence[float]) -> Tensor:
 
 
 def _scaled(
-    read: ReadPrompts, batch: int, given: Mapping[int, Any], anatomy: Anatomy, layer: int, scales: Tensor, wanted: Tensor
+    read: ReadPrompts,
+    batch: int,
+    given: Mapping[int, Any],
+    anatomy: Anatomy,
+    layer: int,
+    scales: Tensor,
+    wanted: Tensor,
 ) -> Tensor:
     """Probabilities of the wanted tokens with a layer's heads scaled in each of these ways, ``(n, n_ways)``."""
     ways = len(scales)
@@ -94,4 +100,4 @@ def _scaled(
 
 def _probabilities(logits: Tensor, wanted: Tensor) -> Tensor:
     """Of each row's wanted token, ``(n,)``."""
-    return logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0].exp()
+    return logits.float().softmax(-1).gather(1, wanted[:, None].to(logits.device))[:, 0]
