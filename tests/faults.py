@@ -150,6 +150,13 @@ FAULTS = (
         "tests/interp/test_reading.py",
     ),
     Fault(
+        "rows of another prompt side by side",
+        "interp/reading.py",
+        "_repeated(given[layer - 1], times) if layer",
+        "given[layer - 1].repeat(times, 1, 1) if layer",
+        "tests/interp/attribution/test_head_gains.py",
+    ),
+    Fault(
         "gate reads the first token",
         "interventions/gate.py",
         "mask.int().argmax(-1)",

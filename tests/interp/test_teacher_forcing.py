@@ -32,8 +32,9 @@ def test_learned_positions_are_counted_from_the_first_token_and_not_from_the_pad
 
 
 def check_against_each_prompt_alone(model):
-    items = [continued(model, *prompt) for prompt in prompts()]
-    assert len({len(item.tokens) for item in items}) > 1
+    # So few that rows of several lengths share a batch.
+    items = [continued(model, *prompt) for prompt in prompts()[::3]]
+    assert any(len({len(items[i].tokens) for i in batch}) > 1 for batch in token_batches(model, items))
     for item, residual in zip(items, item_residuals(model, items), strict=True):
         with torch.inference_mode():
             alone = transformers_model(model)(input_ids=torch.tensor([item.tokens])).logits[0]
