@@ -5,6 +5,7 @@ import torch
 
 from interp.anatomy import Anatomy
 from interp.generation import continue_greedily, gathered_logits, next_logits
+from interp.inputs import token_ids
 from interp.reading import ReadPrompts
 from interventions.base import applied, changed_by
 from interventions.gate import ConflictGate
@@ -12,7 +13,8 @@ from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.tiny import tiny_conflicts
 
-PROMPTS = [example.prompt for example in tiny_conflicts()][::2]
+# Five long ones and three short ones: in batches of four at most, one has to be padded.
+PROMPTS = [example.prompt for example in (*list(tiny_conflicts())[1:10:2], *list(tiny_conflicts())[10::2])]
 
 
 def direction(model, seed=0):
@@ -38,7 +40,9 @@ def edits_of(model):
 @pytest.mark.parametrize("most_kept", [2**30, 0])
 def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, most_kept):
     """Again and again, in batches of different lengths, with residual streams kept and without."""
-    read = ReadPrompts(tiny_bridge, PROMPTS, new_tokens=4, batch_size=5, most_kept=most_kept)
+    read = ReadPrompts(tiny_bridge, PROMPTS, new_tokens=4, batch_size=4, most_kept=most_kept)
+    lengths = [len(ids) for ids in token_ids(tiny_bridge.tokenizer, PROMPTS)]
+    assert [len({lengths[i] for i in batch}) for batch in read.batches] == [1, 2]
     for changed, edits in [*edits_of(tiny_bridge), ("end", [])]:
         assert changed_by(edits) == changed
         with applied(tiny_bridge, *edits):
