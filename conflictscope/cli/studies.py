@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from conflictscope.study.setting import StudySetting
 
 SUBJECTS = 40
-_DATA = ("data_format", "unknown_too", "subjects", "families", "format", "system", "answer_prefix", "shots")
+_DATA = (
+    *("data_format", "unknown_too", "most_words", "subjects", "families"),
+    *("format", "system", "answer_prefix", "shots"),
+)
 _MODEL = (
     *("device", "dtype", "attention", "revision", "subfolder", "device_map"),
     *("trust_remote_code", "batch_tokens"),
@@ -40,6 +43,9 @@ class StudyOptions(Asked):
         bool,
         asked_option("--unknown-too", help="With --data: also ask what the model does not know closed-book."),
     ] = False
+    most_words: Annotated[
+        int | None, asked_option(min=1, help="With --data: leave out prompts of more words than this.")
+    ] = None
     subjects: Annotated[
         int, _study_option(min=4, help="Subjects of each relation to learn from, and to test on, at most.")
     ] = SUBJECTS
@@ -101,8 +107,11 @@ class StudyOptions(Asked):
         Raises:
             UserError: If options do not go together.
         """
-        if self.data is None and (self.data_format is not None or (self.unknown_too and test_data is None)):
-            raise UserError("--data-format and --unknown-too belong to --data; give a file, or leave them out.")
+        of_files = self.unknown_too or self.most_words is not None
+        if self.data is None and (self.data_format is not None or (of_files and test_data is None)):
+            raise UserError(
+                "--data-format, --unknown-too and --most-words belong to --data; give a file, or leave them out."
+            )
         as_it_is = ("completion", "", "", 0)
         how = (self.format, self.system, self.answer_prefix, self.shots)
         if self.families and (self.data is not None or how != as_it_is):

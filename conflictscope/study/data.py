@@ -7,7 +7,9 @@ are chosen on dev, and are shown on test, where one phrasing family appears that
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,6 +214,7 @@ def file_prompts(
     seed: int,
     format: str | None = None,
     unknown_too: bool = False,
+    most_words: int | None = None,
     asked: Callable[[ConflictSet], ConflictSet] = lambda conflicts: conflicts,
 ) -> Prompts:
     """Prompts from a file.
@@ -224,12 +227,15 @@ def file_prompts(
         seed: Decides which subjects are asked, and the splits of a public data set.
         format: The public format (see ``conflictscope data convert``); ``None`` is conflict data.
         unknown_too: Whether facts that the model does not know are used too.
+        most_words: Words of a prompt at most; a subject is asked about where that leaves a prompt of each kind of it.
         asked: Asks the prompts, and what is known, in another form.
 
     Raises:
-        UserError: If the file cannot be read, or the model knows too little of it.
+        UserError: If the file cannot be read, all of it is too long, or the model knows too little of it.
     """
     loaded = ConflictSet.load(file) if format is None else load_dataset(file, format, seed=seed).conflicts
+    if most_words is not None:
+        loaded = _short(loaded, file, most_words)
     kept: set[tuple[str, str]] = set()
     for split, most in _subjects(subjects).items():
         for relation in dict.fromkeys(e.relation for e in loaded):
@@ -264,6 +270,25 @@ def _split(conflicts: ConflictSet, relations: tuple[str, ...], asked: int) -> Pr
     held_out = HELD_OUT_PHRASING if any(e.template == HELD_OUT_PHRASING for e in test) else None
     known = sum(len(part.subjects) for part in (train, dev, test))
     return Prompts(train, dev, test, conflicts.name, relations, held_out, asked, known)
+
+
+def _short(conflicts: ConflictSet, file: Path, most_words: int) -> ConflictSet:
+    """The prompts of so many words at most, about subjects that have one of each kind that there is of them."""
+    shortest: dict[tuple[str, str], dict[ContextKind, int]] = defaultdict(dict)
+    lengths = {e.id: len(e.prompt.split()) for e in conflicts}
+    for e in conflicts:
+        of_subject = shortest[e.relation, e.subject]
+        of_subject[e.kind] = min(lengths[e.id], of_subject.get(e.kind, lengths[e.id]))
+    needed = {subject: max(kinds.values()) for subject, kinds in shortest.items() if "conflict" in kinds}
+    if min(needed.values(), default=0) > most_words:
+        raise UserError(
+            f"{file} has no subject with prompts of every kind of {most_words} words or fewer; the first has them from "
+            f"{min(needed.values())} on: allow as many."
+        )
+    short = (e for e in conflicts if lengths[e.id] <= most_words)
+    return ConflictSet(
+        conflicts.name, tuple(e for e in short if needed.get((e.relation, e.subject), math.inf) <= most_words)
+    )
 
 
 def _only(conflicts: ConflictSet, relations: Sequence[str]) -> ConflictSet:

@@ -30,22 +30,33 @@ if TYPE_CHECKING:
 
 SUBJECTS, QUICK_SUBJECTS = 40, 12
 _VERSION = re.compile(r"^_?[A-Z_]*VERSION = .+$", re.MULTILINE)
+# Files up to this size are read whole, some .1 s.
+_READ_BYTES = 64 * 1024**2
 _PACKAGES = ("interp", "probes", "interventions", "conflictscope")
 
 
 def digest_of(said: Sequence[str], files: Sequence[Path]) -> str:
     """Hash what decides a result: words, files and folders that are there, and the versions of the code.
 
-    Of files that were not changed their size and time say enough.
+    Of small files it is what they hold, so that a copy on another day or machine is the same; of others, which are
+    weights, size and time say enough.
     """
     held = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        (str(file), _held(file))
         for path in files
         if path.exists()
         for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
         if file.is_file()
     ]
     return hashlib.sha256(repr((list(said), held, _versions(), __version__)).encode()).hexdigest()[:12]
+
+
+def _held(file: Path) -> str | tuple[int, int]:
+    about = file.stat()
+    if about.st_size > _READ_BYTES:
+        return about.st_size, about.st_mtime_ns
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @cache
@@ -92,6 +103,7 @@ class DataSetting(Strict):
         data: A file of conflict data, or a public data set.
         data_format: Its public format; ``None`` is conflict data.
         unknown_too: Whether facts that the model does not know closed-book are asked too.
+        most_words: Words of a prompt at most, where data is given; longer ones are left out.
         subjects: Subjects of each relation to learn from, and to test on, at most.
         families: In how many families made from parts (``interp.families``) each fact is learned from, of each variant;
             test is then in families that share no part with these. 0 takes the phrasings of the fact tables.
@@ -106,6 +118,7 @@ class DataSetting(Strict):
     data: str | None = None
     data_format: str | None = None
     unknown_too: bool = False
+    most_words: int | None = Field(None, ge=1)
     subjects: int = Field(SUBJECTS, ge=4)
     families: int = Field(0, ge=0)
     leave_out: str | None = None
@@ -119,19 +132,21 @@ class DataSetting(Strict):
     @model_validator(mode="before")
     @classmethod
     def _called(cls, said: Any) -> Any:
-        """The data with its name: that of the relations, of the public format, or of the file."""
+        """The data with its name: that of the relations, of the public format, or of the file, with its bound."""
         if not isinstance(said, dict) or "name" in said:
             return said
         relations, format = said.get("relations"), said.get("data_format")
         named = "+".join(map(str, relations)) if isinstance(relations, (list, tuple)) and relations else None
-        return {"name": named or format or Path(str(said.get("data"))).stem, **said}
+        name = named or format or Path(str(said.get("data"))).stem
+        most = said.get("most_words")
+        return {"name": name if most is None else f"{name}, up to {most} words", **said}
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataSetting:
         if (self.data is None) == (not self.relations):
             raise ValueError(f"{self.name} needs either relations or data, the name of a file; give one of them")
-        if self.data is None and (self.data_format is not None or (self.unknown_too and self.test_data is None)):
-            raise ValueError("data_format and unknown_too belong to data; give a file, or leave them out")
+        if self.data is None and (self.data_format is not None or (self.of_files and self.test_data is None)):
+            raise ValueError("data_format, unknown_too and most_words belong to data; give a file, or leave them out")
         if self.leave_out and self.relations and (len(self.relations) < 2 or self.leave_out not in self.relations):
             raise ValueError(f"leave_out must be one of two or more relations, not {self.leave_out}; give another")
         as_it_is = ("completion", "", "", 0)
@@ -142,6 +157,11 @@ class DataSetting(Strict):
         if self.test_format is not None and self.test_data is None:
             raise ValueError("test_format belongs to test_data; give a file, or leave it out")
         return self
+
+    @property
+    def of_files(self) -> bool:
+        """Whether something is said that only prompts of a file can follow."""
+        return self.unknown_too or self.most_words is not None
 
     def asking(self, seed: int) -> Asking:
         """How questions are asked."""
@@ -163,7 +183,7 @@ class DataSetting(Strict):
         asked: Callable[[ConflictSet], ConflictSet] = partial(self.asking(seed).asked, model, name) if model else _as_is
 
         def of_file(file: str, format: str | None) -> Prompts:
-            options = {"unknown_too": self.unknown_too, "asked": asked, "format": format}
+            options = {"unknown_too": self.unknown_too, "most_words": self.most_words, "asked": asked, "format": format}
             return file_prompts(model, Path(file), records, subjects=most, seed=seed, **options)
 
         if self.data is None:

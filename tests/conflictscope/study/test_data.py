@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
+import pytest
+from pydantic import ValidationError
+
+from conflictscope.study import setting
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
 from conflictscope.study.lab import Lab
+from conflictscope.study.setting import DataSetting, digest_of
 from interp.attribution.examples import with_partners
-from interp.conflicts import ConflictSet
+from interp.conflicts import SPLITS, ConflictSet
 from interp.documents import Documents
+from interp.errors import UserError
 from interp.facts import build_conflicts, usable_facts
 from interp.families import LEARNED_FAMILIES, UNSEEN_FAMILIES
 from interp.records import Records
@@ -38,6 +45,63 @@ def test_facts_with_several_documents_are_tested_too(tmp_path, tiny_plain):
     prompts = file_prompts(tiny_plain("llama"), tmp_path / "several.jsonl", Records(tmp_path), **how)
     asked = {kind: prompts.test.select(kind=kind) for kind in ("conflict", "none")}
     assert {len(part) for part in asked.values()} == {len(prompts.test.subjects)} != {0}
+
+
+def test_prompts_of_a_file_are_bounded_in_words(tmp_path):
+    facts = build_conflicts({"capital": usable_facts("capital")})
+    file, how = tmp_path / "facts.jsonl", {"subjects": 40, "seed": 0, "unknown_too": True}
+    facts.save(file)
+    longest, most = max(len(e.prompt.split()) for e in facts), 15
+    shortest = {
+        subject: max(
+            min(len(e.prompt.split()) for e in facts.select(kind=kind) if e.subject == subject)
+            for kind in ("conflict", "aligned", "irrelevant", "none")
+        )
+        for subject in facts.subjects
+    }
+    prompts = file_prompts(None, file, Records(tmp_path), most_words=most, **how)
+    every = [e for split in SPLITS for e in prompts.part(split)]
+    assert {e.kind for e in every} == {"conflict", "aligned", "irrelevant", "none"}
+    assert max(len(e.prompt.split()) for e in every) == most < longest
+    # Subjects are drawn among those that are left, not before: as many as there are in train.
+    fitting = {subject for subject, words in shortest.items() if words <= most}
+    assert {e.subject for e in every} <= fitting < set(facts.subjects)
+    assert len(prompts.train.subjects) == min(40, len(fitting & set(facts.select(split="train").subjects)))
+    unbounded = file_prompts(None, file, Records(tmp_path), most_words=longest, **how)
+    assert unbounded.digest == file_prompts(None, file, Records(tmp_path), **how).digest != prompts.digest
+    least = min(shortest.values())
+    with pytest.raises(UserError, match=rf"every kind of 3 words or fewer; the first has them from {least} on"):
+        file_prompts(None, file, Records(tmp_path), most_words=3, **how)
+
+
+def test_a_study_is_the_same_for_a_copy_of_its_data_and_another_for_other_data(tmp_path):
+    file = tmp_path / "facts.jsonl"
+    file.write_text("one\n")
+    first = digest_of(["said"], [file])
+    file.unlink()
+    file.write_text("one\n")
+    os.utime(file, (0, 0))
+    assert digest_of(["said"], [file]) == first
+    file.write_text("two\n")
+    os.utime(file, (0, 0))
+    assert digest_of(["said"], [file]) != first
+
+
+def test_of_weights_a_study_looks_at_size_and_time(tmp_path, monkeypatch):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_text("one")
+    monkeypatch.setattr(setting, "_READ_BYTES", 2)
+    first = digest_of([], [weights])
+    os.utime(weights / "model.safetensors", (0, 0))
+    assert digest_of([], [weights]) != first
+
+
+def test_data_is_called_by_its_bound():
+    bounded = DataSetting.model_validate({"data": "own.jsonl", "most_words": 60})
+    assert bounded.name == "own, up to 60 words"
+    with pytest.raises(ValidationError, match="most_words belong to data"):
+        DataSetting.model_validate({"relations": ["capital"], "most_words": 60})
 
 
 def test_families_are_tested_in_others_on_other_subjects(tmp_path):

@@ -243,7 +243,7 @@ def test_a_study_that_cannot_be_made_is_said_and_others_are_made(comparing: Comp
         ({"data": [{"name": "nothing"}]}, "needs either relations or data"),
         (
             {"data": [{"relations": ["capital"], "data_format": "nq-swap"}]},
-            "data_format and unknown_too belong to data",
+            "data_format, unknown_too and most_words belong to data",
         ),
         ({"data": [{"relations": ["capital"]}, {"relations": ["capital"]}]}, "data has capital twice"),
         ({"data": [{"data": "nowhere.jsonl"}]}, "nowhere.jsonl, the data of nowhere, is not there"),
