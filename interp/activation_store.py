@@ -32,7 +32,7 @@ from interp.activations import Collected, Position, PromptSource, collected_acti
 from interp.anatomy import Anatomy, Observation
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
-from interp.evaluation import measure_usage
+from interp.evaluation import measure_usage, room_for_answers
 from interp.files import atomic_directory, read_json, write_json, write_parquet
 from interp.fingerprints import fingerprint
 from interp.generation import BATCH_SIZE
@@ -426,7 +426,9 @@ def _index(model: Any, source: PromptSource, numbers: range, answers: bool, batc
         schema = {"id": pl.String, "answer": pl.String, "usage": pl.String}
         judged = pl.DataFrame(schema=schema)
         if conflicts:
-            usage = measure_usage(model, ConflictSet("shard", conflicts), batch_size=batch_size)
+            asked = ConflictSet("shard", conflicts)
+            room = room_for_answers(model, asked)
+            usage = measure_usage(model, asked, max_new_tokens=room, batch_size=batch_size)
             judged = usage.frame.select("id", "answer", "usage")
         about = about.join(judged, on="id", how="left", maintain_order="left")
     return frame.join(about, on="prompt", how="left", maintain_order="left")

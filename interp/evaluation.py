@@ -21,12 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from interp.anatomy import transformers_model
-from interp.answers import USAGES, Usage, abstains, contains_answer, exact_match, token_f1, usage_of
+from interp.answers import (
+    CHAT_TOKENS,
+    COMPLETION_TOKENS,
+    USAGES,
+    Usage,
+    abstains,
+    contains_answer,
+    exact_match,
+    token_f1,
+    usage_of,
+)
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
 from interp.files import assets_directory, write_parquet
 from interp.generation import BATCH_SIZE, MAX_NEW_TOKENS, continue_greedily
-from interp.inputs import first_token_id, padded, prompt_batches
+from interp.inputs import continuation_ids, first_token_id, padded, prompt_batches
 from interp.pairs import Combined
 from interp.progress import tracked
 from interp.reading import Changed, ReadPrompts
@@ -207,6 +217,38 @@ def check_starts(first_tokens: Sequence[int], watched: Sequence[Sequence[int] | 
         )
 
 
+def room_for_answers(
+    model: nn.Module, conflicts: ConflictSet, least: int = COMPLETION_TOKENS, most: int = CHAT_TOKENS
+) -> int:
+    """Say how many tokens answers may take, so that those of both sources can be told whole.
+
+    Args:
+        model: The model, or a bridge around it.
+        conflicts: What is asked.
+        least: So many at least.
+        most: So many at most, however long the longest answer is; above ``least``.
+    """
+    return min(max([least, *_longer_answers(model, conflicts, least)]), max(least, most))
+
+
+def _longer_answers(model: nn.Module, conflicts: ConflictSet, room: int) -> list[int]:
+    """For each prompt with an answer that takes more tokens than there is room for: how many that are."""
+
+    def needed(prompt: str, aliases: Sequence[str]) -> int:
+        least = 10**9
+        for alias in aliases:
+            least = min(least, len(continuation_ids(model, prompt, alias)[1]))
+            if least <= room:
+                break
+        return least
+
+    longest = (
+        max((needed(e.prompt, aliases) for aliases in (e.memory_answers, e.context_answers) if aliases), default=0)
+        for e in conflicts
+    )
+    return [tokens for tokens in longest if tokens > room]
+
+
 def measure_usage(
     model: nn.Module,
     conflicts: ConflictSet,
@@ -239,6 +281,14 @@ def measure_usage(
     """
     if not len(conflicts):
         raise UserError("There is no prompt to measure; choose a split, kind or template that has examples.")
+    if longer := _longer_answers(model, conflicts, max_new_tokens):
+        warnings.warn(
+            Caution(
+                f"{len(longer)} of {len(conflicts)} prompts have an answer of more than {max_new_tokens} tokens, which "
+                f"is never found in so short a text; let the model say {max(longer)} (max_new_tokens)."
+            ),
+            stacklevel=2,
+        )
     tokens = [answer_token_ids(model, example) for example in conflicts]
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": progress}
     how["watch"] = torch.tensor([pair or (0, 0) for pair in tokens])

@@ -145,7 +145,7 @@ def _asked(source: Asked, split: str, at_answer: bool) -> tuple[Any, Any]:
     """Load the model, and get the prompts that are scored."""
     model, conflicts = source.conflicts()
     part = conflicts.select(split=None if split == "all" else split)
-    return model, _at_answers(model, part, source.longest_answer(model)) if at_answer else part
+    return model, _at_answers(model, part, source.longest_answer(model, part)) if at_answer else part
 
 
 def _on_cluster(method: str, patching: Patching, cluster: Cluster, source: Asked, asked: Any, out: Path) -> Any:

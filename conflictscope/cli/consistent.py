@@ -24,7 +24,7 @@ def consistency(
     ] = 0,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Temperature of the sampling; else 0.5.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; else 8, or 32 in a chat.")
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; else as for evaluate.")
     ] = None,
     entailment: Annotated[
         str | None,
@@ -54,9 +54,9 @@ def consistency(
     check_parquet(out)
     same = None if entailment is None else Entailment(entailment)
     model, conflicts = _asked(source)
-    longest = source.longest_answer(model, max_new_tokens)
-    sampling = Sampling(samples, temperature or TEMPERATURE, longest, source.seed) if samples else None
     part = conflicts.select(split=None if split == "all" else split)
+    longest = source.longest_answer(model, part, max_new_tokens)
+    sampling = Sampling(samples, temperature or TEMPERATURE, longest, source.seed) if samples else None
     frame = consistency(model, part, sampling, max_new_tokens=longest, same=same, progress="Asking")
     write_parquet(out, frame)
     print_frame(estimates(frame, columns))

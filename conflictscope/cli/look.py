@@ -35,7 +35,11 @@ def evaluate(
     ),
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Longest answer in tokens: {COMPLETION_TOKENS}, or {CHAT_TOKENS} in a chat."),
+        typer.Option(
+            min=1,
+            help=f"Longest answer in tokens: as the longest takes, from {COMPLETION_TOKENS} to {CHAT_TOKENS}; "
+            f"{CHAT_TOKENS} in a chat.",
+        ),
     ] = None,
     whole_answer: Annotated[
         bool, typer.Option("--whole-answer", help="Judge all that the model says, not only its first sentence.")
@@ -70,13 +74,14 @@ def evaluate(
         raise UserError("--reliance takes first sentences: leave out --whole-answer and decoding rules, or --reliance.")
     combined = None if rule is None else rule.scores
     with applied(model, *changes):
-        how: dict[str, Any] = {"max_new_tokens": source.longest_answer(model, max_new_tokens), "whole": whole_answer}
+        longest = source.longest_answer(model, asked, max_new_tokens)
+        how: dict[str, Any] = {"max_new_tokens": longest, "whole": whole_answer}
         report = measure_usage(model, asked, combined=combined, progress="Answering", **how)
     _print_usage(report, asked, columns, out)
     say(f"Answers are in {out}")
     if reliance is not None:
         with applied(model, *changes):
-            _write_reliance(model, asked, reliance, how["max_new_tokens"])
+            _write_reliance(model, asked, reliance, longest)
 
 
 def _print_usage(report: Any, asked: Any, columns: list[str], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 from rich.console import Console
 
-from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
+from interp.answers import CHAT_TOKENS
 from interp.errors import UserError
 
 if TYPE_CHECKING:
@@ -223,11 +223,18 @@ class Asked(Form, Facts):
             model = self.load()
         return model, self.asking.asked(model, self.model, conflicts)
 
-    def longest_answer(self, model: Any, wanted: int | None = None) -> int:
-        """How many tokens an answer has at most: as many as are wanted, else more in a chat, which takes a sentence."""
+    def longest_answer(self, model: Any, asked: Any, wanted: int | None = None) -> int:
+        """How many tokens an answer has at most: as many as are wanted, or else as many as the answers themselves take.
+
+        In a chat it is more than that, as an answer is a sentence.
+        """
         if wanted is not None:
             return wanted
-        return CHAT_TOKENS if self.asking.settled(model, self.model).form == "chat" else COMPLETION_TOKENS
+        if self.asking.settled(model, self.model).form == "chat":
+            return CHAT_TOKENS
+        from interp.evaluation import room_for_answers
+
+        return room_for_answers(model, asked)
 
     @property
     def asking(self) -> Asking:

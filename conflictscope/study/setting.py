@@ -16,9 +16,10 @@ from torch import nn
 from conflictscope import __version__
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
 from conflictscope.study.lab import BUDGETS, Lab
-from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
+from interp.answers import CHAT_TOKENS
 from interp.asking import Asking
 from interp.conflicts import ConflictSet
+from interp.evaluation import room_for_answers
 from interp.fingerprints import fingerprint
 from interp.inputs import BATCH_TOKENS
 from interp.models import load_model
@@ -258,7 +259,7 @@ class StudySetting(Strict):
             quick=self.quick,
             budgets=self.budgets,
             saes=self._saes,
-            new_tokens=CHAT_TOKENS if is_chat else COMPLETION_TOKENS,
+            new_tokens=CHAT_TOKENS if is_chat else room_for_answers(model, prompts.test),
             abilities=self.abilities,
         )
 

@@ -1,5 +1,7 @@
 import math
+import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -7,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from interp.conflicts import ConflictSet
-from interp.errors import UserError
+from interp.errors import Caution, UserError
 from interp.evaluation import (
     _SCORE_COLUMNS,
     UsageReport,
@@ -17,6 +19,7 @@ from interp.evaluation import (
     measure_usage,
     neutral_kl,
     neutral_texts,
+    room_for_answers,
 )
 
 
@@ -50,6 +53,32 @@ def test_the_logit_difference_is_that_of_one_unpadded_forward(smollm2, report, c
     with torch.inference_mode():
         logits = smollm2.original_model(**smollm2.tokenizer(example.prompt, return_tensors="pt")).logits[0, -1]
     assert row["logit_difference"] == pytest.approx((logits[context] - logits[memory]).item(), abs=1e-3)
+
+
+def test_an_answer_that_takes_more_tokens_than_the_model_may_say_is_told_and_found_where_there_is_room(
+    smollm2, capital_conflicts
+):
+    name = "United Kingdom of Great Britain and Northern Ireland"
+    asked = replace(
+        next(iter(capital_conflicts.select(kind="conflict"))),
+        prompt=f"The country's full name is the {name}. Question: What is that? Answer: The country's full name is the",
+        context_answers=(name, f"the {name}"),
+        memory_answers=("France", "Republic of France"),
+    )
+    conflicts = ConflictSet("names", (asked,))
+    needed = len(smollm2.tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
+    assert room_for_answers(smollm2, conflicts, 3) == needed > 4
+    assert room_for_answers(smollm2, conflicts, needed + 1) == needed + 1
+    assert room_for_answers(smollm2, conflicts, 3, 4) == 4
+    with pytest.warns(Caution, match=rf"1 of 1 prompts have an answer of more than 3 tokens.* say {needed} "):
+        report = measure_usage(smollm2, conflicts, max_new_tokens=3)
+    assert report.frame["usage"].to_list() == ["other"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = measure_usage(smollm2, conflicts, max_new_tokens=needed)
+    assert report.frame["usage"].to_list() == ["context"]
+    # The shortest of the aliases decides.
+    assert room_for_answers(smollm2, ConflictSet("short", (replace(asked, context_answers=(name, "UK")),)), 3) == 3
 
 
 def test_the_first_token_tells_most_usages(smollm2, report, capital_conflicts):
