@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from interp.checkpoints import (
 from interp.errors import UserError
 from interp.files import atomic_directory
 from interp.inputs import BATCH_TOKENS, tokenizer_of
+from interp.model_names import check_path
 from interp.progress import bars_shown, counted
 from interp.quiet import quiet_transformers
 
@@ -506,10 +506,6 @@ class _Source(NamedTuple):
     gguf: str | None = None
 
 
-# A path as Windows writes it.
-_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|.*\\")
-
-
 def _source(name: str) -> _Source:
     if name in REGISTERED:
         return _Source(str(fetch(name)), True)
@@ -522,8 +518,7 @@ def _source(name: str) -> _Source:
         if path.suffix != ".gguf":
             raise UserError(f"{name} is a file; give the directory that it lies in, or a file that ends in .gguf.")
         return _Source(str(path.parent), True, path.name)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or _WINDOWS.match(name):
-        raise UserError(f"There is no model directory {name}; check the path.")
+    check_path(name)
     return _Source(name, False)
 
 

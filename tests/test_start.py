@@ -113,13 +113,14 @@ from conflictscope.cli import app
 for command in {commands}:
     found = CliRunner().invoke(app, command.split())
     said = str(found.exception)
-    assert said.startswith("There is no none.") and said.endswith("; check the path."), (command, said, found.output)
+    assert said.startswith(("There is no none.", "There is no model directory ./")) and said.endswith("; check the path."), (command, said, found.output)
 """
 
 
-def test_a_file_that_is_not_there_is_said_before_a_library_is_waited_for(tmp_path):
+def test_a_file_or_model_that_is_not_there_is_said_before_a_library_is_waited_for(tmp_path):
     slow = {*SLOW, "torch", "transformers", "polars", "numpy", "fastapi", "dash"}
     commands = (
+        "ask Who? --context It --model ./none",
         "compare none.yaml",
         "compare --test-data none.jsonl",
         "data build --from none.csv",
@@ -129,6 +130,7 @@ def test_a_file_that_is_not_there_is_said_before_a_library_is_waited_for(tmp_pat
         "evaluate --config none.json",
         "evaluate --data none.jsonl",
         "export smollm2-135m none.json out.json",
+        "explore ./none",
         "gate fit none.json",
         "generate smollm2-135m Hello --config none.json",
         "import none.gguf",

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from interp.answers import CHAT_TOKENS
 from interp.errors import UserError
+from interp.model_names import check_path
 
 if TYPE_CHECKING:
     from interp.asking import Asking
@@ -252,6 +253,8 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
         # Before any library that takes seconds to import.
         for name in _READ & given.keys():
             _check_there(given[name])
+        if isinstance(given.get("model"), str):
+            check_path(given["model"])
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
