@@ -113,7 +113,8 @@ from conflictscope.cli import app
 for command in {commands}:
     found = CliRunner().invoke(app, command.split())
     said = str(found.exception)
-    assert said.startswith(("There is no none.", "There is no model directory ./")) and said.endswith("; check the path."), (command, said, found.output)
+    is_said = said.startswith(("There is no none.", "There is no model directory ./"))
+    assert is_said and said.endswith("; check the path."), (command, said, found.output)
 """
 
 
