@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
+from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS
 from interp.chat import Layout, Message, answered, chat_text
 from interp.conflicts import ConflictExample, ConflictSet
 from interp.errors import UserError
@@ -63,6 +64,14 @@ class Asking:
         if form != "chat" and self.system:
             raise UserError("A system message belongs to a chat; add --format chat, or leave it out.")
         return replace(self, form=form)
+
+    def answer_tokens(self, model: nn.Module, name: str) -> int:
+        """How many tokens an answer may take at least: more in a chat, where it is a sentence.
+
+        Raises:
+            UserError: As ``settled``.
+        """
+        return CHAT_TOKENS if self.settled(model, name).form == "chat" else COMPLETION_TOKENS
 
     def asked(self, model: nn.Module, name: str, conflicts: ConflictSet) -> ConflictSet:
         """The prompts in this form; examples are taken from the set's train split.

@@ -231,19 +231,28 @@ def room_for_answers(
     return min(max([least, *_longer_answers(model, conflicts, least)]), max(least, most))
 
 
+def answer_length(model: nn.Module, prompt: str, aliases: Sequence[str], enough: int) -> int:
+    """Count the tokens of an answer: those of its shortest alias, or of the first that has no more than are enough.
+
+    Args:
+        model: The model, or a bridge around it.
+        prompt: What the answer continues.
+        aliases: Its aliases; without any it takes none.
+        enough: A number that need not be told from smaller ones.
+    """
+    shortest: int | None = None
+    for alias in aliases:
+        length = len(continuation_ids(model, prompt, alias)[1])
+        shortest = length if shortest is None else min(shortest, length)
+        if shortest <= enough:
+            break
+    return shortest or 0
+
+
 def _longer_answers(model: nn.Module, conflicts: ConflictSet, room: int) -> list[int]:
     """For each prompt with an answer that takes more tokens than there is room for: how many that are."""
-
-    def needed(prompt: str, aliases: Sequence[str]) -> int:
-        least = 10**9
-        for alias in aliases:
-            least = min(least, len(continuation_ids(model, prompt, alias)[1]))
-            if least <= room:
-                break
-        return least
-
     longest = (
-        max((needed(e.prompt, aliases) for aliases in (e.memory_answers, e.context_answers) if aliases), default=0)
+        max(answer_length(model, e.prompt, aliases, room) for aliases in (e.memory_answers, e.context_answers))
         for e in conflicts
     )
     return [tokens for tokens in longest if tokens > room]

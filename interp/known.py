@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from interp.answers import contains_answer
+from interp.answers import CHAT_TOKENS, COMPLETION_TOKENS, contains_answer
 from interp.conflicts import CONTEXT_KINDS, ConflictExample, ConflictSet, ContextKind
 from interp.errors import Caution, UserError
-from interp.evaluation import ANSWERS_VERSION
+from interp.evaluation import ANSWERS_VERSION, answer_length
 from interp.facts import (
     HELD_OUT_PHRASING,
     PHRASINGS,
@@ -41,7 +41,7 @@ from interp.generation import continue_greedily
 from interp.models import cache_directory
 from interp.records import Records
 
-KNOWN_VERSION = 1
+KNOWN_VERSION = 2
 """Version of the rule: raise it when it would keep other facts."""
 
 
@@ -57,16 +57,22 @@ class ClosedBook(NamedTuple):
     answers: Sequence[str]
 
 
-def are_known(model: nn.Module, facts: Sequence[ClosedBook], *, progress: str | None = None) -> list[bool]:
+def are_known(
+    model: nn.Module, facts: Sequence[ClosedBook], *, least_tokens: int = COMPLETION_TOKENS, progress: str | None = None
+) -> list[bool]:
     """Say of each fact whether the model knows it, by the rule of this module.
 
     Args:
         model: The model, or a bridge around it.
         facts: The facts; a prompt that several of them share is asked once.
+        least_tokens: Tokens that the model may answer with, or as many as the longest answer takes, if that is more.
         progress: Label of a progress bar; ``None`` shows none.
     """
     prompts = list(dict.fromkeys(prompt for fact in facts if fact.answers for prompt in fact.prompts))
-    answered = dict(zip(prompts, continue_greedily(model, prompts, progress=progress).answers, strict=True))
+    lengths = (answer_length(model, fact.prompts[0], fact.answers, least_tokens) for fact in facts)
+    room = max(least_tokens, min(max(lengths, default=0), CHAT_TOKENS))
+    found = continue_greedily(model, prompts, max_new_tokens=room, progress=progress)
+    answered = dict(zip(prompts, found.answers, strict=True))
 
     def is_known(fact: ClosedBook) -> bool:
         distinct = set(fact.prompts)
@@ -75,13 +81,16 @@ def are_known(model: nn.Module, facts: Sequence[ClosedBook], *, progress: str | 
     return [bool(fact.answers) and is_known(fact) for fact in facts]
 
 
-def known_part(model: nn.Module, conflicts: ConflictSet, *, progress: str | None = None) -> ConflictSet:
+def known_part(
+    model: nn.Module, conflicts: ConflictSet, *, least_tokens: int = COMPLETION_TOKENS, progress: str | None = None
+) -> ConflictSet:
     """The examples, of every kind, about facts that the model knows, by the rule of this module.
 
     Args:
         model: The model, or a bridge around it.
         conflicts: The examples. Facts that none of them asks closed-book (``bare_prompt`` is empty, as in old files)
             are left out, and a ``Caution`` says how many examples that are.
+        least_tokens: As for ``are_known``.
         progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
@@ -107,7 +116,8 @@ def known_part(model: nn.Module, conflicts: ConflictSet, *, progress: str | None
             ),
             stacklevel=2,
         )
-    known = dict(zip(asked, are_known(model, list(asked.values()), progress=progress), strict=True))
+    found = are_known(model, list(asked.values()), least_tokens=least_tokens, progress=progress)
+    known = dict(zip(asked, found, strict=True))
     return ConflictSet(conflicts.name, tuple(e for e in conflicts if known.get(_fact_of(e), False)))
 
 

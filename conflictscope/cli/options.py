@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 from rich.console import Console
 
-from interp.answers import CHAT_TOKENS
 from interp.errors import UserError
 from interp.model_names import check_path
 
@@ -225,17 +224,12 @@ class Asked(Form, Facts):
         return model, self.asking.asked(model, self.model, conflicts)
 
     def longest_answer(self, model: Any, asked: Any, wanted: int | None = None) -> int:
-        """How many tokens an answer has at most: as many as are wanted, or else as many as the answers themselves take.
-
-        In a chat it is more than that, as an answer is a sentence.
-        """
+        """How many tokens an answer has at most: as many as are wanted, else as many as the expected answers take."""
         if wanted is not None:
             return wanted
-        if self.asking.settled(model, self.model).form == "chat":
-            return CHAT_TOKENS
         from interp.evaluation import room_for_answers
 
-        return room_for_answers(model, asked)
+        return room_for_answers(model, asked, self.asking.answer_tokens(model, self.model))
 
     @property
     def asking(self) -> Asking:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from interp.answers import COMPLETION_TOKENS
 from interp.conflicts import SPLITS, ConflictExample, ConflictSet, ContextKind, Split, evenly, split_of
 from interp.errors import UserError
 from interp.evaluation import ANSWERS_VERSION
@@ -215,6 +216,7 @@ def file_prompts(
     format: str | None = None,
     unknown_too: bool = False,
     most_words: int | None = None,
+    least_tokens: int = COMPLETION_TOKENS,
     asked: Callable[[ConflictSet], ConflictSet] = lambda conflicts: conflicts,
 ) -> Prompts:
     """Prompts from a file.
@@ -228,6 +230,7 @@ def file_prompts(
         format: The public format (see ``conflictscope data convert``); ``None`` is conflict data.
         unknown_too: Whether facts that the model does not know are used too.
         most_words: Words of a prompt at most; a subject is asked about where that leaves a prompt of each kind of it.
+        least_tokens: As for ``interp.known.are_known``.
         asked: Asks the prompts, and what is known, in another form.
 
     Raises:
@@ -246,9 +249,11 @@ def file_prompts(
     if model is not None and not unknown_too:
 
         def ask() -> list[str]:
-            return [e.id for e in known_part(model, conflicts, progress=f"Closed-book: {conflicts.name}")]
+            known = known_part(model, conflicts, least_tokens=least_tokens, progress=f"Closed-book: {conflicts.name}")
+            return [e.id for e in known]
 
         version = (KNOWN_VERSION, ANSWERS_VERSION)
+        # Prompts in another form are other prompts, so that their digest says the tokens too.
         known = set(records.json("known-file", conflicts.digest, ask, version=version))
         conflicts = ConflictSet(conflicts.name, tuple(e for e in conflicts if e.id in known))
     return _split(conflicts, tuple(dict.fromkeys(e.relation for e in conflicts)), len(kept))

@@ -16,7 +16,6 @@ from torch import nn
 from conflictscope import __version__
 from conflictscope.study.data import Prompts, fact_prompts, file_prompts
 from conflictscope.study.lab import BUDGETS, Lab
-from interp.answers import CHAT_TOKENS
 from interp.asking import Asking
 from interp.conflicts import ConflictSet
 from interp.evaluation import room_for_answers
@@ -181,10 +180,13 @@ class DataSetting(Strict):
         Raises:
             UserError: If the file cannot be read, a relation is not known, or the model knows too little.
         """
-        asked: Callable[[ConflictSet], ConflictSet] = partial(self.asking(seed).asked, model, name) if model else _as_is
+        how = self.asking(seed)
+        asked: Callable[[ConflictSet], ConflictSet] = partial(how.asked, model, name) if model else _as_is
 
         def of_file(file: str, format: str | None) -> Prompts:
             options = {"unknown_too": self.unknown_too, "most_words": self.most_words, "asked": asked, "format": format}
+            if model is not None:
+                options["least_tokens"] = how.answer_tokens(model, name)
             return file_prompts(model, Path(file), records, subjects=most, seed=seed, **options)
 
         if self.data is None:
@@ -249,7 +251,7 @@ class StudySetting(Strict):
         model = self.model.load() if model is None else model
         kept = Records(records, model=fingerprint(model))
         prompts = self.prompts(model, kept)
-        is_chat = self.data.asking(self.seed).settled(model, self.model.name).form == "chat"
+        least = self.data.asking(self.seed).answer_tokens(model, self.model.name)
         return Lab(
             model,
             self.model.name,
@@ -259,7 +261,7 @@ class StudySetting(Strict):
             quick=self.quick,
             budgets=self.budgets,
             saes=self._saes,
-            new_tokens=CHAT_TOKENS if is_chat else room_for_answers(model, prompts.test),
+            new_tokens=room_for_answers(model, prompts.test, least),
             abilities=self.abilities,
         )
 

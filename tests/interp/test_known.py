@@ -39,6 +39,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return Continuations([answers.get(prompt, "") for prompt in prompts], nothing, nothing)
 
     monkeypatch.setattr(known_module, "continue_greedily", answered)
+    monkeypatch.setattr(known_module, "answer_length", lambda *_: 1)
     return answers
 
 
@@ -56,6 +57,25 @@ def test_a_fact_of_the_tables_is_known_if_right_in_more_than_half_of_the_seen_ph
     bare = [closed_book_prompt(relation_named("capital"), "Italy", phrasing) for phrasing in SEEN_PHRASINGS]
     says.update(dict.fromkeys(bare[:right], "It is Rome, of course"))
     assert [fact.subject for fact in known_facts(MODEL, "capital")] == (["Italy"] if right > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "least", "room"), [((1, 3), 8, 8), ((2, 11), 8, 11), ((40, 3), 8, 32), ((3, 2), 32, 32)]
+)
+def test_the_longest_answer_has_room(monkeypatch, lengths, least, room):
+    """In eight tokens no model can say a name of eleven, and would not know it."""
+    said, found = iter(lengths), []
+    monkeypatch.setattr(known_module, "answer_length", lambda *_: next(said))
+
+    def answered(_model: Any, prompts: Any, *, max_new_tokens: int, **_: Any) -> Continuations:
+        found.append(max_new_tokens)
+        nothing: Any = None
+        return Continuations([""] * len(prompts), nothing, nothing)
+
+    monkeypatch.setattr(known_module, "continue_greedily", answered)
+    facts = [ClosedBook([f"{number} is"], ("Rome",)) for number in range(2)]
+    assert are_known(MODEL, facts, least_tokens=least) == [False, False]
+    assert found == [room]
 
 
 @pytest.mark.parametrize("phrasing", [HELD_OUT_PHRASING, "note"])
