@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conflictscope.study.condition import Condition
+from conflictscope.study.condition import AS_IS, Condition
 from interp.answers import Direction
 from interp.conflicts import ConflictExample, ConflictSet, ContextKind, evenly
 from interp.errors import UserError
@@ -207,9 +207,17 @@ class Dev:
 
     @cached_property
     def _unedited(self) -> tuple[Tensor, Tensor]:
-        logits, texts = self._ends(Condition("unedited"))
-        assert texts is not None
-        return logits, texts
+        """The unedited model's logits at the ends of prompts and texts, ``(n, d_vocab)`` each."""
+        with rough(self.model):
+            count = len(self.examples)
+            logits = gathered_logits(self._read.next_logits(), count + len(self.texts))
+        return logits[:count], logits[count:]
+
+    @cached_property
+    def _unedited_bare(self) -> Tensor:
+        """The same at the ends of the prompts without their contexts."""
+        with rough(self.model):
+            return _bare_logits(self.model, self.examples)
 
     @cached_property
     def _read(self) -> ReadPrompts:
@@ -219,23 +227,31 @@ class Dev:
 
     def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""
-        examples = condition.asked(ConflictSet("dev", tuple(self.examples)))
-        texts = self.texts if condition.changes_text else []
-        prompts = [*(example.prompt for example in examples), *texts]
-        # Made without edits, whoever asks first.
-        read = self._read if condition.changes_text else None
-        with rough(self.model), applied(self.model, *condition.edits):
-            batches = (
-                next_logits(self.model, prompts) if read is None else read.next_logits(changed_by(condition.edits))
-            )
-            logits = gathered_logits(batches, len(prompts))
-            if condition.combined is not None:
-                bare = [example.bare_prompt or example.prompt for example in examples]
-                chosen = condition.combined(logits, gathered_logits(next_logits(self.model, bare), len(bare)))
-                is_pair = torch.tensor([prompt != other for prompt, other in zip(prompts, bare, strict=True)])
-                logits = torch.where(is_pair.to(logits.device)[:, None], chosen, logits)
-        count = len(self.examples)
-        return logits[:count], logits[count:] if condition.changes_text else None
+        if condition.changes_text:
+            read, count = self._read, len(self.examples)
+            with rough(self.model), applied(self.model, *condition.edits):
+                logits = gathered_logits(read.next_logits(changed_by(condition.edits)), count + len(self.texts))
+            return logits[:count], logits[count:]
+        examples = list(condition.asked(ConflictSet("dev", tuple(self.examples))))
+        if not condition.edits and condition.prompting == AS_IS:
+            # Rules of decoding differ in what they make of the same two readings.
+            logits, bare = self._unedited[0], None if condition.combined is None else self._unedited_bare
+        else:
+            with rough(self.model), applied(self.model, *condition.edits):
+                logits = _logits(self.model, [example.prompt for example in examples])
+                bare = None if condition.combined is None else _bare_logits(self.model, examples)
+        if condition.combined is not None and bare is not None:
+            is_pair = torch.tensor([bool(e.bare_prompt) and e.bare_prompt != e.prompt for e in examples])
+            logits = torch.where(is_pair.to(logits.device)[:, None], condition.combined(logits, bare), logits)
+        return logits, None
+
+
+def _logits(model: nn.Module, prompts: Sequence[str]) -> Tensor:
+    return gathered_logits(next_logits(model, prompts), len(prompts))
+
+
+def _bare_logits(model: nn.Module, examples: Sequence[ConflictExample]) -> Tensor:
+    return _logits(model, [example.bare_prompt or example.prompt for example in examples])
 
 
 def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:

@@ -147,6 +147,23 @@ def test_a_rule_that_needs_a_context_keeps_what_the_unedited_model_knows_and_no_
     assert "none" not in rule.damage
 
 
+@pytest.mark.parametrize("edits", [(), (HeadScaling.of([(1, 0), (2, 2)], -1.0),)])
+def test_a_rule_is_measured_as_pair_by_pair_and_another_one_reads_nothing_anew(lab: Lab, edits: Any) -> None:
+    dev, usages = lab.dev, []
+    for example in dev.conflicts:
+        with applied(lab.model, *edits):
+            with_context, without = end_logits(lab, example.prompt), end_logits(lab, example.bare_prompt)
+        token, pair = int((2.5 * with_context - 1.5 * without).argmax()), answer_token_ids(lab.model, example)
+        assert pair is not None
+        usages.append("context" if token == pair[0] else "memory" if token == pair[1] else "other")
+    assert tried(lab, Condition("cad", "context", {}, edits, decoding=CAD(1.5))).usages == tuple(usages)
+    passes = []
+    handle = transformers_model(lab.model).register_forward_pre_hook(lambda *_: passes.append(1))
+    tried(lab, Condition("cad", "context", {}, edits, decoding=CAD(-0.7)))
+    handle.remove()
+    assert bool(passes) == bool(edits)
+
+
 def test_nothing_is_moved_back_where_only_the_best_is_wanted(lab: Lab) -> None:
     candidates = [Condition("some", "context", {}, (HeadScaling.of([(layer, 0)], 30.0),)) for layer in (1, 2)]
     found = choose(lab, candidates, "context", within_budget=False)
