@@ -7,6 +7,8 @@ What an unedited model computes of a prompt stays true under an edit in two case
    residual stream that was kept.
 
 In both cases the cache of keys and values is that of the unedited model where the edit changes nothing.
+
+Where no edit is to follow, what all prompts of a batch begin with (an instruction, answered examples) is read once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicLayer
 
 from interp.anatomy import Anatomy
 from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
@@ -36,6 +39,8 @@ Changed = int | Literal["end", "whole"]
 # One token a prompt is left to run at a time, which pays only for many prompts.
 _BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
 _MOST_KEPT, _MOST_OF_MEMORY = 2**32, 1 / 8
+# Tokens that prompts begin with alike, from which on a second pass is worth its overhead.
+_LEAST_SHARED = 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class ReadPrompts:
         prompts: Full prompts.
         new_tokens: How many tokens are to follow each at most.
         batch_size: Prompts per batch at most; fewer of long ones.
+        edited: Whether edits are to follow. Where none is, no residual streams are kept, and what all prompts of a
+            batch begin with is read once.
         most_kept: Bytes that are kept at most: half for residual streams, of which fewer layers are kept where all do
             not fit, half for keys and values. Prompts beyond are read anew each time. ``None`` takes 4 GiB, or an
             eighth of the device's memory where that is less.
@@ -82,6 +89,7 @@ class ReadPrompts:
         *,
         new_tokens: int = 0,
         batch_size: int = _BATCH_SIZE,
+        edited: bool = True,
         most_kept: int | None = None,
         progress: str | None = None,
     ) -> None:
@@ -95,7 +103,8 @@ class ReadPrompts:
         tokens = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in batches)
         of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
         every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept // 2, 1)))
-        layers = range(every, self._anatomy.n_layers, every)
+        layers = range(every, self._anatomy.n_layers, every) if edited else ()
+        self._shares = not edited
         self._left = most_kept // 2
         self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in tracked(batches, progress)]
 
@@ -187,9 +196,45 @@ class ReadPrompts:
             return _Read(numbers, tokens, inputs, None, {})
         kept: dict[int, Any] = {}
         with torch.inference_mode(), noted(self._anatomy, [layer - 1 for layer in layers], kept):
-            cache = self._anatomy.body(**_prefix(inputs), use_cache=True).past_key_values
+            cache = self._cache_from_one_beginning(tokens) if self._shares else None
+            if cache is None:
+                cache = self._anatomy.body(**_prefix(inputs), use_cache=True).past_key_values
         self._left -= sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
         return _Read(numbers, tokens, inputs, cache, {below + 1: output for below, output in kept.items()})
+
+    def _cache_from_one_beginning(self, tokens: Sequence[Sequence[int]]) -> Any:
+        """Keys and values of all tokens but the last, of prompts that begin alike; ``None`` where that saves nothing.
+
+        Keys lie where they lie in a batch that is padded on the left: ``[padding, beginning, rest]``.
+        """
+        # Something is left of each prompt besides its last token.
+        most = min(map(len, tokens)) - 2
+        differs = (at for at, ids in enumerate(zip(*tokens, strict=False)) if len(set(ids)) > 1)
+        shared = min(next(differs, most), most)
+        if len(tokens) < 2 or shared < _LEAST_SHARED:
+            return None
+        body, beginning = self._anatomy.body, padded(self._model, [tokens[0][:shared]])
+        cache = body(**beginning, use_cache=True).past_key_values
+        # A layer that forgets what is far away cannot be put in another order.
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        cache.batch_repeat_interleave(len(tokens))
+        rest = padded(self._model, [ids[shared:-1] for ids in tokens])
+        mask, n_rest = rest["attention_mask"], rest["input_ids"].shape[1]
+        before = mask.new_ones(len(tokens), shared)
+        positions = rest["position_ids"] + shared
+        inputs = {"input_ids": rest["input_ids"], "attention_mask": torch.cat([before, mask], 1)}
+        body(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+        missing = n_rest - mask.sum(1, keepdim=True)
+        places = torch.arange(shared + n_rest, device=mask.device)[None]
+        # Padding comes from behind the beginning, the beginning moves up, the rest stays.
+        order = torch.where(places < missing, places + shared, places - missing)
+        order = torch.where(places < missing + shared, order, places)[:, None, :, None]
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                kept = getattr(layer, name)
+                setattr(layer, name, kept.gather(2, order.to(kept.device).expand_as(kept)))
+        return cache
 
     def _cache(self, batch: _Read, changed: Changed) -> Any:
         """Keys and values of all tokens but the last under what is applied now, to write into; ``None`` of no token."""

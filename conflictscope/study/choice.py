@@ -238,7 +238,7 @@ class Dev:
             logits, bare = self._unedited[0], None if condition.combined is None else self._unedited_bare
         else:
             with rough(self.model), applied(self.model, *condition.edits):
-                logits = _logits(self.model, [example.prompt for example in examples])
+                logits = _logits(self.model, [example.prompt for example in examples], edited=bool(condition.edits))
                 bare = None if condition.combined is None else _bare_logits(self.model, examples)
         if condition.combined is not None and bare is not None:
             is_pair = torch.tensor([bool(e.bare_prompt) and e.bare_prompt != e.prompt for e in examples])
@@ -246,12 +246,13 @@ class Dev:
         return logits, None
 
 
-def _logits(model: nn.Module, prompts: Sequence[str]) -> Tensor:
-    return gathered_logits(next_logits(model, prompts), len(prompts))
+def _logits(model: nn.Module, prompts: Sequence[str], *, edited: bool) -> Tensor:
+    batches = next_logits(model, prompts) if edited else ReadPrompts(model, prompts, edited=False).next_logits()
+    return gathered_logits(batches, len(prompts))
 
 
 def _bare_logits(model: nn.Module, examples: Sequence[ConflictExample]) -> Tensor:
-    return _logits(model, [example.bare_prompt or example.prompt for example in examples])
+    return _logits(model, [example.bare_prompt or example.prompt for example in examples], edited=True)
 
 
 def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:

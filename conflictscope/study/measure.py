@@ -131,6 +131,9 @@ def measure(lab: Bench, condition: Condition) -> Result:
 
     def answers() -> UsageReport:
         read = (lab.reading.prompts, changed) if condition.changes_text and changed != "whole" else None
+        if condition.decoding is None and not condition.edits and not condition.changes_text:
+            prompts = [example.prompt for example in condition.asked(asked)]
+            read = ReadPrompts(model, prompts, new_tokens=lab.reading.new_tokens, edited=False), "end"
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
             return measure_usage(

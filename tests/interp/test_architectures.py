@@ -422,6 +422,17 @@ def test_prompts_of_different_lengths_go_on_from_what_was_read(name):
         assert relative_error(together[row], alone) < 1e-4
 
 
+def test_what_prompts_begin_with_is_read_once_for_all(name):
+    model = copy.deepcopy(model_of(name)).float()
+    beginning = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10"
+    prompts = [f"{beginning} {rest}" for rest in ("w3 w4", "w11 w12 w13 w2 w5", "w7 w8 w1")]
+    ((numbers, found),) = ReadPrompts(model, prompts, edited=False).next_logits()
+    for row, number in enumerate(numbers):
+        with torch.inference_mode():
+            alone = model(**encode(model, [prompts[number]])).logits[0, -1]
+        assert relative_error(found[row], alone) < 1e-4
+
+
 # What is refused
 
 

@@ -57,6 +57,43 @@ def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, 
         torch.testing.assert_close(answers.first_logits, plain.first_logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_beginning_that_prompts_share_is_read_once_and_answers_stay(tiny_llama):
+    shots = "The capital of Peru is Lima. The capital of Chile is Santiago."
+    prompts = [f"{shots} {prompt}" for prompt in PROMPTS]
+    widths = []
+    body = Anatomy(tiny_llama).body
+    handle = body.register_forward_pre_hook(
+        lambda _, __, inputs: widths.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    read = ReadPrompts(tiny_llama, prompts, new_tokens=4, batch_size=4, edited=False)
+    handle.remove()
+    shared = len(token_ids(tiny_llama.tokenizer, [shots])[0])
+    assert len(read.batches) == 2
+    # Of each batch the beginning in one row, then the rest in all rows.
+    assert [rows for rows, _ in widths] == [1, 4, 1, 4]
+    for (_, beginning), (_, rest), batch in zip(widths[::2], widths[1::2], range(2), strict=True):
+        assert beginning >= shared
+        assert 4 * (beginning + rest + 1) == read.padded_tokens(batch)
+    found, expected = (
+        gathered_logits(batches, len(prompts)) for batches in (read.next_logits(), next_logits(tiny_llama, prompts))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = continue_greedily(tiny_llama, prompts, max_new_tokens=4)
+    assert read.continue_greedily(max_new_tokens=4).answers == plain.answers
+
+
+@pytest.mark.parametrize("prompts", [["one"], [PROMPTS[0]] * 3, [PROMPTS[0], "It"], PROMPTS])
+def test_prompts_that_share_no_beginning_are_read_as_they_are(tiny_llama, prompts):
+    found, expected = (
+        gathered_logits(batches, len(prompts))
+        for batches in (
+            ReadPrompts(tiny_llama, prompts, edited=False).next_logits(),
+            next_logits(tiny_llama, prompts),
+        )
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_below_an_edit_are_not_run_again(tiny_llama):
     read = ReadPrompts(tiny_llama, PROMPTS)
     anatomy = Anatomy(tiny_llama)
