@@ -2,7 +2,8 @@
 
 What an unedited model computes of a prompt stays true under an edit in two cases:
 
-1. An edit of the last token, or of later ones: everything before it. Only that token is left to run.
+1. An edit of the last token, or of later ones: everything before it. Only that token is left to run, and of it no more
+   than the layers from the lowest edited one on, where it was read unedited too.
 2. An edit of all tokens in some layers: everything below the lowest of these. The layers above are left to run on the
    residual stream that was kept.
 
@@ -18,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,21 @@ from interp.progress import tracked
 READING_VERSION = 1
 """Version of how kept prompts are gone on with: raise it when the same edit would give other numbers."""
 
-Changed = int | Literal["end", "whole"]
-"""What edits change: tokens from the last one on (``end``), all tokens from a layer on, or anything (``whole``)."""
+
+class AtEnd(NamedTuple):
+    """Tokens from the last one on, from a layer on.
+
+    Attributes:
+        layer: The lowest layer that is edited.
+    """
+
+    layer: int
+
+
+Changed = int | AtEnd | Literal["whole"]
+"""What edits change: all tokens from a layer on, only those from the last one on, or anything (``whole``)."""
+
+ALL_LAYERS_AT_END = AtEnd(0)
 
 # One token a prompt is left to run at a time, which pays only for many prompts.
 _BATCH_SIZE, _TOKENS_AT_ONCE = 128, 4096
@@ -73,6 +87,7 @@ class ReadPrompts:
         batch_size: Prompts per batch at most; fewer of long ones.
         edited: Whether edits are to follow. Where none is, no residual streams are kept, and what all prompts of a
             batch begin with is read once.
+        ends: Whether the last tokens are read too, so that edits of them leave layers below alone.
         most_kept: Bytes that are kept at most: half for residual streams, of which fewer layers are kept where all do
             not fit, half for keys and values. Prompts beyond are read anew each time. ``None`` takes 4 GiB, or an
             eighth of the device's memory where that is less.
@@ -90,6 +105,7 @@ class ReadPrompts:
         new_tokens: int = 0,
         batch_size: int = _BATCH_SIZE,
         edited: bool = True,
+        ends: bool = False,
         most_kept: int | None = None,
         progress: str | None = None,
     ) -> None:
@@ -107,8 +123,12 @@ class ReadPrompts:
         self._shares = not edited
         self._left = most_kept // 2
         self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in tracked(batches, progress)]
+        # What each block gives at last tokens, unedited, by layer.
+        self._given_at_end: list[dict[int, Any]] = [{} for _ in batches]
+        if ends:
+            self._given_at_end = [{} if read.cache is None else self.ends(i)[1] for i, read in enumerate(self._batches)]
 
-    def next_logits(self, changed: Changed = "end") -> Iterator[tuple[list[int], Tensor]]:
+    def next_logits(self, changed: Changed = ALL_LAYERS_AT_END) -> Iterator[tuple[list[int], Tensor]]:
         """Run what is left to the prompts' ends: for each batch the numbers of its prompts and ``(n, d_vocab)`` logits.
 
         Args:
@@ -127,15 +147,20 @@ class ReadPrompts:
         return self._batches[batch].inputs["input_ids"].numel()
 
     @torch.inference_mode()
-    def batch_logits(self, batch: int, changed: Changed = "end") -> Tensor:
+    def batch_logits(self, batch: int, changed: Changed = ALL_LAYERS_AT_END) -> Tensor:
         """Run what is left of the prompts of one of ``batches``, for their ``(n, d_vocab)`` logits at the end.
 
         Where one token is left of each, modules see that alone; else whole prompts, padded on the left.
         """
         read = self._batches[batch]
         cache = self._cache(read, changed)
-        inputs = read.inputs if cache is None else _last(read.inputs)
-        output = self._network(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        if cache is None or changed == "whole":
+            return self._network(**read.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        lowest = changed.layer if isinstance(changed, AtEnd) else changed
+        start = lowest if self._given_at_end[batch] else 0
+        below = dict.fromkeys(range(start), self._given_at_end[batch].get(start - 1))
+        with recalled(self._anatomy, start, below):
+            output = self._network(**_last(read.inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def ends(self, batch: int) -> tuple[Tensor, dict[int, Any]]:
@@ -177,7 +202,7 @@ class ReadPrompts:
 
     def continue_greedily(
         self,
-        changed: Changed = "end",
+        changed: Changed = ALL_LAYERS_AT_END,
         *,
         watch: Tensor | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -241,7 +266,7 @@ class ReadPrompts:
         if batch.cache is None or changed == "whole":
             return None
         # A pass writes into its cache, and a sliding window forgets what it would take to undo that.
-        if changed == "end":
+        if isinstance(changed, AtEnd):
             return copy.deepcopy(batch.cache)
         start = max((layer for layer in batch.given if layer <= changed), default=0)
         # All of them give what comes out of the last one.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from interp.anatomy import Anatomy, Blueprint, Part
 from interp.errors import Caution, UserError
+from interp.reading import ALL_LAYERS_AT_END, AtEnd, Changed
 from interventions.folding import Folding
 from interventions.identity import ModelIdentity, Strict
 from interventions.replaced import Replaced
@@ -23,7 +24,6 @@ from interventions.tokens import Tokens
 
 if TYPE_CHECKING:
     from interp.pairs import Combined
-    from interp.reading import Changed
 
 EDITS_VERSION = 1
 """Version of what interventions do: raise it when one of them would change a model in another way."""
@@ -315,12 +315,12 @@ def changed_by(interventions: Sequence[Intervention]) -> Changed:
     tokens = {intervention.tokens for intervention in interventions}
     if any(intervention.in_one_pass for intervention in interventions):
         return "whole"
+    layers = {layer for intervention in interventions for layer in intervention.edited_layers}
     if tokens <= {"last_prompt", "answer", "generated"}:
-        return "end"
+        return AtEnd(min(layers, default=0))
     if tokens != {"all"}:
         return "whole"
-    layers = {layer for intervention in interventions for layer in intervention.edited_layers}
-    return min(layers) if layers else "end"
+    return min(layers) if layers else ALL_LAYERS_AT_END
 
 
 def finite_strength(strength: float) -> float:

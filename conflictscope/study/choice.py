@@ -223,7 +223,7 @@ class Dev:
     def _read(self) -> ReadPrompts:
         with rough(self.model):
             prompts = [*(example.prompt for example in self.examples), *self.texts]
-            return ReadPrompts(self.model, prompts, progress="Reading dev's prompts")
+            return ReadPrompts(self.model, prompts, ends=True, progress="Reading dev's prompts")
 
     def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""

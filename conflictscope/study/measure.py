@@ -25,7 +25,7 @@ from interp.answers import USAGES
 from interp.conflicts import ConflictSet
 from interp.evaluation import ANSWERS_VERSION, GUARDS, UsageReport, divergence, measure_usage, neutral_texts
 from interp.generation import MAX_NEW_TOKENS, continue_greedily, gathered_logits
-from interp.reading import READING_VERSION, ReadPrompts
+from interp.reading import ALL_LAYERS_AT_END, READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_mean, paired_difference, rate
 from interventions.base import EDITS_VERSION, applied, changed_by
 
@@ -110,7 +110,7 @@ class Reading:
     @cached_property
     def texts(self) -> ReadPrompts:
         """Ordinary text."""
-        return ReadPrompts(self.model, self.ordinary)
+        return ReadPrompts(self.model, self.ordinary, ends=True)
 
     @cached_property
     def unedited(self) -> Tensor:
@@ -133,7 +133,7 @@ def measure(lab: Bench, condition: Condition) -> Result:
         read = (lab.reading.prompts, changed) if condition.changes_text and changed != "whole" else None
         if condition.decoding is None and not condition.edits and not condition.changes_text:
             prompts = [example.prompt for example in condition.asked(asked)]
-            read = ReadPrompts(model, prompts, new_tokens=lab.reading.new_tokens, edited=False), "end"
+            read = ReadPrompts(model, prompts, new_tokens=lab.reading.new_tokens, edited=False), ALL_LAYERS_AT_END
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
             return measure_usage(

@@ -30,7 +30,7 @@ from interp.attribution.states import last_token_states
 from interp.conflicts import ConflictSet
 from interp.errors import UserError
 from interp.progress import tracked
-from interp.reading import ReadPrompts
+from interp.reading import ALL_LAYERS_AT_END, ReadPrompts
 
 Tokens = Literal["last", "all"]
 Head = tuple[int, int]
@@ -187,4 +187,4 @@ class _Patch:
                 hooks.callback(projection.register_forward_pre_hook(partial(hook, layer)).remove)
             last = self.anatomy.module("output_projection", highest)
             hooks.callback(last.register_forward_hook(enough).remove)
-            self.read.batch_logits(batch, "end" if self.tokens == "last" else "whole")
+            self.read.batch_logits(batch, ALL_LAYERS_AT_END if self.tokens == "last" else "whole")

@@ -19,7 +19,7 @@ from interp.generation import answer_steps, continue_greedily, gathered_logits, 
 from interp.known import ClosedBook, are_known
 from interp.lens import logit_lens
 from interp.models import load_model
-from interp.reading import ReadPrompts
+from interp.reading import ALL_LAYERS_AT_END, ReadPrompts
 from interp.teacher_forcing import continued, greedily_continued, item_residuals
 from interventions.base import applied
 from interventions.heads import HeadScaling
@@ -67,9 +67,9 @@ def test_first_tokens_of_answers(pair):
     assert plain.equals(bridged)
 
 
-@pytest.mark.parametrize("changed", ["end", 1, "whole"])
+@pytest.mark.parametrize("changed", [ALL_LAYERS_AT_END, 1, "whole"])
 def test_prompts_that_were_read_once(pair, changed):
-    edits = [] if changed == "end" else [HeadScaling.of([(1, 2), (2, 0)], 3.0)]
+    edits = [] if changed == ALL_LAYERS_AT_END else [HeadScaling.of([(1, 2), (2, 0)], 3.0)]
     read = [ReadPrompts(model, PROMPTS) for model in pair]
     logits, answers = [], []
     for model, prompts in zip(pair, read, strict=True):

@@ -6,7 +6,7 @@ import torch
 from interp.anatomy import Anatomy
 from interp.generation import continue_greedily, gathered_logits, next_logits
 from interp.inputs import token_ids
-from interp.reading import ReadPrompts
+from interp.reading import ALL_LAYERS_AT_END, AtEnd, ReadPrompts
 from interventions.base import applied, changed_by
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
@@ -27,8 +27,9 @@ def edits_of(model):
     vector = direction(model)
     gate = ConflictGate("block", 0, vector, 0.0, 0.0, (HeadScaling.of([(last, 0)], 0.0),))
     return [
-        ("end", []),
-        ("end", [Steering(last, vector, 1.0, "last_prompt"), Steering(0, direction(model, 1), 1.0, "answer")]),
+        (ALL_LAYERS_AT_END, []),
+        (AtEnd(0), [Steering(last, vector, 1.0, "last_prompt"), Steering(0, direction(model, 1), 1.0, "answer")]),
+        (AtEnd(last), [Steering(last, vector, 1.0, "last_prompt")]),
         (last, [HeadScaling.of([(last, 0)], -3.0)]),
         (0, [HeadScaling.of([(last, 0)], 4.0), HeadScaling.of([(0, 1)], 0.0)]),
         (last, [Steering(last, vector, 1.0, "all")]),
@@ -37,13 +38,13 @@ def edits_of(model):
     ]
 
 
-@pytest.mark.parametrize("most_kept", [2**30, 0])
-def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, most_kept):
+@pytest.mark.parametrize(("most_kept", "ends"), [(2**30, False), (2**30, True), (0, True)])
+def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, most_kept, ends):
     """Again and again, in batches of different lengths, with residual streams kept and without."""
-    read = ReadPrompts(tiny_bridge, PROMPTS, new_tokens=4, batch_size=4, most_kept=most_kept)
+    read = ReadPrompts(tiny_bridge, PROMPTS, new_tokens=4, batch_size=4, ends=ends, most_kept=most_kept)
     lengths = [len(ids) for ids in token_ids(tiny_bridge.tokenizer, PROMPTS)]
     assert [len({lengths[i] for i in batch}) for batch in read.batches] == [1, 2]
-    for changed, edits in [*edits_of(tiny_bridge), ("end", [])]:
+    for changed, edits in [*edits_of(tiny_bridge), (ALL_LAYERS_AT_END, [])]:
         assert changed_by(edits) == changed
         with applied(tiny_bridge, *edits):
             expected = gathered_logits(next_logits(tiny_bridge, PROMPTS), len(PROMPTS))
@@ -94,8 +95,9 @@ def test_prompts_that_share_no_beginning_are_read_as_they_are(tiny_llama, prompt
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_below_an_edit_are_not_run_again(tiny_llama):
-    read = ReadPrompts(tiny_llama, PROMPTS)
+@pytest.mark.parametrize("ends", [False, True])
+def test_layers_below_an_edit_are_not_run_again(tiny_llama, ends):
+    read = ReadPrompts(tiny_llama, PROMPTS, ends=ends)
     anatomy = Anatomy(tiny_llama)
     widths = []
     handles = [
@@ -105,10 +107,13 @@ def test_layers_below_an_edit_are_not_run_again(tiny_llama):
         for layer in (0, 1)
     ]
     list(read.next_logits(1))
+    assert {width for layer, width in widths if layer == 0} == ({1} if not ends else set())
+    assert max(width for layer, width in widths if layer == 1) > 1
+    widths.clear()
+    list(read.next_logits(AtEnd(1)))
+    assert set(widths) == {(1, 1)} | ({(0, 1)} if not ends else set())
     for handle in handles:
         handle.remove()
-    assert {width for layer, width in widths if layer == 0} == {1}
-    assert max(width for layer, width in widths if layer == 1) > 1
 
 
 def test_no_more_than_an_eighth_of_a_small_memory_is_kept(tiny_llama, monkeypatch):
