@@ -244,6 +244,14 @@ class Intervention(ABC):
         """The edits that it consists of: itself, or what it lets through."""
         return (self,)
 
+    @property
+    def contrast(self) -> tuple[Intervention, Combined] | None:
+        """The edit of a second reading, and what makes logits of the unedited one and this, if an edit does no more.
+
+        Either can then be read by itself, and once for all edits that share it.
+        """
+        return None
+
     def acting(self, model: nn.Module) -> Acting:
         """All that it does to a transformers model or a ``TransformerBridge``: ``patches``, unless it says otherwise.
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from interp.anatomy import Blueprint
 from interp.errors import UserError
+from interp.pairs import Combined
 from interventions.base import Entry, Intervention, Patch, Place, finite_strength
 from interventions.fields import Factor, Head, check_each_once, check_head
+from interventions.heads import HeadScaling
 from interventions.identity import Layer, ModelIdentity, Strict
 from interventions.side_by_side import SecondHead, second_reading
 
@@ -66,6 +68,11 @@ class DeCoRe(Intervention):
     def n_moved(self) -> int:
         """How many heads are left out."""
         return len(self.edited_heads)
+
+    @property
+    def contrast(self) -> tuple[Intervention, Combined]:
+        """The heads scaled to 0, and ``scores``."""
+        return HeadScaling.of(self.heads, 0.0), self.scores
 
     def patches(self, model: nn.Module) -> list[Patch]:
         """What it changes in a transformers model or a ``TransformerBridge``.

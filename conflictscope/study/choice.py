@@ -34,7 +34,7 @@ from interp.precision import rough, rounding
 from interp.progress import tracked
 from interp.reading import READING_VERSION, ReadPrompts
 from interp.statistics import bootstrap_means
-from interventions.base import EDITS_VERSION, applied, changed_by
+from interventions.base import EDITS_VERSION, Intervention, applied, changed_by
 
 if TYPE_CHECKING:
     from conflictscope.study.lab import Lab
@@ -129,6 +129,8 @@ class Dev:
         self.texts = list(texts)
         self.examples: list[ConflictExample] = [*self.conflicts, *(e for some in self.guards.values() for e in some)]
         self.digest = [ConflictSet("dev", tuple(self.examples)).digest, self.texts, *rounding(model)]
+        # The last second reading that was contrasted with the unedited one; others differ from it in strength alone.
+        self._second: tuple[Intervention, tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, examples: ConflictSet, texts: Sequence[str], *, seed: int, few: bool = False) -> Dev:
@@ -208,10 +210,7 @@ class Dev:
     @cached_property
     def _unedited(self) -> tuple[Tensor, Tensor]:
         """The unedited model's logits at the ends of prompts and texts, ``(n, d_vocab)`` each."""
-        with rough(self.model):
-            count = len(self.examples)
-            logits = gathered_logits(self._read.next_logits(), count + len(self.texts))
-        return logits[:count], logits[count:]
+        return self._edited(())
 
     @cached_property
     def _unedited_bare(self) -> Tensor:
@@ -228,10 +227,14 @@ class Dev:
     def _ends(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Logits at the ends of prompts and texts, ``(n, d_vocab)`` each; texts where the condition applies to them."""
         if condition.changes_text:
-            read, count = self._read, len(self.examples)
-            with rough(self.model), applied(self.model, *condition.edits):
-                logits = gathered_logits(read.next_logits(changed_by(condition.edits)), count + len(self.texts))
-            return logits[:count], logits[count:]
+            contrast = condition.edits[0].contrast if len(condition.edits) == 1 else None
+            if contrast is None:
+                return self._edited(condition.edits)
+            second, combined = contrast
+            if self._second is None or self._second[0] != second:
+                self._second = second, self._edited([second])
+            first, last = zip(self._unedited, self._second[1], strict=True)
+            return combined(*first), combined(*last)
         examples = list(condition.asked(ConflictSet("dev", tuple(self.examples))))
         if not condition.edits and condition.prompting == AS_IS:
             # Rules of decoding differ in what they make of the same two readings.
@@ -244,6 +247,14 @@ class Dev:
             is_pair = torch.tensor([bool(e.bare_prompt) and e.bare_prompt != e.prompt for e in examples])
             logits = torch.where(is_pair.to(logits.device)[:, None], condition.combined(logits, bare), logits)
         return logits, None
+
+    def _edited(self, edits: Sequence[Intervention]) -> tuple[Tensor, Tensor]:
+        """Logits at the ends of prompts and texts under edits."""
+        # Made without edits, whoever asks first.
+        read, count = self._read, len(self.examples)
+        with rough(self.model), applied(self.model, *edits):
+            logits = gathered_logits(read.next_logits(changed_by(edits)), count + len(self.texts))
+        return logits[:count], logits[count:]
 
 
 def _logits(model: nn.Module, prompts: Sequence[str], *, edited: bool) -> Tensor:

@@ -17,6 +17,7 @@ from interp.evaluation import answer_token_ids
 from interp.inputs import first_token_id, token_ids
 from interventions.base import applied
 from interventions.decoding import CAD
+from interventions.decore import DeCoRe
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
 from tests.conflictscope.methods.labs import tiny_lab
@@ -34,10 +35,12 @@ def end_logits(lab: Lab, prompt: str) -> torch.Tensor:
         return network(ids).logits[0, -1].float()
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "at the end"])
+@pytest.mark.parametrize("kind", ["everywhere", "at the end", "in two readings"])
 def test_dev_is_measured_as_prompt_by_prompt(lab: Lab, kind: str) -> None:
     vector = torch.linspace(-1, 1, lab.anatomy.d_model)
-    edit = HeadScaling.of([(1, 0), (2, 2)], -1.0) if kind == "everywhere" else Steering(1, vector, 3.0)
+    edit: Any = HeadScaling.of([(1, 0), (2, 2)], -1.0) if kind == "everywhere" else Steering(1, vector, 3.0)
+    if kind == "in two readings":
+        edit = DeCoRe(((1, 0), (2, 2)), 2.0)
     found = tried(lab, Condition("some", "context", {}, (edit,)))
     dev = lab.dev
     usages, damage, right = [], {}, {}
@@ -162,6 +165,18 @@ def test_a_rule_is_measured_as_pair_by_pair_and_another_one_reads_nothing_anew(l
     tried(lab, Condition("cad", "context", {}, edits, decoding=CAD(-0.7)))
     handle.remove()
     assert bool(passes) == bool(edits)
+
+
+def test_a_contrast_of_another_strength_reads_nothing_anew(lab: Lab) -> None:
+    heads = ((0, 1), (2, 2))
+    tried(lab, Condition("decore", "context", {}, (DeCoRe(heads, 0.5),)))
+    passes = []
+    handle = transformers_model(lab.model).register_forward_pre_hook(lambda *_: passes.append(1))
+    tried(lab, Condition("decore", "context", {}, (DeCoRe(heads, -1.5),)))
+    assert not passes
+    tried(lab, Condition("decore", "context", {}, (DeCoRe(heads[:1], -1.5),)))
+    assert passes
+    handle.remove()
 
 
 def test_nothing_is_moved_back_where_only_the_best_is_wanted(lab: Lab) -> None:
