@@ -287,8 +287,8 @@ def _short(conflicts: ConflictSet, file: Path, most_words: int) -> ConflictSet:
     needed = {subject: max(kinds.values()) for subject, kinds in shortest.items() if "conflict" in kinds}
     if min(needed.values(), default=0) > most_words:
         raise UserError(
-            f"{file} has no subject with prompts of every kind of {most_words} words or fewer; the first has them from "
-            f"{min(needed.values())} on: allow as many."
+            f"{file} has no subject with prompts of every kind of {most_words} words or fewer; allow "
+            f"{min(needed.values())} words or more."
         )
     short = (e for e in conflicts if lengths[e.id] <= most_words)
     return ConflictSet(

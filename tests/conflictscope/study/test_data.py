@@ -70,7 +70,7 @@ def test_prompts_of_a_file_are_bounded_in_words(tmp_path):
     unbounded = file_prompts(None, file, Records(tmp_path), most_words=longest, **how)
     assert unbounded.digest == file_prompts(None, file, Records(tmp_path), **how).digest != prompts.digest
     least = min(shortest.values())
-    with pytest.raises(UserError, match=rf"every kind of 3 words or fewer; the first has them from {least} on"):
+    with pytest.raises(UserError, match=rf"every kind of 3 words or fewer; allow {least} words or more"):
         file_prompts(None, file, Records(tmp_path), most_words=3, **how)
 
 
