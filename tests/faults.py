@@ -150,6 +150,20 @@ FAULTS = (
         "tests/interp/test_reading.py",
     ),
     Fault(
+        "a shared beginning stays before the padding",
+        "interp/reading.py",
+        "kept.gather(2, order.to(kept.device).expand_as(kept))",
+        "kept",
+        "tests/interp/test_reading.py",
+    ),
+    Fault(
+        "last tokens begin a layer too high",
+        "interp/reading.py",
+        "start = lowest if self._given_at_end[batch] else 0",
+        "start = lowest + 1 if self._given_at_end[batch] else 0",
+        "tests/interp/test_reading.py",
+    ),
+    Fault(
         "rows of another prompt side by side",
         "interp/reading.py",
         "_repeated(given[layer - 1], times) if layer",

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import DynamicLayer, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 from interp.activations import record, sites_of
 from interp.anatomy import BLUEPRINTS, UNSUPPORTED, Anatomy
@@ -426,7 +426,18 @@ def test_what_prompts_begin_with_is_read_once_for_all(name):
     model = copy.deepcopy(model_of(name)).float()
     beginning = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10"
     prompts = [f"{beginning} {rest}" for rest in ("w3 w4", "w11 w12 w13 w2 w5", "w7 w8 w1")]
-    ((numbers, found),) = ReadPrompts(model, prompts, edited=False).next_logits()
+    shapes = []
+    handle = Anatomy(model).body.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    read = ReadPrompts(model, prompts, edited=False)
+    handle.remove()
+    (one, n_shared), (all_rows, n_rest) = shapes
+    assert (one, all_rows) == (1, 3)
+    # Where a layer forgets what is far away, prompts are read whole.
+    forgets = any(type(layer) is not DynamicLayer for layer in read._batches[0].cache.layers)
+    assert n_rest + 1 == read.padded_tokens(0) // 3 - (0 if forgets else n_shared)
+    ((numbers, found),) = read.next_logits()
     for row, number in enumerate(numbers):
         with torch.inference_mode():
             alone = model(**encode(model, [prompts[number]])).logits[0, -1]

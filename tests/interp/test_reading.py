@@ -84,7 +84,7 @@ def test_a_beginning_that_prompts_share_is_read_once_and_answers_stay(tiny_llama
 
 
 @pytest.mark.parametrize("prompts", [["one"], [PROMPTS[0]] * 3, [PROMPTS[0], "It"], PROMPTS])
-def test_prompts_that_share_no_beginning_are_read_as_they_are(tiny_llama, prompts):
+def test_prompts_of_which_no_beginning_is_shared_or_all_are_read_as_they_are(tiny_llama, prompts):
     found, expected = (
         gathered_logits(batches, len(prompts))
         for batches in (
