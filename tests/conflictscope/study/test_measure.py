@@ -2,6 +2,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
+import pytest
 import torch
 
 from conflictscope.study import measure as study
@@ -46,3 +47,31 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
         study.measure(bench, Condition(name, edits=tuple(edits)))
     once = ["pruning", "steering", "unedited", "another vector, the same settings", "another scale"]
     assert measured == [f"On test: {name}" for name in once]
+
+
+@pytest.mark.parametrize(
+    ("edited_takes", "rounds", "expected"),
+    [([2.0, 2.08], 2, (1 / 2 + 1 / 2.08) / 2), ([2.0, 4.0, 2.5], 3, 1 / 2.5), ([4.0, 2.0, 1.0], 3, 1 / 2)],
+)
+def test_speed_is_of_the_same_prompts_in_turns_until_two_rounds_agree(
+    tiny_llama, monkeypatch, edited_takes, rounds, expected
+):
+    clock, calls = [0.0], []
+    takes = iter(edited_takes)
+
+    def generated(model, prompts, *, max_new_tokens, **_):
+        edited = bool(model.model.layers[1]._forward_hooks)
+        calls.append((edited, max_new_tokens, tuple(prompts)))
+        # The first tokens, which warm up, count for nothing however long they take.
+        clock[0] += 50.0 if max_new_tokens == 1 else next(takes) if edited else 1.0
+
+    monkeypatch.setattr(study, "continue_greedily", generated)
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+    bench: Any = SimpleNamespace(model=tiny_llama, asked=tiny_conflicts(), seed=0)
+    cost = study._cost(bench, Condition("steering", edits=(Steering(1, torch.ones(32), 2.0),)))
+    speeds = [1 / one for one in edited_takes]
+    assert cost == pytest.approx({"speed": expected, "low": min(speeds), "high": max(speeds)})
+    assert [tokens for _, tokens, _ in calls] == [1, 1] + [study._TOKENS] * 2 * rounds
+    turns = [edited for edited, *_ in calls[2:]]
+    assert turns == ([True, False, False, True, True, False])[: 2 * rounds]
+    assert len({frozenset(prompts) for *_, prompts in calls}) == 1
