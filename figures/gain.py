@@ -127,12 +127,12 @@ def _gain_hover(group: str, point: Point, direction: Direction, guard: Guard) ->
 
 
 def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """What every candidate of every method gains on dev (to the right) and costs, one column per direction.
+    """What candidates of each method gain on dev (to the right) and cost, one column per direction.
 
     Args:
         tried: Records with ``method``, ``towards``, ``does`` (in words), ``rate`` (share of conflict prompts that are
             answered from the wanted source), ``kept`` (closed-book accuracy) and ``damage`` (nats, by guard), as
-            ``conflictscope.study.record`` has them. What a method does not have is ``None``.
+            ``conflictscope.study.record`` has those that were asked guards. What a method does not have is ``None``.
     """
     figure = make_subplots(
         rows=2,

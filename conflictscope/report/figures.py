@@ -43,8 +43,7 @@ def plots_of(run: Run) -> dict[str, Plot]:
         plots |= _head_plots(run, run.scores)
     if agreement := record.details.get("agreement"):
         plots["agreement"] = _agreement_plot(agreement)
-    if record.tried:
-        tried = [{**candidate, "does": clipped(candidate["does"])} for candidate in record.tried]
+    if tried := [{**c, "does": clipped(c["does"])} for c in record.tried if c["damage"] is not None]:
         plots["tried"] = Plot(
             damage_fronts(tried),
             f"Scatter chart of gain on dev against damage on text and closed-book, {len(tried)} candidates",

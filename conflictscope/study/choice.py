@@ -8,6 +8,9 @@ the answer starts with, and how far the distribution moved, in nats of KL diverg
                     subject, the one that keeps most facts closed-book
     within_budget   the highest rate among those that stay within the budget of every guard; what leaves it is moved
                     back on its line from the unedited model until it fits
+
+Candidates are asked guards in the order of their rates, and only until both choices are made: what no damage could make
+the choice is not asked.
 """
 
 from __future__ import annotations
@@ -57,12 +60,14 @@ class Tried:
         usages: For each conflict prompt the source that its answer starts with: context, memory or other.
         damage: For each guard that applies the mean KL divergence from the unedited model, nats.
         right: For each guard but text the share of prompts whose answer starts right.
+        guarded: Whether guards were asked at all.
     """
 
     condition: Condition
     usages: tuple[str, ...]
     damage: Mapping[str, float]
     right: Mapping[str, float]
+    guarded: bool = True
 
     def rate(self, towards: str | None) -> float:
         """Share of conflict prompts whose answer starts with that source's."""
@@ -77,7 +82,8 @@ class Tried:
         """What a study's record says about it."""
         condition = self.condition
         about = {name: getattr(condition, name) for name in ("method", "towards", "does", "moved")}
-        return {**about, "settings": dict(condition.settings), **self.numbers, "spent": self.spent(budgets)}
+        spent = self.spent(budgets) if self.guarded else None
+        return {**about, "settings": dict(condition.settings), **self.numbers, "spent": spent}
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -85,7 +91,7 @@ class Tried:
         return {
             "rate": self.rate(self.condition.towards),
             "kept": self.right.get("none"),
-            "damage": dict(self.damage),
+            "damage": dict(self.damage) if self.guarded else None,
         }
 
 
@@ -96,7 +102,7 @@ class Chosen:
     Attributes:
         best: The best, whatever it damages.
         within_budget: The best within the budget; ``None`` where nothing fits, also moved back, or none is wanted.
-        tried: All that was tried.
+        tried: All that was tried; guards were asked of what could be chosen.
     """
 
     best: Tried
@@ -169,6 +175,12 @@ class Dev:
         """
         cuts = [self.conflicts[start:end] for start, end in pairwise((0, *ends))]
         return [Dev(self.model, (), self.guards, self.texts), *(Dev(self.model, cut, {}, ()) for cut in cuts)]
+
+    @cached_property
+    def halves(self) -> tuple[Dev, Dev]:
+        """Guards with the texts, and the conflict prompts."""
+        guards, conflicts = self.pieces([len(self.conflicts)])
+        return guards, conflicts
 
     def measure(self, condition: Condition) -> dict[str, Any]:
         """What ``Tried`` holds of a condition besides itself, as JSON."""
@@ -272,18 +284,19 @@ def tried(lab: Lab, condition: Condition, pieces: Sequence[Dev] = ()) -> Tried:
     Args:
         lab: The lab.
         condition: The condition.
-        pieces: Pieces of dev, where not all of it is to be asked.
+        pieces: Pieces of dev; without them both of its halves.
     """
+    pieces = pieces or lab.dev.halves
 
     def measured(dev: Dev) -> dict[str, Any]:
         version = (DEV_VERSION, ANSWERS_VERSION, EDITS_VERSION, READING_VERSION)
         basis = [dev.digest, condition.digest]
         return lab.records.json("dev", basis, lambda: dev.measure(condition), version=version)
 
-    found = [measured(dev) for dev in pieces or (lab.dev,)]
+    found = [measured(dev) for dev in pieces]
     usages = tuple(usage for part in found for usage in part["usages"])
     damage, right = ({k: v for part in found for k, v in part[about].items()} for about in ("damage", "right"))
-    return Tried(condition, usages, damage, right)
+    return Tried(condition, usages, damage, right, any(dev.guards or dev.texts for dev in pieces))
 
 
 def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, within_budget: bool = True) -> Chosen:
@@ -298,17 +311,70 @@ def choose(lab: Lab, candidates: Sequence[Condition], towards: Direction, *, wit
     Raises:
         UserError: If all candidates leave the range of the model's dtype.
     """
-    label = f"On dev: {candidates[0].name}"
-    own = [tried(lab, condition) for condition in tracked(candidates, label if len(candidates) > 1 else None)]
-    own = [one for one in own if math.isfinite(one.spent(lab.budgets))]
-    if not own:
+    label, (_, conflicts) = f"On dev: {candidates[0].name}", lab.dev.halves
+    asked = tracked(candidates, label if len(candidates) > 1 else None)
+    contest = _Contest(lab, [tried(lab, condition, [conflicts]) for condition in asked], towards)
+    best = contest.best()
+    affordable, fitted = contest.within_budget() if within_budget else (None, [])
+    return Chosen(best, affordable, (*contest.left.values(), *fitted))
+
+
+class _Contest:
+    """Ask candidates guards as far as the choices depend on it.
+
+    Args:
+        lab: The lab.
+        tries: The candidates, which were asked dev's conflict prompts.
+        towards: The source that is wanted.
+
+    Attributes:
+        left: By number the candidates, but for those that left the range of the model's dtype.
+    """
+
+    def __init__(self, lab: Lab, tries: Sequence[Tried], towards: Direction) -> None:
+        self.lab = lab
+        self.towards: Direction = towards
+        self.left = dict(enumerate(tries))
+
+    def best(self) -> Tried:
+        """Of those that are as good as the best the one that keeps most facts closed-book."""
+        subjects = [example.subject for example in self.lab.dev.conflicts]
+        while self.left:
+            numbers, tries = list(self.left), list(self.left.values())
+            finalists = [self._guarded(numbers[place]) for place in as_good_as_the_best(tries, self.towards, subjects)]
+            # Without those that are out others may be as good.
+            if None not in finalists:
+                return best_of(self.lab, list(self.left.values()), self.towards)
         raise UserError("Every edit leaves the range of the model's dtype; load the model with --dtype float32.")
-    within = [one for one in own if one.spent(lab.budgets) <= 1]
-    outside = sorted((one for one in own if one.spent(lab.budgets) > 1), key=lambda one: -one.rate(towards))
-    outside = outside[:_MOVED_BACK] if within_budget else []
-    fitted = [moved for one in outside if (moved := moved_back(lab, one)) is not None]
-    affordable = max([*within, *fitted], key=lambda one: one.rate(towards), default=None)
-    return Chosen(best_of(lab, own, towards), affordable if within_budget else None, (*own, *fitted))
+
+    def within_budget(self) -> tuple[Tried | None, list[Tried]]:
+        """The highest rate within the budget, if any, and what was moved back into it of those with higher rates."""
+        guards, _ = self.lab.dev.halves
+        fitted: list[Tried] = []
+        outside = 0
+        for number in sorted(self.left, key=lambda number: -self._rate(self.left[number])):
+            one = self._guarded(number)
+            if one is None:
+                continue
+            if one.spent(self.lab.budgets) <= 1:
+                return max([one, *fitted], key=self._rate), fitted
+            if outside < _MOVED_BACK and (moved := moved_back(self.lab, one, [guards])) is not None:
+                fitted.append(tried(self.lab, moved.condition))
+            outside += 1
+        return max(fitted, key=self._rate, default=None), fitted
+
+    def _rate(self, one: Tried) -> float:
+        return one.rate(self.towards)
+
+    def _guarded(self, number: int) -> Tried | None:
+        """A candidate that was asked guards too; ``None`` if it leaves the dtype's range, and is out."""
+        one = self.left[number]
+        if not one.guarded:
+            one = self.left[number] = tried(self.lab, one.condition)
+        if not math.isfinite(one.spent(self.lab.budgets)):
+            del self.left[number]
+            return None
+        return one
 
 
 def best_of(lab: Lab, tries: Sequence[Tried], towards: Direction) -> Tried:

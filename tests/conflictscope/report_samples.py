@@ -195,9 +195,10 @@ def write_demo(folder: Path) -> Path:
             "does": f"{k} heads",
             "moved": k,
             "rate": 0.4 + 0.05 * k + 0.01 * n,
-            "kept": 0.95 - 0.02 * k - 0.01 * n,
-            "damage": {guard: 0.01 * k for guard in BUDGETS},
-            "spent": 0.5 * k,
+            # The least gain ruled the first of each out.
+            "kept": 0.95 - 0.02 * k - 0.01 * n if k > 1 else None,
+            "damage": {guard: 0.01 * k for guard in BUDGETS} if k > 1 else None,
+            "spent": 0.5 * k if k > 1 else None,
         }
         for d in DIRECTIONS
         for n, method in enumerate(METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,8 @@ def test_a_line_has_the_doses_in_order_and_ends_at_the_unedited_model(lab: Lab) 
 def test_the_same_edit_is_tried_once_whatever_it_is_called(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     edit = HeadScaling.of([(2, 1)], 0.0)
     first = tried(lab, Condition("one", "context", {}, (edit,)))
-    monkeypatch.setattr(lab.dev, "measure", None)
+    for half in lab.dev.halves:
+        monkeypatch.setattr(half, "measure", None)
     assert tried(lab, Condition("other", "memory", {"called": "else"}, (edit,))).usages == first.usages
 
 
@@ -185,3 +187,63 @@ def test_nothing_is_moved_back_where_only_the_best_is_wanted(lab: Lab) -> None:
     assert [one.condition for one in found.tried] == candidates
     assert found.within_budget is None
     assert choose(lab, candidates, "context").best.condition.digest == found.best.condition.digest
+
+
+class Drawn:
+    """Candidates with made-up numbers, who tells which of them were asked guards."""
+
+    def __init__(self, made: dict[str, Tried]) -> None:
+        self.made = made
+        self.guarded: set[str] = set()
+
+    def tried(self, _: Any, condition: Condition, pieces: Any = ()) -> Tried:
+        one = self.made[condition.method]
+        if pieces:
+            return replace(one, damage={}, right={}, guarded=False)
+        self.guarded.add(condition.method)
+        return one
+
+
+def chosen_by_all(lab: Lab, tries: list[Tried]) -> tuple[str, str | None]:
+    """The names of what is chosen where all candidates were asked everything, as the module's rules say it."""
+    finite = [one for one in tries if np.isfinite(one.spent(lab.budgets))]
+    finalists = as_good_as_the_best(finite, "context", [e.subject for e in lab.dev.conflicts])
+    best = max((finite[i] for i in finalists), key=lambda one: (one.right["none"], one.rate("context")))
+    within = [one for one in finite if one.spent(lab.budgets) <= 1]
+    affordable = max(within, key=lambda one: one.rate("context"), default=None)
+    return best.condition.method, None if affordable is None else affordable.condition.method
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_guards_are_asked_of_few_and_the_choices_are_those_of_asking_all(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng, n = np.random.default_rng(seed), len(lab.dev.conflicts)
+    monkeypatch.setattr("conflictscope.study.choice.moved_back", lambda *_: None)
+    made = {}
+    for name in map(str, range(12)):
+        hits = rng.random(n) < rng.random()
+        spent = rng.choice([0.5, 2.0, np.nan], p=[0.3, 0.65, 0.05])
+        one = made_up("".join("c" if hit else "m" for hit in hits), kept=round(rng.random(), 1), spent=spent)
+        made[name] = replace(one, condition=Condition(name, "context"))
+    drawn = Drawn(made)
+    monkeypatch.setattr("conflictscope.study.choice.tried", drawn.tried)
+    expected = chosen_by_all(lab, list(made.values()))
+    found = choose(lab, [one.condition for one in made.values()], "context")
+    affordable = found.within_budget and found.within_budget.condition.method
+    assert (found.best.condition.method, affordable) == expected
+    assert drawn.guarded >= {name for name in expected if name}
+    told = {one.condition.method: one.guarded for one in found.tried}
+    assert {name for name, asked in told.items() if asked} == {name for name in drawn.guarded if name in told}
+    if affordable is not None and all(np.isfinite(one.spent(lab.budgets)) for one in made.values()):
+        lower = {name for name, one in made.items() if one.rate("context") < made[affordable].rate("context")}
+        finalists = as_good_as_the_best(list(made.values()), "context", [e.subject for e in lab.dev.conflicts])
+        assert not drawn.guarded & lower - {str(number) for number in finalists}
+
+
+def test_a_record_says_of_which_candidates_no_damage_is_known(lab: Lab) -> None:
+    candidates = [Condition("some", "context", {}, (Steering(1, torch.ones(32), s),)) for s in (0.5, 1.0)]
+    one = tried(lab, candidates[0], [lab.dev.halves[1]])
+    record = one.to_record(lab.budgets)
+    assert (record["kept"], record["damage"], record["spent"]) == (None, None, None)
+    assert record["rate"] == tried(lab, candidates[0]).to_record(lab.budgets)["rate"]
