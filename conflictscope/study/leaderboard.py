@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from conflictscope.study.choice import Chosen
+from conflictscope.study.measure import AGREE
 from conflictscope.study.record import Measured, StudyRecord
 from conflictscope.tables import written
 from interp.answers import DIRECTIONS, Direction
@@ -108,4 +109,4 @@ def speed(cost: Mapping[str, float] | None) -> str:
     """The tokens per second relative to unedited; ``unclear`` where the rounds that were timed disagree by a tenth."""
     if cost is None:
         return "n/a"
-    return f"{cost['speed']:.2f}" if cost["high"] <= 1.1 * cost["low"] else "unclear"
+    return f"{cost['speed']:.2f}" if cost["high"] <= AGREE * cost["low"] else "unclear"

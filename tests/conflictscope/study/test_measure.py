@@ -51,7 +51,7 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
 
 @pytest.mark.parametrize(
     ("edited_takes", "rounds", "expected"),
-    [([2.0, 2.08], 2, (1 / 2 + 1 / 2.08) / 2), ([2.0, 4.0, 2.5], 3, 1 / 2.5), ([4.0, 2.0, 1.0], 3, 1 / 2)],
+    [([2.0, 2.18], 2, (1 / 2 + 1 / 2.18) / 2), ([2.0, 4.0, 2.5], 3, 1 / 2.5), ([4.0, 2.0, 1.0], 3, 1 / 2)],
 )
 def test_speed_is_of_the_same_prompts_in_turns_until_two_rounds_agree(
     tiny_llama, monkeypatch, edited_takes, rounds, expected
