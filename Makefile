@@ -65,16 +65,17 @@ results: $(STAMP)
 # larger build of it. uv unpacks the rest several times faster than pip. It reads none of pip's settings: where it finds no
 # packages, pip does it. Most modules are never imported, so they are compiled when they are: a third of the time.
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
-install = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt $(1) || $(PIP) $(1)
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+INSTALL := $(UV) --editable ".[$$extras]" || $(PIP) --editable ".[$$extras]"
 $(STUDY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch uv
-	$(call install,--editable '.[study,explore,serve]')
+	extras=study,explore,serve; $(INSTALL)
 	touch $@
 
 # All that the tests, the pages and the linters need too.
 $(STAMP): $(STUDY)
-	$(call install,--editable '.[dev]')
+	extras=dev; $(INSTALL)
 	touch $@
 
 # Of what it pulls the last line does not fit it, and is not needed for text. VLLM_PACKAGE=vllm where there is a GPU.
