@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from conflictscope import __version__
 from conflictscope.cli import (
     ask,
     attribute,
@@ -44,6 +45,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"conflictscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 _START, _LOOK, _STUDY, _SHIP, _DATA = "Start here", "Look", "Study", "Ship", "Data and models"
 for _panel, _commands in {
     _START: (demo.demo, ask.ask, explore.explore, tune.tune),

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import polars as pl
@@ -47,6 +48,10 @@ def data(tmp_path):
 @pytest.fixture
 def tiny(tiny_directories):
     return tiny_directories["llama"]
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"conflictscope {version('conflictscope')}\n", "")
 
 
 def assert_one_sentence(result, *parts):
