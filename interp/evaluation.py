@@ -278,8 +278,8 @@ def measure_usage(
         conflicts: What to ask.
         combined: Chooses the next token from the prompt and the bare prompt; ``None`` reads the prompt alone. What has
             no bare prompt is asked without it.
-        read: The same prompts, read before without edits, and what the edits that are applied now change; ``None``
-            reads them now.
+        read: The same prompts, read before without edits, and what the edits that are applied now change; for a rule
+            together with the bare prompts. ``None`` reads them now.
         max_new_tokens: Longest answer, in tokens.
         whole: Judge all that the model says, not only its first sentence; not of prompts that were read before.
         batch_size: Prompts per batch.
@@ -308,7 +308,7 @@ def measure_usage(
             model, prompts, without=bare, combined=combined, whole=whole, batch_size=batch_size, **how
         )
     else:
-        continuations = read[0].continue_greedily(read[1], **how)
+        continuations = read[0].continue_greedily(read[1], combined=combined, **how)
     check_starts(continuations.first_tokens.tolist(), tokens)
     differences = (continuations.first_logits[:, 0] - continuations.first_logits[:, 1]).tolist()
     rows = [

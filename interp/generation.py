@@ -117,9 +117,8 @@ def continue_greedily(
             if without is None or combined is None:
                 yield Answered(numbers, *generated(model, tokens, max_new_tokens, whole=whole))
                 continue
-            second = token_ids(tokenizer, [without[i] for i in numbers])
-            rule = _where(combined, [without[i] != prompts[i] for i in numbers])
-            yield Answered(numbers, *generated(model, [*tokens, *second], max_new_tokens, rule=rule, whole=whole))
+            pairs = [*tokens, *token_ids(tokenizer, [without[i] for i in numbers])]
+            yield Answered(numbers, *generated(model, pairs, max_new_tokens, rule=combined, whole=whole))
 
     return gathered(model, answered(), len(prompts), watch, whole=whole)
 
@@ -157,10 +156,11 @@ def gathered(
     return Continuations(answers, first_tokens, first_logits)
 
 
-def _where(combined: Combined, is_pair: Sequence[bool]) -> Combined:
-    """The rule where a row's prompts differ; where both are the same there is nothing to weigh."""
-    pairs = torch.tensor(is_pair)[:, None]
-    return lambda first, second: torch.where(pairs.to(first.device), combined(first, second), first)
+def _where_they_differ(combined: Combined, tokens: Sequence[Sequence[int]]) -> Combined:
+    """The rule where a pair's prompts differ; where both are the same there is nothing to weigh."""
+    count = len(tokens) // 2
+    is_pair = torch.tensor([first != second for first, second in zip(tokens[:count], tokens[count:], strict=True)])
+    return lambda first, second: torch.where(is_pair[:, None].to(first.device), combined(first, second), first)
 
 
 def generated(
@@ -178,7 +178,8 @@ def generated(
         model: The model, or a bridge around it.
         tokens: The ids of each prompt's tokens; with a rule those of the first prompts of all pairs, then the second.
         max_new_tokens: Longest answer, in tokens.
-        rule: Chooses the next token of both prompts of each pair; ``None`` takes the most probable one.
+        rule: Chooses the next token of both prompts of each pair, where these differ; ``None`` takes the most
+            probable one.
         cache: Keys and values of all tokens but the last; ``None`` reads the prompts.
         whole: Go on until the model ends by itself.
 
@@ -204,7 +205,7 @@ def generated(
         if rule is None:
             output = network.generate(**prompts, **options)
         else:
-            output = generate_pairs(network, prompts, rule, **options)
+            output = generate_pairs(network, prompts, _where_they_differ(rule, tokens), **options)
     return output.sequences[:, prompt_length:], output.scores
 
 

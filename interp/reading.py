@@ -9,7 +9,8 @@ What an unedited model computes of a prompt stays true under an edit in two case
 
 In both cases the cache of keys and values is that of the unedited model where the edit changes nothing.
 
-Where no edit is to follow, what all prompts of a batch begin with (an instruction, answered examples) is read once.
+Where no edit is to follow, what all prompts of a batch begin with (an instruction, answered examples) is read once. Nor
+does a rule that chooses next tokens from prompts with and without their contexts change what was read of both.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from transformers import DynamicLayer
 
 from interp.anatomy import Anatomy
 from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
-from interp.inputs import padded, prompt_batches
+from interp.inputs import padded, prompt_batches, token_ids, tokenizer_of
 from interp.models import device_memory
+from interp.pairs import Combined
 from interp.progress import tracked
 
 READING_VERSION = 1
@@ -63,7 +65,7 @@ class _Read:
 
     Attributes:
         numbers: Which prompts they are.
-        tokens: The ids of each one's tokens.
+        tokens: The ids of each one's tokens; of pairs those of all first prompts, then of all second ones.
         inputs: All tokens, padded.
         cache: Keys and values of all tokens but the last, unedited; ``None`` where a prompt has one token only, or no
             more is kept.
@@ -83,6 +85,8 @@ class ReadPrompts:
     Args:
         model: The model, or a bridge around it, unedited.
         prompts: Full prompts.
+        without: The same prompts without their contexts, for a rule that is to choose next tokens from both; no edits
+            are to follow then.
         new_tokens: How many tokens are to follow each at most.
         batch_size: Prompts per batch at most; fewer of long ones.
         edited: Whether edits are to follow. Where none is, no residual streams are kept, and what all prompts of a
@@ -102,6 +106,7 @@ class ReadPrompts:
         model: nn.Module,
         prompts: Sequence[str],
         *,
+        without: Sequence[str] | None = None,
         new_tokens: int = 0,
         batch_size: int = _BATCH_SIZE,
         edited: bool = True,
@@ -115,7 +120,13 @@ class ReadPrompts:
             most_kept = _most_kept(self._anatomy.device)
         self._network: Any = self._anatomy.model
         self._count = len(prompts)
+        edited = edited and without is None
         batches = prompt_batches(model, prompts, batch_size, new_tokens=new_tokens, most_tokens=_TOKENS_AT_ONCE)
+        if without is not None:
+            second = [token_ids(tokenizer_of(model), [without[i] for i in batch.numbers]) for batch in batches]
+            batches = [
+                batch._replace(tokens=[*batch.tokens, *others]) for batch, others in zip(batches, second, strict=True)
+            ]
         tokens = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in batches)
         of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
         every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept // 2, 1)))
@@ -205,12 +216,19 @@ class ReadPrompts:
         changed: Changed = ALL_LAYERS_AT_END,
         *,
         watch: Tensor | None = None,
+        combined: Combined | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         progress: str | None = None,
     ) -> Continuations:
-        """Continue each prompt greedily: see ``interp.generation.continue_greedily``, and ``next_logits``."""
+        """Continue each prompt greedily: see ``interp.generation.continue_greedily``, and ``next_logits``.
+
+        A rule for the next token needs prompts that were read with others ``without`` their contexts.
+        """
         answered = (
-            Answered(b.numbers, *generated(self._model, b.tokens, max_new_tokens, cache=self._cache(b, changed)))
+            Answered(
+                b.numbers,
+                *generated(self._model, b.tokens, max_new_tokens, rule=combined, cache=self._cache(b, changed)),
+            )
             for b in tracked(self._batches, progress)
         )
         return gathered(self._model, answered, self._count, watch)

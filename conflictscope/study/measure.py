@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor, nn
 
-from conflictscope.study.condition import Condition
+from conflictscope.study.condition import AS_IS, Condition
 from interp.abilities import ABILITIES_VERSION, Ability, ability_items, first_tokens
 from interp.anatomy import transformers_model
 from interp.answers import USAGES
@@ -111,6 +111,14 @@ class Reading:
         return ReadPrompts(self.model, prompts, new_tokens=self.new_tokens, progress="Reading test's prompts")
 
     @cached_property
+    def pairs(self) -> ReadPrompts:
+        """Test's prompts, with their contexts and without them."""
+        prompts = [example.prompt for example in self.asked]
+        bare = [example.bare_prompt or example.prompt for example in self.asked]
+        label = "Reading test's prompts without contexts too"
+        return ReadPrompts(self.model, prompts, without=bare, new_tokens=self.new_tokens, progress=label)
+
+    @cached_property
     def texts(self) -> ReadPrompts:
         """Ordinary text."""
         return ReadPrompts(self.model, self.ordinary, ends=True)
@@ -134,9 +142,12 @@ def measure(lab: Bench, condition: Condition) -> Result:
 
     def answers() -> UsageReport:
         read = (lab.reading.prompts, changed) if condition.changes_text and changed != "whole" else None
-        if condition.decoding is None and not condition.edits and not condition.changes_text:
-            prompts = [example.prompt for example in condition.asked(asked)]
-            read = ReadPrompts(model, prompts, new_tokens=lab.reading.new_tokens, edited=False), ALL_LAYERS_AT_END
+        if not condition.edits and not condition.changes_text:
+            if condition.decoding is None:
+                prompts = [example.prompt for example in condition.asked(asked)]
+                read = ReadPrompts(model, prompts, new_tokens=lab.reading.new_tokens, edited=False), ALL_LAYERS_AT_END
+            elif condition.prompting == AS_IS:
+                read = lab.reading.pairs, ALL_LAYERS_AT_END
         with applied(model, *condition.edits):
             label = f"On test: {condition.name}"
             return measure_usage(

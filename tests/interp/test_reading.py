@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from interp.anatomy import Anatomy
+from interp.anatomy import Anatomy, transformers_model
 from interp.generation import continue_greedily, gathered_logits, next_logits
 from interp.inputs import token_ids
 from interp.reading import ALL_LAYERS_AT_END, AtEnd, ReadPrompts
 from interventions.base import applied, changed_by
+from interventions.decoding import CAD
 from interventions.gate import ConflictGate
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
+from tests.interp.two_streams import two_passes_a_token
 from tests.tiny import tiny_conflicts
 
 # Five long ones and three short ones: in batches of four at most, one has to be padded.
@@ -56,6 +58,30 @@ def test_what_is_left_of_read_prompts_gives_what_whole_passes_give(tiny_bridge, 
         assert answers.answers == plain.answers
         assert answers.first_tokens.tolist() == plain.first_tokens.tolist()
         torch.testing.assert_close(answers.first_logits, plain.first_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("most_kept", [2**30, 0])
+def test_rules_for_the_next_token_go_on_from_pairs_that_were_read_once(tiny_bridge, most_kept):
+    examples = [e for e in tiny_conflicts() if e.prompt in PROMPTS]
+    prompts, bare = [e.prompt for e in examples], [e.bare_prompt or e.prompt for e in examples]
+    # One has no context to leave out.
+    bare[0] = prompts[0]
+    read = ReadPrompts(tiny_bridge, prompts, without=bare, new_tokens=4, batch_size=3, most_kept=most_kept)
+    widths = []
+    embedding = transformers_model(tiny_bridge).get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    watch = torch.tensor([[3, 7]] * len(prompts))
+    for rule in (CAD(1.5), CAD(-0.7)):
+        found = read.continue_greedily(watch=watch, combined=rule.scores, max_new_tokens=4)
+        assert (max(widths) == 1) == bool(most_kept)
+        expected = [two_passes_a_token(tiny_bridge, *pair, rule.scores, 4) for pair in zip(prompts, bare, strict=True)]
+        assert found.answers == expected
+        anew = continue_greedily(
+            tiny_bridge, prompts, watch=watch, without=bare, combined=rule.scores, max_new_tokens=4
+        )
+        torch.testing.assert_close(found.first_logits, anew.first_logits, rtol=1e-4, atol=1e-4)
+        widths.clear()
+    handle.remove()
 
 
 def test_a_beginning_that_prompts_share_is_read_once_and_answers_stay(tiny_llama):

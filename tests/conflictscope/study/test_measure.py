@@ -10,6 +10,7 @@ from conflictscope.study.condition import Condition
 from interp.evaluation import UsageReport
 from interp.generation import MAX_NEW_TOKENS
 from interp.records import Records
+from interventions.decoding import CAD
 from interventions.dial import DialScale, TrustDial
 from interventions.heads import HeadScaling
 from interventions.steering import Steering
@@ -21,8 +22,9 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
 
     def measure(_, conflicts, *, combined, read, max_new_tokens, progress):
         assert max_new_tokens == MAX_NEW_TOKENS
-        assert combined is None
-        assert read is not None
+        assert (combined is None) == ("rule" not in progress)
+        # All of them go on from what was read once.
+        assert read[0] is (reading.prompts if combined is None else reading.pairs)
         measured.append(progress)
         rows = {"id": [e.id for e in conflicts], "subject": [e.subject for e in conflicts]}
         return UsageReport(pl.DataFrame(rows))
@@ -45,7 +47,17 @@ def test_the_same_edit_is_measured_once_whatever_it_is_called(tiny_llama, tmp_pa
     }
     for name, edits in names.items():
         study.measure(bench, Condition(name, edits=tuple(edits)))
-    once = ["pruning", "steering", "unedited", "another vector, the same settings", "another scale"]
+    for name, rule in {"a rule": CAD(1.0), "the same rule": CAD(1.0), "another rule": CAD(2.0)}.items():
+        study.measure(bench, Condition(name, decoding=rule))
+    once = [
+        "pruning",
+        "steering",
+        "unedited",
+        "another vector, the same settings",
+        "another scale",
+        "a rule",
+        "another rule",
+    ]
     assert measured == [f"On test: {name}" for name in once]
 
 
