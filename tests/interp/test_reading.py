@@ -1,5 +1,7 @@
 """Prompts that were read once, against full passes over them: the same logits and answers under any edit."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,8 +70,8 @@ def test_rules_for_the_next_token_go_on_from_pairs_that_were_read_once(tiny_brid
     bare[0] = prompts[0]
     read = ReadPrompts(tiny_bridge, prompts, without=bare, new_tokens=4, batch_size=3, most_kept=most_kept)
     widths = []
-    embedding = transformers_model(tiny_bridge).get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    network: Any = transformers_model(tiny_bridge)
+    handle = network.get_input_embeddings().register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
     watch = torch.tensor([[3, 7]] * len(prompts))
     for rule in (CAD(1.5), CAD(-0.7)):
         found = read.continue_greedily(watch=watch, combined=rule.scores, max_new_tokens=4)
