@@ -171,6 +171,20 @@ FAULTS = (
         "tests/interp/attribution/test_head_gains.py",
     ),
     Fault(
+        "pairs of prompts in another order",
+        "interp/reading.py",
+        "[without[i] for i in batch.numbers]",
+        "[*without][: len(batch.numbers)]",
+        "tests/interp/test_reading.py",
+    ),
+    Fault(
+        "the lowest rate within the budget",
+        "conflictscope/study/choice.py",
+        "key=lambda number: -self._rate(self.left[number])",
+        "key=lambda number: self._rate(self.left[number])",
+        "tests/conflictscope/study/test_choice.py",
+    ),
+    Fault(
         "gate reads the first token",
         "interventions/gate.py",
         "mask.int().argmax(-1)",
