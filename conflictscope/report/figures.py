@@ -43,10 +43,10 @@ def plots_of(run: Run) -> dict[str, Plot]:
         plots |= _head_plots(run, run.scores)
     if agreement := record.details.get("agreement"):
         plots["agreement"] = _agreement_plot(agreement)
-    if tried := [{**c, "does": clipped(c["does"])} for c in record.tried if c["damage"] is not None]:
+    if weighed := [{**candidate, "does": clipped(candidate["does"])} for candidate in record.weighed]:
         plots["tried"] = Plot(
-            damage_fronts(tried),
-            f"Scatter chart of gain on dev against damage on text and closed-book, {len(tried)} candidates",
+            damage_fronts(weighed),
+            f"Scatter chart of gain on dev against damage on text and closed-book, {len(weighed)} candidates",
         )
     for number, (name, points) in enumerate(record.lines.items()):
         plots[f"line-{number}"] = _line_plot(name, points)

@@ -117,6 +117,12 @@ class StudyRecord:
         """Of what was chosen at its best the one that dev preferred over all methods; ``None`` where there is none."""
         return next((c for c in self.chosen(towards) if c.name == self.settings["winners"].get(towards)), None)
 
+    @property
+    def weighed(self) -> list[Mapping[str, Any]]:
+        """The candidates that were asked guards; none where those are no more than were chosen."""
+        found = [candidate for candidate in self.tried if candidate["damage"] is not None]
+        return found if len(found) > sum(bool(c.choices) for c in self.conditions) else []
+
     def controls_of(self, condition: Measured) -> list[Measured]:
         """The random controls of a condition."""
         return [c for c in self.conditions if c.control_of == condition.name]

@@ -342,6 +342,16 @@ def test_the_figures_hold_the_rates_of_the_record(folders: dict[str, Path], page
     assert f"Left out are {len(record.tried) - len(asked)} others" in pages["demo"].text
 
 
+def test_candidates_are_drawn_where_more_were_weighed_than_chosen(changed, tmp_path: Path) -> None:
+    def chosen_alone(record: dict[str, Any]) -> None:
+        for number, candidate in enumerate(record["tried"]):
+            candidate["damage"] = candidate["damage"] if number == 3 else None
+
+    page = page_of(tmp_path / "report.html", changed("demo", chosen_alone))
+    assert "tried" not in assert_every_plot_has_its_place(page)
+    assert "What dev chose from" not in page.text
+
+
 def test_a_line_is_a_curve_over_its_dose(pages: dict[str, Page]) -> None:
     curve = figures_of(pages["dial"].scripts[-1])["line-0"]
     assert [list(trace["x"]) for trace in curve["data"]] == [[t / 4 for t in range(-4, 5)]] * 2
