@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
-from math import ceil
+from math import ceil, log10
 from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go
@@ -174,11 +174,14 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
     for column, direction in enumerate(DIRECTIONS, start=1):
         figure.update_xaxes(title_text=f"{direction} rate on dev", range=[0, 1.02], tickformat=".0%", row=2, col=column)
     lowest = min([0.85, *(r["kept"] for r in tried if r["kept"] is not None)]) - 0.05
-    nats = [damage for r in tried if (damage := r["damage"].get("neutral"))]
+    nats = [damage for r in tried if (damage := r["damage"].get("neutral"))] or [1.0]
     # 1, 2, 5, ...: of a narrower range an axis may hold none of these.
-    ticks = {"dtick": "D2"} if nats and max(nats) > 5 * min(nats) else {"nticks": 4}
-    figure.update_yaxes(type="log", **ticks, title_text="KL on text (nats)", row=1, col=1)
-    figure.update_yaxes(tickformat=".0%", range=[lowest, 1.01], title_text="closed-book accuracy", row=2, col=1)
+    ticks = {"dtick": "D2"} if max(nats) > 5 * min(nats) else {"nticks": 4}
+    ends = [log10(min(nats)) - 0.1, log10(max(nats)) + 0.1]
+    figure.update_yaxes(type="log", range=ends, **ticks, row=1)
+    figure.update_yaxes(tickformat=".0%", range=[lowest, 1.01], row=2)
+    figure.update_yaxes(title_text="KL on text (nats)", row=1, col=1)
+    figure.update_yaxes(title_text="closed-book accuracy", row=2, col=1)
     return figure.update_annotations(font_size=13).update_layout(
         template=LIGHT_THEME,
         height=620,

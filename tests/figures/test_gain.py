@@ -1,3 +1,4 @@
+from math import log10
 from typing import Any
 
 from figures.gain import Point, damage_fronts, gain_and_damage
@@ -77,3 +78,8 @@ def test_damage_fronts_show_each_method_s_candidates_by_rising_rate() -> None:
         ("pruning", "x4", "y4"): ([0.5], [0.7]),
     }
     assert all("<i>" not in text for t in figure.data for text in t.hovertext or ())
+    # Both columns of a row have one scale.
+    assert figure.layout.yaxis.type == figure.layout.yaxis2.type == "log"
+    assert figure.layout.yaxis.range == figure.layout.yaxis2.range
+    assert figure.layout.yaxis.range[0] < log10(0.005) < log10(0.02) < figure.layout.yaxis.range[1]
+    assert figure.layout.yaxis3.range == figure.layout.yaxis4.range
