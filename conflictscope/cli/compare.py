@@ -151,8 +151,7 @@ def _compare_all(comparing: Comparing, executor: Executor) -> None:
 def _do_all(comparing: Comparing, executor: Executor) -> None:
     """Do all units, tell what they find, and keep the leaderboard up to date."""
     from conflictscope.study.comparison import save_plan
-    from conflictscope.study.units import Journal, Schedule, spent
-    from interp.files import write_json
+    from conflictscope.study.units import Journal, Schedule
 
     save_plan(comparing)
     journal = Journal(comparing.out / "units.jsonl")
@@ -178,7 +177,6 @@ def _do_all(comparing: Comparing, executor: Executor) -> None:
                 shown_at = time.monotonic()
     finally:
         journal.append(unwritten)
-    write_json(comparing.out / "hours.json", spent(schedule))
     if len(schedule.failed) < len(comparing.settings):
         show_board(_show(comparing, schedule), comparing.out)
     for digest, reason in schedule.failed.items():
@@ -207,8 +205,11 @@ def _called(comparing: Comparing, digest: str) -> str:
 
 
 def _show(comparing: Comparing, schedule: Schedule) -> Board:
-    """Write the leaderboard of the studies that are there."""
+    """Write the leaderboard of the studies that are there, and where the hours went."""
     from conflictscope.report.board_files import write_board
     from conflictscope.study.comparison import finished
+    from conflictscope.study.units import spent
+    from interp.files import write_json
 
+    write_json(comparing.out / "hours.json", spent(schedule))
     return write_board(comparing.out, finished(comparing, schedule))
