@@ -22,6 +22,7 @@ from conflictscope.study.method import registered
 from conflictscope.study.record import RECORD
 from conflictscope.study.units import MOST_LOSSES, Done, Journal, Schedule, Unit, serial, spent
 from interp.errors import UserError
+from interp.files import read_json
 from tests.conflictscope.methods.labs import tiny_lab
 
 METHODS = ("pruning", "instruction")
@@ -224,16 +225,21 @@ def test_what_was_killed_goes_on_and_computes_nothing_twice(
     assert measured["asked"] == len(tests) + 2
 
 
-def test_a_study_that_cannot_be_made_is_said_and_others_are_made(comparing: Comparing, tmp_path: Path) -> None:
-    data = [*comparing.plan.data[:1], {"name": "broken", "data": str(tmp_path / "no.jsonl")}]
+def test_a_study_that_cannot_be_made_is_said_and_others_are_made(
+    plan: dict[str, Any], comparing: Comparing, tmp_path: Path
+) -> None:
     (tmp_path / "no.jsonl").write_text("this is no JSON\n")
-    said = {**comparing.plan.model_dump(), "models": comparing.plan.models[:1], "data": data, "seeds": [0]}
-    one = Comparing.of(Comparison.model_validate(said), comparing.out, comparing.command)
-    schedule = Schedule(one.units())
-    list(serial(lambda: StudyWorker(one))(schedule))
-    (reason,) = schedule.failed.values()
-    assert "no.jsonl" in reason
-    assert len(finished(one, schedule)) == 1
+    data = [*plan["data"], {"name": "broken", "data": str(tmp_path / "no.jsonl")}]
+    path, out = tmp_path / "plan.yaml", comparing.out
+    path.write_text(json.dumps({**plan, "models": plan["models"][:1], "data": data, "seeds": [0]}))
+    result = CliRunner().invoke(app, ["compare", str(path), "--out", str(out)])
+    assert result.exit_code == 1
+    assert "broken, seed 0 could not be made: " in result.stderr
+    assert "no.jsonl" in result.stderr
+    assert len(list(out.glob("studies/*/*/*/study.json"))) == 1
+    assert (out / "leaderboard.md").stat().st_size
+    units = {one["step"]: one["units"] for one in read_json(out / "hours.json")}
+    assert units["record"] == 1
 
 
 @pytest.mark.parametrize(
