@@ -176,7 +176,7 @@ def damage_fronts(tried: Sequence[Mapping[str, Any]]) -> go.Figure:
     lowest = min([0.85, *(r["kept"] for r in tried if r["kept"] is not None)]) - 0.05
     nats = [damage for r in tried if (damage := r["damage"].get("neutral"))] or [1.0]
     # 1, 2, 5, ...: of a narrower range an axis may hold none of these.
-    ticks = {"dtick": "D2"} if max(nats) > 5 * min(nats) else {"nticks": 4}
+    ticks: dict[str, Any] = {"dtick": "D2"} if max(nats) > 5 * min(nats) else {"nticks": 4}
     ends = [log10(min(nats)) - 0.1, log10(max(nats)) + 0.1]
     figure.update_yaxes(type="log", range=ends, **ticks, row=1)
     figure.update_yaxes(tickformat=".0%", range=[lowest, 1.01], row=2)
