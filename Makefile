@@ -62,14 +62,15 @@ results: $(STAMP)
 	$(BIN)/python -m docs.results $(STUDIES)
 
 # What the README's commands need. torch comes first, from where pip's settings say: with it in place nothing pulls another,
-# larger build of it. uv unpacks the rest several times faster than pip. It reads none of pip's settings: where it finds no
-# packages, pip does it. Most modules are never imported, so they are compiled when they are: a third of the time.
+# larger build of it. uv unpacks the rest several times faster than pip. Where there is no uv, or it finds no packages, as it reads
+# none of pip's settings, pip does it. Most modules are never imported, so they are compiled when they are: a third of the time.
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 INSTALL := $(UV) --editable ".[$$extras]" || $(PIP) --editable ".[$$extras]"
 $(STUDY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch uv
+	$(PIP) torch
+	-$(PIP) uv
 	extras=study,explore,serve; $(INSTALL)
 	touch $@
 
