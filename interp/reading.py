@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicLayer
 
 from interp.anatomy import Anatomy
+from interp.errors import UserError
 from interp.generation import MAX_NEW_TOKENS, Answered, Continuations, gathered, generated
 from interp.inputs import padded, prompt_batches, token_ids, tokenizer_of
 from interp.models import device_memory
@@ -131,7 +132,7 @@ class ReadPrompts:
         of_a_layer = tokens * self._anatomy.d_model * self._anatomy.dtype.itemsize
         every = max(1, math.ceil(self._anatomy.n_layers * of_a_layer / max(most_kept // 2, 1)))
         layers = range(every, self._anatomy.n_layers, every) if edited else ()
-        self._shares = not edited
+        self._shares, self._is_paired = not edited, without is not None
         self._left = most_kept // 2
         self._batches = [self._read(batch.numbers, batch.tokens, layers) for batch in tracked(batches, progress)]
         # What each block gives at last tokens, unedited, by layer.
@@ -222,8 +223,15 @@ class ReadPrompts:
     ) -> Continuations:
         """Continue each prompt greedily: see ``interp.generation.continue_greedily``, and ``next_logits``.
 
-        A rule for the next token needs prompts that were read with others ``without`` their contexts.
+        Raises:
+            UserError: If there is a rule for the next token and prompts were not read ``without`` contexts too, or the
+                other way round.
         """
+        if (combined is not None) != self._is_paired:
+            raise UserError(
+                "A rule for the next token goes on from prompts that were read without their contexts too, and only a "
+                "rule does; give ReadPrompts without=, or leave it out."
+            )
         answered = (
             Answered(
                 b.numbers,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from interp.anatomy import Anatomy, transformers_model
+from interp.errors import UserError
 from interp.generation import continue_greedily, gathered_logits, next_logits
 from interp.inputs import token_ids
 from interp.reading import ALL_LAYERS_AT_END, AtEnd, ReadPrompts
@@ -84,6 +85,13 @@ def test_rules_for_the_next_token_go_on_from_pairs_that_were_read_once(tiny_brid
         torch.testing.assert_close(found.first_logits, anew.first_logits, rtol=1e-4, atol=1e-4)
         widths.clear()
     handle.remove()
+
+
+def test_a_rule_without_pairs_and_pairs_without_a_rule_are_refused(tiny_llama):
+    alone, pairs = ReadPrompts(tiny_llama, PROMPTS[:2]), ReadPrompts(tiny_llama, PROMPTS[:2], without=PROMPTS[2:4])
+    for read, rule in ((alone, CAD(1.0).scores), (pairs, None)):
+        with pytest.raises(UserError, match="without their contexts too"):
+            read.continue_greedily(combined=rule)
 
 
 def test_a_beginning_that_prompts_share_is_read_once_and_answers_stay(tiny_llama):
