@@ -35,17 +35,17 @@ from tests.architectures import TABLE, random_model, word_conflicts, word_tokeni
 from tests.tiny import CONFIGS
 
 _WIDE: dict[str, Any] = {
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "intermediate_size": 768,
+    "intermediate_size": 384,
 }
 _TOKENS: dict[str, Any] = {"vocab_size": 5000, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 WIDE = {
     "llama": LlamaConfig(**_WIDE, **_TOKENS),
-    "gemma2": Gemma2Config(**_WIDE, **_TOKENS, head_dim=64),
-    "gpt2": GPT2Config(n_embd=256, n_layer=4, n_head=8, n_positions=1024, **_TOKENS),
+    "gemma2": Gemma2Config(**_WIDE, **_TOKENS, head_dim=32),
+    "gpt2": GPT2Config(n_embd=128, n_layer=4, n_head=8, n_positions=1024, **_TOKENS),
     "mixtral": MixtralConfig(**_WIDE, **_TOKENS),
 }
 
@@ -61,7 +61,7 @@ def tiny(name: str) -> Any:
 
 
 def wide(name: str, dtype: torch.dtype, attention: str = "eager") -> Any:
-    """A model whose activations are some hundred megabytes."""
+    """A model whose activations are tens of megabytes."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(WIDE[name]), attn_implementation=attention, dtype=dtype)
     model.tokenizer = word_tokenizer()
     return model.eval().requires_grad_(False)
@@ -180,7 +180,7 @@ def test_models_have_the_parameters_that_were_published():
 
 def test_tied_weights_count_once():
     separate, tied = (Shapes.of(LlamaConfig(**_WIDE, **_TOKENS, tie_word_embeddings=tie)) for tie in (False, True))
-    assert separate.parameters - tied.parameters == separate.outside - tied.outside == 256 * 5000
+    assert separate.parameters - tied.parameters == separate.outside - tied.outside == 128 * 5000
 
 
 def test_weights_are_spread_by_whole_blocks():
