@@ -1,8 +1,8 @@
 """Every code block of the README and of the documentation is run, or checked as far as it can be.
 
 Python      Runs, block after block of a page in one namespace. ``smollm2-135m`` is a tiny random model in a cache of
-            its own, which knows nothing: ``known_facts`` therefore gives eighteen facts. Names that a page takes from its
-            reader come from ``_given``.
+            its own, which knows nothing: ``known_facts`` therefore gives eighteen facts. Names that a page takes from
+            its reader come from ``_given``.
 Commands    ``conflictscope``, ``python -m`` and ``make`` lines must parse: their commands, options, arguments, modules
             and targets exist and none that is needed is missing. Those in ``_RUN`` really run, on tiny inputs; the
             others take minutes, a server, a cluster or a browser, and are not run. Bodies for the server are read by

@@ -139,7 +139,6 @@ def test_pages_and_search_work_from_the_file_system(site, browser_page):
     browser_page.on("request", lambda request: asked.append(request.url))
     for name in ("index.html", "methods/path_patching.html", "api/interp.html"):
         browser_page.goto((site / name).as_uri())
-        browser_page.wait_for_load_state("networkidle", timeout=120_000)
     # The search listens to keys; what is filled in without any is not asked.
     browser_page.locator("input.md-search__input").press_sequentially("memorisation ratio")
     browser_page.locator(".md-search-result__article").first.wait_for(timeout=60_000)

@@ -22,7 +22,7 @@ def tiny_lab(model: Any, folder: Path, *, subjects: int = 8, seed: int = 0) -> L
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("interp.known.known_facts", lambda *_, among, **__: among)
         prompts = fact_prompts(model, ["capital", "language"], records, subjects=subjects, seed=seed)
-    return Lab(model, "tiny", prompts, records, seed=seed, quick=True)
+    return Lab(model, "tiny", prompts, records, seed=seed, quick=True, new_tokens=4)
 
 
 def measured_from_files(lab: Lab, condition: Condition, folder: Path) -> Result:

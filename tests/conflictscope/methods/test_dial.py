@@ -72,7 +72,7 @@ def test_the_dial_is_asked_for_a_rate_halfway_and_measured_on_test(lab, dial, to
     assert asked["trust"] == dial.trust_for(towards, asked["rate"])
     held_out = ConflictSet("held out", lab.prompts.test.select(kind="conflict", templates=[HELD_OUT_PHRASING]).examples)
     with applied(lab.model, dial.at(asked["trust"])):
-        expected = measure_usage(lab.model, held_out).rate(towards)
+        expected = measure_usage(lab.model, held_out, max_new_tokens=lab.new_tokens).rate(towards)
     assert asked["test"]["held_out_phrasing"] == expected.to_record()
     n = sum(found["n"] for found in asked["test"].values())
     assert n == len(lab.prompts.test.select(kind="conflict"))

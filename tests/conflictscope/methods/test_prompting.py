@@ -97,7 +97,7 @@ def test_rates_are_those_of_asking_so_here_and_from_files_alone(lab, tmp_path, m
     lab = tiny_lab(lab.model, tmp_path / "here")
     condition = method.candidates(lab, "context")[-1]
     rewritten = tuple(replace(e, prompt=prompt) for e, prompt in zip(lab.asked, asked(lab, condition), strict=True))
-    expected = measure_usage(lab.model, ConflictSet("by hand", rewritten)).frame
+    expected = measure_usage(lab.model, ConflictSet("by hand", rewritten), max_new_tokens=lab.new_tokens).frame
     here = measure(lab, condition).report.frame
     assert here["answer"].to_list() == expected["answer"].to_list()
     assert measured_from_files(lab, condition, tmp_path / "there").report.frame.equals(here)

@@ -162,7 +162,7 @@ def test_where_the_goal_holds_already_nothing_is_written(lab: Lab) -> None:
 
 def test_where_all_answers_follow_the_source_already_nothing_is_tried(tiny_llama: Any, lab: Lab) -> None:
     test = lab.prompts.test
-    frame = measure_usage(tiny_llama, test).frame
+    frame = measure_usage(tiny_llama, test, max_new_tokens=lab.new_tokens).frame
     others = set(frame.filter((pl.col("kind") == "conflict") & (pl.col("usage") != "memory"))["id"])
     kept = ConflictSet(test.name, tuple(e for e in test if e.id not in others))
     assert kept.select(kind="conflict").examples
