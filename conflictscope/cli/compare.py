@@ -155,7 +155,7 @@ def _do_all(comparing: Comparing, executor: Executor) -> None:
 
     save_plan(comparing)
     journal = Journal(comparing.out / "units.jsonl")
-    schedule = Schedule(comparing.units(), journal.read())
+    schedule = Schedule(comparing.units(), journal.read(comparing.has_record))
     if schedule.n_done:
         say(f"{schedule.n_done} units were done before.")
     unwritten: list[Done] = []

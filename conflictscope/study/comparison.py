@@ -31,6 +31,7 @@ from conflictscope.study.condition import Condition
 from conflictscope.study.lab import BUDGETS, Lab
 from conflictscope.study.measure import measure
 from conflictscope.study.method import Method, method_named, registered
+from conflictscope.study.record import StudyRecord
 from conflictscope.study.run import Study
 from conflictscope.study.setting import DataSetting, ModelSetting, StudySetting
 from conflictscope.study.units import Done, Schedule, Step, Unit, timed
@@ -202,9 +203,17 @@ class Comparing:
         """Where results of a model are kept, for all its studies."""
         return self.out / "records" / _slug(setting.model.name)
 
-    def study(self, setting: StudySetting, told: Callable[[str], None]) -> Study:
-        """The study, which tells what it finds."""
-        return Study("compare", self.command, self.folder(setting), controls=self.plan.controls, told=told)
+    def study(self, digest: str, told: Callable[[str], None]) -> Study:
+        """The study of this hash, which tells what it finds."""
+        folder = self.folder(self.settings[digest])
+        return Study("compare", self.command, folder, controls=self.plan.controls, digest=digest, told=told)
+
+    def has_record(self, digest: str) -> bool:
+        """Whether the record of the study of this hash is there, and not one that another plan wrote in its place."""
+        try:
+            return StudyRecord.load(self.folder(self.settings[digest])).settings.get("digest") == digest
+        except (KeyError, OSError, ValueError, UserError):
+            return False
 
     def units(self) -> Iterator[Unit]:
         """The units that are known before anything is measured."""
@@ -260,8 +269,8 @@ class StudyWorker:
         return timed(unit, self._run)
 
     def _run(self, unit: Unit, told: Callable[[str], None]) -> tuple[Unit, ...]:
-        setting, lab = self.comparing.settings[unit.study], self._lab(unit)
-        study, methods = self.comparing.study(setting, told), self.comparing.plan.chosen_methods
+        lab, methods = self._lab(unit), self.comparing.plan.chosen_methods
+        study = self.comparing.study(unit.study, told)
         match unit.step:
             case "prompts":
                 pass

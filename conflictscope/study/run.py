@@ -83,6 +83,7 @@ class Study:
         draws: How many draws of each control are measured; ``None`` measures all that its method makes.
         lines: Measurements at each dose that the record holds too, by name.
         details: What else the record says, besides what its methods do.
+        digest: A hash of all that decides the study, which the record keeps in its settings; empty keeps none.
         told: Takes a sentence about what was found, at every stage.
         shown: Takes the record as it grows, after every method but the last; ``None``, or a finished record in the
             folder, has it written once.
@@ -97,6 +98,7 @@ class Study:
     draws: int | None = None
     lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
     told: Callable[[str], None] = lambda _: None
     shown: Callable[[StudyRecord], None] | None = None
 
@@ -181,6 +183,7 @@ class Study:
             path.unlink(missing_ok=True)
         files = {row.name: self._write_edits(lab, row, work.tests, winners) for row in rows}
         settings = {"seed": lab.seed, "quick": lab.quick, "budgets": lab.budgets, "winners": winners}
+        settings |= {"digest": self.digest} if self.digest else {}
         measured = [_measured(row, work.tests[row.name], work.results[row.name].cost, files[row.name]) for row in rows]
         record = StudyRecord(
             kind=self.kind,

@@ -256,10 +256,13 @@ class Journal:
     path: Path
     _written: int = field(default=0, init=False)
 
-    def read(self) -> list[Done]:
-        """What was done and did not fail, but for records and merges, which are written anew.
+    def read(self, has_record: Callable[[str], bool] = lambda _: False) -> list[Done]:
+        """What was done and did not fail, but for merges and records that are no longer there; they are written anew.
 
         A line that was being written as its writer was killed is left out.
+
+        Args:
+            has_record: Whether the record that was written of a study is still there.
         """
         if not self.path.exists():
             return []
@@ -271,8 +274,13 @@ class Journal:
                 continue
             record["new"] = tuple(Unit(**{**unit, "needs": tuple(unit["needs"])}) for unit in record["new"])
             found.append(Done(**{**record, "said": tuple(record["said"])}))
-        # They are cheap, and others may have written in their place.
-        return [one for one in found if one.failed is None and one.id.rpartition("/")[2] not in ("record", "merge")]
+
+        def stands(one: Done) -> bool:
+            study, _, step = one.id.rpartition("/")
+            # Others may have written in their place.
+            return one.failed is None and step != "merge" and (step != "record" or has_record(study))
+
+        return [one for one in found if stands(one)]
 
     def append(self, done: Sequence[Done]) -> None:
         """Write what was done, and wait until it is on the disk."""

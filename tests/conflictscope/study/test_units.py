@@ -19,7 +19,7 @@ from conflictscope.study import measure as measure_module
 from conflictscope.study.comparison import Comparing, Comparison, StudyWorker, finished
 from conflictscope.study.lab import Lab
 from conflictscope.study.method import registered
-from conflictscope.study.record import RECORD
+from conflictscope.study.record import RECORD, StudyRecord
 from conflictscope.study.units import MOST_LOSSES, Done, Journal, Schedule, Unit, serial, spent
 from interp.errors import UserError
 from interp.files import read_json
@@ -185,9 +185,9 @@ def test_a_comparison_gives_the_records_of_its_studies_and_holds_one_model_at_a_
     assert len(finished(comparing, schedule)) == 4
     # A model's units come together, and a study's.
     assert len([unit for unit, before in zip(order[1:], order, strict=False) if unit.study != before.study]) == 3
-    setting = next(iter(comparing.settings.values()))
+    digest, setting = next(iter(comparing.settings.items()))
     lab = setting.lab(tmp_path / "fresh")
-    study = replace(comparing.study(setting, lambda _: None), out=tmp_path / "alone")
+    study = replace(comparing.study(digest, lambda _: None), out=tmp_path / "alone")
     study.run(lab, comparing.plan.chosen_methods)
     assert without_times(tmp_path / "alone") == without_times(comparing.folder(setting))
 
@@ -210,7 +210,7 @@ def test_what_was_killed_goes_on_and_computes_nothing_twice(
     journal = Journal(comparing.out / "units.jsonl")
 
     def run() -> Schedule:
-        schedule = Schedule(comparing.units(), journal.read())
+        schedule = Schedule(comparing.units(), journal.read(comparing.has_record))
         for one in serial(lambda: StudyWorker(comparing))(schedule):
             journal.append([one])
         return schedule
@@ -221,8 +221,22 @@ def test_what_was_killed_goes_on_and_computes_nothing_twice(
     schedule = run()
     tests = [unit for unit in schedule.units.values() if unit.step == "test"]
     assert measured["asked"] == len(tests) + 2
+    known = Schedule(comparing.units(), journal.read(comparing.has_record))
+    assert known.is_finished
+    assert finished(comparing, known) == finished(comparing, schedule) != []
+    # Another plan may write a record in its place, which is then not this one's.
+    (folder,) = finished(comparing, schedule)
+    record = StudyRecord.load(folder)
+    replace(record, settings={**record.settings, "digest": "another"}).save(folder)
+    assert [unit.step for unit in left(comparing, journal)] == ["record"]
     run()
+    assert left(comparing, journal) == []
     assert measured["asked"] == len(tests) + 2
+
+
+def left(comparing: Comparing, journal: Journal) -> list[Unit]:
+    """What is left to do."""
+    return Schedule(comparing.units(), journal.read(comparing.has_record)).take(most=99)
 
 
 def test_a_study_that_cannot_be_made_is_said_and_others_are_made(
