@@ -18,7 +18,7 @@ def files(package: str) -> dict[str, Path]:
 
 
 MODULES = files("interventions")
-OURS = {name: path for package in ("interp", "interventions") for name, path in files(package).items()}
+OURS = {name: path for package in ("interp", "probes", "interventions") for name, path in files(package).items()}
 
 
 def test_serving_needs_neither_transformer_lens_nor_sae_lens_nor_what_learns():
